@@ -2,6 +2,12 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod epilogue;
+mod error;
+mod layer;
 mod stages;
+mod tensor;
 
-pub use stages::Activation;
+pub use error::{Error, Result};
+pub use layer::Pointwise;
+pub use stages::{Activation, BatchNorm, LayerNorm, NormOver, SourceStage, Stage};
+pub use tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, nhwc, nhwc_mut};

@@ -1,0 +1,212 @@
+use std::fmt;
+
+/// Everything that can go wrong; each variant carries the values that explain it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor's rank is outside `[n, c]` to `[n, c, d, h, w]`, or differs from its source's.
+    #[error("{tensor} has rank {got}, expected {expected}")]
+    Rank {
+        /// Which tensor.
+        tensor: &'static str,
+        /// What was allowed.
+        expected: &'static str,
+        /// The rank that was given.
+        got: usize,
+    },
+    /// A tensor's shape is not the one that the layer and its source call for.
+    #[error("{tensor} has shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The shape that was expected.
+        expected: Vec<usize>,
+        /// The shape that was given.
+        got: Vec<usize>,
+    },
+    /// The source's channels do not fit the weight's.
+    #[error(
+        "weight has {weight} input channels per group, src has {src} / {groups} groups = {}",
+        Quotient(*src, *groups)
+    )]
+    Channels {
+        /// Input channels per group that the weight was built for.
+        weight: usize,
+        /// Channels of the source (of all sources together, if several stand for a
+        /// concatenation).
+        src: usize,
+        /// Groups of the layer.
+        groups: usize,
+    },
+    /// The number of groups does not divide a number of channels.
+    #[error("{groups} groups do not divide {channels} {what}")]
+    Groups {
+        /// The groups that were asked for.
+        groups: usize,
+        /// The channels to be divided.
+        channels: usize,
+        /// Which channels these are.
+        what: &'static str,
+    },
+    /// A tensor has no channels.
+    #[error("{tensor} has no channels: shape {shape:?}")]
+    NoChannels {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// A per-channel parameter has the wrong length.
+    #[error("{parameter} has {got} values, expected {expected}")]
+    ParameterLength {
+        /// Which parameter.
+        parameter: &'static str,
+        /// One value per channel of this many channels.
+        expected: usize,
+        /// The length that was given.
+        got: usize,
+    },
+    /// A parameter has a value that makes no sense.
+    #[error("{parameter} is {value}, expected {expected}")]
+    ParameterValue {
+        /// Which parameter, and where.
+        parameter: String,
+        /// The value, as it was given.
+        value: String,
+        /// What would have been accepted.
+        expected: &'static str,
+    },
+    /// A stage that may stand once in a layer stands twice.
+    #[error("stage {stage} stands twice in the list; a layer takes it once")]
+    RepeatedStage {
+        /// The stage, in snake case.
+        stage: &'static str,
+    },
+    /// A size product does not fit the address space.
+    #[error("{what} is too large: {sizes:?} overflows")]
+    TooLarge {
+        /// What was to be computed.
+        what: &'static str,
+        /// The factors.
+        sizes: Vec<usize>,
+    },
+    /// A slice is too short for the shape and strides that were to be laid over it.
+    #[error(
+        "{tensor}: shape {shape:?} with strides {strides:?} reaches elements {first}..={last}, \
+         the slice holds {len}"
+    )]
+    OutOfBounds {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The shape.
+        shape: Vec<usize>,
+        /// The strides, in elements.
+        strides: Vec<isize>,
+        /// The lowest element that is reached.
+        first: isize,
+        /// The highest element that is reached.
+        last: isize,
+        /// Elements in the slice.
+        len: usize,
+    },
+    /// Two positions of a tensor that is written to share an element.
+    #[error("{tensor}'s positions overlap: shape {shape:?} with strides {strides:?}")]
+    Overlap {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The shape.
+        shape: Vec<usize>,
+        /// The strides, in elements.
+        strides: Vec<isize>,
+    },
+    /// The result would be written over a tensor that is still to be read.
+    #[error("dst shares memory with {tensor}; in-place operation is not possible")]
+    Aliased {
+        /// The tensor that is read.
+        tensor: &'static str,
+    },
+    /// The layer's description calls for a tensor that the call did not give.
+    #[error("the layer has a {input} stage, but the call gave no {input} tensor")]
+    MissingInput {
+        /// Which tensor.
+        input: &'static str,
+    },
+    /// The call gave a tensor that the layer's description has no use for.
+    #[error("the call gave a {input} tensor, but the layer has no {input} stage")]
+    UnexpectedInput {
+        /// Which tensor.
+        input: &'static str,
+    },
+    /// A range of channels does not fit.
+    #[error("channels {start}..{end} of a partial convolution do not fit: {reason}")]
+    PartialRange {
+        /// First channel that is convolved.
+        start: usize,
+        /// One past the last.
+        end: usize,
+        /// What it does not fit.
+        reason: String,
+    },
+    /// A tensor lives on another device than the layer.
+    #[error("{tensor} is on {got}, the layer is on {expected}")]
+    WrongDevice {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The layer's device.
+        expected: String,
+        /// The tensor's device.
+        got: String,
+    },
+    /// A device cannot do this (yet).
+    #[error("{device} does not support {what}")]
+    Unsupported {
+        /// The device.
+        device: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// No kernel of this name accepts the problem.
+    #[error("kernel {kernel:?} cannot run this problem: {reason}")]
+    Kernel {
+        /// The name that was forced.
+        kernel: String,
+        /// Why it was refused.
+        reason: String,
+    },
+    /// An environment variable has a value that is not understood, or not possible here.
+    #[error("{variable}={value}: {reason}")]
+    Environment {
+        /// The variable.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A device was asked for that is not there.
+    #[error("no device {device}: {reason}")]
+    NoDevice {
+        /// The device, as `cuda:0`.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A checkpoint could not be read.
+    #[error("checkpoint: {0}")]
+    Checkpoint(String),
+}
+
+/// The result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+struct Quotient(usize, usize);
+
+impl fmt::Display for Quotient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Quotient(_, 0) => f.write_str("undefined"),
+            Quotient(a, b) if a % b == 0 => write!(f, "{}", a / b),
+            Quotient(a, b) => write!(f, "{} remainder {}", a / b, a % b),
+        }
+    }
+}

@@ -1,0 +1,696 @@
+//! Borrowed, strided views: what every call is made of.
+//!
+//! Logical axes are always `[n, c, …spatial]`; layout is strides, in elements. ndarray arrays and
+//! views convert by themselves; other containers (candle, ort, a C caller) go through
+//! [`TensorRef::from_slice`] or [`TensorRef::from_raw_parts`].
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use ndarray::{
+    Array, ArrayBase, ArrayRef, ArrayView, Data, DataMut, Dimension, IxDyn, ShapeBuilder,
+};
+
+use crate::error::{Error, Result};
+
+/// The largest rank: `[n, c, d, h, w]`.
+pub(crate) const MAX_RANK: usize = 5;
+/// The largest spatial rank.
+pub(crate) const MAX_SPATIAL: usize = MAX_RANK - 2;
+
+/// Where a tensor's elements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Ordinary memory.
+    Host,
+    /// Memory of the CUDA device with this ordinal.
+    Cuda(usize),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Host => f.write_str("the host"),
+            Place::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// Shape and strides of rank 2 to 5, held inline so that a view allocates nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Extents {
+    rank: usize,
+    shape: [usize; MAX_RANK],
+    strides: [isize; MAX_RANK],
+}
+
+impl Extents {
+    fn new(tensor: &'static str, shape: &[usize], strides: &[isize]) -> Result<Self> {
+        let rank = shape.len();
+        if !(2..=MAX_RANK).contains(&rank) {
+            return Err(Error::Rank {
+                tensor,
+                expected: "2 ([n, c]) to 5 ([n, c, d, h, w])",
+                got: rank,
+            });
+        }
+        if strides.len() != rank {
+            return Err(Error::Rank {
+                tensor,
+                expected: "as many strides as axes",
+                got: strides.len(),
+            });
+        }
+        checked_product("a tensor's size", shape)?;
+        let mut extents = Extents { rank, shape: [1; MAX_RANK], strides: [0; MAX_RANK] };
+        extents.shape[..rank].copy_from_slice(shape);
+        extents.strides[..rank].copy_from_slice(strides);
+        Ok(extents)
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape[..self.rank]
+    }
+
+    fn strides(&self) -> &[isize] {
+        &self.strides[..self.rank]
+    }
+
+    fn is_empty(&self) -> bool {
+        self.shape().contains(&0)
+    }
+
+    /// The lowest and highest element offset that is reached, `None` when it overflows.
+    fn reach(&self) -> Option<(isize, isize)> {
+        if self.is_empty() {
+            return Some((0, 0));
+        }
+        let (mut first, mut last) = (0isize, 0isize);
+        for (&len, &stride) in self.shape().iter().zip(self.strides()) {
+            let span = isize::try_from(len - 1).ok()?.checked_mul(stride)?;
+            if span < 0 {
+                first = first.checked_add(span)?;
+            } else {
+                last = last.checked_add(span)?;
+            }
+        }
+        Some((first, last))
+    }
+
+    fn check_bounds(&self, tensor: &'static str, len: usize, offset: usize) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let (first, last) = self
+            .reach()
+            .and_then(|(first, last)| {
+                let offset = isize::try_from(offset).ok()?;
+                Some((first.checked_add(offset)?, last.checked_add(offset)?))
+            })
+            .ok_or_else(|| Error::TooLarge {
+                what: "a tensor's reach",
+                sizes: self.shape().to_vec(),
+            })?;
+        if first < 0 || last as usize >= len {
+            return Err(Error::OutOfBounds {
+                tensor,
+                shape: self.shape().to_vec(),
+                strides: self.strides().to_vec(),
+                first,
+                last,
+                len,
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether two positions may share an element. Strides that nest (each at least the reach of
+    /// all smaller ones) do not; any others are taken to overlap.
+    fn overlaps(&self) -> bool {
+        if self.is_empty() {
+            return false;
+        }
+        let mut axes: [(usize, usize); MAX_RANK] = [(0, 1); MAX_RANK];
+        for (axis, slot) in axes.iter_mut().enumerate().take(self.rank) {
+            *slot = (self.strides[axis].unsigned_abs(), self.shape[axis]);
+        }
+        axes.sort_unstable();
+        let mut reach = 0usize;
+        for (stride, len) in axes.into_iter().filter(|&(_, len)| len > 1) {
+            if stride <= reach {
+                return true;
+            }
+            reach = reach.saturating_add(stride.saturating_mul(len - 1));
+        }
+        false
+    }
+}
+
+/// A borrowed tensor `[n, c, …spatial]` to read: pointer, shape and strides in elements, on the
+/// host or on a CUDA device.
+pub struct TensorRef<'a, T = f32> {
+    ptr: *const T,
+    place: Place,
+    extents: Extents,
+    lifetime: PhantomData<&'a T>,
+}
+
+impl<T> Clone for TensorRef<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for TensorRef<'_, T> {}
+
+// SAFETY: a shared borrow of plain elements, as `&[T]` is.
+unsafe impl<T: Sync> Send for TensorRef<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for TensorRef<'_, T> {}
+
+impl<'a, T> TensorRef<'a, T> {
+    /// Lays a shape and strides (in elements, any sign) over a host slice; element `[0, …, 0]` is
+    /// `data[offset]`.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] unless there are 2 to 5 axes and as many strides, [`Error::TooLarge`] if
+    /// the size overflows, [`Error::OutOfBounds`] if an element lies outside `data`.
+    pub fn from_slice(
+        data: &'a [T],
+        offset: usize,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
+        let extents = Extents::new("tensor", shape, strides)?;
+        extents.check_bounds("tensor", data.len(), offset)?;
+        Ok(Self {
+            ptr: data.as_ptr().wrapping_add(offset),
+            place: Place::Host,
+            extents,
+            lifetime: PhantomData,
+        })
+    }
+
+    /// A view from a pointer to element `[0, …, 0]`.
+    ///
+    /// # Safety
+    /// Every element that shape and strides reach must be readable at `place` for `'a`, and
+    /// nobody may write to it during that time (on a device: in stream order).
+    ///
+    /// # Errors
+    /// [`Error::Rank`] unless there are 2 to 5 axes and as many strides, [`Error::TooLarge`] if
+    /// the size overflows.
+    pub unsafe fn from_raw_parts(
+        ptr: *const T,
+        place: Place,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
+        let extents = Extents::new("tensor", shape, strides)?;
+        Ok(Self { ptr, place, extents, lifetime: PhantomData })
+    }
+
+    /// The length of each axis, `[n, c, …spatial]`.
+    pub fn shape(&self) -> &[usize] {
+        self.extents.shape()
+    }
+
+    /// The stride of each axis, in elements.
+    pub fn strides(&self) -> &[isize] {
+        self.extents.strides()
+    }
+
+    /// Where the elements are.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    /// The address of element `[0, …, 0]`; a device address where [`place`](Self::place) says so.
+    pub fn as_ptr(&self) -> *const T {
+        self.ptr
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.extents.rank
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.extents.is_empty()
+    }
+
+    /// This view with its channel axis cut down to `start..end`.
+    pub(crate) fn channels(mut self, start: usize, end: usize) -> Self {
+        debug_assert!(start <= end && end <= self.extents.shape[1]);
+        self.ptr = self.ptr.wrapping_offset(self.extents.strides[1].wrapping_mul(start as isize));
+        self.extents.shape[1] = end - start;
+        self
+    }
+
+    /// Every `s`-th position of each spatial axis.
+    pub(crate) fn subsampled(mut self, s: usize) -> Self {
+        for axis in 2..self.extents.rank {
+            self.extents.shape[axis] = self.extents.shape[axis].div_ceil(s);
+            self.extents.strides[axis] = self.extents.strides[axis].wrapping_mul(s as isize);
+        }
+        self
+    }
+}
+
+impl<T> fmt::Debug for TensorRef<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TensorRef({:?}, strides {:?}, {})", self.shape(), self.strides(), self.place)
+    }
+}
+
+/// A borrowed tensor `[n, c, …spatial]` to write: as [`TensorRef`], with positions that do not
+/// overlap.
+pub struct TensorMut<'a, T = f32> {
+    view: TensorRef<'a, T>,
+    exclusive: PhantomData<&'a mut T>,
+}
+
+// SAFETY: an exclusive borrow of plain elements, as `&mut [T]` is.
+unsafe impl<T: Send> Send for TensorMut<'_, T> {}
+
+impl<'a, T> TensorMut<'a, T> {
+    /// Lays a shape and strides (in elements, any sign) over a host slice; element `[0, …, 0]` is
+    /// `data[offset]`.
+    ///
+    /// # Errors
+    /// As [`TensorRef::from_slice`], and [`Error::Overlap`] if two positions share an element.
+    pub fn from_slice(
+        data: &'a mut [T],
+        offset: usize,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
+        let extents = Extents::new("dst", shape, strides)?;
+        extents.check_bounds("dst", data.len(), offset)?;
+        // SAFETY: in bounds of a slice that is exclusively borrowed for `'a`.
+        unsafe {
+            Self::from_raw_parts(
+                data.as_mut_ptr().wrapping_add(offset),
+                Place::Host,
+                shape,
+                strides,
+            )
+        }
+    }
+
+    /// A view from a pointer to element `[0, …, 0]`.
+    ///
+    /// # Safety
+    /// Every element that shape and strides reach must be writable at `place` for `'a`, and
+    /// nobody else may use it during that time (on a device: in stream order).
+    ///
+    /// # Errors
+    /// As [`TensorRef::from_raw_parts`], and [`Error::Overlap`] if two positions share an element.
+    pub unsafe fn from_raw_parts(
+        ptr: *mut T,
+        place: Place,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
+        let extents = Extents::new("dst", shape, strides)?;
+        if extents.overlaps() {
+            return Err(Error::Overlap {
+                tensor: "dst",
+                shape: shape.to_vec(),
+                strides: strides.to_vec(),
+            });
+        }
+        let view = TensorRef { ptr: ptr.cast_const(), place, extents, lifetime: PhantomData };
+        Ok(Self { view, exclusive: PhantomData })
+    }
+
+    /// The length of each axis, `[n, c, …spatial]`.
+    pub fn shape(&self) -> &[usize] {
+        self.view.shape()
+    }
+
+    /// The stride of each axis, in elements.
+    pub fn strides(&self) -> &[isize] {
+        self.view.strides()
+    }
+
+    /// Where the elements are.
+    pub fn place(&self) -> Place {
+        self.view.place()
+    }
+
+    /// The address of element `[0, …, 0]`; a device address where [`place`](Self::place) says so.
+    pub fn as_mut_ptr(&mut self) -> *mut T {
+        self.view.ptr.cast_mut()
+    }
+
+    /// This tensor for a shorter time.
+    pub fn reborrow(&mut self) -> TensorMut<'_, T> {
+        TensorMut { view: self.view, exclusive: PhantomData }
+    }
+
+    /// The same elements as a view to read, for the arithmetic on shapes and addresses.
+    pub(crate) fn view(&self) -> &TensorRef<'a, T> {
+        &self.view
+    }
+}
+
+impl<T> fmt::Debug for TensorMut<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TensorMut({:?}, strides {:?}, {})", self.shape(), self.strides(), self.place())
+    }
+}
+
+/// A tensor that a layer can read.
+pub trait AsTensor {
+    /// The elements as a borrowed view with axes `[n, c, …spatial]`.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] unless there are 2 to 5 axes.
+    fn as_tensor(&self) -> Result<TensorRef<'_>>;
+}
+
+/// A tensor that a layer can write.
+pub trait AsTensorMut {
+    /// The elements as an exclusively borrowed view with axes `[n, c, …spatial]`.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] unless there are 2 to 5 axes, [`Error::Overlap`] if positions overlap.
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>>;
+}
+
+/// A tensor that also says what a result computed from it is: `Array4` in, `Array4` out.
+pub trait Source: AsTensor {
+    /// The result's type.
+    type Output: AsTensorMut;
+
+    /// A result of this shape in the memory order of `self`; its contents are unspecified.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if the size overflows; a device's own errors.
+    fn allocate(&self, shape: &[usize]) -> Result<Self::Output>;
+}
+
+impl<D: Dimension> AsTensor for ArrayRef<f32, D> {
+    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+        // SAFETY: an array's own pointer, shape and strides, borrowed with it.
+        unsafe {
+            TensorRef::from_raw_parts(self.as_ptr(), Place::Host, self.shape(), self.strides())
+        }
+    }
+}
+
+impl<D: Dimension> AsTensorMut for ArrayRef<f32, D> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+        let ptr = self.as_mut_ptr();
+        // SAFETY: as above, exclusively.
+        unsafe { TensorMut::from_raw_parts(ptr, Place::Host, self.shape(), self.strides()) }
+    }
+}
+
+impl<D: Dimension> Source for ArrayRef<f32, D> {
+    type Output = Array<f32, D>;
+
+    fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
+        allocate_like(self.as_tensor()?, shape)
+    }
+}
+
+impl<S: Data<Elem = f32>, D: Dimension> AsTensor for ArrayBase<S, D> {
+    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+        (**self).as_tensor()
+    }
+}
+
+impl<S: DataMut<Elem = f32>, D: Dimension> AsTensorMut for ArrayBase<S, D> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+        (**self).as_tensor_mut()
+    }
+}
+
+impl<S: Data<Elem = f32>, D: Dimension> Source for ArrayBase<S, D> {
+    type Output = Array<f32, D>;
+
+    fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
+        (**self).allocate(shape)
+    }
+}
+
+impl AsTensor for TensorRef<'_> {
+    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+        Ok(*self)
+    }
+}
+
+impl AsTensorMut for TensorMut<'_> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+        Ok(self.reborrow())
+    }
+}
+
+/// A host view gives an array of dynamic rank; a device view has no owner to allocate for it.
+impl Source for TensorRef<'_> {
+    type Output = Array<f32, IxDyn>;
+
+    fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
+        if let Place::Cuda(_) = self.place {
+            return Err(Error::Unsupported {
+                device: self.place.to_string(),
+                what: "allocating a result for a raw view; use forward_into".into(),
+            });
+        }
+        allocate_like(*self, shape)
+    }
+}
+
+impl<T: AsTensor + ?Sized> AsTensor for &T {
+    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+        (**self).as_tensor()
+    }
+}
+
+impl<T: Source + ?Sized> Source for &T {
+    type Output = T::Output;
+
+    fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
+        (**self).allocate(shape)
+    }
+}
+
+impl<T: AsTensorMut + ?Sized> AsTensorMut for &mut T {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+        (**self).as_tensor_mut()
+    }
+}
+
+/// Views `[n, …spatial, c]` (channels last) in the logical order `[n, c, …spatial]`, at no cost.
+///
+/// # Shapes
+/// Rank 2 to 5 in the caller's array; anything else is reported by the call that uses the view.
+///
+/// ```
+/// use ndarray::Array4;
+/// let image = Array4::<f32>::zeros((1, 224, 160, 3));
+/// assert_eq!(pointwise::nhwc(image.view()).shape(), [1, 3, 224, 160]);
+/// ```
+pub fn nhwc<A, D: Dimension>(view: ArrayView<'_, A, D>) -> ArrayView<'_, A, D> {
+    let mut view = view;
+    for axis in (2..view.ndim()).rev() {
+        view.swap_axes(axis, axis - 1);
+    }
+    view
+}
+
+/// As [`nhwc`], for a view to write to.
+pub fn nhwc_mut<A, D: Dimension>(
+    view: ndarray::ArrayViewMut<'_, A, D>,
+) -> ndarray::ArrayViewMut<'_, A, D> {
+    let mut view = view;
+    for axis in (2..view.ndim()).rev() {
+        view.swap_axes(axis, axis - 1);
+    }
+    view
+}
+
+/// The product of sizes, or [`Error::TooLarge`]; what fits is also addressable in bytes of f64.
+pub(crate) fn checked_product(what: &'static str, sizes: &[usize]) -> Result<usize> {
+    let nonzero = sizes.iter().filter(|&&s| s > 0).try_fold(1usize, |a, &b| a.checked_mul(b));
+    match nonzero {
+        Some(product) if product <= isize::MAX as usize / 8 => {
+            Ok(if sizes.contains(&0) { 0 } else { product })
+        }
+        _ => Err(Error::TooLarge { what, sizes: sizes.to_vec() }),
+    }
+}
+
+/// Contiguous strides for `shape`, in the memory order of `like`.
+///
+/// Axes are ordered by falling stride. Where two strides tie, the axis of length one is the inner
+/// one: that tells `[n, h, w, 1]` (channels last) from `[n, c, 1, 1]` (channels first).
+pub(crate) fn strides_like<T>(like: &TensorRef<'_, T>, shape: &[usize]) -> [isize; MAX_RANK] {
+    let rank = like.rank();
+    let mut order = [0usize; MAX_RANK];
+    for (axis, slot) in order.iter_mut().enumerate() {
+        *slot = axis;
+    }
+    order[..rank].sort_by_key(|&axis| {
+        (std::cmp::Reverse(like.strides()[axis].unsigned_abs()), like.shape()[axis] == 1)
+    });
+    let mut strides = [0isize; MAX_RANK];
+    let mut next = 1isize;
+    for &axis in order[..rank].iter().rev() {
+        strides[axis] = next;
+        next *= shape[axis].max(1) as isize;
+    }
+    strides
+}
+
+fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<Array<f32, D>> {
+    let len = checked_product("dst", shape)?;
+    let strides = strides_like(&like, shape);
+    let mut dim = D::zeros(shape.len());
+    let mut dim_strides = D::zeros(shape.len());
+    for axis in 0..shape.len() {
+        dim[axis] = shape[axis];
+        dim_strides[axis] = strides[axis] as usize;
+    }
+    Array::from_shape_vec(dim.strides(dim_strides), vec![0.0; len])
+        .map_err(|_| Error::TooLarge { what: "dst", sizes: shape.to_vec() })
+}
+
+/// Whether two strided views share an element.
+///
+/// Exact for views of one tensor (channel ranges of a concatenation interleave without sharing);
+/// an answer that would take too long to find is `true`.
+pub(crate) fn share_memory(a: &TensorRef<'_>, b: &TensorRef<'_>) -> bool {
+    if a.place != b.place || a.is_empty() || b.is_empty() {
+        return false;
+    }
+    let (Some((a0, a1)), Some((b0, b1))) = (a.extents.reach(), b.extents.reach()) else {
+        return true;
+    };
+    let size = size_of::<f32>() as i128;
+    let distance = b.ptr as usize as i128 - a.ptr as usize as i128;
+    if distance + i128::from(b1 as i64) * size + size <= i128::from(a0 as i64) * size
+        || distance + i128::from(b0 as i64) * size >= i128::from(a1 as i64) * size + size
+    {
+        return false;
+    }
+    if distance % size != 0 {
+        return true;
+    }
+    // a + Σ i·s = b + Σ j·t  ⇔  Σ i·s − Σ j·t = distance, each index within its axis.
+    let mut terms = [(0i128, 0i128); 2 * MAX_RANK];
+    let mut count = 0;
+    let axes = a.shape().iter().zip(a.strides()).map(|(&n, &s)| (n, s as i128));
+    let others = b.shape().iter().zip(b.strides()).map(|(&n, &s)| (n, -(s as i128)));
+    for (len, stride) in axes.chain(others).filter(|&(len, stride)| len > 1 && stride != 0) {
+        terms[count] = (stride, len as i128 - 1);
+        count += 1;
+    }
+    let terms = &mut terms[..count];
+    terms.sort_unstable_by_key(|&(stride, _)| std::cmp::Reverse(stride.abs()));
+    let mut budget = 10_000u32;
+    solvable(terms, distance / size, &mut budget)
+}
+
+/// Whether `Σ x_k · stride_k = target` has a solution with `0 <= x_k <= max_k`.
+fn solvable(terms: &[(i128, i128)], target: i128, budget: &mut u32) -> bool {
+    let Some((&(stride, max), rest)) = terms.split_first() else {
+        return target == 0;
+    };
+    let low: i128 = rest.iter().map(|&(s, m)| (s * m).min(0)).sum();
+    let high: i128 = rest.iter().map(|&(s, m)| (s * m).max(0)).sum();
+    // x·stride must lie in [target − high, target − low].
+    let (lo, hi) = (target - high, target - low);
+    let (mut first, mut last) = if stride > 0 {
+        (lo.div_euclid(stride) + i128::from(lo.rem_euclid(stride) != 0), hi.div_euclid(stride))
+    } else {
+        let s = -stride;
+        ((-hi).div_euclid(s) + i128::from((-hi).rem_euclid(s) != 0), (-lo).div_euclid(s))
+    };
+    first = first.max(0);
+    last = last.min(max);
+    while first <= last {
+        if *budget == 0 {
+            return true;
+        }
+        *budget -= 1;
+        if solvable(rest, target - first * stride, budget) {
+            return true;
+        }
+        first += 1;
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array4, s};
+
+    use super::*;
+
+    #[test]
+    fn channel_ranges_of_one_tensor_do_not_alias() {
+        let mut whole = Array4::<f32>::zeros((3, 10, 4, 5));
+        let (a, mut b) = whole.view_mut().split_at(ndarray::Axis(1), 6);
+        assert!(!share_memory(&a.as_tensor().unwrap(), b.as_tensor_mut().unwrap().view()));
+        let last = Array4::<f32>::zeros((3, 4, 5, 10));
+        let last = nhwc(last.view());
+        let (a, b) = (last.slice(s![.., ..6, .., ..]), last.slice(s![.., 5.., .., ..]));
+        assert!(share_memory(&a.as_tensor().unwrap(), &b.as_tensor().unwrap()));
+        let b = last.slice(s![.., 6.., .., ..]);
+        assert!(!share_memory(&a.as_tensor().unwrap(), &b.as_tensor().unwrap()));
+        let (even, odd) = (last.slice(s![.., .., ..;2, ..]), last.slice(s![.., .., 1..;2, ..;-1]));
+        assert!(!share_memory(&even.as_tensor().unwrap(), &odd.as_tensor().unwrap()));
+    }
+
+    #[test]
+    fn results_keep_the_memory_order_of_their_source() {
+        let order = |shape: [usize; 4], last: bool| {
+            let array = Array4::<f32>::zeros(if last {
+                (shape[0], shape[2], shape[3], shape[1])
+            } else {
+                shape.into()
+            });
+            let view = if last { nhwc(array.view()) } else { array.view() };
+            let out = view.allocate(&[2, 6, 3, 4]).unwrap();
+            out.strides().to_vec()
+        };
+        for shape in [[2, 5, 3, 4], [1, 1, 3, 4], [1, 5, 1, 1], [2, 5, 1, 1], [2, 1, 3, 1]] {
+            assert_eq!(order(shape, false), [72, 12, 4, 1], "{shape:?} channels first");
+            if shape[1..] != [1, 3, 1] && shape[2..] != [1, 1] {
+                assert_eq!(order(shape, true), [72, 1, 24, 6], "{shape:?} channels last");
+            }
+        }
+    }
+
+    #[test]
+    fn overlapping_and_oversized_views_are_refused() {
+        let mut data = vec![0.0f32; 24];
+        assert!(matches!(
+            TensorMut::from_slice(&mut data, 0, &[2, 3, 4], &[4, 4, 1]),
+            Err(Error::Overlap { .. })
+        ));
+        assert!(matches!(
+            TensorMut::from_slice(&mut data, 0, &[2, 3, 4], &[12, 4, 0]),
+            Err(Error::Overlap { .. })
+        ));
+        assert!(matches!(
+            TensorRef::from_slice(&data, 1, &[2, 3, 4], &[12, 4, 1]),
+            Err(Error::OutOfBounds { last: 24, len: 24, .. })
+        ));
+        assert!(matches!(
+            TensorRef::from_slice(&data, 0, &[2, 3, 4], &[12, 4, -1]),
+            Err(Error::OutOfBounds { first: -3, .. })
+        ));
+        assert!(TensorRef::from_slice(&data, 3, &[2, 3, 4], &[12, 4, -1]).is_ok());
+        assert!(matches!(
+            TensorRef::from_slice(&data, 0, &[usize::MAX, 3], &[0, 0]),
+            Err(Error::TooLarge { .. })
+        ));
+        assert!(matches!(
+            TensorRef::from_slice(&data, 0, &[24], &[1]),
+            Err(Error::Rank { got: 1, .. })
+        ));
+    }
+}
