@@ -4,6 +4,8 @@
 mod epilogue;
 mod error;
 mod layer;
+mod problem;
+pub mod reference;
 mod stages;
 mod tensor;
 

@@ -1,0 +1,455 @@
+//! One call of one layer, validated once: shapes checked, strides resolved to GEMM letters.
+//!
+//! Below this module a call is, per sample and group, `dst[row, p] = steps(Σ_k W[row, k] ·
+//! src[k, p])` with `p` running over positions. How a tensor walks its positions is a
+//! [`Positions`] per tensor.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::layer::Pointwise;
+use crate::stages::{NormOver, Stage};
+use crate::tensor::{
+    MAX_RANK, MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product, share_memory,
+};
+
+/// What a call needs to know of its layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LayerShape {
+    /// Input channels of the convolution, over all groups.
+    pub c_in: usize,
+    /// Output channels of the convolution.
+    pub c_out: usize,
+    pub groups: usize,
+    pub stride: usize,
+    /// The channels of src that are convolved; the others pass through.
+    pub partial: Option<Range<usize>>,
+    pub residual: bool,
+    pub gate: bool,
+    /// Whether a normalisation mixes the positions of a sample.
+    pub norm_over_all: bool,
+}
+
+impl LayerShape {
+    /// The shape of a description that has been checked.
+    pub(crate) fn new(layer: &Pointwise) -> Self {
+        LayerShape {
+            c_in: layer.c_in(),
+            c_out: layer.c_out(),
+            groups: layer.groups,
+            stride: layer.stride,
+            partial: layer.partial.clone(),
+            residual: layer.has_residual(),
+            gate: layer.has_gate(),
+            norm_over_all: layer
+                .stages
+                .iter()
+                .any(|stage| matches!(stage, Stage::LayerNorm(norm) if norm.over == NormOver::All)),
+        }
+    }
+
+    /// Input channels per group.
+    pub(crate) fn k(&self) -> usize {
+        self.c_in / self.groups
+    }
+
+    /// Output channels per group.
+    pub(crate) fn rows_per_group(&self) -> usize {
+        self.c_out / self.groups
+    }
+}
+
+/// The tensors of one call.
+pub(crate) struct Operands<'a> {
+    pub src: TensorRef<'a>,
+    /// Further sources of a concatenation.
+    pub more: &'a [TensorRef<'a>],
+    pub residual: Option<TensorRef<'a>>,
+    pub gate: Option<TensorRef<'a>>,
+}
+
+/// The shape of a result, inline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DstShape {
+    rank: usize,
+    shape: [usize; MAX_RANK],
+}
+
+impl DstShape {
+    pub(crate) fn as_slice(&self) -> &[usize] {
+        &self.shape[..self.rank]
+    }
+}
+
+/// One tensor of a call as the kernels see it: element strides, spatial axes padded in front.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand {
+    pub ptr: *const f32,
+    pub sample: isize,
+    pub channel: isize,
+    pub channels: usize,
+    pub spatial: [isize; MAX_SPATIAL],
+}
+
+impl Operand {
+    fn new(tensor: &TensorRef<'_>) -> Self {
+        let mut spatial = [0; MAX_SPATIAL];
+        let rank = tensor.rank() - 2;
+        spatial[MAX_SPATIAL - rank..].copy_from_slice(&tensor.strides()[2..]);
+        Operand {
+            ptr: tensor.as_ptr(),
+            sample: tensor.strides()[0],
+            channel: tensor.strides()[1],
+            channels: tensor.shape()[1],
+            spatial,
+        }
+    }
+}
+
+/// A validated call.
+#[derive(Clone)]
+pub(crate) struct Problem<'a> {
+    pub n: usize,
+    pub c_in: usize,
+    pub c_out: usize,
+    pub groups: usize,
+    /// Positions of dst along each spatial axis, padded in front with 1.
+    pub spatial: [usize; MAX_SPATIAL],
+    pub place: Place,
+    /// The convolved sources, subsampled by the stride: see [`sources`](Self::sources).
+    src: TensorRef<'a>,
+    more: &'a [TensorRef<'a>],
+    stride: usize,
+    partial: Option<Range<usize>>,
+    /// `ptr` is written through; its channels are the convolution's rows after the map.
+    pub dst: Operand,
+    /// Its channels are aligned with dst's.
+    pub residual: Option<Operand>,
+    /// `[n, c_in]`.
+    pub gate: Option<Operand>,
+}
+
+impl<'a> Problem<'a> {
+    /// Checks a call against its layer.
+    ///
+    /// # Errors
+    /// Whatever does not fit: ranks, shapes, channels, missing or superfluous tensors, places,
+    /// aliasing.
+    pub(crate) fn new(
+        layer: &LayerShape,
+        operands: &Operands<'a>,
+        dst: &mut TensorMut<'a>,
+    ) -> Result<Self> {
+        let expected =
+            dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
+        if dst.shape() != expected.as_slice() {
+            return Err(Error::Shape {
+                tensor: "dst",
+                expected: expected.as_slice().to_vec(),
+                got: dst.shape().to_vec(),
+            });
+        }
+        let place = operands.src.place();
+        let rest = operands.more.iter().map(|t| ("src", t));
+        let residual = present("residual", layer.residual, &operands.residual)?;
+        let gate = present("gate", layer.gate, &operands.gate)?;
+        let optional =
+            residual.map(|t| ("residual", t)).into_iter().chain(gate.map(|t| ("gate", t)));
+        let read = std::iter::once(("src", &operands.src)).chain(rest).chain(optional);
+        for (tensor, view) in read {
+            same_place(tensor, place, view.place())?;
+            if share_memory(view, dst.view()) {
+                return Err(Error::Aliased { tensor });
+            }
+        }
+        same_place("dst", place, dst.place())?;
+        if let Some(residual) = residual {
+            expect_shape("residual", residual.shape(), expected.as_slice())?;
+        }
+        let n = expected.shape[0];
+        if let Some(gate) = gate {
+            expect_shape("gate", gate.shape(), &[n, layer.c_in])?;
+        }
+
+        let mut spatial = [1; MAX_SPATIAL];
+        let rank = expected.rank - 2;
+        spatial[MAX_SPATIAL - rank..].copy_from_slice(&expected.shape[2..expected.rank]);
+        let convolved = layer.partial.as_ref().map_or(0, |range| range.start);
+        let cut = |t: &TensorRef<'_>| Operand::new(&t.channels(convolved, convolved + layer.c_out));
+        Ok(Problem {
+            n,
+            c_in: layer.c_in,
+            c_out: layer.c_out,
+            groups: layer.groups,
+            spatial,
+            place,
+            src: operands.src,
+            more: operands.more,
+            stride: layer.stride,
+            partial: layer.partial.clone(),
+            dst: cut(dst.view()),
+            residual: residual.map(cut),
+            gate: gate.map(Operand::new),
+        })
+    }
+
+    /// Positions of one sample.
+    pub(crate) fn positions(&self) -> usize {
+        self.spatial.iter().product()
+    }
+
+    /// Input channels per group.
+    pub(crate) fn k(&self) -> usize {
+        self.c_in / self.groups
+    }
+
+    /// Multiply-accumulates of the convolution.
+    pub(crate) fn macs(&self) -> usize {
+        [self.positions(), self.c_out, self.k()].iter().fold(self.n, |a, &b| a.saturating_mul(b))
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.n == 0 || self.positions() == 0
+    }
+
+    /// How many tensors stand for the source.
+    pub(crate) fn source_count(&self) -> usize {
+        1 + self.more.len()
+    }
+
+    /// The sources, subsampled; of a partial convolution only the channels that are convolved.
+    /// Empty ones are left out.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = Operand> + '_ {
+        let (start, end) = match &self.partial {
+            Some(range) => (range.start, range.end),
+            None => (0, self.c_in),
+        };
+        self.source_ranges(start, end)
+    }
+
+    /// The parts of a partial convolution that pass through: pairs of a source range and the dst
+    /// operand that receives it.
+    pub(crate) fn passed_through(&self) -> impl Iterator<Item = (Operand, Operand)> + '_ {
+        let total: usize = self.all_sources().map(|t| t.shape()[1]).sum();
+        let (start, end) =
+            self.partial.as_ref().map_or((0, total), |range| (range.start, range.end));
+        // dst's channels move by what the convolution adds or takes away.
+        let ranges = [(0, start, -(start as isize)), (end, total, self.c_out as isize)];
+        ranges.into_iter().flat_map(move |(from, to, first)| {
+            let mut channel = first;
+            self.source_ranges(from, to).map(move |src| {
+                let ptr = self.dst.ptr.wrapping_offset(channel.wrapping_mul(self.dst.channel));
+                channel += src.channels as isize;
+                (src, Operand { ptr, channels: src.channels, ..self.dst })
+            })
+        })
+    }
+
+    fn all_sources(&self) -> impl Iterator<Item = &TensorRef<'a>> {
+        std::iter::once(&self.src).chain(self.more)
+    }
+
+    fn source_ranges(&self, start: usize, end: usize) -> impl Iterator<Item = Operand> + '_ {
+        let mut first = 0;
+        self.all_sources().filter_map(move |tensor| {
+            let channels = tensor.shape()[1];
+            let (lo, hi) = (start.max(first), end.min(first + channels));
+            let range =
+                (lo < hi).then(|| tensor.channels(lo - first, hi - first).subsampled(self.stride));
+            first += channels;
+            range.map(|view| Operand::new(&view))
+        })
+    }
+
+    /// How an operand walks the positions of one sample, or of all samples at once.
+    pub(crate) fn walk(&self, operand: &Operand, with_batch: bool) -> Positions {
+        let mut axes = [(self.n, operand.sample); 1 + MAX_SPATIAL];
+        for (axis, slot) in axes[1..].iter_mut().enumerate() {
+            *slot = (self.spatial[axis], operand.spatial[axis]);
+        }
+        Positions::new(if with_batch { &axes } else { &axes[1..] })
+    }
+}
+
+fn present<'t, 'a>(
+    input: &'static str,
+    wanted: bool,
+    tensor: &'t Option<TensorRef<'a>>,
+) -> Result<Option<&'t TensorRef<'a>>> {
+    match (wanted, tensor) {
+        (true, None) => Err(Error::MissingInput { input }),
+        (false, Some(_)) => Err(Error::UnexpectedInput { input }),
+        (_, tensor) => Ok(tensor.as_ref()),
+    }
+}
+
+fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
+    if expected == got {
+        Ok(())
+    } else {
+        Err(Error::WrongDevice { tensor, expected: expected.to_string(), got: got.to_string() })
+    }
+}
+
+fn expect_shape(tensor: &'static str, got: &[usize], expected: &[usize]) -> Result<()> {
+    if got == expected {
+        Ok(())
+    } else {
+        Err(Error::Shape { tensor, expected: expected.to_vec(), got: got.to_vec() })
+    }
+}
+
+/// The shape of the result for sources of these shapes.
+///
+/// # Errors
+/// If the shapes do not agree with each other or with the layer, or a size overflows.
+pub(crate) fn dst_shape<'s>(
+    layer: &LayerShape,
+    src: &[usize],
+    more: impl Iterator<Item = &'s [usize]>,
+) -> Result<DstShape> {
+    let rank = src.len();
+    if !(2..=MAX_RANK).contains(&rank) {
+        return Err(Error::Rank {
+            tensor: "src",
+            expected: "2 ([n, c]) to 5 ([n, c, d, h, w])",
+            got: rank,
+        });
+    }
+    let mut channels = src[1];
+    for other in more {
+        let mut expected = src.to_vec();
+        expected.truncate(other.len().max(2));
+        if other.len() == rank {
+            expected[1] = other[1];
+        }
+        expect_shape("a further source of the concatenation", other, &expected)?;
+        channels = channels.checked_add(other[1]).ok_or(Error::TooLarge {
+            what: "the concatenation's channels",
+            sizes: vec![channels, other[1]],
+        })?;
+    }
+    if channels == 0 {
+        return Err(Error::NoChannels { tensor: "src", shape: src.to_vec() });
+    }
+    let passed = match &layer.partial {
+        Some(range) if range.end > channels => {
+            return Err(Error::PartialRange {
+                start: range.start,
+                end: range.end,
+                reason: format!("src has {channels} channels"),
+            });
+        }
+        Some(range) => channels - (range.end - range.start),
+        None if channels != layer.c_in => {
+            return Err(Error::Channels { weight: layer.k(), src: channels, groups: layer.groups });
+        }
+        None => 0,
+    };
+    let mut shape = [1; MAX_RANK];
+    shape[0] = src[0];
+    shape[1] = passed
+        .checked_add(layer.c_out)
+        .ok_or(Error::TooLarge { what: "dst's channels", sizes: vec![passed, layer.c_out] })?;
+    for axis in 2..rank {
+        shape[axis] = src[axis].div_ceil(layer.stride);
+    }
+    checked_product("dst", &shape[..rank])?;
+    Ok(DstShape { rank, shape })
+}
+
+/// The element offset of each position of a tensor, axes that lie behind one another merged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Positions {
+    rank: usize,
+    /// Outermost first; `(1, 0)` beyond `rank`.
+    axes: [(usize, isize); 1 + MAX_SPATIAL],
+}
+
+impl Positions {
+    fn new(axes: &[(usize, isize)]) -> Self {
+        let mut merged = Positions { rank: 0, axes: [(1, 0); 1 + MAX_SPATIAL] };
+        for &(len, stride) in axes.iter().filter(|&&(len, _)| len != 1) {
+            match merged.axes[..merged.rank].last_mut() {
+                Some((outer, step)) if *step == stride.wrapping_mul(len as isize) => {
+                    *outer *= len;
+                    *step = stride;
+                }
+                _ => {
+                    merged.axes[merged.rank] = (len, stride);
+                    merged.rank += 1;
+                }
+            }
+        }
+        merged
+    }
+
+    /// The stride between neighbouring positions, if it is the same everywhere.
+    pub(crate) fn uniform(&self) -> Option<isize> {
+        match self.rank {
+            0 => Some(1),
+            1 => Some(self.axes[0].1),
+            _ => None,
+        }
+    }
+
+    /// The offset of position `p`.
+    pub(crate) fn offset(&self, mut p: usize) -> isize {
+        let mut offset = 0;
+        for &(len, stride) in self.axes[..self.rank].iter().rev() {
+            offset += (p % len) as isize * stride;
+            p /= len;
+        }
+        offset
+    }
+
+    /// The offsets of positions `first..`, one per element of `offsets`, relative to `base`.
+    pub(crate) fn fill(&self, first: usize, base: isize, offsets: &mut [isize]) {
+        let Some((&(inner, stride), outer)) = self.axes[..self.rank].split_last() else {
+            offsets.fill(-base);
+            return;
+        };
+        let outer = Positions { rank: outer.len(), axes: self.axes };
+        let (mut row, mut column) = (first / inner, first % inner);
+        let mut rest = offsets;
+        while !rest.is_empty() {
+            let run = rest.len().min(inner - column);
+            let (now, later) = rest.split_at_mut(run);
+            let start = outer.offset(row) + column as isize * stride - base;
+            for (i, offset) in now.iter_mut().enumerate() {
+                *offset = start + i as isize * stride;
+            }
+            rest = later;
+            row += 1;
+            column = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_behind_one_another_merge() {
+        assert_eq!(Positions::new(&[(4, 30), (5, 6), (6, 1)]).uniform(), Some(1));
+        assert_eq!(Positions::new(&[(4, 30), (1, 999), (5, 6)]).uniform(), Some(6));
+        assert_eq!(Positions::new(&[(5, 7), (6, 1)]).uniform(), None);
+        assert_eq!(Positions::new(&[(3, -4), (4, -1)]).uniform(), Some(-1));
+        assert_eq!(Positions::new(&[(1, 5), (1, 7)]).uniform(), Some(1));
+    }
+
+    #[test]
+    fn offsets_follow_the_strides() {
+        let positions = Positions::new(&[(2, 100), (3, 20), (4, 2)]);
+        let expected: Vec<isize> =
+            (0..24).map(|p| (p / 12 * 100 + p / 4 % 3 * 20 + p % 4 * 2) as isize).collect();
+        assert!((0..24).all(|p| positions.offset(p) == expected[p]));
+        for first in 0..24 {
+            let mut offsets = vec![0; 24 - first];
+            positions.fill(first, 7, &mut offsets);
+            let shifted: Vec<isize> = expected[first..].iter().map(|o| o - 7).collect();
+            assert_eq!(offsets, shifted, "from {first}");
+        }
+    }
+}
