@@ -1,6 +1,7 @@
 //! The 1x1 ("pointwise") convolution and all that surrounds it in one pass over memory.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod cpu;
 mod epilogue;
 mod error;
 mod layer;

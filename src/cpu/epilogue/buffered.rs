@@ -1,0 +1,264 @@
+//! The epilogue of a tile that lies in memory: any list of steps, any placement of dst.
+
+use super::{Buffer, ChannelAxis, Operand, ResidualOrder, Simple, TileEpilogue};
+use crate::cpu::math;
+use crate::cpu::simd::Simd;
+use crate::epilogue::Step;
+
+/// Applies the epilogue to `rows` rows of `cols` lanes in memory, each row padded to whole
+/// vectors, and stores them.
+///
+/// # Safety
+/// The CPU has `V`'s instruction set; `tile` is a [`Buffer`] that holds the tile; `epilogue` is
+/// as [`super::finish`] wants it.
+#[inline(always)]
+pub(crate) unsafe fn finish_buffered<V: Simd>(
+    rows: usize,
+    cols: usize,
+    tile: *mut f32,
+    epilogue: &TileEpilogue<'_>,
+) {
+    let mut turned = Buffer::uninit();
+    let mut epilogue = *epilogue;
+    // SAFETY: the caller's promises; turning the tile turns the meaning of its rows with it.
+    unsafe {
+        let mut tile = Tile::<V>::new(rows, cols, tile);
+        if !epilogue.dst.lanes_are_contiguous(epilogue.axis)
+            && epilogue.dst.lanes_are_contiguous(epilogue.axis.flipped())
+        {
+            tile = tile.transpose(turned.as_mut_ptr());
+            epilogue.axis = epilogue.axis.flipped();
+        }
+        match epilogue.direct() {
+            Some(simple) => tile.finish_simple(&epilogue, simple),
+            None => {
+                tile.add_bias(&epilogue);
+                for step in epilogue.steps.list() {
+                    tile.apply(step, &epilogue);
+                }
+                tile.store(&epilogue);
+            }
+        }
+    }
+}
+
+/// `rows` rows of `vectors` whole vectors, of which the first `cols` lanes are real; the others
+/// hold anything. `tail` selects the real lanes of a row's last vector.
+struct Tile<V: Simd> {
+    rows: usize,
+    cols: usize,
+    vectors: usize,
+    tail: V::Tail,
+    data: *mut f32,
+}
+
+/// A per-channel parameter of the tile, or one value for all of it.
+type Parameter = *const f32;
+
+// Every method is unsafe for the same reasons: the CPU has V's instruction set, `data` holds the
+// tile, and the operands and parameters given cover the tile's rows and real lanes.
+impl<V: Simd> Tile<V> {
+    #[inline(always)]
+    unsafe fn new(rows: usize, cols: usize, data: *mut f32) -> Self {
+        let vectors = cols.div_ceil(V::LANES);
+        // SAFETY: the CPU has V's instruction set.
+        let tail = unsafe { V::tail(cols - (vectors - 1) * V::LANES) };
+        Self { rows, cols, vectors, tail, data }
+    }
+
+    /// The first value of vector `v` of row `row`.
+    #[inline(always)]
+    unsafe fn at(&self, row: usize, v: usize) -> *mut f32 {
+        // SAFETY: the vector is inside the buffer.
+        unsafe { self.data.add((row * self.vectors + v) * V::LANES) }
+    }
+
+    /// Loads vector `v` of a row outside of the tile, without its padding.
+    #[inline(always)]
+    unsafe fn load(&self, row: *const f32, v: usize) -> V {
+        // SAFETY: the row has `cols` readable values.
+        unsafe {
+            let src = row.add(v * V::LANES);
+            if v + 1 == self.vectors { V::load_tail(src, self.tail) } else { V::load(src) }
+        }
+    }
+
+    /// Stores vector `v` of a row outside of the tile, without its padding.
+    #[inline(always)]
+    unsafe fn store_vector(&self, x: V, row: *mut f32, v: usize) {
+        // SAFETY: the row has `cols` writable values.
+        unsafe {
+            let dst = row.add(v * V::LANES);
+            if v + 1 == self.vectors { x.store_tail(dst, self.tail) } else { x.store(dst) }
+        }
+    }
+
+    /// The values of a per-channel parameter for vector `v` of row `row`.
+    #[inline(always)]
+    unsafe fn parameter(&self, axis: ChannelAxis, first: Parameter, row: usize, v: usize) -> V {
+        // SAFETY: the parameter covers the tile's channels.
+        unsafe {
+            match axis {
+                ChannelAxis::Rows => V::splat(*first.add(row)),
+                ChannelAxis::Lanes => self.load(first, v),
+            }
+        }
+    }
+
+    /// Replaces each vector `x` by `f(x, row, v)`.
+    #[inline(always)]
+    unsafe fn update(&self, f: impl Fn(V, usize, usize) -> V) {
+        for row in 0..self.rows {
+            for v in 0..self.vectors {
+                // SAFETY: the vector is inside the buffer.
+                unsafe {
+                    let at = self.at(row, v);
+                    f(V::load(at), row, v).store(at);
+                }
+            }
+        }
+    }
+
+    /// Turns rows into lanes. `into` is a [`Buffer`].
+    #[inline(always)]
+    unsafe fn transpose(&self, into: *mut f32) -> Self {
+        // SAFETY: the buffers have room for rows rounded up to whole vectors; those rows are
+        // written before the block loads read them.
+        unsafe {
+            for row in self.rows..self.rows.next_multiple_of(V::LANES) {
+                for v in 0..self.vectors {
+                    V::splat(0.0).store(self.at(row, v));
+                }
+            }
+            let stride = self.vectors * V::LANES;
+            let turned = Self::new(self.cols, self.rows, into);
+            for block in 0..turned.vectors {
+                for column in (0..self.cols).step_by(4) {
+                    let src = self.data.add(block * V::LANES * stride + column);
+                    for (c, x) in V::load_columns(src, stride).into_iter().enumerate() {
+                        x.store(turned.at(column + c, block));
+                    }
+                }
+            }
+            turned
+        }
+    }
+
+    /// Bias, residual, clip and store in one sweep.
+    #[inline(always)]
+    unsafe fn finish_simple(&self, epilogue: &TileEpilogue<'_>, simple: Simple) {
+        let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
+        let lower = simple.lower.unwrap_or(f32::NEG_INFINITY);
+        let upper = simple.upper.unwrap_or(f32::INFINITY);
+        // SAFETY: lanes of dst and of the residual are contiguous.
+        unsafe {
+            let (lower, upper) = (V::splat(lower), V::splat(upper));
+            for row in 0..self.rows {
+                let dst_row = dst.ptr.offset(dst.offset(axis, channel, row, 0));
+                let residual_row = simple.residual.map(|order| {
+                    let residual = epilogue.residual();
+                    (order, residual.ptr.offset(residual.offset(axis, channel, row, 0)))
+                });
+                for v in 0..self.vectors {
+                    let mut x = V::load(self.at(row, v));
+                    if !bias.is_empty() {
+                        x = x + self.parameter(axis, bias.as_ptr().add(channel), row, v);
+                    }
+                    if let Some((ResidualOrder::BeforeClip, residual)) = residual_row {
+                        x = x + self.load(residual, v);
+                    }
+                    x = x.max(lower).min(upper);
+                    if let Some((ResidualOrder::AfterClip, residual)) = residual_row {
+                        x = x + self.load(residual, v);
+                    }
+                    self.store_vector(x, dst_row, v);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_bias(&self, epilogue: &TileEpilogue<'_>) {
+        let TileEpilogue { axis, channel, bias, .. } = *epilogue;
+        if !bias.is_empty() {
+            // SAFETY: the bias covers the tile's channels.
+            unsafe {
+                let bias = bias.as_ptr().add(channel);
+                self.update(|x, row, v| x + self.parameter(axis, bias, row, v));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn apply(&self, step: &Step, epilogue: &TileEpilogue<'_>) {
+        let TileEpilogue { axis, channel, .. } = *epilogue;
+        // SAFETY: the step's parameters cover the tile's channels.
+        unsafe {
+            match step {
+                Step::Affine { scale, shift } => {
+                    let (scale, shift) = (scale.as_ptr().add(channel), shift.as_ptr().add(channel));
+                    self.update(|x, row, v| {
+                        let scale = self.parameter(axis, scale, row, v);
+                        x.mul_add(scale, self.parameter(axis, shift, row, v))
+                    });
+                }
+                Step::Activation(activation) => {
+                    math::apply::<V>(*activation, self.data, self.rows * self.vectors);
+                }
+                Step::PRelu { slope } => {
+                    let slope = slope.as_ptr().add(channel);
+                    self.update(|x, row, v| {
+                        math::leaky_relu(x, self.parameter(axis, slope, row, v))
+                    });
+                }
+                Step::Residual => self.add_residual(axis, channel, &epilogue.residual()),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_residual(
+        &self,
+        axis: ChannelAxis,
+        channel: usize,
+        residual: &Operand<'_, *const f32>,
+    ) {
+        // SAFETY: the residual is readable for every row and real lane of the tile.
+        unsafe {
+            if residual.lanes_are_contiguous(axis) {
+                self.update(|x, row, v| {
+                    let src = residual.ptr.offset(residual.offset(axis, channel, row, 0));
+                    x + self.load(src, v)
+                });
+            } else {
+                for row in 0..self.rows {
+                    for lane in 0..self.cols {
+                        let offset = residual.offset(axis, channel, row, lane);
+                        *self.at(row, 0).add(lane) += *residual.ptr.offset(offset);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(&self, epilogue: &TileEpilogue<'_>) {
+        let TileEpilogue { axis, channel, dst, .. } = *epilogue;
+        // SAFETY: dst is writable for every row and real lane of the tile.
+        unsafe {
+            for row in 0..self.rows {
+                if dst.lanes_are_contiguous(axis) {
+                    let dst_row = dst.ptr.offset(dst.offset(axis, channel, row, 0));
+                    for v in 0..self.vectors {
+                        self.store_vector(V::load(self.at(row, v)), dst_row, v);
+                    }
+                } else {
+                    for lane in 0..self.cols {
+                        let offset = dst.offset(axis, channel, row, lane);
+                        *dst.ptr.offset(offset) = *self.at(row, 0).add(lane);
+                    }
+                }
+            }
+        }
+    }
+}

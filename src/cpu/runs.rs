@@ -1,0 +1,243 @@
+//! Elementwise operations and reductions over contiguous runs of values.
+//!
+//! Reductions accumulate in a fixed order for a given instruction set.
+
+use crate::cpu::math;
+use crate::cpu::simd::{Simd, per_isa};
+use crate::stages::Activation;
+
+per_isa! {
+    /// `x = activation(x)`.
+    pub(crate) fn apply_activation(activation: Activation, x: &mut [f32]) = activation_run;
+
+    /// `x = x * scale + shift`.
+    pub(crate) fn apply_affine(scale: f32, shift: f32, x: &mut [f32]) = affine_run;
+
+    /// `x[i] = x[i] * scale[i] + shift[i]`. The slices have one length.
+    pub(crate) fn apply_affine_lanes(scale: &[f32], shift: &[f32], x: &mut [f32]) = affine_lanes;
+
+    /// `x = x * factor`: the gate of one channel.
+    pub(crate) fn scale(factor: f32, x: &mut [f32]) = scale_run;
+
+    /// `x[i] = x[i] * factor[i]`: the gates of neighbouring channels. The slices have one length.
+    pub(crate) fn scale_lanes(factor: &[f32], x: &mut [f32]) = scale_lanes_run;
+
+    /// `x[i] = x[i] + y[i]`. The slices have one length.
+    pub(crate) fn add_lanes(y: &[f32], x: &mut [f32]) = add_lanes_run;
+
+    /// `x = x >= 0 ? x : slope * x`: PReLU of one channel.
+    pub(crate) fn apply_prelu(slope: f32, x: &mut [f32]) = prelu_run;
+
+    /// `x[i] = x[i] >= 0 ? x[i] : slope[i] * x[i]`. The slices have one length.
+    pub(crate) fn apply_prelu_lanes(slope: &[f32], x: &mut [f32]) = prelu_lanes;
+
+    /// `x = (x - mean) * scale`: a normalisation, without the cancellation of
+    /// `x * scale - mean * scale`.
+    pub(crate) fn normalize(mean: f32, scale: f32, x: &mut [f32]) = normalize_run;
+
+    /// `x[i] = (x[i] - mean[i]) * scale[i]`. The slices have one length.
+    pub(crate) fn normalize_lanes(mean: &[f32], scale: &[f32], x: &mut [f32])
+        = normalize_lanes_run;
+
+    /// `total[i] += (x[i] - mean[i])²`. The slices have one length.
+    pub(crate) fn add_squared_deviations(mean: &[f32], x: &[f32], total: &mut [f32])
+        = squared_deviations_lanes;
+
+    /// The sum of `x`: f32 in short blocks, f64 across them.
+    pub(crate) fn sum(x: &[f32]) -> f64 = sum_run;
+
+    /// The sum of `(x - mean)²`: f32 in short blocks, f64 across them.
+    pub(crate) fn sum_squared_deviations(mean: f32, x: &[f32]) -> f64 = sum_squared_deviations_run;
+}
+
+/// Replaces each vector `x` by `f(x, i)`, where `i` is the index of its first lane and `other`
+/// loads the same lanes of another run.
+///
+/// # Safety
+/// The CPU has `V`'s instruction set.
+#[inline(always)]
+unsafe fn update<V: Simd, const N: usize>(
+    x: &mut [f32],
+    others: [&[f32]; N],
+    f: impl Fn(V, [V; N]) -> V,
+) {
+    assert!(others.iter().all(|other| other.len() == x.len()), "runs of different lengths");
+    let whole = x.len() / V::LANES * V::LANES;
+    let data = x.as_mut_ptr();
+    // SAFETY: whole vectors end at `whole`, the tail covers the rest, in every run.
+    unsafe {
+        for i in (0..whole).step_by(V::LANES) {
+            let loaded = others.map(|other| V::load(other.as_ptr().add(i)));
+            f(V::load(data.add(i)), loaded).store(data.add(i));
+        }
+        if whole < x.len() {
+            let tail = V::tail(x.len() - whole);
+            let loaded = others.map(|other| V::load_tail(other.as_ptr().add(whole), tail));
+            let last = V::load_tail(data.add(whole), tail);
+            f(last, loaded).store_tail(data.add(whole), tail);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn activation_run<V: Simd>(activation: Activation, x: &mut [f32]) {
+    let whole = x.len() / V::LANES;
+    // SAFETY: the CPU has V's instruction set; the last vector is padded in a copy, so that the
+    // functions are compiled once.
+    unsafe {
+        math::apply::<V>(activation, x.as_mut_ptr(), whole);
+        let rest = &mut x[whole * V::LANES..];
+        if !rest.is_empty() {
+            let mut padded = [0.0f32; 16];
+            padded[..rest.len()].copy_from_slice(rest);
+            math::apply::<V>(activation, padded.as_mut_ptr(), 1);
+            rest.copy_from_slice(&padded[..rest.len()]);
+        }
+    }
+}
+
+macro_rules! elementwise {
+    ($($name:ident($($splat:ident),*; $($lanes:ident),*) |$x:ident| $value:expr;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name<V: Simd>($($splat: f32,)* $($lanes: &[f32],)* x: &mut [f32]) {
+            // SAFETY: the CPU has V's instruction set.
+            unsafe {
+                $(let $splat = V::splat($splat);)*
+                update::<V, _>(x, [$($lanes),*], |$x, [$($lanes),*]| $value);
+            }
+        }
+    )*};
+}
+
+elementwise! {
+    affine_run(scale, shift;) |x| x.mul_add(scale, shift);
+    affine_lanes(; scale, shift) |x| x.mul_add(scale, shift);
+    scale_run(factor;) |x| x * factor;
+    scale_lanes_run(; factor) |x| x * factor;
+    add_lanes_run(; y) |x| x + y;
+    prelu_run(slope;) |x| math::leaky_relu(x, slope);
+    prelu_lanes(; slope) |x| math::leaky_relu(x, slope);
+    normalize_run(mean, scale;) |x| (x - mean) * scale;
+    normalize_lanes_run(; mean, scale) |x| (x - mean) * scale;
+    squared_deviations_lanes(; mean, y) |total| (y - mean).mul_add(y - mean, total);
+}
+
+/// Values that are summed in f32 before f64 takes over: rounding grows with the block, not with
+/// the run.
+const BLOCK: usize = 2048;
+
+#[inline(always)]
+unsafe fn sum_run<V: Simd>(x: &[f32]) -> f64 {
+    // SAFETY: the CPU has V's instruction set.
+    unsafe { reduce::<V>(x, V::splat(0.0), |total, x| total + x) }
+}
+
+#[inline(always)]
+unsafe fn sum_squared_deviations_run<V: Simd>(mean: f32, x: &[f32]) -> f64 {
+    // SAFETY: the CPU has V's instruction set.
+    unsafe {
+        let mean = V::splat(mean);
+        reduce::<V>(x, mean, |total, x| (x - mean).mul_add(x - mean, total))
+    }
+}
+
+/// Folds `f` over the run in four interleaved vectors per block, then merges them in order.
+/// Lanes beyond the end hold `neutral`.
+///
+/// # Safety
+/// The CPU has `V`'s instruction set.
+#[inline(always)]
+unsafe fn reduce<V: Simd>(x: &[f32], neutral: V, f: impl Fn(V, V) -> V) -> f64 {
+    let mut total = 0.0;
+    for block in x.chunks(BLOCK) {
+        // SAFETY: whole groups of four vectors are inside the block; the rest goes through a
+        // padded copy.
+        unsafe {
+            let mut sums = [V::splat(0.0); 4];
+            let mut groups = block.chunks_exact(4 * V::LANES);
+            for group in &mut groups {
+                for (v, sum) in sums.iter_mut().enumerate() {
+                    *sum = f(*sum, V::load(group.as_ptr().add(v * V::LANES)));
+                }
+            }
+            let rest = groups.remainder();
+            let mut padded = [0.0f32; 64];
+            for (v, sum) in sums.iter_mut().enumerate() {
+                let at = padded.as_mut_ptr().add(v * V::LANES);
+                neutral.store(at);
+                let part = rest.len().saturating_sub(v * V::LANES).min(V::LANES);
+                at.copy_from_nonoverlapping(rest.as_ptr().wrapping_add(v * V::LANES), part);
+                *sum = f(*sum, V::load(at));
+            }
+            let mut lanes = [0.0f32; 16];
+            ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes.as_mut_ptr());
+            total += lanes[..V::LANES].iter().map(|&lane| f64::from(lane)).sum::<f64>();
+        }
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::isa::Supported;
+
+    fn run(len: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.25).collect()
+    }
+
+    #[test]
+    fn elementwise_runs_agree_with_scalars_at_every_length() {
+        for isa in Supported::all() {
+            for len in (0..70).chain([1000]) {
+                let (x, y, z) = (run(len), run(len + 1)[1..].to_vec(), run(len + 2)[2..].to_vec());
+                let check = |what: &str, got: &[f32], want: &dyn Fn(usize) -> f32| {
+                    for i in 0..len {
+                        assert_eq!(got[i], want(i), "{what} {isa:?} [{i}] of {len}");
+                    }
+                };
+                let edit = |f: &dyn Fn(&mut [f32])| {
+                    let mut copy = x.clone();
+                    f(&mut copy);
+                    copy
+                };
+                let got = edit(&|x| apply_affine(isa, 2.0, -1.0, x));
+                check("affine", &got, &|i| x[i] * 2.0 - 1.0);
+                let got = edit(&|x| apply_affine_lanes(isa, &y, &z, x));
+                check("affine lanes", &got, &|i| x[i] * y[i] + z[i]);
+                check("scale", &edit(&|x| scale(isa, 0.5, x)), &|i| x[i] * 0.5);
+                check("scale lanes", &edit(&|x| scale_lanes(isa, &y, x)), &|i| x[i] * y[i]);
+                check("add", &edit(&|x| add_lanes(isa, &y, x)), &|i| x[i] + y[i]);
+                let leaky = |x: f32, slope: f32| if x >= 0.0 { x } else { x * slope };
+                check("prelu", &edit(&|x| apply_prelu(isa, 0.5, x)), &|i| leaky(x[i], 0.5));
+                let got = edit(&|x| apply_prelu_lanes(isa, &y, x));
+                check("prelu lanes", &got, &|i| leaky(x[i], y[i]));
+                let got = edit(&|x| normalize(isa, 1.0, 4.0, x));
+                check("normalize", &got, &|i| (x[i] - 1.0) * 4.0);
+                let got = edit(&|x| normalize_lanes(isa, &y, &z, x));
+                check("normalize lanes", &got, &|i| (x[i] - y[i]) * z[i]);
+                let got = edit(&|x| add_squared_deviations(isa, &y, &z, x));
+                check("squared deviations", &got, &|i| x[i] + (z[i] - y[i]) * (z[i] - y[i]));
+                let got = edit(&|x| apply_activation(isa, Activation::Relu, x));
+                check("relu", &got, &|i| x[i].max(0.0));
+            }
+        }
+    }
+
+    #[test]
+    fn reductions_are_exact_on_small_integers_and_close_on_long_runs() {
+        for isa in Supported::all() {
+            for len in (0..200).chain([BLOCK - 1, BLOCK, BLOCK + 65]) {
+                let x = run(len);
+                let want: f64 = x.iter().map(|&x| f64::from(x)).sum();
+                assert_eq!(sum(isa, &x), want, "{isa:?} {len}");
+                let want: f64 = x.iter().map(|&x| f64::from(x - 2.0).powi(2)).sum();
+                assert_eq!(sum_squared_deviations(isa, 2.0, &x), want, "{isa:?} {len}");
+            }
+            let long = vec![0.1f32; 3_000_001];
+            let want = f64::from(0.1f32) * long.len() as f64;
+            let err = (sum(isa, &long) / want - 1.0).abs();
+            assert!(err <= 1e-6, "{isa:?}: {err}");
+        }
+    }
+}
