@@ -201,6 +201,21 @@ impl Lowered {
         lowered
     }
 
+    /// Values that the folded layer uses.
+    pub(crate) fn parameters(&self) -> usize {
+        let steps = self.steps.iter().chain(&self.after_norm).map(|step| match step {
+            Step::Affine { scale, shift } => scale.len() + shift.len(),
+            Step::PRelu { slope } => slope.len(),
+            Step::Activation(_) | Step::Residual => 0,
+        });
+        let source = self.source_steps.iter().map(|step| match step {
+            SourceStep::Affine { scale, shift } => scale.len() + shift.len(),
+            SourceStep::Activation(_) | SourceStep::Gate => 0,
+        });
+        let norm = self.norm.as_ref().map_or(0, |norm| norm.gamma.len() + norm.beta.len());
+        self.weight.len() + self.bias.len() + norm + steps.chain(source).sum::<usize>()
+    }
+
     fn current(&mut self) -> &mut Vec<Step> {
         if self.norm.is_some() { &mut self.after_norm } else { &mut self.steps }
     }

@@ -1,16 +1,24 @@
 //! The 1x1 ("pointwise") convolution and all that surrounds it in one pass over memory.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod cost;
 mod cpu;
+mod device;
 mod epilogue;
 mod error;
 mod layer;
+mod plan;
+mod prepared;
 mod problem;
 pub mod reference;
 mod stages;
 mod tensor;
 
+pub use cost::{Cost, Roof};
+pub use device::Device;
 pub use error::{Error, Result};
 pub use layer::Pointwise;
+pub use plan::{Candidate, Explanation};
+pub use prepared::{Call, Layout, Math, PrepareOptions, Prepared};
 pub use stages::{Activation, BatchNorm, LayerNorm, NormOver, SourceStage, Stage};
 pub use tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, nhwc, nhwc_mut};

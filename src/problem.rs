@@ -4,8 +4,10 @@
 //! src[k, p])` with `p` running over positions. How a tensor walks its positions is a
 //! [`Positions`] per tensor.
 
+use std::fmt;
 use std::ops::Range;
 
+use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::stages::{NormOver, Stage};
@@ -138,7 +140,7 @@ impl<'a> Problem<'a> {
     pub(crate) fn new(
         layer: &LayerShape,
         operands: &Operands<'a>,
-        dst: &mut TensorMut<'a>,
+        dst: &mut TensorMut<'_>,
     ) -> Result<Self> {
         let expected =
             dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
@@ -208,6 +210,27 @@ impl<'a> Problem<'a> {
         [self.positions(), self.c_out, self.k()].iter().fold(self.n, |a, &b| a.saturating_mul(b))
     }
 
+    /// What the call must do and move, for a layer with that many parameters.
+    pub(crate) fn cost(&self, parameters: usize) -> Cost {
+        let size = size_of::<f32>();
+        let outputs = self.n.saturating_mul(self.positions());
+        let bytes = |channels: usize| outputs.saturating_mul(channels).saturating_mul(size);
+        let passed: usize = self.passed_through().map(|(src, _)| src.channels).sum();
+        let gate = if self.gate.is_some() {
+            self.n.saturating_mul(self.c_in).saturating_mul(size)
+        } else {
+            0
+        };
+        Cost {
+            parameters,
+            macs: self.macs(),
+            src_bytes: bytes(self.c_in + passed).saturating_add(gate),
+            weight_bytes: (self.c_out * self.k() + self.c_out) * size,
+            dst_bytes: bytes(self.c_out + passed),
+            residual_bytes: if self.residual.is_some() { bytes(self.c_out) } else { 0 },
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.n == 0 || self.positions() == 0
     }
@@ -268,6 +291,23 @@ impl<'a> Problem<'a> {
             *slot = (self.spatial[axis], operand.spatial[axis]);
         }
         Positions::new(if with_batch { &axes } else { &axes[1..] })
+    }
+}
+
+/// `n 1, 64 -> 256 channels, 56x56 positions`, with groups where there are any.
+impl fmt::Display for Problem<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [d, h, w] = self.spatial;
+        write!(f, "n {}, {} -> {} channels, ", self.n, self.c_in, self.c_out)?;
+        match (d, h) {
+            (1, 1) => write!(f, "{w} positions")?,
+            (1, _) => write!(f, "{h}x{w} positions")?,
+            _ => write!(f, "{d}x{h}x{w} positions")?,
+        }
+        if self.groups > 1 {
+            write!(f, ", {} groups", self.groups)?;
+        }
+        Ok(())
     }
 }
 

@@ -553,7 +553,9 @@ fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<A
         dim[axis] = shape[axis];
         dim_strides[axis] = strides[axis] as usize;
     }
-    Array::from_shape_vec(dim.strides(dim_strides), vec![0.0; len])
+    // An empty array has no memory order, and ndarray refuses one.
+    let shaped = if len == 0 { dim.into() } else { dim.strides(dim_strides) };
+    Array::from_shape_vec(shaped, vec![0.0; len])
         .map_err(|_| Error::TooLarge { what: "dst", sizes: shape.to_vec() })
 }
 

@@ -53,6 +53,24 @@ pub(crate) struct Operand<'a, P> {
     pub positions: Option<&'a [isize]>,
 }
 
+/// A pointer to move.
+pub(crate) trait Offset {
+    /// `elements` further on.
+    fn by(self, elements: isize) -> Self;
+}
+
+impl Offset for *const f32 {
+    fn by(self, elements: isize) -> Self {
+        self.wrapping_offset(elements)
+    }
+}
+
+impl Offset for *mut f32 {
+    fn by(self, elements: isize) -> Self {
+        self.wrapping_offset(elements)
+    }
+}
+
 impl<P> Operand<'_, P> {
     #[inline(always)]
     fn channel_offset(&self, channel: usize) -> isize {
@@ -65,6 +83,22 @@ impl<P> Operand<'_, P> {
             Some(table) => table[position],
             None => position as isize * self.position_stride,
         }
+    }
+
+    /// This operand for the `len` positions of the tile from `first` on.
+    pub(crate) fn from_position(self, first: usize, len: usize) -> Self
+    where
+        P: Offset,
+    {
+        match self.positions {
+            Some(table) => Operand { positions: Some(&table[first..first + len]), ..self },
+            None => Operand { ptr: self.ptr.by(first as isize * self.position_stride), ..self },
+        }
+    }
+
+    /// Offset of a channel of the layer at a position of the tile.
+    pub(crate) fn at(&self, channel: usize, position: usize) -> isize {
+        self.channel_offset(channel) + self.position_offset(position)
     }
 
     /// Offset of row `row` and lane `lane` of a tile whose first channel is `channel`.

@@ -1,9 +1,19 @@
-//! The CPU backend.
-#![allow(dead_code, reason = "called by the blocked loops")]
+//! The CPU backend: `gemm` cuts a problem into units and tiles, `pack` lays weights (and, where it
+//! pays, src) out for the microkernels, `norm` normalises a block of positions, `threads` spreads
+//! units over a pool. Everything that depends on the instruction set is in `microkernel`,
+//! `epilogue`, `runs` and `math`, written over one vector type in `simd`.
 
-pub(crate) mod epilogue;
-pub(crate) mod isa;
-pub(crate) mod math;
-pub(crate) mod microkernel;
-pub(crate) mod runs;
-pub(crate) mod simd;
+mod epilogue;
+mod gemm;
+mod isa;
+mod math;
+mod microkernel;
+mod norm;
+mod pack;
+mod roof;
+mod runs;
+mod simd;
+mod threads;
+
+pub(crate) use gemm::{Layer, run};
+pub(crate) use threads::CpuDevice;

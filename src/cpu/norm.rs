@@ -1,0 +1,181 @@
+//! Layer norm: a block of positions that stays in cache, `[positions][channels]` in row order.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cpu::epilogue::Operand;
+use crate::cpu::isa::Supported;
+use crate::cpu::runs;
+use crate::epilogue::{Norm, Step};
+
+/// Mean and sum of squared deviations of some values.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Moments {
+    pub count: f64,
+    pub mean: f64,
+    pub deviations: f64,
+}
+
+impl Moments {
+    /// Of the values at hand, in two passes.
+    pub(crate) fn of(isa: Supported, values: &[f32]) -> Self {
+        let count = values.len() as f64;
+        let mean = runs::sum(isa, values) / count;
+        // Deviations are taken from the rounded mean; what rounding moved is put back.
+        let rounded = mean as f32;
+        let moved = mean - f64::from(rounded);
+        let deviations = runs::sum_squared_deviations(isa, rounded, values) - count * moved * moved;
+        Moments { count, mean, deviations: keep_nan_max_zero(deviations) }
+    }
+
+    /// Of both sets of values together (Chan, Golub and LeVeque 1979).
+    pub(crate) fn merge(self, other: Moments) -> Self {
+        let count = self.count + other.count;
+        if count == 0.0 {
+            return self;
+        }
+        let delta = other.mean - self.mean;
+        Moments {
+            count,
+            mean: self.mean + delta * (other.count / count),
+            deviations: self.deviations
+                + other.deviations
+                + delta * delta * (self.count * other.count / count),
+        }
+    }
+
+    /// `1 / sqrt(biased variance + eps)`.
+    pub(crate) fn scale(&self, eps: f32) -> f32 {
+        (1.0 / (self.deviations / self.count + f64::from(eps)).sqrt()) as f32
+    }
+}
+
+fn keep_nan_max_zero(x: f64) -> f64 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
+/// A place for the moments of one unit, written by whichever thread runs it.
+#[derive(Debug, Default)]
+pub(crate) struct Slot([AtomicU64; 3]);
+
+impl Slot {
+    pub(crate) fn set(&self, moments: Moments) {
+        for (slot, value) in self.0.iter().zip([moments.count, moments.mean, moments.deviations]) {
+            slot.store(value.to_bits(), Ordering::Release);
+        }
+    }
+
+    pub(crate) fn get(&self) -> Moments {
+        let [count, mean, deviations] =
+            [0, 1, 2].map(|i| f64::from_bits(self.0[i].load(Ordering::Acquire)));
+        Moments { count, mean, deviations }
+    }
+}
+
+/// What happens to a position once its moments are known.
+pub(crate) struct Finish<'a> {
+    pub isa: Supported,
+    pub norm: &'a Norm,
+    pub steps: &'a [Step],
+    pub residual: Option<Operand<'a, *const f32>>,
+}
+
+impl Finish<'_> {
+    /// Normalises one position's channels and runs the steps behind the normalisation; `spare`
+    /// has room for a row.
+    ///
+    /// # Safety
+    /// The residual is readable at every channel of `position`, if a step asks for it.
+    pub(crate) unsafe fn run(
+        &self,
+        moments: Moments,
+        position: usize,
+        row: &mut [f32],
+        spare: &mut [f32],
+    ) {
+        let isa = self.isa;
+        // The mean in two parts: rounding it would shift every value where it is large.
+        let mean = moments.mean as f32;
+        let rest = (moments.mean - f64::from(mean)) as f32;
+        let scale = moments.scale(self.norm.eps);
+        runs::normalize(isa, mean, 1.0, row);
+        runs::apply_affine(isa, scale, -rest * scale, row);
+        runs::apply_affine_lanes(isa, &self.norm.gamma, &self.norm.beta, row);
+        for step in self.steps {
+            match step {
+                Step::Affine { scale, shift } => runs::apply_affine_lanes(isa, scale, shift, row),
+                Step::Activation(activation) => runs::apply_activation(isa, *activation, row),
+                Step::PRelu { slope } => runs::apply_prelu_lanes(isa, slope, row),
+                Step::Residual => {
+                    let residual =
+                        self.residual.expect("a residual step comes with a residual tensor");
+                    for (channel, value) in spare.iter_mut().enumerate() {
+                        // SAFETY: the caller's promise.
+                        *value = unsafe { *residual.ptr.offset(residual.at(channel, position)) };
+                    }
+                    runs::add_lanes(isa, spare, row);
+                }
+            }
+        }
+    }
+}
+
+/// Copies a block to dst.
+///
+/// # Safety
+/// `dst` is writable at every channel and position of the block.
+pub(crate) unsafe fn store(block: &[f32], channels: usize, dst: &Operand<'_, *mut f32>) {
+    let positions = block.len() / channels;
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dst.channel_stride == 1 && dst.channels.is_none() {
+            for (p, row) in block.chunks_exact(channels).enumerate() {
+                let to = std::slice::from_raw_parts_mut(dst.ptr.offset(dst.at(0, p)), channels);
+                to.copy_from_slice(row);
+            }
+        } else {
+            for c in 0..channels {
+                for p in 0..positions {
+                    *dst.ptr.offset(dst.at(c, p)) = block[p * channels + c];
+                }
+            }
+        }
+    }
+}
+
+/// Copies dst back to a block.
+///
+/// # Safety
+/// `dst` is readable at every channel and position of the block.
+pub(crate) unsafe fn load(block: &mut [f32], channels: usize, dst: &Operand<'_, *mut f32>) {
+    for c in 0..channels {
+        for (p, row) in block.chunks_exact_mut(channels).enumerate() {
+            // SAFETY: the caller's promise.
+            row[c] = unsafe { *dst.ptr.offset(dst.at(c, p)) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_stable_and_merge() {
+        for isa in Supported::all() {
+            let values: Vec<f32> = (0..5000).map(|i| 1e4 + (i % 7) as f32).collect();
+            let whole = Moments::of(isa, &values);
+            let mean: f64 = values.iter().map(|&x| f64::from(x)).sum::<f64>() / 5000.0;
+            let var: f64 =
+                values.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / 5000.0;
+            let parts = values.chunks(777).map(|part| Moments::of(isa, part));
+            let merged = parts.fold(Moments::default(), Moments::merge);
+            for moments in [whole, merged] {
+                assert!((moments.mean - mean).abs() <= 1e-5, "{isa:?} {moments:?} {mean}");
+                assert!(
+                    (moments.deviations / 5000.0 / var - 1.0).abs() <= 1e-5,
+                    "{isa:?} {moments:?} {var}"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Weights in the order in which the microkernels read them, and src where it is not read in
+//! place.
+
+use crate::cpu::isa::Supported;
+use crate::cpu::runs;
+use crate::epilogue::SourceStep;
+use crate::problem::{Operand, Positions};
+
+/// One cache line.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// f32 values that start on a cache line. Grows, never shrinks.
+#[derive(Debug, Default)]
+pub(crate) struct Buffer {
+    lines: Vec<Line>,
+}
+
+impl Buffer {
+    /// The first `len` values; what a grown part holds is unspecified.
+    pub(crate) fn get(&mut self, len: usize) -> &mut [f32] {
+        let lines = len.div_ceil(16);
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line([0.0; 16]));
+        }
+        // SAFETY: a `Line` is sixteen f32 without padding, and there are enough lines.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
+
+    fn as_ptr(&self) -> *const f32 {
+        self.lines.as_ptr().cast()
+    }
+}
+
+/// A packed weight: per group, panels of `nr` rows, each panel `[k][nr]`, zeros beyond the last
+/// row.
+///
+/// The one packing serves both directions of a tile: a panel is B where lanes run along the
+/// channels, and any rows of it are A where lanes run along positions.
+#[derive(Debug)]
+pub(crate) struct Weights {
+    data: Buffer,
+    k: usize,
+    nr: usize,
+    rows_per_group: usize,
+}
+
+impl Weights {
+    /// Packs `weight [groups * rows_per_group, k]`, row-major.
+    pub(crate) fn pack(weight: &[f32], groups: usize, k: usize, nr: usize) -> Self {
+        let rows_per_group = weight.len() / k / groups;
+        let panels = rows_per_group.div_ceil(nr);
+        let mut data = Buffer::default();
+        let packed = data.get(groups * panels * nr * k);
+        for (i, panel) in packed.chunks_exact_mut(nr * k).enumerate() {
+            let (group, first) = (i / panels, i % panels * nr);
+            for row in first..rows_per_group.min(first + nr) {
+                let values = &weight[(group * rows_per_group + row) * k..][..k];
+                for (slot, &value) in panel[row - first..].iter_mut().step_by(nr).zip(values) {
+                    *slot = value;
+                }
+            }
+        }
+        Weights { data, k, nr, rows_per_group }
+    }
+
+    /// Panels of one group.
+    pub(crate) fn panels(&self) -> usize {
+        self.rows_per_group.div_ceil(self.nr)
+    }
+
+    /// Rows that panel `panel` holds, without padding.
+    pub(crate) fn rows(&self, panel: usize) -> usize {
+        self.nr.min(self.rows_per_group - panel * self.nr)
+    }
+
+    /// A panel's first value: row 0, `k` 0.
+    pub(crate) fn panel(&self, group: usize, panel: usize) -> *const f32 {
+        assert!(panel < self.panels());
+        let index = (group * self.panels() + panel) * self.nr * self.k;
+        debug_assert!(index + self.nr * self.k <= self.data.lines.len() * 16);
+        self.data.as_ptr().wrapping_add(index)
+    }
+}
+
+/// How src is given to the microkernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Read {
+    /// Where it is.
+    InPlace,
+    /// Copied to `[k][positions]`.
+    ByChannel,
+    /// Copied to `[positions][k]`.
+    ByPosition,
+}
+
+/// A range of input channels of one group, in memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub k: usize,
+    pub ptr: *const f32,
+    /// Distance of neighbouring positions.
+    pub position: isize,
+    /// Distance of neighbouring channels.
+    pub channel: isize,
+}
+
+/// A block of positions of one sample and a range of input channels, to be packed.
+pub(crate) struct Block<'a> {
+    pub isa: Supported,
+    pub steps: &'a [SourceStep],
+    /// The gate of the sample: its channel 0, and the distance of channels.
+    pub gate: Option<(*const f32, isize)>,
+    /// First input channel of the layer, and how many.
+    pub channels: (usize, usize),
+    pub positions: usize,
+}
+
+impl Block<'_> {
+    /// Copies the block out of `sources` (pairs of an operand at its sample, and its walk of
+    /// positions) and applies the source steps.
+    ///
+    /// # Safety
+    /// The sources are readable at their channels and at positions `first..first + positions`;
+    /// the gate at every channel.
+    pub(crate) unsafe fn pack(
+        &self,
+        read: Read,
+        first: usize,
+        sources: impl Iterator<Item = (Operand, Positions)>,
+        offsets: &mut Vec<isize>,
+        out: &mut [f32],
+    ) -> Part {
+        let (k, positions) = (self.channels.1, self.positions);
+        let start = self.channels.0;
+        let mut channel = 0;
+        for (source, walk) in sources {
+            let (lo, hi) = (start.max(channel), (start + k).min(channel + source.channels));
+            if lo < hi {
+                let ptr = source.ptr.wrapping_offset((lo - channel) as isize * source.channel);
+                // SAFETY: the caller's promise; `lo..hi` lies in the source's channels.
+                unsafe {
+                    match read {
+                        Read::ByPosition => {
+                            debug_assert_eq!(source.channel, 1);
+                            for (p, row) in out.chunks_exact_mut(k).take(positions).enumerate() {
+                                let src = ptr.offset(walk.offset(first + p));
+                                let src = std::slice::from_raw_parts(src, hi - lo);
+                                row[lo - start..hi - start].copy_from_slice(src);
+                            }
+                        }
+                        _ => {
+                            let rows = out[(lo - start) * positions..].chunks_exact_mut(positions);
+                            match walk.uniform() {
+                                Some(stride) => {
+                                    let ptr = ptr.wrapping_offset(first as isize * stride);
+                                    for (c, row) in rows.take(hi - lo).enumerate() {
+                                        copy(ptr.offset(c as isize * source.channel), stride, row);
+                                    }
+                                }
+                                None => {
+                                    offsets.resize(positions, 0);
+                                    walk.fill(first, 0, offsets);
+                                    for (c, row) in rows.take(hi - lo).enumerate() {
+                                        let ptr = ptr.offset(c as isize * source.channel);
+                                        for (value, &offset) in row.iter_mut().zip(&*offsets) {
+                                            *value = *ptr.offset(offset);
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            channel += source.channels;
+        }
+        match read {
+            Read::ByPosition => self.apply_by_position(out),
+            _ => self.apply_by_channel(out),
+        }
+        let (position, channel) = match read {
+            Read::ByPosition => (k as isize, 1),
+            _ => (1, positions as isize),
+        };
+        Part { k, ptr: out.as_ptr(), position, channel }
+    }
+
+    fn gate_of(&self, channel: usize) -> f32 {
+        let (gate, stride) = self.gate.expect("a gate step comes with a gate tensor");
+        // SAFETY: readable at every channel, as the caller of `pack` promises.
+        unsafe { *gate.offset(channel as isize * stride) }
+    }
+
+    fn apply_by_channel(&self, out: &mut [f32]) {
+        let (start, k) = self.channels;
+        for step in self.steps {
+            for (channel, row) in (start..start + k).zip(out.chunks_exact_mut(self.positions)) {
+                match step {
+                    SourceStep::Affine { scale, shift } => {
+                        runs::apply_affine(self.isa, scale[channel], shift[channel], row);
+                    }
+                    SourceStep::Activation(activation) => {
+                        runs::apply_activation(self.isa, *activation, row);
+                    }
+                    SourceStep::Gate => runs::scale(self.isa, self.gate_of(channel), row),
+                }
+            }
+        }
+    }
+
+    fn apply_by_position(&self, out: &mut [f32]) {
+        let (start, k) = self.channels;
+        let out = &mut out[..k * self.positions];
+        for step in self.steps {
+            match step {
+                SourceStep::Affine { scale, shift } => {
+                    let (scale, shift) = (&scale[start..start + k], &shift[start..start + k]);
+                    out.chunks_exact_mut(k)
+                        .for_each(|row| runs::apply_affine_lanes(self.isa, scale, shift, row));
+                }
+                SourceStep::Activation(activation) => {
+                    runs::apply_activation(self.isa, *activation, out)
+                }
+                SourceStep::Gate => match self.gate {
+                    Some((gate, 1)) => {
+                        // SAFETY: contiguous and readable at every channel.
+                        let gate = unsafe { std::slice::from_raw_parts(gate.add(start), k) };
+                        out.chunks_exact_mut(k)
+                            .for_each(|row| runs::scale_lanes(self.isa, gate, row));
+                    }
+                    _ => {
+                        for channel in 0..k {
+                            let gate = self.gate_of(start + channel);
+                            out[channel..].iter_mut().step_by(k).for_each(|x| *x *= gate);
+                        }
+                    }
+                },
+            }
+        }
+    }
+}
+
+/// Copies a strided run.
+///
+/// # Safety
+/// `src` is readable at `row.len()` elements, `stride` apart.
+unsafe fn copy(src: *const f32, stride: isize, row: &mut [f32]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if stride == 1 {
+            row.copy_from_slice(std::slice::from_raw_parts(src, row.len()));
+        } else {
+            for (p, value) in row.iter_mut().enumerate() {
+                *value = *src.offset(p as isize * stride);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_hold_every_row_once_and_zeros_beyond() {
+        let (groups, rows, k, nr) = (2, 5, 3, 4);
+        let weight: Vec<f32> = (1..=groups * rows * k).map(|i| i as f32).collect();
+        let packed = Weights::pack(&weight, groups, k, nr);
+        assert_eq!((packed.panels(), packed.rows(0), packed.rows(1)), (2, 4, 1));
+        for group in 0..groups {
+            for panel in 0..2 {
+                for i in 0..k {
+                    for lane in 0..nr {
+                        let row = panel * nr + lane;
+                        let expected =
+                            if row < rows { weight[(group * rows + row) * k + i] } else { 0.0 };
+                        // SAFETY: inside the panel.
+                        let got = unsafe { *packed.panel(group, panel).add(i * nr + lane) };
+                        assert_eq!(got, expected);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Where a layer runs.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::cpu::CpuDevice;
+#[cfg(feature = "cuda")]
+use crate::cuda::CudaDevice;
+use crate::error::{Error, Result};
+
+/// The environment variable that steers [`Device::best`].
+const DEVICE_VARIABLE: &str = "POINTWISE_DEVICE";
+
+/// A device that layers are prepared for. Cheap to clone; `Send + Sync`.
+#[derive(Clone, Debug)]
+pub struct Device {
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Kind {
+    Cpu(CpuDevice),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaDevice),
+    /// What `POINTWISE_DEVICE` asked for is not a device's name; preparing a layer says so.
+    Unknown(Arc<str>),
+}
+
+impl Device {
+    /// The fastest device that is usable: the first CUDA device if the crate was built with
+    /// `cuda` and one is there, else the CPU.
+    ///
+    /// `POINTWISE_DEVICE=cpu`, `cuda` or `cuda:1` steers the choice, which falls back to the CPU
+    /// if that device is not usable ([`Device::cuda`] tells why). A value that names no device is
+    /// reported by the first [`prepare`](crate::Pointwise::prepare).
+    pub fn best() -> Device {
+        let wanted = std::env::var_os(DEVICE_VARIABLE).unwrap_or_default();
+        let wanted = wanted.to_string_lossy();
+        let ordinal = match wanted.as_ref() {
+            "cpu" => return Device::cpu(),
+            "" | "cuda" => 0,
+            name => match name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
+                Some(ordinal) => ordinal,
+                None => return Device { kind: Kind::Unknown(name.into()) },
+            },
+        };
+        Device::cuda(ordinal).unwrap_or_else(|_| Device::cpu())
+    }
+
+    /// The CPU, with helpers from rayon's current pool (the global one, unless the caller is
+    /// itself inside a pool). `POINTWISE_CPU_ISA=avx512|avx2|portable` forces an instruction set.
+    pub fn cpu() -> Device {
+        Device { kind: Kind::Cpu(CpuDevice::default()) }
+    }
+
+    /// The CPU, with helpers from a pool of the caller's.
+    pub fn cpu_with_pool(pool: Arc<rayon::ThreadPool>) -> Device {
+        Device { kind: Kind::Cpu(CpuDevice::with_pool(pool)) }
+    }
+
+    /// At most `threads` threads per call, the caller among them; no effect on a GPU. One keeps
+    /// everything on the caller. Results do not depend on it.
+    pub fn threads(mut self, threads: usize) -> Device {
+        if let Kind::Cpu(cpu) = &mut self.kind {
+            cpu.limit_threads(threads);
+        }
+        self
+    }
+
+    /// The CUDA device with this ordinal.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] with the reason: the crate was built without the feature `cuda`, there
+    /// is no driver, it does not start, it is too old, or the device is missing or unsupported.
+    pub fn cuda(ordinal: usize) -> Result<Device> {
+        #[cfg(feature = "cuda")]
+        {
+            Ok(Device { kind: Kind::Cuda(CudaDevice::open(ordinal)?) })
+        }
+        #[cfg(not(feature = "cuda"))]
+        {
+            Err(Error::NoDevice {
+                device: format!("cuda:{ordinal}"),
+                reason: "pointwise was built without the feature `cuda`".into(),
+            })
+        }
+    }
+
+    pub(crate) fn kind(&self) -> Result<&Kind> {
+        match &self.kind {
+            Kind::Unknown(value) => Err(Error::Environment {
+                variable: DEVICE_VARIABLE,
+                value: value.to_string(),
+                reason: "expected cpu, cuda or cuda:N".into(),
+            }),
+            kind => Ok(kind),
+        }
+    }
+}
+
+/// `cpu (avx512, 2 threads)`, `cuda:0 (NVIDIA H200)`.
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.kind {
+            Kind::Cpu(cpu) => cpu.fmt(f),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => cuda.fmt(f),
+            Kind::Unknown(name) => write!(f, "{name} (unknown)"),
+        }
+    }
+}

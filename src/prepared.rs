@@ -1,0 +1,375 @@
+//! A layer that is ready to run: checked, folded, packed and uploaded, once.
+
+use std::sync::Arc;
+
+use crate::cost::Cost;
+use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::device::{Device, Kind};
+use crate::epilogue::Lowered;
+use crate::error::{Error, Result};
+use crate::layer::Pointwise;
+use crate::plan::{Candidate, Explanation};
+use crate::problem::{LayerShape, Operands, Problem, dst_shape};
+use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, strides_like};
+
+/// The arithmetic that f32 layers may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Math {
+    /// f32 products, f32 sums.
+    #[default]
+    F32,
+    /// Products of operands rounded to TF32 (10 bits of mantissa) are allowed where the device
+    /// has them; a permission, not a demand.
+    Tf32,
+}
+
+/// How a layer is prepared.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PrepareOptions {
+    /// What the arithmetic may round.
+    pub math: Math,
+    /// Demands that a sample's result does not depend on the batch that it is in. Every kernel of
+    /// this version keeps that by itself.
+    pub batch_invariant: bool,
+    /// Forces a kernel by its name; `None` leaves the choice to `POINTWISE_KERNEL`, then to the
+    /// planner.
+    pub kernel: Option<String>,
+}
+
+/// The order of a source's axes in memory, where only its shape is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// `[n, c, …spatial]`, NCHW.
+    #[default]
+    ChannelsFirst,
+    /// `[n, …spatial, c]`, NHWC.
+    ChannelsLast,
+}
+
+/// A layer on a device, ready to run. Independent of batch and spatial size; `Send + Sync`; a
+/// clone shares everything.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shape: LayerShape,
+    /// Values per channel of what the folded layer uses, and of its weight.
+    parameters: usize,
+    device: Device,
+    backend: Backend,
+}
+
+#[derive(Debug)]
+enum Backend {
+    Cpu(cpu::Layer),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Layer),
+}
+
+impl Pointwise {
+    /// Checks the description, folds, packs and uploads it: once.
+    ///
+    /// # Errors
+    /// The first thing in the description that does not fit, with its values; the device's errors.
+    pub fn prepare(&self, device: &Device) -> Result<Prepared> {
+        self.prepare_with(device, PrepareOptions::default())
+    }
+
+    /// As [`prepare`](Self::prepare), with options.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare), and [`Error::Kernel`] for a forced kernel that the device
+    /// does not have.
+    pub fn prepare_with(&self, device: &Device, options: PrepareOptions) -> Result<Prepared> {
+        self.check()?;
+        let shape = LayerShape::new(self);
+        let lowered = Lowered::new(self);
+        let parameters = lowered.parameters();
+        let backend = match device.kind()? {
+            Kind::Cpu(cpu) => Backend::Cpu(cpu::Layer::new(cpu, &shape, lowered, &options)?),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => Backend::Cuda(cuda::Layer::new(cuda, &shape, lowered, &options)?),
+            Kind::Unknown(_) => unreachable!("Device::kind reports it"),
+        };
+        Ok(Prepared {
+            inner: Arc::new(Inner { shape, parameters, device: device.clone(), backend }),
+        })
+    }
+}
+
+impl Prepared {
+    /// Runs the layer on one source.
+    ///
+    /// # Shapes
+    /// `[n, c_in, …spatial]` to `[n, c_out, …ceil(spatial / stride)]`, in the memory order of
+    /// `src`.
+    ///
+    /// # Errors
+    /// Whatever does not fit, with its values; a device's own errors. A run never falls back to
+    /// another device.
+    pub fn forward<S: Source>(&self, src: &S) -> Result<S::Output> {
+        self.call(src).run()
+    }
+
+    /// Runs the layer on one source, into any non-overlapping strides. Allocates nothing once a
+    /// thread has run a problem of this size.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
+    /// that is read.
+    pub fn forward_into<S: AsTensor>(&self, src: &S, dst: &mut impl AsTensorMut) -> Result<()> {
+        self.call(src).run_into(dst)
+    }
+
+    /// Starts a call that takes more than one tensor: a concatenation, a residual, a gate.
+    ///
+    /// ```
+    /// # use ndarray::{Array2, Array4};
+    /// # use pointwise::{Device, Pointwise};
+    /// let layer = Pointwise::new(Array2::ones((4, 6))).residual().relu().prepare(&Device::cpu())?;
+    /// let (a, b) = (Array4::ones((1, 2, 5, 5)), Array4::ones((1, 4, 5, 5)));
+    /// let residual = Array4::ones((1, 4, 5, 5));
+    /// let dst = layer.call(&a).concat(&b).residual(&residual).run()?;
+    /// assert!(dst.iter().all(|&x| x == 7.0));
+    /// # Ok::<(), pointwise::Error>(())
+    /// ```
+    pub fn call<'a, S: AsTensor>(&'a self, src: &'a S) -> Call<'a, S> {
+        Call { layer: self, src, extra: Extra::default() }
+    }
+
+    /// The device that the layer was prepared for.
+    pub fn device(&self) -> &Device {
+        &self.inner.device
+    }
+
+    /// The shape of the result for a source of this shape.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn dst_shape(&self, src: &[usize]) -> Result<Vec<usize>> {
+        Ok(dst_shape(&self.inner.shape, src, std::iter::empty())?.as_slice().to_vec())
+    }
+
+    /// Parameters, work and traffic of a call on a source of this shape.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn cost(&self, src: &[usize]) -> Result<Cost> {
+        self.with_problem(src, Layout::default(), |problem| Ok(self.cost_of(problem)))
+    }
+
+    /// How a call on a source of this shape, channels first, would run: kernel, reason, cost and
+    /// roofline. The roofline's ceilings are measured (some milliseconds, once per size class).
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer, or a forced kernel refuses it.
+    pub fn explain(&self, src: &[usize]) -> Result<Explanation> {
+        self.explain_in(src, Layout::default())
+    }
+
+    /// As [`explain`](Self::explain), for a source in the given memory order.
+    ///
+    /// # Errors
+    /// As [`explain`](Self::explain).
+    pub fn explain_in(&self, src: &[usize], layout: Layout) -> Result<Explanation> {
+        self.with_problem(src, layout, |problem| {
+            let (kernel, reason) = match &self.inner.backend {
+                Backend::Cpu(layer) => layer.explain(problem),
+                #[cfg(feature = "cuda")]
+                Backend::Cuda(layer) => layer.explain(problem)?,
+            };
+            let cost = self.cost_of(problem);
+            let roof = match &self.inner.backend {
+                Backend::Cpu(layer) => layer.roof(&cost),
+                #[cfg(feature = "cuda")]
+                Backend::Cuda(layer) => layer.roof(),
+            };
+            let device = self.inner.device.to_string();
+            Ok(Explanation { device, problem: problem.to_string(), kernel, reason, cost, roof })
+        })
+    }
+
+    /// Every kernel of the device, and what it says to a source of this shape; the one that would
+    /// run comes first.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn plans(&self, src: &[usize]) -> Result<Vec<Candidate>> {
+        self.plans_in(src, Layout::default())
+    }
+
+    /// As [`plans`](Self::plans), for a source in the given memory order.
+    ///
+    /// # Errors
+    /// As [`plans`](Self::plans).
+    pub fn plans_in(&self, src: &[usize], layout: Layout) -> Result<Vec<Candidate>> {
+        self.with_problem(src, layout, |problem| {
+            Ok(match &self.inner.backend {
+                Backend::Cpu(layer) => layer.plans(problem),
+                #[cfg(feature = "cuda")]
+                Backend::Cuda(layer) => layer.plans(problem),
+            })
+        })
+    }
+
+    fn cost_of(&self, problem: &Problem<'_>) -> Cost {
+        problem.cost(self.inner.parameters)
+    }
+
+    /// A problem with contiguous tensors that nobody reads.
+    fn with_problem<R>(
+        &self,
+        src: &[usize],
+        layout: Layout,
+        f: impl FnOnce(&Problem<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let shape = &self.inner.shape;
+        let place = match &self.inner.backend {
+            Backend::Cpu(_) => Place::Host,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.place(),
+        };
+        let dst = dst_shape(shape, src, std::iter::empty())?;
+        let rank = src.len();
+        let mut strides = [0; crate::tensor::MAX_RANK];
+        let order = |axis: usize| match layout {
+            Layout::ChannelsFirst => axis,
+            Layout::ChannelsLast if axis == 0 => 0,
+            Layout::ChannelsLast => 1 + axis % (rank - 1),
+        };
+        let mut next = 1;
+        for axis in (0..rank).rev() {
+            strides[order(axis)] = next;
+            next *= src[order(axis)].max(1) as isize;
+        }
+        // Distinct addresses, so that nothing seems to alias; nothing is read or written.
+        let far = |i: usize| std::ptr::without_provenance_mut::<f32>(i << (usize::BITS - 3));
+        // SAFETY: the views are only used for the arithmetic on shapes and addresses.
+        unsafe {
+            let src = TensorRef::from_raw_parts(far(1), place, src, &strides[..rank])?;
+            let like = strides_like(&src, dst.as_slice());
+            let residual = TensorRef::from_raw_parts(far(2), place, dst.as_slice(), &like[..rank])?;
+            let gate = TensorRef::from_raw_parts(
+                far(3),
+                place,
+                &[src.shape()[0], shape.c_in],
+                &[shape.c_in as isize, 1],
+            )?;
+            let mut dst = TensorMut::from_raw_parts(far(4), place, dst.as_slice(), &like[..rank])?;
+            let operands = Operands {
+                src,
+                more: &[],
+                residual: shape.residual.then_some(residual),
+                gate: shape.gate.then_some(gate),
+            };
+            f(&Problem::new(shape, &operands, &mut dst)?)
+        }
+    }
+
+    fn run(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<()> {
+        let problem = Problem::new(&self.inner.shape, operands, dst)?;
+        match &self.inner.backend {
+            Backend::Cpu(layer) => {
+                on_host(&problem)?;
+                cpu::run(&[(layer, &problem)]);
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.run(&problem),
+        }
+    }
+}
+
+fn on_host(problem: &Problem<'_>) -> Result<()> {
+    match problem.place {
+        Place::Host => Ok(()),
+        place => Err(Error::WrongDevice {
+            tensor: "src",
+            expected: Place::Host.to_string(),
+            got: place.to_string(),
+        }),
+    }
+}
+
+/// The tensors of a call beside its first source. What cannot be viewed is reported when it runs.
+#[derive(Default)]
+struct Extra<'a> {
+    more: Vec<TensorRef<'a>>,
+    residual: Option<TensorRef<'a>>,
+    gate: Option<TensorRef<'a>>,
+    error: Option<Error>,
+}
+
+impl<'a> Extra<'a> {
+    fn view(&mut self, tensor: &'a impl AsTensor) -> Option<TensorRef<'a>> {
+        tensor.as_tensor().map_err(|error| self.error.get_or_insert(error)).ok()
+    }
+}
+
+/// One call of a layer, put together from its tensors.
+#[must_use = "a call does nothing until it is run"]
+pub struct Call<'a, S> {
+    layer: &'a Prepared,
+    src: &'a S,
+    extra: Extra<'a>,
+}
+
+impl<'a, S: AsTensor> Call<'a, S> {
+    /// A further source: all of them stand for their concatenation along the channels, in the
+    /// order in which they are given, and are read in place.
+    pub fn concat(mut self, src: &'a impl AsTensor) -> Self {
+        let view = self.extra.view(src);
+        self.extra.more.extend(view);
+        self
+    }
+
+    /// The tensor that a residual stage adds; dst's shape.
+    pub fn residual(mut self, residual: &'a impl AsTensor) -> Self {
+        self.extra.residual = self.extra.view(residual);
+        self
+    }
+
+    /// The tensor that a gate source stage multiplies by; `[n, c_in]`.
+    pub fn gate(mut self, gate: &'a impl AsTensor) -> Self {
+        self.extra.gate = self.extra.view(gate);
+        self
+    }
+
+    /// Runs into any non-overlapping strides.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward_into`].
+    pub fn run_into(self, dst: &mut impl AsTensorMut) -> Result<()> {
+        let Extra { more, residual, gate, error } = self.extra;
+        if let Some(error) = error {
+            return Err(error);
+        }
+        let operands = Operands { src: self.src.as_tensor()?, more: &more, residual, gate };
+        self.layer.run(&operands, &mut dst.as_tensor_mut()?)
+    }
+
+    /// Runs into a new tensor in the memory order of the first source.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward`].
+    pub fn run(self) -> Result<S::Output>
+    where
+        S: Source,
+    {
+        let src = self.src.as_tensor()?;
+        let shape = dst_shape(
+            &self.layer.inner.shape,
+            src.shape(),
+            self.extra.more.iter().map(TensorRef::shape),
+        )?;
+        let mut dst = self.src.allocate(shape.as_slice())?;
+        self.run_into(&mut dst)?;
+        Ok(dst)
+    }
+}

@@ -1,0 +1,350 @@
+//! Random layers on random shapes and strides, against the f64 reference.
+
+use ndarray::{Array1, Array2, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn, Slice};
+use pointwise::{
+    Activation, BatchNorm, Device, LayerNorm, Pointwise, SourceStage, Stage, TensorMut, reference,
+};
+use proptest::prelude::*;
+
+/// SplitMix64 (Steele, Lea and Flood 2014).
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+
+    fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+
+    /// Uniform in `lo..hi`.
+    fn float(&mut self, lo: f32, hi: f32) -> f32 {
+        lo + (hi - lo) * (self.next() >> 40) as f32 / (1u64 << 24) as f32
+    }
+
+    fn vector(&mut self, len: usize, lo: f32, hi: f32) -> Array1<f32> {
+        Array1::from_shape_fn(len, |_| self.float(lo, hi))
+    }
+}
+
+/// A tensor inside a larger one: axes in random memory order, gaps, steps of either sign.
+struct Strided {
+    data: ArrayD<f32>,
+    order: Vec<usize>,
+    slices: Vec<Slice>,
+}
+
+impl Strided {
+    fn new(rng: &mut Rng, shape: &[usize], fill: f32) -> Self {
+        let mut order: Vec<usize> = (0..shape.len()).collect();
+        match rng.below(4) {
+            0 => {}
+            1 => order[1..].rotate_left(1),
+            _ => (1..order.len()).rev().for_each(|i| order.swap(i, rng.below(i + 1))),
+        }
+        let plain = rng.chance(60);
+        let mut slices = vec![Slice::new(0, None, 1); shape.len()];
+        let mut outer = vec![0; shape.len()];
+        for (axis, &len) in shape.iter().enumerate() {
+            if plain || len == 0 {
+                outer[axis] = len;
+                continue;
+            }
+            let (before, after) = (rng.below(3), rng.below(3));
+            let step = rng.pick(&[1, 1, 2, 3, -1, -2]);
+            let span = (len - 1) * isize::unsigned_abs(step) + 1;
+            outer[axis] = before + span + after;
+            slices[axis] = Slice::new(before as isize, Some((before + span) as isize), step);
+        }
+        let memory: Vec<usize> = order.iter().map(|&axis| outer[axis]).collect();
+        Strided { data: ArrayD::from_elem(IxDyn(&memory), fill), order, slices }
+    }
+
+    fn random(rng: &mut Rng, shape: &[usize]) -> Self {
+        let mut tensor = Self::new(rng, shape, f32::NAN);
+        tensor.view_mut().iter_mut().for_each(|x| *x = rng.float(-1.0, 1.0));
+        tensor
+    }
+
+    fn inverse(&self) -> Vec<usize> {
+        let mut inverse = vec![0; self.order.len()];
+        self.order.iter().enumerate().for_each(|(i, &axis)| inverse[axis] = i);
+        inverse
+    }
+
+    fn view(&self) -> ArrayViewD<'_, f32> {
+        let mut view = self.data.view().permuted_axes(IxDyn(&self.inverse()));
+        self.slices
+            .iter()
+            .enumerate()
+            .for_each(|(i, &slice)| view.slice_axis_inplace(Axis(i), slice));
+        view
+    }
+
+    fn view_mut(&mut self) -> ArrayViewMutD<'_, f32> {
+        let inverse = self.inverse();
+        let mut view = self.data.view_mut().permuted_axes(IxDyn(&inverse));
+        self.slices
+            .iter()
+            .enumerate()
+            .for_each(|(i, &slice)| view.slice_axis_inplace(Axis(i), slice));
+        view
+    }
+}
+
+fn activation(rng: &mut Rng) -> Activation {
+    rng.pick(&[
+        Activation::Relu,
+        Activation::Relu6,
+        Activation::Clip { lo: -0.5, hi: 0.75 },
+        Activation::LeakyRelu { alpha: 0.1 },
+        Activation::Elu { alpha: 0.5 },
+        Activation::Sigmoid,
+        Activation::Tanh,
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::HardSigmoid,
+        Activation::HardSwish,
+        Activation::Softplus,
+        Activation::Mish,
+    ])
+}
+
+fn batch_norm(rng: &mut Rng, channels: usize) -> BatchNorm {
+    let norm =
+        BatchNorm::new(rng.vector(channels, -1.0, 1.0), rng.vector(channels, 0.2, 2.0)).eps(1e-3);
+    if rng.chance(30) {
+        return norm;
+    }
+    norm.affine(rng.vector(channels, -1.5, 1.5), rng.vector(channels, -1.0, 1.0))
+}
+
+struct Case {
+    layer: Pointwise,
+    sources: Vec<Strided>,
+    residual: Option<Strided>,
+    gate: Option<Strided>,
+    dst: Strided,
+    /// How much an error of a sum can grow on its way through the stages.
+    growth: f64,
+}
+
+fn case(seed: u64) -> Case {
+    let rng = &mut Rng(seed);
+    let n = rng.pick(&[0, 1, 1, 1, 2, 3]);
+    let spatial: Vec<usize> =
+        (0..rng.below(4)).map(|_| rng.pick(&[0, 1, 2, 3, 5, 7, 8, 9, 14, 19])).collect();
+    let spatial =
+        if rng.chance(90) { spatial.iter().map(|&s| s.max(1)).collect() } else { spatial };
+    let groups = rng.pick(&[1, 1, 1, 2, 3]);
+    let k = rng.pick(&[1, 2, 3, 7, 16, 33, 100]);
+    let rows = rng.pick(&[1, 2, 4, 8, 15, 24, 33, 65]);
+    let (c_in, c_out) = (k * groups, rows * groups);
+    let stride = rng.pick(&[1, 1, 1, 2, 3]);
+    let weight = Array2::from_shape_fn((c_out, k), |_| rng.float(-1.0, 1.0) / (k as f32).sqrt());
+    let mut layer = Pointwise::new(weight).groups(groups).stride(stride);
+    let mut growth = 1.0;
+
+    let mut total = c_in;
+    let mut start = 0;
+    if rng.chance(20) {
+        start = rng.below(4);
+        total = start + c_in + rng.below(4);
+        layer = layer.partial(start..start + c_in);
+    }
+    let mut used = Vec::new();
+    for _ in 0..rng.pick(&[0, 0, 0, 1, 2, 3]) {
+        let stage = match rng.below(4) {
+            0 => SourceStage::BatchNorm(batch_norm(rng, c_in)),
+            1 => SourceStage::Affine {
+                scale: rng.vector(c_in, -1.5, 1.5),
+                shift: rng.vector(c_in, -1.0, 1.0),
+            },
+            2 => SourceStage::Gate,
+            _ => SourceStage::Activation(activation(rng)),
+        };
+        if !used.contains(&stage.name()) {
+            used.push(stage.name());
+            layer = layer.source_stage(stage);
+            growth *= 2.0;
+        }
+    }
+    let gated = used.contains(&"gate");
+    used.clear();
+    for _ in 0..rng.below(6) {
+        let stage = match rng.below(9) {
+            0 => Stage::Bias(rng.vector(c_out, -1.0, 1.0)),
+            1 => Stage::BatchNorm(batch_norm(rng, c_out)),
+            2 => Stage::PRelu({
+                let len = if rng.chance(30) { 1 } else { c_out };
+                rng.vector(len, -0.5, 1.0)
+            }),
+            3 => Stage::Residual,
+            4 => {
+                let norm =
+                    if rng.chance(50) { LayerNorm::over_channels() } else { LayerNorm::over_all() };
+                Stage::LayerNorm(
+                    norm.eps(0.1)
+                        .affine(rng.vector(c_out, -1.5, 1.5), rng.vector(c_out, -1.0, 1.0)),
+                )
+            }
+            5 => {
+                let divisors: Vec<usize> = (1..=c_out).filter(|g| c_out % g == 0).collect();
+                Stage::ChannelShuffle { groups: rng.pick(&divisors) }
+            }
+            _ => Stage::Activation(activation(rng)),
+        };
+        if !used.contains(&stage.name()) {
+            used.push(stage.name());
+            growth *= match stage {
+                Stage::BatchNorm(_) => 4.0,
+                Stage::LayerNorm(_) => 10.0,
+                Stage::Activation(_) => 1.5,
+                _ => 1.0,
+            };
+            layer = layer.stage(stage);
+        }
+    }
+
+    let shape = |channels: usize, stride: usize| {
+        let spatial = spatial.iter().map(|s: &usize| s.div_ceil(stride));
+        [n, channels].into_iter().chain(spatial).collect::<Vec<_>>()
+    };
+    let mut sources = Vec::new();
+    let mut rest = total;
+    while rest > 0 {
+        let channels = if rng.chance(80) { rest } else { 1 + rng.below(rest) };
+        sources.push(Strided::random(rng, &shape(channels, 1)));
+        rest -= channels;
+    }
+    let dst_shape = shape(total - c_in + c_out, stride);
+    let residual = used.contains(&"residual").then(|| Strided::random(rng, &dst_shape));
+    let gate = gated.then(|| Strided::random(rng, &[n, c_in]));
+    let dst = Strided::new(rng, &dst_shape, f32::NAN);
+    Case { layer, sources, residual, gate, dst, growth }
+}
+
+/// A value that no layer here computes.
+const CANARY: f32 = 12345.678;
+
+fn check(seed: u64) -> Result<(), TestCaseError> {
+    let Case { layer, sources, residual, gate, mut dst, growth } = case(seed);
+    let views: Vec<_> = sources.iter().map(Strided::view).collect();
+    let (residual, gate) = (residual.as_ref().map(Strided::view), gate.as_ref().map(Strided::view));
+    let inputs = reference::Inputs {
+        sources: views.clone(),
+        residual: residual.clone(),
+        gate: gate.clone(),
+    };
+    let expected = reference::forward(&layer, &inputs).unwrap();
+
+    let prepared = layer.prepare(&Device::cpu()).unwrap();
+    let call = || {
+        let mut call = prepared.call(&views[0]);
+        for more in &views[1..] {
+            call = call.concat(more);
+        }
+        if let Some(residual) = &residual {
+            call = call.residual(residual);
+        }
+        if let Some(gate) = &gate {
+            call = call.gate(gate);
+        }
+        call
+    };
+    let allocated = call().run().unwrap();
+    dst.data.fill(CANARY);
+    dst.view_mut().fill(f32::NAN);
+    call().run_into(&mut dst.view_mut()).unwrap();
+
+    // The design's bound for the sums, carried through the stages, and the rounding of the result.
+    let k = layer.weight().ncols() as f64;
+    let product = f64::from(layer.weight().iter().fold(0.0f32, |m, w| m.max(w.abs()))) * 4.0;
+    let largest = expected.iter().fold(1.0f64, |m, x| m.max(x.abs()));
+    let tolerance = f64::from(f32::EPSILON) * growth * (product * k + 4.0 * largest);
+    prop_assert_eq!(allocated.shape(), expected.shape());
+    for result in [allocated.view(), dst.view()] {
+        for ((index, &want), &got) in expected.indexed_iter().zip(result) {
+            let err = (f64::from(got) - want).abs();
+            prop_assert!(
+                err <= tolerance,
+                "{layer:?} at {index:?}: {got} instead of {want}, {err:e} > {tolerance:e}"
+            );
+        }
+    }
+    prop_assert!(allocated.iter().zip(dst.view().iter()).all(|(a, b)| a.to_bits() == b.to_bits()));
+    let written = dst.view().len();
+    let canaries = dst.data.iter().filter(|&&x| x == CANARY).count();
+    prop_assert_eq!(canaries, dst.data.len() - written, "something beside dst was written");
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_layer_agrees_with_the_reference(seed: u64) {
+        check(seed)?;
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_threads_or_pool() {
+    let src = Strided::random(&mut Rng(1), &[3, 70, 31, 29]);
+    let pool = std::sync::Arc::new(rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap());
+    let norm = LayerNorm::over_all().eps(1e-5);
+    let layers = [
+        Pointwise::new(Array2::from_elem((90, 70), 0.1)).bias(vec![0.3; 90]).silu(),
+        Pointwise::new(Array2::from_elem((90, 70), 0.1)).gelu().layer_norm(norm).relu(),
+        Pointwise::new(Array2::from_elem((90, 35), 0.1))
+            .groups(2)
+            .source_activation(Activation::Mish)
+            .stride(2),
+    ];
+    for layer in layers {
+        let serial =
+            layer.prepare(&Device::cpu().threads(1)).unwrap().forward(&src.view()).unwrap();
+        for device in [
+            Device::cpu(),
+            Device::cpu_with_pool(pool.clone()),
+            Device::cpu_with_pool(pool.clone()).threads(3),
+        ] {
+            let prepared = layer.prepare(&device).unwrap();
+            for _ in 0..3 {
+                let result = prepared.forward(&src.view()).unwrap();
+                assert!(
+                    serial.iter().zip(&result).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{device}"
+                );
+            }
+            let inside = pool.install(|| prepared.forward(&src.view()).unwrap());
+            assert_eq!(serial, inside);
+        }
+    }
+}
+
+#[test]
+fn raw_views_need_no_ndarray() {
+    let src: Vec<f32> = (0..12).map(|i| i as f32).collect();
+    let mut dst = vec![f32::NAN; 12];
+    let layer =
+        Pointwise::new(ndarray::array![[0.0, 1.0], [1.0, 0.0]]).prepare(&Device::cpu()).unwrap();
+    let view = pointwise::TensorRef::from_slice(&src, 0, &[1, 2, 6], &[12, 6, 1]).unwrap();
+    let mut out = TensorMut::from_slice(&mut dst, 1, &[1, 2, 6], &[12, -1, 2]).unwrap();
+    layer.forward_into(&view, &mut out).unwrap();
+    assert_eq!(dst, [0.0, 6.0, 1.0, 7.0, 2.0, 8.0, 3.0, 9.0, 4.0, 10.0, 5.0, 11.0]);
+}
