@@ -76,6 +76,16 @@ impl<P> Operand<'_, P> {
         }
     }
 
+    /// Offset of lane 0 of each row.
+    #[inline(always)]
+    fn row_offsets<const R: usize>(&self, axis: ChannelAxis, channel: usize) -> [isize; R] {
+        let mut offsets = [0; R];
+        for (row, offset) in offsets.iter_mut().enumerate() {
+            *offset = self.offset(axis, channel, row, 0);
+        }
+        offsets
+    }
+
     /// Whether neighbouring lanes are neighbours in memory.
     #[inline(always)]
     fn lanes_are_contiguous(&self, axis: ChannelAxis) -> bool {
@@ -240,9 +250,9 @@ pub(crate) unsafe fn finish<V: Simd, const R: usize, const NV: usize>(
                 const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
                 let mut buffer = Buffer::uninit();
                 let ptr = buffer.as_mut_ptr();
-                for (row, vectors) in acc.into_iter().enumerate() {
-                    for (v, vector) in vectors.into_iter().enumerate() {
-                        vector.store(ptr.add((row * NV + v) * V::LANES));
+                for row in 0..R {
+                    for v in 0..NV {
+                        acc[row][v].store(ptr.add((row * NV + v) * V::LANES));
                     }
                 }
                 buffered(R, cols, ptr, epilogue);
@@ -267,6 +277,32 @@ pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
     })
 }
 
+#[inline(always)]
+fn add_row<V: Simd, const NV: usize>(x: [V; NV], y: [V; NV]) -> [V; NV] {
+    from_fn(|v| x[v] + y[v])
+}
+
+/// # Safety
+/// As [`finish`], with a residual whose lanes are contiguous.
+#[inline(always)]
+unsafe fn add_residual<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
+    mut acc: [[V; NV]; R],
+    tail: V::Tail,
+    epilogue: &TileEpilogue<'_>,
+) -> [[V; NV]; R] {
+    let residual = epilogue.residual();
+    let offsets = residual.row_offsets::<R>(epilogue.axis, epilogue.channel);
+    for row in 0..R {
+        // SAFETY: the residual is readable at every row and lane of the tile.
+        let add = unsafe { load_row::<V, NV, TAIL>(residual.ptr.offset(offsets[row]), tail) };
+        acc[row] = add_row(acc[row], add);
+    }
+    acc
+}
+
+// Helpers are functions rather than closures: LLVM does not always inline a closure that is used
+// twice, and out of line it has no target features and takes the accumulators in memory.
+
 /// # Safety
 /// As [`finish`], whose epilogue is direct.
 #[inline(always)]
@@ -277,11 +313,6 @@ unsafe fn finish_direct<V: Simd, const R: usize, const NV: usize, const TAIL: bo
     simple: Simple,
 ) {
     let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
-    let zip_rows = |acc: &mut [[V; NV]; R], row: usize, with: [V; NV]| {
-        for (x, y) in acc[row].iter_mut().zip(with) {
-            *x = *x + y;
-        }
-    };
     // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; dst and the
     // residual are valid for every lane of the tile, and their lanes are contiguous.
     unsafe {
@@ -290,45 +321,48 @@ unsafe fn finish_direct<V: Simd, const R: usize, const NV: usize, const TAIL: bo
             match axis {
                 ChannelAxis::Rows => {
                     for row in 0..R {
-                        zip_rows(&mut acc, row, [V::splat(*bias.add(row)); NV]);
+                        acc[row] = add_row(acc[row], [V::splat(*bias.add(row)); NV]);
                     }
                 }
                 ChannelAxis::Lanes => {
                     let bias = load_row::<V, NV, TAIL>(bias, tail);
                     for row in 0..R {
-                        zip_rows(&mut acc, row, bias);
+                        acc[row] = add_row(acc[row], bias);
                     }
                 }
             }
         }
-        let add_residual = |acc: &mut [[V; NV]; R]| {
-            let residual = epilogue.residual();
-            let offsets: [isize; R] = from_fn(|row| residual.offset(axis, channel, row, 0));
-            for (row, offset) in offsets.into_iter().enumerate() {
-                let src = residual.ptr.offset(offset);
-                zip_rows(acc, row, load_row::<V, NV, TAIL>(src, tail));
-            }
-        };
         if simple.residual == Some(ResidualOrder::BeforeClip) {
-            add_residual(&mut acc);
+            acc = add_residual::<V, R, NV, TAIL>(acc, tail, epilogue);
         }
         if let Some(lower) = simple.lower {
             let lower = V::splat(lower);
-            acc = acc.map(|row| row.map(|x| x.max(lower)));
+            for row in 0..R {
+                for v in 0..NV {
+                    acc[row][v] = acc[row][v].max(lower);
+                }
+            }
         }
         if let Some(upper) = simple.upper {
             let upper = V::splat(upper);
-            acc = acc.map(|row| row.map(|x| x.min(upper)));
+            for row in 0..R {
+                for v in 0..NV {
+                    acc[row][v] = acc[row][v].min(upper);
+                }
+            }
         }
         if simple.residual == Some(ResidualOrder::AfterClip) {
-            add_residual(&mut acc);
+            acc = add_residual::<V, R, NV, TAIL>(acc, tail, epilogue);
         }
-        let offsets: [isize; R] = from_fn(|row| dst.offset(axis, channel, row, 0));
-        for (row, offset) in acc.into_iter().zip(offsets) {
-            let dst = dst.ptr.offset(offset);
-            for (v, x) in row.into_iter().enumerate() {
-                let dst = dst.add(v * V::LANES);
-                if TAIL && v == NV - 1 { x.store_tail(dst, tail) } else { x.store(dst) }
+        let offsets = dst.row_offsets::<R>(axis, channel);
+        for row in 0..R {
+            for v in 0..NV {
+                let dst = dst.ptr.offset(offsets[row]).add(v * V::LANES);
+                if TAIL && v == NV - 1 {
+                    acc[row][v].store_tail(dst, tail);
+                } else {
+                    acc[row][v].store(dst);
+                }
             }
         }
     }

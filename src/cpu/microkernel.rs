@@ -11,6 +11,7 @@
 use crate::cpu::epilogue::{self, FinishBuffered, TileEpilogue};
 use crate::cpu::isa::Isa;
 use crate::cpu::simd::Simd;
+use std::hint::black_box;
 
 /// A range of `k` that A and B hold at fixed strides: one source of a channel concatenation.
 ///
@@ -97,24 +98,95 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
     segments: &[Segment],
     tail: V::Tail,
 ) -> [[V; NV]; R] {
-    // SAFETY: A and B are readable at every row, lane and k of the tile; the pointers past the
-    // last k are not used.
+    // SAFETY: the CPU has V's instruction set; the segments are the caller's.
     unsafe {
         let mut acc = [[V::splat(0.0); NV]; R];
-        for &Segment { k, mut a, a_row, a_k, mut b, b_k } in segments {
-            for _ in 0..k {
-                let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
-                for (row, sums) in acc.iter_mut().enumerate() {
-                    let x = V::splat(*a.offset(row as isize * a_row));
-                    for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                        *sum = x.mul_add(lanes, *sum);
-                    }
-                }
-                a = a.wrapping_offset(a_k);
-                b = b.wrapping_offset(b_k);
+        // In a loop over the segments, LLVM would keep the sums in memory between them, and so
+        // around a single one too.
+        if let [first, rest @ ..] = segments {
+            acc = add_segment::<V, R, NV, TAIL>(acc, first, tail);
+            for segment in rest {
+                acc = add_segment::<V, R, NV, TAIL>(acc, segment, tail);
             }
         }
         acc
+    }
+}
+
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn add_segment<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
+    mut acc: [[V; NV]; R],
+    segment: &Segment,
+    tail: V::Tail,
+) -> [[V; NV]; R] {
+    let mut a = RowPointers::new(segment);
+    let mut b = segment.b;
+    for _ in 0..segment.k {
+        // SAFETY: A and B are readable at every row, lane and k of the tile; the pointers past
+        // the last k are not used.
+        unsafe {
+            let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
+            for row in 0..R {
+                let x = V::splat(*a.row(row));
+                for v in 0..NV {
+                    acc[row][v] = x.mul_add(lanes[v], acc[row][v]);
+                }
+            }
+        }
+        a.advance(segment.a_k);
+        b = b.wrapping_offset(segment.b_k);
+    }
+    acc
+}
+
+/// A's rows at one `k`, up to 14 of them, each reached by one address of the form
+/// `base + stride * {1, 2, 4}`.
+///
+/// Bases and strides are hidden from the optimiser: knowing that they are multiples of each
+/// other, LLVM steps one pointer from row to row, and the chain of additions is longer than the
+/// multiplications.
+struct RowPointers {
+    bases: [*const f32; 2],
+    one: isize,
+    three: isize,
+    five: isize,
+}
+
+impl RowPointers {
+    const ROWS_PER_BASE: usize = 7;
+
+    #[inline(always)]
+    fn new(segment: &Segment) -> Self {
+        let one = segment.a_row * size_of::<f32>() as isize;
+        let second = segment.a.wrapping_byte_offset(one * Self::ROWS_PER_BASE as isize);
+        Self {
+            bases: [segment.a, black_box(second)],
+            one,
+            three: black_box(3 * one),
+            five: black_box(5 * one),
+        }
+    }
+
+    /// `row` is a constant wherever this is inlined.
+    #[inline(always)]
+    fn row(&self, row: usize) -> *const f32 {
+        let base = self.bases[row / Self::ROWS_PER_BASE];
+        base.wrapping_byte_offset(match row % Self::ROWS_PER_BASE {
+            0 => 0,
+            1 => self.one,
+            2 => self.one * 2,
+            3 => self.three,
+            4 => self.one * 4,
+            5 => self.five,
+            _ => self.three * 2,
+        })
+    }
+
+    #[inline(always)]
+    fn advance(&mut self, a_k: isize) {
+        self.bases = self.bases.map(|base| base.wrapping_offset(a_k));
     }
 }
 
