@@ -8,7 +8,7 @@
 //! A kernel is compiled for each number of rows and of vectors, so that the sums of a partial
 //! tile stay in registers too.
 
-use crate::cpu::epilogue::{self, FinishBuffered, TileEpilogue};
+use crate::cpu::epilogue::{self, Direct, FinishBuffered, TileEpilogue};
 use crate::cpu::isa::Isa;
 use crate::cpu::simd::Simd;
 use std::hint::black_box;
@@ -79,13 +79,14 @@ unsafe fn run<V: Simd, const R: usize, const NV: usize>(tile: &Tile<'_>, buffere
     debug_assert!(rows == R && cols.div_ceil(V::LANES) == NV);
     // SAFETY: the caller's promises.
     unsafe {
+        let direct = Direct::new(epilogue);
         let tail = V::tail(cols - (NV - 1) * V::LANES);
         let acc = if V::TAILS_ARE_FREE || cols < NV * V::LANES {
             sums::<V, R, NV, true>(segments, tail)
         } else {
             sums::<V, R, NV, false>(segments, tail)
         };
-        epilogue::finish(acc, cols, tail, epilogue, buffered);
+        epilogue::finish(acc, cols, tail, epilogue, direct, buffered);
     }
 }
 
@@ -128,10 +129,10 @@ unsafe fn add_segment<V: Simd, const R: usize, const NV: usize, const TAIL: bool
         // the last k are not used.
         unsafe {
             let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
-            for row in 0..R {
+            for (row, sums) in acc.iter_mut().enumerate() {
                 let x = V::splat(*a.row(row));
-                for v in 0..NV {
-                    acc[row][v] = x.mul_add(lanes[v], acc[row][v]);
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = x.mul_add(lanes, *sum);
                 }
             }
         }
@@ -219,7 +220,7 @@ macro_rules! kernel {
 }
 
 kernel! {
-    fprop_f32_portable_4x8 = crate::cpu::simd::portable::F32x4,
+    fprop_f32_portable_4x8 = crate::cpu::simd::Baseline,
     rows [1 2 3 4], vectors [1 2]
 }
 
