@@ -93,7 +93,7 @@ fn reduce<V: Simd>(x: V, low: V) -> (V, V) {
     const LN_2_LOW: f32 = (std::f64::consts::LN_2 - LN_2_HIGH as f64) as f32;
     let n = (x * std::f32::consts::LOG2_E).round();
     let r = n.mul_add(x.like(-LN_2_HIGH), x);
-    (n, n.mul_add(x.like(-LN_2_LOW), r + low))
+    (n, r + n.mul_add(x.like(-LN_2_LOW), low))
 }
 
 /// `exp(r) - 1` for `|r| <= ln 2 / 2`.
@@ -103,12 +103,19 @@ fn expm1_reduced<V: Simd>(r: V) -> V {
     (r * r).mul_add(tail, r)
 }
 
-/// `exp(x + low)` as `m * 2^n`, for `x` at most 88; below -160 it is `exp(-160)`, which is zero
-/// even times `2^80`.
+/// `exp(x + low)` as `(1 + m) * 2^n`, for `x` at most 88; below -160 it is `exp(-160)`, which is
+/// zero even times `2^80`.
+#[inline(always)]
+fn expm1_parts<V: Simd>(x: V, low: V) -> (V, V) {
+    let (n, r) = reduce(x.max(x.like(-160.0)), low);
+    (expm1_reduced(r), n)
+}
+
+/// [`expm1_parts`] as `m * 2^n`.
 #[inline(always)]
 fn exp_parts<V: Simd>(x: V, low: V) -> (V, V) {
-    let (n, r) = reduce(x.max(x.like(-160.0)), low);
-    (expm1_reduced(r) + 1.0, n)
+    let (m, n) = expm1_parts(x, low);
+    (m + 1.0, n)
 }
 
 /// `exp(x)` for `x` at most 88.
@@ -163,37 +170,45 @@ fn times_sigmoid<V: Simd>(x: V, v: V, low: V) -> V {
     x * quotient * V::select(positive, one, x.like(1.0 / LIFT))
 }
 
-/// `x * Φ(x)`, where `Φ(-t) = exp(-t²/2) * R(t)` and `R`, the Mills ratio, is
-/// `P((t - a) / (t + a)) / (t + a)`: the form of Shepherd and Laframboise (1981) for erfcx.
+/// `x * Φ(x)`. Near zero, `Φ(x) = 1/2 + x S(x²)`. Elsewhere `Φ(-t) = exp(-t²/2) R(t)`, where the
+/// Mills ratio `R` is `P((t - a) / (t + a)) / (t + a)`: the form of Shepherd and Laframboise (1981)
+/// for erfcx.
 #[inline(always)]
 fn gelu<V: Simd>(x: V) -> V {
-    const A: f32 = 3.5;
+    const A: f32 = 2.5;
+    const S: [f32; 4] = [0.398_942_3, -0.066_489_94, 0.009_964_83, -0.001_131_108_6];
+    const P: [f32; 10] = [
+        0.706_656_63,
+        -0.433_692_13,
+        0.131_987_29,
+        0.009_238_114,
+        -0.016_389_929,
+        -0.001_614_106_5,
+        0.002_537_497_3,
+        0.000_713_609_5,
+        -0.000_326_298_03,
+        -0.000_179_171_53,
+    ];
     // Beyond 15, Φ(-t) * t is zero.
     let t = x.abs().min(x.like(15.0));
-    let inverse = x.like(1.0) / (t + A);
-    let p = polynomial(
-        (t - A) * inverse,
-        [
-            0.744_416_06,
-            -0.565_561_8,
-            0.315_425_07,
-            -0.116_053_07,
-            0.017_406_27,
-            0.006_493_246_6,
-            -0.003_174_814_2,
-            -0.000_494_978_3,
-            0.000_421_169_16,
-            0.000_110_286_94,
-        ],
-    );
-    let ratio = p * inverse;
-    let (square, low) = t.mul_exact(t);
-    let (m, n) = exp_parts(square * -0.5, low * -0.5);
-    let density = m.scale_exp2(n);
-    let positive = x.ge(x.like(0.0));
-    // The negative side multiplies by the density last, since the density alone is subnormal.
-    let other = V::select(positive, x.like(1.0) - ratio * density, ratio);
-    x * other * V::select(positive, x.like(1.0), density)
+    let (square, square_low) = t.mul_exact(t);
+    let near_zero = x.mul_add(polynomial(square, S), x.like(0.5));
+
+    // The quotient in two floats, since its error would count twice.
+    let sum = t + A;
+    let inverse = x.like(1.0) / sum;
+    let (one, one_low) = sum.mul_exact(inverse);
+    let lost = (x.like(1.0) - one) - one_low - (t - (sum - A)) * inverse;
+    let inverse_low = inverse * lost;
+    let q = (t - A).mul_add(inverse_low, (t - A) * inverse);
+    let p = polynomial(q, P);
+    let ratio = p.mul_add(inverse_low, p * inverse);
+    let product = t * ratio;
+    let (m, n) = expm1_parts(square * -0.5, square_low * -0.5);
+    let other_side = product.mul_add(m, product).scale_exp2(n);
+    // `x * 0` is NaN at -inf, as in PyTorch.
+    let elsewhere = V::select(x.ge(x.like(0.0)), x, x * 0.0) - other_side;
+    V::select(x.like(0.5).gt(t), x * near_zero, elsewhere)
 }
 
 /// `x * sigmoid(2u)`, `u = √(2/π) (x + 0.044715 x³)`: the same function as with tanh. The
@@ -251,3 +266,6 @@ fn mish<V: Simd>(x: V) -> V {
     let quotient = V::select(positive, w, lifted * plus_two) / (w + 2.0);
     x * quotient * V::select(positive, x.like(1.0), x.like(1.0 / LIFT))
 }
+
+#[cfg(test)]
+mod tests;

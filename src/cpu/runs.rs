@@ -192,8 +192,8 @@ mod tests {
             for len in (0..70).chain([1000]) {
                 let (x, y, z) = (run(len), run(len + 1)[1..].to_vec(), run(len + 2)[2..].to_vec());
                 let check = |what: &str, got: &[f32], want: &dyn Fn(usize) -> f32| {
-                    for i in 0..len {
-                        assert_eq!(got[i], want(i), "{what} {isa:?} [{i}] of {len}");
+                    for (i, &got) in got.iter().enumerate() {
+                        assert_eq!(got, want(i), "{what} {isa:?} [{i}] of {len}");
                     }
                 };
                 let edit = |f: &dyn Fn(&mut [f32])| {

@@ -111,8 +111,11 @@ impl Placed {
             _ => unreachable!(),
         };
         let map = (0..channels as u32).map(|c| (c * 5 + 3) % channels as u32);
-        let map: Vec<u32> =
-            if channels % 5 == 0 { (0..channels as u32).rev().collect() } else { map.collect() };
+        let map: Vec<u32> = if channels.is_multiple_of(5) {
+            (0..channels as u32).rev().collect()
+        } else {
+            map.collect()
+        };
         let table = (0..p).map(|j| (p - 1 - j) * position_stride.abs()).collect();
         let len = 3 * (channels + 4) * (positions + 4) * 2;
         Self {
