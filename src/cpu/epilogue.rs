@@ -312,19 +312,23 @@ pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
     tail: V::Tail,
 ) -> [V; NV] {
     // SAFETY: the caller's promise.
-    from_fn(|v| unsafe {
-        let src = src.add(v * V::LANES);
-        if TAIL && v == NV - 1 { V::load_tail(src, tail) } else { V::load(src) }
-    })
+    unsafe {
+        let mut row = [V::splat(0.0); NV];
+        for (v, x) in row.iter_mut().enumerate() {
+            let src = src.add(v * V::LANES);
+            *x = if TAIL && v == NV - 1 { V::load_tail(src, tail) } else { V::load(src) };
+        }
+        row
+    }
 }
 
 #[inline(always)]
-fn add_row<V: Simd, const NV: usize>(x: [V; NV], y: [V; NV]) -> [V; NV] {
-    from_fn(|v| x[v] + y[v])
+fn add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV]) -> [V; NV] {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x = *x + y;
+    }
+    x
 }
-
-// Helpers are functions rather than closures: LLVM does not always inline a closure that is used
-// twice, and out of line it has no target features and takes the accumulators in memory.
 
 /// # Safety
 /// The rows of `src` are readable at every lane of the tile.

@@ -20,25 +20,33 @@ use crate::stages::Activation;
 /// values.
 #[inline(always)]
 pub(crate) unsafe fn apply<V: Simd>(activation: Activation, data: *mut f32, vectors: usize) {
-    // SAFETY: the caller's promise.
+    macro_rules! sweep {
+        (|$x:ident| $value:expr) => {
+            for v in 0..vectors {
+                let at = data.add(v * V::LANES);
+                let $x = V::load(at);
+                let value: V = $value;
+                value.store(at);
+            }
+        };
+    }
+    // SAFETY: the vectors are inside the data.
     unsafe {
         match activation {
-            Activation::Relu => sweep(data, vectors, |x: V| x.max(x.like(0.0))),
-            Activation::Relu6 => sweep(data, vectors, |x: V| clip(x, 0.0, 6.0)),
-            Activation::Clip { lo, hi } => sweep(data, vectors, |x: V| clip(x, lo, hi)),
-            Activation::LeakyRelu { alpha } => {
-                sweep(data, vectors, |x: V| leaky_relu(x, x.like(alpha)));
-            }
-            Activation::Elu { alpha } => sweep(data, vectors, |x: V| elu(x, alpha)),
-            Activation::Sigmoid => sweep(data, vectors, sigmoid::<V>),
-            Activation::Tanh => sweep(data, vectors, tanh::<V>),
-            Activation::Silu => sweep(data, vectors, |x: V| times_sigmoid(x, x, x.like(0.0))),
-            Activation::Gelu => sweep(data, vectors, gelu::<V>),
-            Activation::GeluTanh => sweep(data, vectors, gelu_tanh::<V>),
-            Activation::HardSigmoid => sweep(data, vectors, hard_sigmoid::<V>),
-            Activation::HardSwish => sweep(data, vectors, |x: V| x * hard_sigmoid(x)),
-            Activation::Softplus => sweep(data, vectors, softplus::<V>),
-            Activation::Mish => sweep(data, vectors, mish::<V>),
+            Activation::Relu => sweep!(|x| x.max(x.like(0.0))),
+            Activation::Relu6 => sweep!(|x| clip(x, 0.0, 6.0)),
+            Activation::Clip { lo, hi } => sweep!(|x| clip(x, lo, hi)),
+            Activation::LeakyRelu { alpha } => sweep!(|x| leaky_relu(x, x.like(alpha))),
+            Activation::Elu { alpha } => sweep!(|x| elu(x, alpha)),
+            Activation::Sigmoid => sweep!(|x| sigmoid(x)),
+            Activation::Tanh => sweep!(|x| tanh(x)),
+            Activation::Silu => sweep!(|x| times_sigmoid(x, x, x.like(0.0))),
+            Activation::Gelu => sweep!(|x| gelu(x)),
+            Activation::GeluTanh => sweep!(|x| gelu_tanh(x)),
+            Activation::HardSigmoid => sweep!(|x| hard_sigmoid(x)),
+            Activation::HardSwish => sweep!(|x| x * hard_sigmoid(x)),
+            Activation::Softplus => sweep!(|x| softplus(x)),
+            Activation::Mish => sweep!(|x| mish(x)),
         }
     }
 }
@@ -55,19 +63,6 @@ pub(crate) fn activate(activation: Activation, x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn leaky_relu<V: Simd>(x: V, alpha: V) -> V {
     V::select(x.ge(x.like(0.0)), x, x * alpha)
-}
-
-/// # Safety
-/// As [`apply`].
-#[inline(always)]
-unsafe fn sweep<V: Simd>(data: *mut f32, vectors: usize, f: impl Fn(V) -> V) {
-    for v in 0..vectors {
-        // SAFETY: the vector is inside the data.
-        unsafe {
-            let at = data.add(v * V::LANES);
-            f(V::load(at)).store(at);
-        }
-    }
 }
 
 #[inline(always)]

@@ -42,6 +42,20 @@ pub(crate) unsafe fn finish_buffered<V: Simd>(
     }
 }
 
+/// Replaces each vector of a tile by an expression of it, its row and its index in the row.
+macro_rules! update {
+    ($tile:ident, |$x:ident, $row:ident, $v:ident| $value:expr) => {
+        for $row in 0..$tile.rows {
+            for $v in 0..$tile.vectors {
+                let at = $tile.at($row, $v);
+                let $x = V::load(at);
+                let value: V = $value;
+                value.store(at);
+            }
+        }
+    };
+}
+
 /// `rows` rows of `vectors` whole vectors, of which the first `cols` lanes are real; the others
 /// hold anything. `tail` selects the real lanes of a row's last vector.
 struct Tile<V: Simd> {
@@ -101,20 +115,6 @@ impl<V: Simd> Tile<V> {
             match axis {
                 ChannelAxis::Rows => V::splat(*first.add(row)),
                 ChannelAxis::Lanes => self.load(first, v),
-            }
-        }
-    }
-
-    /// Replaces each vector `x` by `f(x, row, v)`.
-    #[inline(always)]
-    unsafe fn update(&self, f: impl Fn(V, usize, usize) -> V) {
-        for row in 0..self.rows {
-            for v in 0..self.vectors {
-                // SAFETY: the vector is inside the buffer.
-                unsafe {
-                    let at = self.at(row, v);
-                    f(V::load(at), row, v).store(at);
-                }
             }
         }
     }
@@ -184,7 +184,7 @@ impl<V: Simd> Tile<V> {
             // SAFETY: the bias covers the tile's channels.
             unsafe {
                 let bias = bias.as_ptr().add(channel);
-                self.update(|x, row, v| x + self.parameter(axis, bias, row, v));
+                update!(self, |x, row, v| x + self.parameter(axis, bias, row, v));
             }
         }
     }
@@ -197,7 +197,7 @@ impl<V: Simd> Tile<V> {
             match step {
                 Step::Affine { scale, shift } => {
                     let (scale, shift) = (scale.as_ptr().add(channel), shift.as_ptr().add(channel));
-                    self.update(|x, row, v| {
+                    update!(self, |x, row, v| {
                         let scale = self.parameter(axis, scale, row, v);
                         x.mul_add(scale, self.parameter(axis, shift, row, v))
                     });
@@ -207,7 +207,7 @@ impl<V: Simd> Tile<V> {
                 }
                 Step::PRelu { slope } => {
                     let slope = slope.as_ptr().add(channel);
-                    self.update(|x, row, v| {
+                    update!(self, |x, row, v| {
                         math::leaky_relu(x, self.parameter(axis, slope, row, v))
                     });
                 }
@@ -226,7 +226,7 @@ impl<V: Simd> Tile<V> {
         // SAFETY: the residual is readable for every row and real lane of the tile.
         unsafe {
             if residual.lanes_are_contiguous(axis) {
-                self.update(|x, row, v| {
+                update!(self, |x, row, v| {
                     let src = residual.ptr.offset(residual.offset(axis, channel, row, 0));
                     x + self.load(src, v)
                 });
