@@ -8,7 +8,6 @@
 use crate::cpu::simd::Simd;
 use crate::epilogue::Step;
 use crate::stages::Activation;
-use std::array::from_fn;
 use std::mem::MaybeUninit;
 use std::ptr;
 
@@ -77,16 +76,29 @@ impl<P> Operand<'_, P> {
         }
     }
 
-    /// Offset of lane 0 of each row.
+    /// Offset of lane 0 of row `row`, where the lanes are contiguous.
+    #[inline(always)]
+    fn row_offset(&self, axis: ChannelAxis, channel: usize, row: usize) -> isize {
+        if self.channels.is_some() || self.positions.is_some() {
+            return self.offset(axis, channel, row, 0);
+        }
+        let stride = match axis {
+            ChannelAxis::Rows => self.channel_stride,
+            ChannelAxis::Lanes => self.position_stride,
+        };
+        channel as isize * self.channel_stride + row as isize * stride
+    }
+
+    /// [`Self::row_offset`] of every row.
     #[inline(always)]
     fn row_offsets<const R: usize>(&self, axis: ChannelAxis, channel: usize) -> [isize; R] {
-        let (first, stride) = match axis {
-            ChannelAxis::Rows => (channel as isize * self.channel_stride, self.channel_stride),
-            ChannelAxis::Lanes => (channel as isize * self.channel_stride, self.position_stride),
-        };
-        let mut offsets = from_fn(|row| first + row as isize * stride);
+        let mut offsets = [0; R];
         if self.channels.is_some() || self.positions.is_some() {
             self.look_up_rows(axis, channel, &mut offsets);
+        } else {
+            for (row, offset) in offsets.iter_mut().enumerate() {
+                *offset = self.row_offset(axis, channel, row);
+            }
         }
         offsets
     }
