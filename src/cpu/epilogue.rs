@@ -8,7 +8,6 @@
 use crate::cpu::simd::Simd;
 use crate::epilogue::Step;
 use crate::stages::Activation;
-use std::array::from_fn;
 use std::mem::MaybeUninit;
 use std::ptr;
 
@@ -111,16 +110,29 @@ impl<P> Operand<'_, P> {
         }
     }
 
-    /// Offset of lane 0 of each row.
+    /// Offset of lane 0 of row `row`, where the lanes are contiguous.
+    #[inline(always)]
+    fn row_offset(&self, axis: ChannelAxis, channel: usize, row: usize) -> isize {
+        if self.channels.is_some() || self.positions.is_some() {
+            return self.offset(axis, channel, row, 0);
+        }
+        let stride = match axis {
+            ChannelAxis::Rows => self.channel_stride,
+            ChannelAxis::Lanes => self.position_stride,
+        };
+        channel as isize * self.channel_stride + row as isize * stride
+    }
+
+    /// [`Self::row_offset`] of every row.
     #[inline(always)]
     fn row_offsets<const R: usize>(&self, axis: ChannelAxis, channel: usize) -> [isize; R] {
-        let (first, stride) = match axis {
-            ChannelAxis::Rows => (channel as isize * self.channel_stride, self.channel_stride),
-            ChannelAxis::Lanes => (channel as isize * self.channel_stride, self.position_stride),
-        };
-        let mut offsets = from_fn(|row| first + row as isize * stride);
+        let mut offsets = [0; R];
         if self.channels.is_some() || self.positions.is_some() {
             self.look_up_rows(axis, channel, &mut offsets);
+        } else {
+            for (row, offset) in offsets.iter_mut().enumerate() {
+                *offset = self.row_offset(axis, channel, row);
+            }
         }
         offsets
     }
@@ -346,19 +358,23 @@ pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
     tail: V::Tail,
 ) -> [V; NV] {
     // SAFETY: the caller's promise.
-    from_fn(|v| unsafe {
-        let src = src.add(v * V::LANES);
-        if TAIL && v == NV - 1 { V::load_tail(src, tail) } else { V::load(src) }
-    })
+    unsafe {
+        let mut row = [V::splat(0.0); NV];
+        for (v, x) in row.iter_mut().enumerate() {
+            let src = src.add(v * V::LANES);
+            *x = if TAIL && v == NV - 1 { V::load_tail(src, tail) } else { V::load(src) };
+        }
+        row
+    }
 }
 
 #[inline(always)]
-fn add_row<V: Simd, const NV: usize>(x: [V; NV], y: [V; NV]) -> [V; NV] {
-    from_fn(|v| x[v] + y[v])
+fn add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV]) -> [V; NV] {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x = *x + y;
+    }
+    x
 }
-
-// Helpers are functions rather than closures: LLVM does not always inline a closure that is used
-// twice, and out of line it has no target features and takes the accumulators in memory.
 
 /// # Safety
 /// The rows of `src` are readable at every lane of the tile.

@@ -258,3 +258,6 @@ pub(crate) static KERNELS: &[Kernel] = &[
         run: fprop_f32_avx512_14x32,
     },
 ];
+
+#[cfg(test)]
+mod tests;

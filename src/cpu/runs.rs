@@ -50,35 +50,6 @@ per_isa! {
     pub(crate) fn sum_squared_deviations(mean: f32, x: &[f32]) -> f64 = sum_squared_deviations_run;
 }
 
-/// Replaces each vector `x` by `f(x, i)`, where `i` is the index of its first lane and `other`
-/// loads the same lanes of another run.
-///
-/// # Safety
-/// The CPU has `V`'s instruction set.
-#[inline(always)]
-unsafe fn update<V: Simd, const N: usize>(
-    x: &mut [f32],
-    others: [&[f32]; N],
-    f: impl Fn(V, [V; N]) -> V,
-) {
-    assert!(others.iter().all(|other| other.len() == x.len()), "runs of different lengths");
-    let whole = x.len() / V::LANES * V::LANES;
-    let data = x.as_mut_ptr();
-    // SAFETY: whole vectors end at `whole`, the tail covers the rest, in every run.
-    unsafe {
-        for i in (0..whole).step_by(V::LANES) {
-            let loaded = others.map(|other| V::load(other.as_ptr().add(i)));
-            f(V::load(data.add(i)), loaded).store(data.add(i));
-        }
-        if whole < x.len() {
-            let tail = V::tail(x.len() - whole);
-            let loaded = others.map(|other| V::load_tail(other.as_ptr().add(whole), tail));
-            let last = V::load_tail(data.add(whole), tail);
-            f(last, loaded).store_tail(data.add(whole), tail);
-        }
-    }
-}
-
 #[inline(always)]
 unsafe fn activation_run<V: Simd>(activation: Activation, x: &mut [f32]) {
     let whole = x.len() / V::LANES;
@@ -96,14 +67,33 @@ unsafe fn activation_run<V: Simd>(activation: Activation, x: &mut [f32]) {
     }
 }
 
+/// Writes functions that replace each value by an expression of it, of splatted scalars, and of
+/// the values at the same place of other runs.
 macro_rules! elementwise {
     ($($name:ident($($splat:ident),*; $($lanes:ident),*) |$x:ident| $value:expr;)*) => {$(
         #[inline(always)]
-        unsafe fn $name<V: Simd>($($splat: f32,)* $($lanes: &[f32],)* x: &mut [f32]) {
-            // SAFETY: the CPU has V's instruction set.
+        unsafe fn $name<V: Simd>($($splat: f32,)* $($lanes: &[f32],)* data: &mut [f32]) {
+            $(assert_eq!($lanes.len(), data.len(), "runs of different lengths");)*
+            let whole = data.len() / V::LANES * V::LANES;
+            let rest = data.len() - whole;
+            let data = data.as_mut_ptr();
+            // SAFETY: the CPU has V's instruction set; whole vectors end at `whole`, the tail
+            // covers the rest, in every run.
             unsafe {
                 $(let $splat = V::splat($splat);)*
-                update::<V, _>(x, [$($lanes),*], |$x, [$($lanes),*]| $value);
+                for i in (0..whole).step_by(V::LANES) {
+                    $(let $lanes = V::load($lanes.as_ptr().add(i));)*
+                    let $x = V::load(data.add(i));
+                    let value: V = $value;
+                    value.store(data.add(i));
+                }
+                if rest > 0 {
+                    let tail = V::tail(rest);
+                    $(let $lanes = V::load_tail($lanes.as_ptr().add(whole), tail);)*
+                    let $x = V::load_tail(data.add(whole), tail);
+                    let value: V = $value;
+                    value.store_tail(data.add(whole), tail);
+                }
             }
         }
     )*};
@@ -129,52 +119,53 @@ const BLOCK: usize = 2048;
 #[inline(always)]
 unsafe fn sum_run<V: Simd>(x: &[f32]) -> f64 {
     // SAFETY: the CPU has V's instruction set.
-    unsafe { reduce::<V>(x, V::splat(0.0), |total, x| total + x) }
+    unsafe { reduce::<V, false>(x, 0.0) }
 }
 
 #[inline(always)]
 unsafe fn sum_squared_deviations_run<V: Simd>(mean: f32, x: &[f32]) -> f64 {
     // SAFETY: the CPU has V's instruction set.
-    unsafe {
-        let mean = V::splat(mean);
-        reduce::<V>(x, mean, |total, x| (x - mean).mul_add(x - mean, total))
-    }
+    unsafe { reduce::<V, true>(x, mean) }
 }
 
-/// Folds `f` over the run in four interleaved vectors per block, then merges them in order.
-/// Lanes beyond the end hold `neutral`.
+/// Sums the values, or the squares of their distances from `from`, in four interleaved vectors
+/// per block, and merges them in order.
 ///
 /// # Safety
 /// The CPU has `V`'s instruction set.
 #[inline(always)]
-unsafe fn reduce<V: Simd>(x: &[f32], neutral: V, f: impl Fn(V, V) -> V) -> f64 {
+unsafe fn reduce<V: Simd, const SQUARED: bool>(x: &[f32], from: f32) -> f64 {
     let mut total = 0.0;
     for block in x.chunks(BLOCK) {
         // SAFETY: whole groups of four vectors are inside the block; the rest goes through a
-        // padded copy.
+        // copy, padded with what adds nothing.
         unsafe {
             let mut sums = [V::splat(0.0); 4];
             let mut groups = block.chunks_exact(4 * V::LANES);
             for group in &mut groups {
-                for (v, sum) in sums.iter_mut().enumerate() {
-                    *sum = f(*sum, V::load(group.as_ptr().add(v * V::LANES)));
-                }
+                add_group::<V, SQUARED>(&mut sums, group, from);
             }
             let rest = groups.remainder();
-            let mut padded = [0.0f32; 64];
-            for (v, sum) in sums.iter_mut().enumerate() {
-                let at = padded.as_mut_ptr().add(v * V::LANES);
-                neutral.store(at);
-                let part = rest.len().saturating_sub(v * V::LANES).min(V::LANES);
-                at.copy_from_nonoverlapping(rest.as_ptr().wrapping_add(v * V::LANES), part);
-                *sum = f(*sum, V::load(at));
-            }
+            let mut padded = [from; 64];
+            padded[..rest.len()].copy_from_slice(rest);
+            add_group::<V, SQUARED>(&mut sums, &padded, from);
             let mut lanes = [0.0f32; 16];
             ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes.as_mut_ptr());
             total += lanes[..V::LANES].iter().map(|&lane| f64::from(lane)).sum::<f64>();
         }
     }
     total
+}
+
+/// # Safety
+/// The CPU has `V`'s instruction set; `group` has four vectors.
+#[inline(always)]
+unsafe fn add_group<V: Simd, const SQUARED: bool>(sums: &mut [V; 4], group: &[f32], from: f32) {
+    for (v, sum) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let x = unsafe { V::load(group.as_ptr().add(v * V::LANES)) };
+        *sum = if SQUARED { (x - from).mul_add(x - from, *sum) } else { *sum + x };
+    }
 }
 
 #[cfg(test)]
@@ -192,8 +183,8 @@ mod tests {
             for len in (0..70).chain([1000]) {
                 let (x, y, z) = (run(len), run(len + 1)[1..].to_vec(), run(len + 2)[2..].to_vec());
                 let check = |what: &str, got: &[f32], want: &dyn Fn(usize) -> f32| {
-                    for i in 0..len {
-                        assert_eq!(got[i], want(i), "{what} {isa:?} [{i}] of {len}");
+                    for (i, &got) in got.iter().enumerate() {
+                        assert_eq!(got, want(i), "{what} {isa:?} [{i}] of {len}");
                     }
                 };
                 let edit = |f: &dyn Fn(&mut [f32])| {

@@ -3,7 +3,9 @@
 //! A *value* of a vector type proves that the CPU has its instructions: only the unsafe
 //! constructors ([`Simd::splat`], the loads) make one from nothing. Arithmetic is therefore safe.
 //! Every method is `#[inline(always)]` and is meant to be inlined into a function that carries
-//! the matching `#[target_feature]`; [`per_isa`] writes such functions.
+//! the matching `#[target_feature]`; [`per_isa`] writes such functions. Whatever lies between the
+//! two must be `#[inline(always)]` too, or a macro: a closure or a function passed as a value may
+//! stay out of line, without the features, and then every operation in it is a call.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 

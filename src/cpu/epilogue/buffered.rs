@@ -1,6 +1,6 @@
 //! The epilogue of a tile that lies in memory: any list of steps, any placement of dst.
 
-use super::{Buffer, ChannelAxis, Operand, ResidualOrder, Simple, TileEpilogue};
+use super::{Buffer, ChannelAxis, ResidualOrder, Simple, TileEpilogue};
 use crate::cpu::math;
 use crate::cpu::simd::Simd;
 use crate::epilogue::Step;
@@ -26,20 +26,32 @@ pub(crate) unsafe fn finish_buffered<V: Simd>(
         if !epilogue.dst.lanes_are_contiguous(epilogue.axis)
             && epilogue.dst.lanes_are_contiguous(epilogue.axis.flipped())
         {
-            tile = tile.transpose(turned.as_mut_ptr());
             epilogue.axis = epilogue.axis.flipped();
+            if let Some(simple) = epilogue.direct() {
+                return tile.transpose_and_finish(&epilogue, simple);
+            }
+            tile = tile.transpose(turned.as_mut_ptr());
         }
-        match epilogue.direct() {
-            Some(simple) => tile.finish_simple(&epilogue, simple),
-            None => {
-                tile.add_bias(&epilogue);
-                for step in epilogue.steps.list() {
-                    tile.apply(step, &epilogue);
-                }
-                tile.store(&epilogue);
+        tile.add_bias(&epilogue);
+        for step in epilogue.steps.list() {
+            tile.apply(step, &epilogue);
+        }
+        tile.store(&epilogue);
+    }
+}
+
+/// Replaces each vector of a tile by an expression of it, its row and its index in the row.
+macro_rules! update {
+    ($tile:ident, |$x:ident, $row:ident, $v:ident| $value:expr) => {
+        for $row in 0..$tile.rows {
+            for $v in 0..$tile.vectors {
+                let at = $tile.at($row, $v);
+                let $x = V::load(at);
+                let value: V = $value;
+                value.store(at);
             }
         }
-    }
+    };
 }
 
 /// `rows` rows of `vectors` whole vectors, of which the first `cols` lanes are real; the others
@@ -105,37 +117,35 @@ impl<V: Simd> Tile<V> {
         }
     }
 
-    /// Replaces each vector `x` by `f(x, row, v)`.
+    /// Makes rows up to whole vectors readable, so that blocks of the tile can be turned.
     #[inline(always)]
-    unsafe fn update(&self, f: impl Fn(V, usize, usize) -> V) {
-        for row in 0..self.rows {
+    unsafe fn pad_rows(&self) {
+        for row in self.rows..self.rows.next_multiple_of(V::LANES) {
             for v in 0..self.vectors {
-                // SAFETY: the vector is inside the buffer.
-                unsafe {
-                    let at = self.at(row, v);
-                    f(V::load(at), row, v).store(at);
-                }
+                // SAFETY: the buffer has room for rows rounded up to whole vectors.
+                unsafe { V::splat(0.0).store(self.at(row, v)) };
             }
         }
+    }
+
+    /// Four columns from `column`, of the `block`-th `LANES` rows.
+    #[inline(always)]
+    unsafe fn load_columns(&self, block: usize, column: usize) -> [V; 4] {
+        let stride = self.vectors * V::LANES;
+        // SAFETY: rows and columns up to whole vectors are inside the buffer.
+        unsafe { V::load_columns(self.data.add(block * V::LANES * stride + column), stride) }
     }
 
     /// Turns rows into lanes. `into` is a [`Buffer`].
     #[inline(always)]
     unsafe fn transpose(&self, into: *mut f32) -> Self {
-        // SAFETY: the buffers have room for rows rounded up to whole vectors; those rows are
-        // written before the block loads read them.
+        // SAFETY: the buffers have room for rows and columns up to whole vectors.
         unsafe {
-            for row in self.rows..self.rows.next_multiple_of(V::LANES) {
-                for v in 0..self.vectors {
-                    V::splat(0.0).store(self.at(row, v));
-                }
-            }
-            let stride = self.vectors * V::LANES;
+            self.pad_rows();
             let turned = Self::new(self.cols, self.rows, into);
             for block in 0..turned.vectors {
                 for column in (0..self.cols).step_by(4) {
-                    let src = self.data.add(block * V::LANES * stride + column);
-                    for (c, x) in V::load_columns(src, stride).into_iter().enumerate() {
+                    for (c, x) in self.load_columns(block, column).into_iter().enumerate() {
                         x.store(turned.at(column + c, block));
                     }
                 }
@@ -144,36 +154,68 @@ impl<V: Simd> Tile<V> {
         }
     }
 
-    /// Bias, residual, clip and store in one sweep.
+    /// Turns rows into lanes, then adds bias and residual, clips and stores, in one sweep.
+    /// `epilogue` describes the turned tile.
     #[inline(always)]
-    unsafe fn finish_simple(&self, epilogue: &TileEpilogue<'_>, simple: Simple) {
-        let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
-        let lower = simple.lower.unwrap_or(f32::NEG_INFINITY);
-        let upper = simple.upper.unwrap_or(f32::INFINITY);
-        // SAFETY: lanes of dst and of the residual are contiguous.
+    unsafe fn transpose_and_finish(&self, epilogue: &TileEpilogue<'_>, simple: Simple) {
+        // SAFETY: the turned tile has the rows that are stored; its lanes are contiguous in dst
+        // and in the residual.
         unsafe {
-            let (lower, upper) = (V::splat(lower), V::splat(upper));
-            for row in 0..self.rows {
-                let dst_row = dst.ptr.offset(dst.offset(axis, channel, row, 0));
-                let residual_row = simple.residual.map(|order| {
-                    let residual = epilogue.residual();
-                    (order, residual.ptr.offset(residual.offset(axis, channel, row, 0)))
-                });
-                for v in 0..self.vectors {
-                    let mut x = V::load(self.at(row, v));
-                    if !bias.is_empty() {
-                        x = x + self.parameter(axis, bias.as_ptr().add(channel), row, v);
+            self.pad_rows();
+            let turned = Self::new(self.cols, self.rows, self.data);
+            for block in 0..turned.vectors {
+                for column in (0..self.cols).step_by(4) {
+                    let columns = self.load_columns(block, column);
+                    for (c, x) in columns.into_iter().enumerate() {
+                        if column + c < self.cols {
+                            turned.finish_simple(x, column + c, block, epilogue, simple);
+                        }
                     }
-                    if let Some((ResidualOrder::BeforeClip, residual)) = residual_row {
-                        x = x + self.load(residual, v);
-                    }
-                    x = x.max(lower).min(upper);
-                    if let Some((ResidualOrder::AfterClip, residual)) = residual_row {
-                        x = x + self.load(residual, v);
-                    }
-                    self.store_vector(x, dst_row, v);
                 }
             }
+        }
+    }
+
+    /// Bias, residual and clip for vector `v` of row `row`, and its store.
+    #[inline(always)]
+    unsafe fn finish_simple(
+        &self,
+        mut x: V,
+        row: usize,
+        v: usize,
+        epilogue: &TileEpilogue<'_>,
+        simple: Simple,
+    ) {
+        let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
+        // SAFETY: lanes of dst and of the residual are contiguous.
+        unsafe {
+            if !bias.is_empty() {
+                x = x + self.parameter(axis, bias.as_ptr().add(channel), row, v);
+            }
+            if simple.residual == Some(ResidualOrder::BeforeClip) {
+                x = x + self.residual_vector(row, v, epilogue);
+            }
+            if let Some(lower) = simple.lower {
+                x = x.max(x.like(lower));
+            }
+            if let Some(upper) = simple.upper {
+                x = x.min(x.like(upper));
+            }
+            if simple.residual == Some(ResidualOrder::AfterClip) {
+                x = x + self.residual_vector(row, v, epilogue);
+            }
+            self.store_vector(x, dst.ptr.offset(dst.row_offset(axis, channel, row)), v);
+        }
+    }
+
+    /// Vector `v` of row `row` of the residual, whose lanes are contiguous.
+    #[inline(always)]
+    unsafe fn residual_vector(&self, row: usize, v: usize, epilogue: &TileEpilogue<'_>) -> V {
+        let residual = epilogue.residual();
+        // SAFETY: the residual is readable for every row and real lane of the tile.
+        unsafe {
+            let offset = residual.row_offset(epilogue.axis, epilogue.channel, row);
+            self.load(residual.ptr.offset(offset), v)
         }
     }
 
@@ -184,7 +226,7 @@ impl<V: Simd> Tile<V> {
             // SAFETY: the bias covers the tile's channels.
             unsafe {
                 let bias = bias.as_ptr().add(channel);
-                self.update(|x, row, v| x + self.parameter(axis, bias, row, v));
+                update!(self, |x, row, v| x + self.parameter(axis, bias, row, v));
             }
         }
     }
@@ -197,7 +239,7 @@ impl<V: Simd> Tile<V> {
             match step {
                 Step::Affine { scale, shift } => {
                     let (scale, shift) = (scale.as_ptr().add(channel), shift.as_ptr().add(channel));
-                    self.update(|x, row, v| {
+                    update!(self, |x, row, v| {
                         let scale = self.parameter(axis, scale, row, v);
                         x.mul_add(scale, self.parameter(axis, shift, row, v))
                     });
@@ -207,29 +249,23 @@ impl<V: Simd> Tile<V> {
                 }
                 Step::PRelu { slope } => {
                     let slope = slope.as_ptr().add(channel);
-                    self.update(|x, row, v| {
+                    update!(self, |x, row, v| {
                         math::leaky_relu(x, self.parameter(axis, slope, row, v))
                     });
                 }
-                Step::Residual => self.add_residual(axis, channel, &epilogue.residual()),
+                Step::Residual => self.add_residual(epilogue),
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn add_residual(
-        &self,
-        axis: ChannelAxis,
-        channel: usize,
-        residual: &Operand<'_, *const f32>,
-    ) {
+    unsafe fn add_residual(&self, epilogue: &TileEpilogue<'_>) {
+        let TileEpilogue { axis, channel, .. } = *epilogue;
+        let residual = epilogue.residual();
         // SAFETY: the residual is readable for every row and real lane of the tile.
         unsafe {
             if residual.lanes_are_contiguous(axis) {
-                self.update(|x, row, v| {
-                    let src = residual.ptr.offset(residual.offset(axis, channel, row, 0));
-                    x + self.load(src, v)
-                });
+                update!(self, |x, row, v| x + self.residual_vector(row, v, epilogue));
             } else {
                 for row in 0..self.rows {
                     for lane in 0..self.cols {
@@ -248,7 +284,7 @@ impl<V: Simd> Tile<V> {
         unsafe {
             for row in 0..self.rows {
                 if dst.lanes_are_contiguous(axis) {
-                    let dst_row = dst.ptr.offset(dst.offset(axis, channel, row, 0));
+                    let dst_row = dst.ptr.offset(dst.row_offset(axis, channel, row));
                     for v in 0..self.vectors {
                         self.store_vector(V::load(self.at(row, v)), dst_row, v);
                     }

@@ -2,7 +2,6 @@
 
 use super::{Simd, operators};
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 /// Eight f32 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +17,19 @@ operators!(F32x8:
 
 /// Eight set words, then eight clear ones: a window into it is a mask of the first lanes.
 static TAILS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// Four values of a row, and four of the fourth row after it.
+///
+/// # Safety
+/// The CPU has AVX; the values are readable.
+#[inline(always)]
+unsafe fn two_rows(src: *const f32, stride: usize) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm256_castps128_ps256(_mm_loadu_ps(src));
+        _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(src.add(4 * stride)))
+    }
+}
 
 // SAFETY: masked moves touch the lanes of their mask only; safe methods are given a value.
 unsafe impl Simd for F32x8 {
@@ -68,11 +80,10 @@ unsafe impl Simd for F32x8 {
         // SAFETY: four values of rows `row` and `row + 4` are readable; the instruction set is
         // the caller's promise.
         unsafe {
-            let [r0, r1, r2, r3]: [__m256; 4] = from_fn(|row| {
-                let low = _mm_loadu_ps(src.add(row * stride));
-                let high = _mm_loadu_ps(src.add((row + 4) * stride));
-                _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
-            });
+            let r0 = two_rows(src, stride);
+            let r1 = two_rows(src.add(stride), stride);
+            let r2 = two_rows(src.add(2 * stride), stride);
+            let r3 = two_rows(src.add(3 * stride), stride);
             let (a, b) = (_mm256_unpacklo_ps(r0, r1), _mm256_unpackhi_ps(r0, r1));
             let (c, d) = (_mm256_unpacklo_ps(r2, r3), _mm256_unpackhi_ps(r2, r3));
             [

@@ -2,7 +2,6 @@
 
 use super::{Simd, operators};
 use std::arch::x86_64::*;
-use std::array::from_fn;
 
 /// Sixteen f32 lanes.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +14,21 @@ operators!(F32x16:
     div |a: Self, b: Self| Self(_mm512_div_ps(a.0, b.0)),
     neg |a: Self| Self(_mm512_xor_ps(a.0, _mm512_set1_ps(-0.0)))
 );
+
+/// Four values of a row, and of the fourth, eighth and twelfth rows after it.
+///
+/// # Safety
+/// The CPU has AVX-512; the values are readable.
+#[inline(always)]
+unsafe fn four_rows(src: *const f32, stride: usize) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let v = _mm512_castps128_ps512(_mm_loadu_ps(src));
+        let v = _mm512_insertf32x4::<1>(v, _mm_loadu_ps(src.add(4 * stride)));
+        let v = _mm512_insertf32x4::<2>(v, _mm_loadu_ps(src.add(8 * stride)));
+        _mm512_insertf32x4::<3>(v, _mm_loadu_ps(src.add(12 * stride)))
+    }
+}
 
 // SAFETY: masked moves touch the lanes of their mask only; safe methods are given a value.
 unsafe impl Simd for F32x16 {
@@ -66,13 +80,10 @@ unsafe impl Simd for F32x16 {
         // SAFETY: four values of each row are readable; the instruction set is the caller's
         // promise.
         unsafe {
-            let [r0, r1, r2, r3]: [__m512; 4] = from_fn(|row| {
-                let quarter = |q: usize| _mm_loadu_ps(src.add((row + 4 * q) * stride));
-                let v = _mm512_castps128_ps512(quarter(0));
-                let v = _mm512_insertf32x4::<1>(v, quarter(1));
-                let v = _mm512_insertf32x4::<2>(v, quarter(2));
-                _mm512_insertf32x4::<3>(v, quarter(3))
-            });
+            let r0 = four_rows(src, stride);
+            let r1 = four_rows(src.add(stride), stride);
+            let r2 = four_rows(src.add(2 * stride), stride);
+            let r3 = four_rows(src.add(3 * stride), stride);
             let (a, b) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
             let (c, d) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
             [

@@ -1,0 +1,461 @@
+//! Every kernel against a scalar loop, exactly: the sums are of small integers.
+
+use super::{KERNELS, Kernel, Segment, Tile};
+use crate::cpu::epilogue::{ChannelAxis, Operand, Steps, TileEpilogue};
+use crate::cpu::math;
+use crate::epilogue::Step;
+use crate::stages::Activation;
+
+/// A NaN that no kernel makes: what memory holds where nothing may be written.
+const CANARY: f32 = f32::from_bits(0x7fc0_5a5a);
+
+/// Memory that ends where reading faults, so that a read past the end of a tile shows.
+struct Guarded {
+    end: *mut f32,
+    capacity: usize,
+}
+
+#[cfg(all(target_os = "linux", target_pointer_width = "64", not(miri)))]
+impl Guarded {
+    fn new() -> Self {
+        use std::ffi::{c_int, c_long, c_void};
+        unsafe extern "C" {
+            fn mmap(
+                at: *mut c_void,
+                len: usize,
+                prot: c_int,
+                flags: c_int,
+                fd: c_int,
+                offset: c_long,
+            ) -> *mut c_void;
+            fn mprotect(at: *mut c_void, len: usize, prot: c_int) -> c_int;
+        }
+        const PAGE: usize = 65536; // The largest page that Linux uses.
+        // SAFETY: a fresh anonymous private mapping of four pages, PROT_READ | PROT_WRITE,
+        // whose last page becomes PROT_NONE. It lives until the process ends.
+        let end = unsafe {
+            let base = mmap(std::ptr::null_mut(), 4 * PAGE, 1 | 2, 2 | 0x20, -1, 0);
+            assert!(base as isize != -1, "mmap failed");
+            let end = base.byte_add(3 * PAGE);
+            assert_eq!(mprotect(end, PAGE, 0), 0, "mprotect failed");
+            end
+        };
+        Self { end: end.cast(), capacity: 3 * PAGE / size_of::<f32>() }
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64", not(miri))))]
+impl Guarded {
+    fn new() -> Self {
+        let capacity = 1 << 16;
+        let data = vec![CANARY; capacity].leak();
+        Self { end: data.as_mut_ptr_range().end, capacity }
+    }
+}
+
+impl Guarded {
+    /// Copies `values` to the end of the memory.
+    fn place(&mut self, values: &[f32]) -> &[f32] {
+        assert!(values.len() <= self.capacity);
+        // SAFETY: the last `values.len()` values before the end are ours.
+        unsafe {
+            let start = self.end.sub(values.len());
+            start.copy_from_nonoverlapping(values.as_ptr(), values.len());
+            std::slice::from_raw_parts(start, values.len())
+        }
+    }
+}
+
+/// Small integers, never zero, so that a missing term shows.
+fn integer(seed: usize) -> f32 {
+    let value = (seed.wrapping_mul(2_654_435_761) >> 7) % 6;
+    [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0][value]
+}
+
+/// One operand: its memory, and how it is placed in it.
+struct Placed {
+    memory: Vec<f32>,
+    origin: usize,
+    channel_stride: isize,
+    position_stride: isize,
+    channels: Option<Vec<u32>>,
+    positions: Option<Vec<isize>>,
+}
+
+/// How dst and the residual are laid out: the strides' order and signs, maps and tables.
+const PLACEMENTS: [&str; 8] = [
+    "channels first",
+    "channels last",
+    "no unit stride",
+    "negative channel stride",
+    "negative position stride",
+    "channel map",
+    "position table",
+    "map and table",
+];
+
+impl Placed {
+    fn new(
+        placement: &str,
+        channels: usize,
+        positions: usize,
+        fill: impl Fn(usize) -> f32,
+    ) -> Self {
+        let (c, p) = (channels as isize, positions as isize);
+        let (channel_stride, position_stride) = match placement {
+            "channels first" | "channel map" => (p + 3, 1),
+            "channels last" | "position table" => (1, c + 2),
+            "no unit stride" | "map and table" => (2 * p + 1, 2),
+            "negative channel stride" => (-(p + 1), 1),
+            "negative position stride" => (1, -(c + 1)),
+            _ => unreachable!(),
+        };
+        let map = (0..channels as u32).map(|c| (c * 5 + 3) % channels as u32);
+        let map: Vec<u32> = if channels.is_multiple_of(5) {
+            (0..channels as u32).rev().collect()
+        } else {
+            map.collect()
+        };
+        let table = (0..p).map(|j| (p - 1 - j) * position_stride.abs()).collect();
+        let len = 3 * (channels + 4) * (positions + 4) * 2;
+        Self {
+            memory: (0..len).map(fill).collect(),
+            origin: len / 2,
+            channel_stride,
+            position_stride,
+            channels: placement.contains("map").then_some(map),
+            positions: placement.contains("table").then_some(table),
+        }
+    }
+
+    fn index(&self, channel: usize, position: usize) -> usize {
+        let channel = self.channels.as_ref().map_or(channel, |map| map[channel] as usize);
+        let offset = match &self.positions {
+            Some(table) => table[position],
+            None => position as isize * self.position_stride,
+        };
+        (self.origin as isize + channel as isize * self.channel_stride + offset) as usize
+    }
+
+    fn operand<P>(&self, ptr: P) -> Operand<'_, P> {
+        Operand {
+            ptr,
+            channel_stride: self.channel_stride,
+            position_stride: self.position_stride,
+            channels: self.channels.as_deref(),
+            positions: self.positions.as_deref(),
+        }
+    }
+}
+
+/// Lists of steps: those that run in registers, and others. All exact on integers.
+fn step_lists(channels: usize) -> Vec<Vec<Step>> {
+    let relu = || Step::Activation(Activation::Relu);
+    let clip = |lo, hi| Step::Activation(Activation::Clip { lo, hi });
+    let parameter = |seed| (0..channels).map(|c| integer(c + seed)).collect::<Vec<_>>();
+    vec![
+        vec![],
+        vec![relu()],
+        vec![Step::Activation(Activation::Relu6)],
+        vec![clip(f32::NEG_INFINITY, 5.0)],
+        vec![Step::Residual],
+        vec![Step::Residual, clip(-4.0, 9.0)],
+        vec![relu(), Step::Residual],
+        vec![Step::Affine { scale: parameter(7), shift: parameter(8) }, relu()],
+        vec![Step::PRelu { slope: parameter(9) }],
+        vec![
+            relu(),
+            Step::Residual,
+            Step::Activation(Activation::LeakyRelu { alpha: 2.0 }),
+            Step::Affine { scale: parameter(10), shift: parameter(11) },
+        ],
+    ]
+}
+
+/// What `steps` make of a sum, by the scalar definition.
+fn expected(mut x: f32, steps: &[Step], channel: usize, residual: f32) -> f32 {
+    for step in steps {
+        x = match step {
+            Step::Affine { scale, shift } => x * scale[channel] + shift[channel],
+            Step::PRelu { slope } => {
+                if x >= 0.0 {
+                    x
+                } else {
+                    x * slope[channel]
+                }
+            }
+            Step::Residual => x + residual,
+            Step::Activation(activation) => math::activate(*activation, x),
+        };
+    }
+    x
+}
+
+/// Lengths of the segments of k.
+const SEGMENTS: [&[usize]; 8] = [&[], &[0], &[1], &[2], &[7], &[64], &[3, 5], &[0, 4, 1]];
+
+struct Case<'a> {
+    kernel: &'a Kernel,
+    rows: usize,
+    cols: usize,
+    axis: ChannelAxis,
+    dst: &'a str,
+    residual: &'a str,
+    steps: &'a [Step],
+    segments: &'a [usize],
+    strides: usize,
+    bias: bool,
+}
+
+impl Case<'_> {
+    /// The layer has channels before the tile's, and none after.
+    const FIRST_CHANNEL: usize = 2;
+
+    fn tile_channels(&self) -> usize {
+        if self.axis == ChannelAxis::Rows { self.rows } else { self.cols }
+    }
+
+    fn check(&self, guards: &mut [Guarded]) -> Result<(), String> {
+        let (rows, cols) = (self.rows, self.cols);
+        let channels = Self::FIRST_CHANNEL + self.tile_channels();
+        let positions = rows + cols - self.tile_channels();
+        let mut dst = Placed::new(self.dst, channels, positions, |_| CANARY);
+        let residual = Placed::new(self.residual, channels, positions, integer);
+        let (bias_guard, mut guards) = guards.split_first_mut().unwrap();
+        let bias: Vec<f32> = (0..channels).map(|c| integer(c + 1000)).collect();
+        let bias = if self.bias { bias_guard.place(&bias) } else { &[] };
+
+        let mut sums = vec![0.0f32; rows * cols];
+        let mut segments = Vec::new();
+        for (s, &k) in self.segments.iter().enumerate() {
+            let a_value = |m: usize, k: usize| integer(m * 91 + k * 7 + s * 1003);
+            let b_value = |k: usize, j: usize| integer(j * 57 + k * 11 + s * 2003);
+            // Packed, channels last, and both backwards; nothing follows the last value used.
+            let (a_row, a_k, b_k) = match self.strides {
+                0 => (1, self.kernel.mr as isize, self.kernel.nr as isize),
+                1 => (k as isize + 3, 1, cols as isize),
+                _ => (-(k as isize + 1), -1, -(cols as isize) - 2),
+            };
+            let lay_out = |outer: usize,
+                           outer_stride: isize,
+                           inner: usize,
+                           inner_stride: isize,
+                           value: &dyn Fn(usize, usize) -> f32| {
+                let offset =
+                    |o: usize, i: usize| o as isize * outer_stride + i as isize * inner_stride;
+                let all = || (0..outer).flat_map(|o| (0..inner).map(move |i| (o, i)));
+                let low = all().map(|(o, i)| offset(o, i)).min().unwrap_or(0);
+                let high = all().map(|(o, i)| offset(o, i)).max().unwrap_or(-1);
+                let mut memory = vec![f32::NAN; (high - low + 1) as usize];
+                for (o, i) in all() {
+                    memory[(offset(o, i) - low) as usize] = value(o, i);
+                }
+                (memory, -low)
+            };
+            let (a, a_origin) = lay_out(rows, a_row, k, a_k, &a_value);
+            let (b, b_origin) = lay_out(k, b_k, cols, 1, &b_value);
+            let (two, rest) = guards.split_at_mut(2);
+            guards = rest;
+            let [a_guard, b_guard] = two else { unreachable!() };
+            segments.push(Segment {
+                k,
+                a: a_guard.place(&a).as_ptr().wrapping_offset(a_origin),
+                a_row,
+                a_k,
+                b: b_guard.place(&b).as_ptr().wrapping_offset(b_origin),
+                b_k,
+            });
+            for m in 0..rows {
+                for j in 0..cols {
+                    for k in 0..k {
+                        sums[m * cols + j] += a_value(m, k) * b_value(k, j);
+                    }
+                }
+            }
+        }
+
+        let mut want = dst.memory.clone();
+        for m in 0..rows {
+            for j in 0..cols {
+                let (row, position) = if self.axis == ChannelAxis::Rows { (m, j) } else { (j, m) };
+                let channel = Self::FIRST_CHANNEL + row;
+                let sum = sums[m * cols + j] + bias.get(channel).unwrap_or(&0.0);
+                let add = residual.memory[residual.index(channel, position)];
+                want[dst.index(channel, position)] = expected(sum, self.steps, channel, add);
+            }
+        }
+
+        let mut memory = std::mem::take(&mut dst.memory);
+        let steps = Steps::new(self.steps.to_vec());
+        let epilogue = TileEpilogue {
+            axis: self.axis,
+            channel: Self::FIRST_CHANNEL,
+            bias,
+            steps: &steps,
+            residual: steps
+                .has_residual()
+                .then(|| residual.operand(residual.memory[residual.origin..].as_ptr())),
+            dst: dst.operand(memory[dst.origin..].as_mut_ptr()),
+        };
+        let tile = Tile { rows, cols, segments: &segments, epilogue: &epilogue };
+        // SAFETY: the test asked whether the CPU has the ISA; the operands cover the tile.
+        unsafe { (self.kernel.run)(&tile) };
+        for (i, (got, want)) in memory.iter().zip(&want).enumerate() {
+            let same = if want.is_nan() { got.to_bits() == want.to_bits() } else { got == want };
+            if !same {
+                let at = i as isize - dst.origin as isize;
+                return Err(format!("{self:?}: dst[{at}] is {got}, not {want}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Case<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {}x{} {:?}, dst {}, residual {}, {:?}, k {:?}, strides {}, bias {}",
+            self.kernel.name,
+            self.rows,
+            self.cols,
+            self.axis,
+            self.dst,
+            self.residual,
+            self.steps,
+            self.segments,
+            self.strides,
+            self.bias
+        )
+    }
+}
+
+fn supported_kernels() -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().filter(|kernel| {
+        let supported = kernel.isa.supported().is_some();
+        if !supported {
+            eprintln!("skipped: {} (this CPU lacks {})", kernel.name, kernel.isa.name());
+        }
+        supported
+    })
+}
+
+#[test]
+fn every_kernel_is_exact_at_every_size_with_every_epilogue_and_placement() {
+    let mut guards: Vec<Guarded> = (0..7).map(|_| Guarded::new()).collect();
+    for kernel in supported_kernels() {
+        let mut count = 0;
+        for (rows, cols) in (1..=kernel.mr).flat_map(|m| (1..=kernel.nr).map(move |n| (m, n))) {
+            for axis in [ChannelAxis::Rows, ChannelAxis::Lanes] {
+                for dst in PLACEMENTS {
+                    for steps in step_lists(Case::FIRST_CHANNEL + rows.max(cols)) {
+                        let case = Case {
+                            kernel,
+                            rows,
+                            cols,
+                            axis,
+                            dst,
+                            residual: if count % 3 == 0 {
+                                PLACEMENTS[count / 3 % PLACEMENTS.len()]
+                            } else {
+                                dst
+                            },
+                            steps: &steps,
+                            segments: SEGMENTS[count / 2 % SEGMENTS.len()],
+                            strides: count / 5 % 3,
+                            bias: count % 7 != 0,
+                        };
+                        case.check(&mut guards).unwrap();
+                        count += 1;
+                    }
+                }
+            }
+        }
+        eprintln!("{}: {count} tiles", kernel.name);
+    }
+}
+
+#[test]
+fn activations_reach_every_lane() {
+    let mut guards: Vec<Guarded> = (0..7).map(|_| Guarded::new()).collect();
+    let steps = [Step::Activation(Activation::HardSwish), Step::Residual];
+    for kernel in supported_kernels() {
+        for (rows, cols) in [(1, 1), (kernel.mr, kernel.nr), (kernel.mr - 1, kernel.nr - 1)] {
+            for (axis, dst) in [ChannelAxis::Rows, ChannelAxis::Lanes]
+                .into_iter()
+                .flat_map(|axis| PLACEMENTS.map(|dst| (axis, dst)))
+            {
+                let case = Case {
+                    kernel,
+                    rows,
+                    cols,
+                    axis,
+                    dst,
+                    residual: dst,
+                    steps: &steps,
+                    segments: &[2],
+                    strides: 0,
+                    bias: true,
+                };
+                case.check(&mut guards).unwrap();
+            }
+        }
+    }
+}
+
+/// The order of the sum is that of k alone: every tile that covers a value computes the same
+/// bits, and so do kernels with a fused multiply-add among themselves.
+#[test]
+fn a_value_does_not_depend_on_its_tile() {
+    let k = 97;
+    let wild = |seed: usize| ((seed * 7919 % 1009) as f32 - 504.0) * 0.001_37;
+    let a: Vec<f32> = (0..k * 64).map(wild).collect();
+    let b: Vec<f32> = (0..k * 64).map(|i| wild(i + 13)).collect();
+    let steps = Steps::new(vec![]);
+    for kernel in supported_kernels() {
+        let run = |rows: usize, cols: usize, first_row: usize, first_lane: usize| {
+            let mut dst = vec![f32::NAN; 64 * 64];
+            let epilogue = TileEpilogue {
+                axis: ChannelAxis::Rows,
+                channel: 0,
+                bias: &[],
+                steps: &steps,
+                residual: None,
+                dst: Operand {
+                    ptr: dst.as_mut_ptr(),
+                    channel_stride: 64,
+                    position_stride: 1,
+                    channels: None,
+                    positions: None,
+                },
+            };
+            let segment = Segment {
+                k,
+                a: a[first_row..].as_ptr(),
+                a_row: 1,
+                a_k: 64,
+                b: b[first_lane..].as_ptr(),
+                b_k: 64,
+            };
+            let tile = Tile { rows, cols, segments: &[segment], epilogue: &epilogue };
+            // SAFETY: the ISA was checked, and the operands cover the tile.
+            unsafe { (kernel.run)(&tile) };
+            dst
+        };
+        let whole = run(kernel.mr, kernel.nr, 0, 0);
+        for row in 0..kernel.mr {
+            for lane in 0..kernel.nr {
+                let alone = run(1, 1, row, lane)[0];
+                assert_eq!(alone.to_bits(), whole[row * 64 + lane].to_bits(), "{}", kernel.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn names_follow_the_grammar() {
+    for kernel in KERNELS {
+        let name = format!("fprop_f32_{}_{}x{}", kernel.isa.name(), kernel.mr, kernel.nr);
+        assert_eq!(kernel.name, name);
+    }
+}
