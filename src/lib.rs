@@ -1,11 +1,13 @@
 //! The 1x1 ("pointwise") convolution and all that surrounds it in one pass over memory.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod compose;
 mod cost;
 mod cpu;
 mod device;
 mod epilogue;
 mod error;
+pub mod init;
 mod layer;
 mod plan;
 mod prepared;
@@ -14,6 +16,7 @@ pub mod reference;
 mod stages;
 mod tensor;
 
+pub use compose::{Branches, BranchesCall, Sequence};
 pub use cost::{Cost, Roof};
 pub use device::Device;
 pub use error::{Error, Result};

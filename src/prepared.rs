@@ -12,7 +12,9 @@ use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::plan::{Candidate, Explanation};
 use crate::problem::{LayerShape, Operands, Problem, dst_shape};
-use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, strides_like};
+use crate::tensor::{
+    AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, strides_like,
+};
 
 /// The arithmetic that f32 layers may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -230,14 +232,10 @@ impl Prepared {
         f: impl FnOnce(&Problem<'_>) -> Result<R>,
     ) -> Result<R> {
         let shape = &self.inner.shape;
-        let place = match &self.inner.backend {
-            Backend::Cpu(_) => Place::Host,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.place(),
-        };
+        let place = self.place();
         let dst = dst_shape(shape, src, std::iter::empty())?;
         let rank = src.len();
-        let mut strides = [0; crate::tensor::MAX_RANK];
+        let mut strides = [0; MAX_RANK];
         let order = |axis: usize| match layout {
             Layout::ChannelsFirst => axis,
             Layout::ChannelsLast if axis == 0 => 0,
@@ -272,6 +270,26 @@ impl Prepared {
         }
     }
 
+    /// Where the layer's tensors are.
+    pub(crate) fn place(&self) -> Place {
+        match &self.inner.backend {
+            Backend::Cpu(_) => Place::Host,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.place(),
+        }
+    }
+
+    /// The first tensor that a call needs beside its source.
+    pub(crate) fn second_input(&self) -> Option<&'static str> {
+        let LayerShape { residual, gate, .. } = self.inner.shape;
+        if residual { Some("residual") } else { gate.then_some("gate") }
+    }
+
+    /// As [`dst_shape`](Self::dst_shape), without allocating; ones beyond the rank.
+    pub(crate) fn dst_shape_of(&self, src: &[usize]) -> Result<[usize; MAX_RANK]> {
+        Ok(dst_shape(&self.inner.shape, src, std::iter::empty())?.padded())
+    }
+
     fn run(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<()> {
         let problem = Problem::new(&self.inner.shape, operands, dst)?;
         match &self.inner.backend {
@@ -284,6 +302,35 @@ impl Prepared {
             Backend::Cuda(layer) => layer.run(&problem),
         }
     }
+}
+
+/// Runs layers that share a source as one pass over it. Their dsts do not share memory.
+pub(crate) fn run_together(
+    layers: &[Prepared],
+    operands: &[Operands<'_>],
+    dsts: &mut [TensorMut<'_>],
+) -> Result<()> {
+    let mut problems = Vec::with_capacity(layers.len());
+    for ((layer, operands), dst) in layers.iter().zip(operands).zip(dsts) {
+        let problem = Problem::new(&layer.inner.shape, operands, dst)?;
+        on_host(&problem)?;
+        problems.push(problem);
+    }
+    let mut calls = Vec::with_capacity(layers.len());
+    for (layer, problem) in layers.iter().zip(&problems) {
+        match &layer.inner.backend {
+            Backend::Cpu(cpu) => calls.push((cpu, problem)),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                return Err(Error::Unsupported {
+                    device: layer.inner.device.to_string(),
+                    what: "branches".into(),
+                });
+            }
+        }
+    }
+    cpu::run(&calls);
+    Ok(())
 }
 
 fn on_host(problem: &Problem<'_>) -> Result<()> {
@@ -299,16 +346,24 @@ fn on_host(problem: &Problem<'_>) -> Result<()> {
 
 /// The tensors of a call beside its first source. What cannot be viewed is reported when it runs.
 #[derive(Default)]
-struct Extra<'a> {
-    more: Vec<TensorRef<'a>>,
-    residual: Option<TensorRef<'a>>,
-    gate: Option<TensorRef<'a>>,
-    error: Option<Error>,
+pub(crate) struct Extra<'a> {
+    pub more: Vec<TensorRef<'a>>,
+    pub residual: Option<TensorRef<'a>>,
+    pub gate: Option<TensorRef<'a>>,
+    pub error: Option<Error>,
 }
 
 impl<'a> Extra<'a> {
     fn view(&mut self, tensor: &'a impl AsTensor) -> Option<TensorRef<'a>> {
         tensor.as_tensor().map_err(|error| self.error.get_or_insert(error)).ok()
+    }
+
+    pub(crate) fn set_residual(&mut self, residual: &'a impl AsTensor) {
+        self.residual = self.view(residual);
+    }
+
+    pub(crate) fn set_gate(&mut self, gate: &'a impl AsTensor) {
+        self.gate = self.view(gate);
     }
 }
 
@@ -331,13 +386,13 @@ impl<'a, S: AsTensor> Call<'a, S> {
 
     /// The tensor that a residual stage adds; dst's shape.
     pub fn residual(mut self, residual: &'a impl AsTensor) -> Self {
-        self.extra.residual = self.extra.view(residual);
+        self.extra.set_residual(residual);
         self
     }
 
     /// The tensor that a gate source stage multiplies by; `[n, c_in]`.
     pub fn gate(mut self, gate: &'a impl AsTensor) -> Self {
-        self.extra.gate = self.extra.view(gate);
+        self.extra.set_gate(gate);
         self
     }
 

@@ -54,11 +54,6 @@ impl LayerShape {
     pub(crate) fn k(&self) -> usize {
         self.c_in / self.groups
     }
-
-    /// Output channels per group.
-    pub(crate) fn rows_per_group(&self) -> usize {
-        self.c_out / self.groups
-    }
 }
 
 /// The tensors of one call.
@@ -80,6 +75,11 @@ pub(crate) struct DstShape {
 impl DstShape {
     pub(crate) fn as_slice(&self) -> &[usize] {
         &self.shape[..self.rank]
+    }
+
+    /// With ones beyond the rank.
+    pub(crate) fn padded(&self) -> [usize; MAX_RANK] {
+        self.shape
     }
 }
 
@@ -229,15 +229,6 @@ impl<'a> Problem<'a> {
             dst_bytes: bytes(self.c_out + passed),
             residual_bytes: if self.residual.is_some() { bytes(self.c_out) } else { 0 },
         }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.n == 0 || self.positions() == 0
-    }
-
-    /// How many tensors stand for the source.
-    pub(crate) fn source_count(&self) -> usize {
-        1 + self.more.len()
     }
 
     /// The sources, subsampled; of a partial convolution only the channels that are convolved.

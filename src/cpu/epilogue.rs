@@ -10,6 +10,7 @@ use crate::epilogue::Step;
 use crate::stages::Activation;
 use std::array::from_fn;
 use std::mem::MaybeUninit;
+use std::ptr;
 
 mod buffered;
 
@@ -107,6 +108,30 @@ impl<P> Operand<'_, P> {
         match axis {
             ChannelAxis::Rows => self.channel_offset(channel + row) + self.position_offset(lane),
             ChannelAxis::Lanes => self.channel_offset(channel + lane) + self.position_offset(row),
+        }
+    }
+
+    /// Offset of lane 0 of each row.
+    #[inline(always)]
+    fn row_offsets<const R: usize>(&self, axis: ChannelAxis, channel: usize) -> [isize; R] {
+        let (first, stride) = match axis {
+            ChannelAxis::Rows => (channel as isize * self.channel_stride, self.channel_stride),
+            ChannelAxis::Lanes => (channel as isize * self.channel_stride, self.position_stride),
+        };
+        let mut offsets = from_fn(|row| first + row as isize * stride);
+        if self.channels.is_some() || self.positions.is_some() {
+            self.look_up_rows(axis, channel, &mut offsets);
+        }
+        offsets
+    }
+
+    /// [`Self::row_offsets`] by map and table; out of line, since unrolled it is larger than a
+    /// kernel.
+    #[cold]
+    #[inline(never)]
+    fn look_up_rows(&self, axis: ChannelAxis, channel: usize, offsets: &mut [isize]) {
+        for (row, offset) in offsets.iter_mut().enumerate() {
+            *offset = self.offset(axis, channel, row, 0);
         }
     }
 
@@ -246,6 +271,32 @@ impl Buffer {
 /// rows, lanes, the buffer that holds them, what to do.
 pub(crate) type FinishBuffered = unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_>);
 
+/// What [`finish`] looks up before the sums are computed, while no register is taken: the
+/// epilogue that runs in registers, and where the rows of dst and of the residual begin.
+pub(crate) struct Direct<const R: usize> {
+    simple: Simple,
+    dst: [*mut f32; R],
+    residual: [*const f32; R],
+}
+
+impl<const R: usize> Direct<R> {
+    /// `None` where the tile must go through memory.
+    #[inline(always)]
+    pub(crate) fn new(epilogue: &TileEpilogue<'_>) -> Option<Self> {
+        let simple = epilogue.direct()?;
+        let TileEpilogue { axis, channel, dst, .. } = epilogue;
+        let rows = dst.row_offsets::<R>(*axis, *channel);
+        let dst = rows.map(|offset| dst.ptr.wrapping_offset(offset));
+        let mut src = [ptr::null(); R];
+        if simple.residual.is_some() {
+            let residual = epilogue.residual();
+            let rows = residual.row_offsets::<R>(*axis, *channel);
+            src = rows.map(|offset| residual.ptr.wrapping_offset(offset));
+        }
+        Some(Self { simple, dst, residual: src })
+    }
+}
+
 /// Applies the epilogue to the `R` rows of accumulators, of which `cols` lanes are real, and
 /// stores them.
 ///
@@ -253,31 +304,31 @@ pub(crate) type FinishBuffered = unsafe fn(usize, usize, *mut f32, &TileEpilogue
 /// The CPU has `V`'s instruction set, and `buffered` is [`finish_buffered`] for `V`;
 /// `(NV - 1) * LANES < cols <= NV * LANES`; `tail` selects the lanes of the last vector.
 /// For every row and lane of the tile, `dst` is writable, and `residual` readable if a step asks
-/// for it; the layer's parameters cover every channel of the tile.
+/// for it; the layer's parameters cover every channel of the tile. `direct` is made of this
+/// epilogue.
 #[inline(always)]
 pub(crate) unsafe fn finish<V: Simd, const R: usize, const NV: usize>(
     acc: [[V; NV]; R],
     cols: usize,
     tail: V::Tail,
     epilogue: &TileEpilogue<'_>,
+    direct: Option<Direct<R>>,
     buffered: FinishBuffered,
 ) {
     // SAFETY: the caller's promises are those of the callees; the buffer has room for `R` rows
     // of `NV` vectors.
     unsafe {
-        match epilogue.direct() {
-            Some(simple) if V::TAILS_ARE_FREE || cols < NV * V::LANES => {
-                finish_direct::<V, R, NV, true>(acc, tail, epilogue, simple);
+        match direct {
+            Some(direct) if V::TAILS_ARE_FREE || cols < NV * V::LANES => {
+                finish_direct::<V, R, NV, true>(acc, tail, epilogue, &direct);
             }
-            Some(simple) => finish_direct::<V, R, NV, false>(acc, tail, epilogue, simple),
+            Some(direct) => finish_direct::<V, R, NV, false>(acc, tail, epilogue, &direct),
             None => {
                 const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
                 let mut buffer = Buffer::uninit();
                 let ptr = buffer.as_mut_ptr();
-                for (row, vectors) in acc.into_iter().enumerate() {
-                    for (v, vector) in vectors.into_iter().enumerate() {
-                        vector.store(ptr.add((row * NV + v) * V::LANES));
-                    }
+                for (i, x) in acc.as_flattened().iter().enumerate() {
+                    x.store(ptr.add(i * V::LANES));
                 }
                 buffered(R, cols, ptr, epilogue);
             }
@@ -301,66 +352,79 @@ pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
     })
 }
 
+#[inline(always)]
+fn add_row<V: Simd, const NV: usize>(x: [V; NV], y: [V; NV]) -> [V; NV] {
+    from_fn(|v| x[v] + y[v])
+}
+
+// Helpers are functions rather than closures: LLVM does not always inline a closure that is used
+// twice, and out of line it has no target features and takes the accumulators in memory.
+
 /// # Safety
-/// As [`finish`], whose epilogue is direct.
+/// The rows of `src` are readable at every lane of the tile.
+#[inline(always)]
+unsafe fn add_rows<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
+    mut acc: [[V; NV]; R],
+    src: [*const f32; R],
+    tail: V::Tail,
+) -> [[V; NV]; R] {
+    for (sums, src) in acc.iter_mut().zip(src) {
+        // SAFETY: the caller's promise.
+        *sums = add_row(*sums, unsafe { load_row::<V, NV, TAIL>(src, tail) });
+    }
+    acc
+}
+
+/// # Safety
+/// As [`finish`].
 #[inline(always)]
 unsafe fn finish_direct<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
     mut acc: [[V; NV]; R],
     tail: V::Tail,
     epilogue: &TileEpilogue<'_>,
-    simple: Simple,
+    direct: &Direct<R>,
 ) {
-    let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
-    let zip_rows = |acc: &mut [[V; NV]; R], row: usize, with: [V; NV]| {
-        for (x, y) in acc[row].iter_mut().zip(with) {
-            *x = *x + y;
-        }
-    };
-    // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; dst and the
-    // residual are valid for every lane of the tile, and their lanes are contiguous.
+    let TileEpilogue { axis, channel, bias, .. } = *epilogue;
+    let simple = direct.simple;
+    // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; the rows of dst
+    // and of the residual are valid for every lane of the tile.
     unsafe {
         if !bias.is_empty() {
             let bias = bias.as_ptr().add(channel);
             match axis {
                 ChannelAxis::Rows => {
-                    for row in 0..R {
-                        zip_rows(&mut acc, row, [V::splat(*bias.add(row)); NV]);
+                    for (row, sums) in acc.iter_mut().enumerate() {
+                        *sums = add_row(*sums, [V::splat(*bias.add(row)); NV]);
                     }
                 }
                 ChannelAxis::Lanes => {
                     let bias = load_row::<V, NV, TAIL>(bias, tail);
-                    for row in 0..R {
-                        zip_rows(&mut acc, row, bias);
+                    for sums in &mut acc {
+                        *sums = add_row(*sums, bias);
                     }
                 }
             }
         }
-        let add_residual = |acc: &mut [[V; NV]; R]| {
-            let residual = epilogue.residual();
-            let offsets: [isize; R] = from_fn(|row| residual.offset(axis, channel, row, 0));
-            for (row, offset) in offsets.into_iter().enumerate() {
-                let src = residual.ptr.offset(offset);
-                zip_rows(acc, row, load_row::<V, NV, TAIL>(src, tail));
-            }
-        };
         if simple.residual == Some(ResidualOrder::BeforeClip) {
-            add_residual(&mut acc);
+            acc = add_rows::<V, R, NV, TAIL>(acc, direct.residual, tail);
         }
         if let Some(lower) = simple.lower {
             let lower = V::splat(lower);
-            acc = acc.map(|row| row.map(|x| x.max(lower)));
+            for x in acc.as_flattened_mut() {
+                *x = x.max(lower);
+            }
         }
         if let Some(upper) = simple.upper {
             let upper = V::splat(upper);
-            acc = acc.map(|row| row.map(|x| x.min(upper)));
+            for x in acc.as_flattened_mut() {
+                *x = x.min(upper);
+            }
         }
         if simple.residual == Some(ResidualOrder::AfterClip) {
-            add_residual(&mut acc);
+            acc = add_rows::<V, R, NV, TAIL>(acc, direct.residual, tail);
         }
-        let offsets: [isize; R] = from_fn(|row| dst.offset(axis, channel, row, 0));
-        for (row, offset) in acc.into_iter().zip(offsets) {
-            let dst = dst.ptr.offset(offset);
-            for (v, x) in row.into_iter().enumerate() {
+        for (sums, dst) in acc.iter().zip(direct.dst) {
+            for (v, x) in sums.iter().enumerate() {
                 let dst = dst.add(v * V::LANES);
                 if TAIL && v == NV - 1 { x.store_tail(dst, tail) } else { x.store(dst) }
             }

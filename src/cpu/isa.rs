@@ -10,7 +10,7 @@ pub(crate) const ISA_VARIABLE: &str = "POINTWISE_CPU_ISA";
 /// This is only a name; [`Supported`] is the proof that the CPU has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Isa {
-    /// What the target guarantees: SSE2 on x86-64, NEON on aarch64.
+    /// What every CPU of the target has: SSE2 on x86-64, NEON (through LLVM) on aarch64.
     Portable,
     /// AVX2 and FMA.
     Avx2,

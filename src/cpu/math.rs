@@ -8,8 +8,7 @@
 //! two means: what enters an exponential carries its rounding error along, and powers of two are
 //! multiplied in last, so that no intermediate value is subnormal where the result is not.
 
-use crate::cpu::simd::Simd;
-use crate::cpu::simd::portable::F32x4;
+use crate::cpu::simd::{Baseline, Simd};
 use crate::stages::Activation;
 
 /// Replaces `vectors` whole vectors at `data` by their activation.
@@ -44,9 +43,9 @@ pub(crate) unsafe fn apply<V: Simd>(activation: Activation, data: *mut f32, vect
 
 /// One value through the portable vector.
 pub(crate) fn activate(activation: Activation, x: f32) -> f32 {
-    let mut lanes = [x; F32x4::LANES];
-    // SAFETY: the portable vector needs no instruction set; `lanes` is one vector.
-    unsafe { apply::<F32x4>(activation, lanes.as_mut_ptr(), 1) };
+    let mut lanes = [x; Baseline::LANES];
+    // SAFETY: every CPU of this target has the baseline; `lanes` is one vector.
+    unsafe { apply::<Baseline>(activation, lanes.as_mut_ptr(), 1) };
     lanes[0]
 }
 

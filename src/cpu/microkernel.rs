@@ -8,9 +8,10 @@
 //! A kernel is compiled for each number of rows and of vectors, so that the sums of a partial
 //! tile stay in registers too.
 
-use crate::cpu::epilogue::{self, FinishBuffered, TileEpilogue};
+use crate::cpu::epilogue::{self, Direct, FinishBuffered, TileEpilogue};
 use crate::cpu::isa::Isa;
 use crate::cpu::simd::Simd;
+use std::hint::black_box;
 
 /// A range of `k` that A and B hold at fixed strides: one source of a channel concatenation.
 ///
@@ -78,13 +79,14 @@ unsafe fn run<V: Simd, const R: usize, const NV: usize>(tile: &Tile<'_>, buffere
     debug_assert!(rows == R && cols.div_ceil(V::LANES) == NV);
     // SAFETY: the caller's promises.
     unsafe {
+        let direct = Direct::new(epilogue);
         let tail = V::tail(cols - (NV - 1) * V::LANES);
         let acc = if V::TAILS_ARE_FREE || cols < NV * V::LANES {
             sums::<V, R, NV, true>(segments, tail)
         } else {
             sums::<V, R, NV, false>(segments, tail)
         };
-        epilogue::finish(acc, cols, tail, epilogue, buffered);
+        epilogue::finish(acc, cols, tail, epilogue, direct, buffered);
     }
 }
 
@@ -97,24 +99,95 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
     segments: &[Segment],
     tail: V::Tail,
 ) -> [[V; NV]; R] {
-    // SAFETY: A and B are readable at every row, lane and k of the tile; the pointers past the
-    // last k are not used.
+    // SAFETY: the CPU has V's instruction set; the segments are the caller's.
     unsafe {
         let mut acc = [[V::splat(0.0); NV]; R];
-        for &Segment { k, mut a, a_row, a_k, mut b, b_k } in segments {
-            for _ in 0..k {
-                let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
-                for (row, sums) in acc.iter_mut().enumerate() {
-                    let x = V::splat(*a.offset(row as isize * a_row));
-                    for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                        *sum = x.mul_add(lanes, *sum);
-                    }
-                }
-                a = a.wrapping_offset(a_k);
-                b = b.wrapping_offset(b_k);
+        // In a loop over the segments, LLVM would keep the sums in memory between them, and so
+        // around a single one too.
+        if let [first, rest @ ..] = segments {
+            acc = add_segment::<V, R, NV, TAIL>(acc, first, tail);
+            for segment in rest {
+                acc = add_segment::<V, R, NV, TAIL>(acc, segment, tail);
             }
         }
         acc
+    }
+}
+
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn add_segment<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
+    mut acc: [[V; NV]; R],
+    segment: &Segment,
+    tail: V::Tail,
+) -> [[V; NV]; R] {
+    let mut a = RowPointers::new(segment);
+    let mut b = segment.b;
+    for _ in 0..segment.k {
+        // SAFETY: A and B are readable at every row, lane and k of the tile; the pointers past
+        // the last k are not used.
+        unsafe {
+            let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
+            for (row, sums) in acc.iter_mut().enumerate() {
+                let x = V::splat(*a.row(row));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = x.mul_add(lanes, *sum);
+                }
+            }
+        }
+        a.advance(segment.a_k);
+        b = b.wrapping_offset(segment.b_k);
+    }
+    acc
+}
+
+/// A's rows at one `k`, up to 14 of them, each reached by one address of the form
+/// `base + stride * {1, 2, 4}`.
+///
+/// Bases and strides are hidden from the optimiser: knowing that they are multiples of each
+/// other, LLVM steps one pointer from row to row, and the chain of additions is longer than the
+/// multiplications.
+struct RowPointers {
+    bases: [*const f32; 2],
+    one: isize,
+    three: isize,
+    five: isize,
+}
+
+impl RowPointers {
+    const ROWS_PER_BASE: usize = 7;
+
+    #[inline(always)]
+    fn new(segment: &Segment) -> Self {
+        let one = segment.a_row * size_of::<f32>() as isize;
+        let second = segment.a.wrapping_byte_offset(one * Self::ROWS_PER_BASE as isize);
+        Self {
+            bases: [segment.a, black_box(second)],
+            one,
+            three: black_box(3 * one),
+            five: black_box(5 * one),
+        }
+    }
+
+    /// `row` is a constant wherever this is inlined.
+    #[inline(always)]
+    fn row(&self, row: usize) -> *const f32 {
+        let base = self.bases[row / Self::ROWS_PER_BASE];
+        base.wrapping_byte_offset(match row % Self::ROWS_PER_BASE {
+            0 => 0,
+            1 => self.one,
+            2 => self.one * 2,
+            3 => self.three,
+            4 => self.one * 4,
+            5 => self.five,
+            _ => self.three * 2,
+        })
+    }
+
+    #[inline(always)]
+    fn advance(&mut self, a_k: isize) {
+        self.bases = self.bases.map(|base| base.wrapping_offset(a_k));
     }
 }
 
@@ -147,7 +220,7 @@ macro_rules! kernel {
 }
 
 kernel! {
-    fprop_f32_portable_4x8 = crate::cpu::simd::portable::F32x4,
+    fprop_f32_portable_4x8 = crate::cpu::simd::Baseline,
     rows [1 2 3 4], vectors [1 2]
 }
 

@@ -11,7 +11,17 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(any(test, not(target_arch = "x86_64")))]
 pub(crate) mod portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod sse2;
+
+/// The vector of [`Isa::Portable`](crate::cpu::isa::Isa::Portable): what the target guarantees.
+#[cfg(target_arch = "x86_64")]
+pub(crate) type Baseline = sse2::F32x4;
+/// The vector of [`Isa::Portable`](crate::cpu::isa::Isa::Portable): plain Rust.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) type Baseline = portable::F32x4;
 
 /// A vector of [`Simd::LANES`] f32 values.
 ///
@@ -201,8 +211,8 @@ macro_rules! per_isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `isa` proves that the CPU has these features.
                 $crate::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
-                // SAFETY: the portable vector needs nothing.
-                _ => unsafe { $generic::<$crate::cpu::simd::portable::F32x4>($($arg),*) },
+                // SAFETY: every CPU of this target has the baseline.
+                _ => unsafe { $generic::<$crate::cpu::simd::Baseline>($($arg),*) },
             }
         }
     )*};

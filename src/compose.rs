@@ -1,0 +1,309 @@
+//! Prepared layers put together: several on one source, or one after another.
+
+use std::cell::RefCell;
+
+use crate::error::{Error, Result};
+use crate::prepared::{Extra, Prepared, run_together};
+use crate::problem::Operands;
+use crate::tensor::{
+    AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, checked_product,
+    share_memory, strides_like,
+};
+
+/// Several layers that read the same source and run as one pass over it, each with its stages and
+/// its own dst: the 1x1 branches of an Inception module, the heads of a detector.
+///
+/// ```
+/// # use ndarray::{Array2, Array4, Axis};
+/// # use pointwise::{Branches, Device, Pointwise};
+/// # let device = Device::cpu();
+/// let branch = |c_out: usize| Pointwise::new(Array2::ones((c_out, 8))).relu().prepare(&device);
+/// let branches = Branches::new(vec![branch(16)?, branch(4)?])?;
+/// let src = Array4::ones((1, 8, 7, 7));
+/// // Both outputs are written in place into one concatenated tensor.
+/// let mut dst = Array4::zeros((1, 20, 7, 7));
+/// let (mut a, mut b) = dst.view_mut().split_at(Axis(1), 16);
+/// branches.call(&src).run_into(&mut [&mut a, &mut b])?;
+/// assert!(dst.iter().all(|&x| x == 8.0));
+/// # Ok::<(), pointwise::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Branches {
+    layers: Vec<Prepared>,
+}
+
+impl Branches {
+    /// Puts layers of one device together.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] if there are no layers; [`Error::WrongDevice`] if they were
+    /// prepared for different kinds of device; [`Error::Unsupported`] on CUDA.
+    pub fn new(layers: Vec<Prepared>) -> Result<Self> {
+        let Some(first) = layers.first() else {
+            return Err(Error::MissingInput { input: "layer" });
+        };
+        for layer in &layers {
+            same_device(first, layer)?;
+            if layer.place() != Place::Host {
+                return Err(Error::Unsupported {
+                    device: layer.device().to_string(),
+                    what: "branches".into(),
+                });
+            }
+        }
+        Ok(Branches { layers })
+    }
+
+    /// The layers, in order.
+    pub fn layers(&self) -> &[Prepared] {
+        &self.layers
+    }
+
+    /// Runs every layer on `src`; results in the layers' order, each as
+    /// [`Prepared::forward`](Prepared::forward) gives it.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward`](Prepared::forward).
+    pub fn forward<S: Source>(&self, src: &S) -> Result<Vec<S::Output>> {
+        self.call(src).run()
+    }
+
+    /// Starts a call that takes residuals or gates, or writes to given tensors.
+    pub fn call<'a, S: AsTensor>(&'a self, src: &'a S) -> BranchesCall<'a, S> {
+        let extras = self.layers.iter().map(|_| Extra::default()).collect();
+        BranchesCall { branches: self, src, extras }
+    }
+}
+
+fn same_device(a: &Prepared, b: &Prepared) -> Result<()> {
+    if a.place() == b.place() {
+        return Ok(());
+    }
+    Err(Error::WrongDevice {
+        tensor: "a layer",
+        expected: a.device().to_string(),
+        got: b.device().to_string(),
+    })
+}
+
+/// One call of [`Branches`].
+#[must_use = "a call does nothing until it is run"]
+pub struct BranchesCall<'a, S> {
+    branches: &'a Branches,
+    src: &'a S,
+    extras: Vec<Extra<'a>>,
+}
+
+impl<'a, S: AsTensor> BranchesCall<'a, S> {
+    /// The tensor that the residual stage of layer `branch` adds; its dst's shape. A number that
+    /// is no layer's is reported when the call runs.
+    pub fn residual(mut self, branch: usize, residual: &'a impl AsTensor) -> Self {
+        match self.extras.get_mut(branch) {
+            Some(extra) => extra.set_residual(residual),
+            None => self.no_such_layer(branch),
+        }
+        self
+    }
+
+    /// The tensor that the gate of layer `branch` multiplies by; `[n, c_in]`. A number that is no
+    /// layer's is reported when the call runs.
+    pub fn gate(mut self, branch: usize, gate: &'a impl AsTensor) -> Self {
+        match self.extras.get_mut(branch) {
+            Some(extra) => extra.set_gate(gate),
+            None => self.no_such_layer(branch),
+        }
+        self
+    }
+
+    fn no_such_layer(&mut self, branch: usize) {
+        let error = Error::ParameterValue {
+            parameter: "branch".into(),
+            value: format!("{branch} of {}", self.branches.layers.len()),
+            expected: "the number of a layer",
+        };
+        self.extras[0].error.get_or_insert(error);
+    }
+
+    /// Runs into one tensor per layer, in the layers' order; they must not share memory.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward_into`](Prepared::forward_into), and [`Error::Shape`] if there are
+    /// not as many tensors as layers.
+    pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut]) -> Result<()> {
+        let layers = &self.branches.layers;
+        if dsts.len() != layers.len() {
+            return Err(Error::Shape {
+                tensor: "the list of dsts",
+                expected: vec![layers.len()],
+                got: vec![dsts.len()],
+            });
+        }
+        let mut dsts =
+            dsts.iter_mut().map(|dst| dst.as_tensor_mut()).collect::<Result<Vec<_>>>()?;
+        let src = self.src.as_tensor()?;
+        let operands = self
+            .extras
+            .into_iter()
+            .map(|extra| {
+                let Extra { residual, gate, error, .. } = extra;
+                error.map_or(Ok(Operands { src, more: &[], residual, gate }), Err)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        // Each call is checked by itself; here, that no branch writes what another one uses.
+        for (i, dst) in dsts.iter().enumerate() {
+            for (j, other) in dsts.iter().enumerate() {
+                let read = [operands[j].residual, operands[j].gate];
+                let shared = read.iter().flatten().any(|tensor| share_memory(tensor, dst.view()));
+                if i != j && (shared || share_memory(dst.view(), other.view())) {
+                    return Err(Error::Aliased { tensor: "another branch's tensors" });
+                }
+            }
+        }
+        run_together(layers, &operands, &mut dsts)
+    }
+
+    /// Runs into new tensors, each in the memory order of the source.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward`](Prepared::forward).
+    pub fn run(self) -> Result<Vec<S::Output>>
+    where
+        S: Source,
+    {
+        let shape = self.src.as_tensor()?.shape().to_vec();
+        let mut dsts = self
+            .branches
+            .layers
+            .iter()
+            .map(|layer| self.src.allocate(&layer.dst_shape(&shape)?))
+            .collect::<Result<Vec<_>>>()?;
+        let mut views: Vec<&mut dyn AsTensorMut> =
+            dsts.iter_mut().map(|dst| dst as &mut dyn AsTensorMut).collect();
+        self.run_into(&mut views)?;
+        Ok(dsts)
+    }
+}
+
+/// Prepared layers that run one after another, each on the result of the one before.
+///
+/// ```
+/// # use ndarray::{Array2, Array3};
+/// # use pointwise::{Device, Pointwise, Sequence};
+/// # let device = Device::cpu();
+/// let layer = |c_out, c_in| Pointwise::new(Array2::ones((c_out, c_in))).relu().prepare(&device);
+/// let points = Sequence::new(vec![layer(64, 3)?, layer(128, 64)?])?;
+/// let dst = points.forward(&Array3::ones((2, 3, 1000)))?; // [n, c, points]
+/// assert_eq!(dst.shape(), [2, 128, 1000]);
+/// # Ok::<(), pointwise::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    layers: Vec<Prepared>,
+}
+
+thread_local! {
+    /// The two tensors that a sequence alternates between.
+    static BETWEEN: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+}
+
+impl Sequence {
+    /// Chains layers of one device, none of which takes a residual or a gate.
+    ///
+    /// # Errors
+    /// [`Error::MissingInput`] if there are no layers, or a layer takes a second tensor;
+    /// [`Error::WrongDevice`] if they were prepared for different kinds of device;
+    /// [`Error::Unsupported`] on CUDA.
+    pub fn new(layers: Vec<Prepared>) -> Result<Self> {
+        let Some(first) = layers.first() else {
+            return Err(Error::MissingInput { input: "layer" });
+        };
+        for layer in &layers {
+            same_device(first, layer)?;
+            if layer.place() != Place::Host {
+                return Err(Error::Unsupported {
+                    device: layer.device().to_string(),
+                    what: "a sequence".into(),
+                });
+            }
+            if let Some(input) = layer.second_input() {
+                return Err(Error::MissingInput { input });
+            }
+        }
+        Ok(Sequence { layers })
+    }
+
+    /// The layers, in order.
+    pub fn layers(&self) -> &[Prepared] {
+        &self.layers
+    }
+
+    /// Runs the chain; the result has the memory order of `src`.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward`](Prepared::forward).
+    pub fn forward<S: Source>(&self, src: &S) -> Result<S::Output> {
+        let mut shape = src.as_tensor()?.shape().to_vec();
+        for layer in &self.layers {
+            shape = layer.dst_shape(&shape)?;
+        }
+        let mut dst = src.allocate(&shape)?;
+        self.forward_into(src, &mut dst)?;
+        Ok(dst)
+    }
+
+    /// Runs the chain into any non-overlapping strides. What lies between the layers is kept per
+    /// thread; nothing is allocated once a thread has run a problem of this size.
+    ///
+    /// # Errors
+    /// As [`Prepared::forward_into`](Prepared::forward_into).
+    pub fn forward_into<S: AsTensor>(&self, src: &S, dst: &mut impl AsTensorMut) -> Result<()> {
+        let mut dst = dst.as_tensor_mut()?;
+        let src = src.as_tensor()?;
+        if share_memory(&src, dst.view()) {
+            return Err(Error::Aliased { tensor: "src" });
+        }
+        BETWEEN.with(|between| match between.try_borrow_mut() {
+            Ok(mut between) => self.run(src, &mut dst, &mut between),
+            Err(_) => self.run(src, &mut dst, &mut Default::default()),
+        })
+    }
+
+    fn run(
+        &self,
+        src: TensorRef<'_>,
+        dst: &mut TensorMut<'_>,
+        between: &mut [Vec<f32>; 2],
+    ) -> Result<()> {
+        let Some((last, layers)) = self.layers.split_last() else { return Ok(()) };
+        let [ping, pong] = between;
+        let (mut from, mut to) = (ping, pong);
+        let rank = src.rank();
+        // Where the input of the next layer lies: in src, then in `from`.
+        let mut current: Option<([usize; MAX_RANK], [isize; MAX_RANK])> = None;
+        for layer in layers {
+            let input = match &current {
+                Some((shape, strides)) => {
+                    TensorRef::from_slice(from, 0, &shape[..rank], &strides[..rank])?
+                }
+                None => src,
+            };
+            let shape = layer.dst_shape_of(input.shape())?;
+            let len = checked_product("a layer's result", &shape[..rank])?;
+            let strides = strides_like(&input, &shape[..rank]);
+            if to.len() < len {
+                to.resize(len, 0.0);
+            }
+            let mut output = TensorMut::from_slice(to, 0, &shape[..rank], &strides[..rank])?;
+            layer.forward_into(&input, &mut output)?;
+            current = Some((shape, strides));
+            std::mem::swap(&mut from, &mut to);
+        }
+        let input = match &current {
+            Some((shape, strides)) => {
+                TensorRef::from_slice(from, 0, &shape[..rank], &strides[..rank])?
+            }
+            None => src,
+        };
+        last.forward_into(&input, dst)
+    }
+}
