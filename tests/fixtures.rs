@@ -4,7 +4,9 @@ mod common;
 
 use common::{Case, Fixtures, activation, channels_last, close, difference};
 use ndarray::ArrayD;
+use pointwise::init::{Fan, Init, Nonlinearity};
 use pointwise::{Device, Error, Prepared, reference};
+use serde_json::Value;
 
 /// Fails with all that went wrong, not with the first only.
 fn report(failures: &[String]) {
@@ -51,6 +53,56 @@ fn activations_are_pytorchs() {
                 failures.push(format!("{table}({x:?}) = {got:?} instead of {want:?}"));
             }
         }
+    }
+    report(&failures);
+}
+
+#[test]
+fn initial_weights_are_pytorchs() {
+    let fixtures = Fixtures::load();
+    let mut failures = Vec::new();
+    // Some are computed in another order than PyTorch's.
+    let mut expect = |what: String, got: Option<f64>, want: Option<f64>| {
+        let same = match (got, want) {
+            (Some(got), Some(want)) => close(got, want, 1e-14 * want),
+            (got, want) => got == want,
+        };
+        if !same {
+            failures.push(format!("{what}: {got:?} instead of {want:?}"));
+        }
+    };
+    let nonlinearity = |row: &Value, alpha: &str| match row["nonlinearity"].as_str() {
+        Some("linear") => Nonlinearity::Linear,
+        Some("sigmoid") => Nonlinearity::Sigmoid,
+        Some("tanh") => Nonlinearity::Tanh,
+        Some("relu") => Nonlinearity::Relu,
+        Some("leaky_relu") => {
+            Nonlinearity::LeakyRelu { alpha: row[alpha].as_f64().expect("a slope") }
+        }
+        Some("selu") => Nonlinearity::Selu,
+        other => panic!("unknown nonlinearity {other:?}"),
+    };
+    for row in fixtures.rows("/init/gains") {
+        let got = nonlinearity(row, "param").gain();
+        expect(format!("gain of {row}"), Some(got), row["gain"].as_f64());
+    }
+    for row in fixtures.rows("/init/rows") {
+        let uniform = row["distribution"] == "uniform";
+        let init = if row["scheme"] == "xavier" {
+            let gain = row["gain"].as_f64().expect("gain");
+            if uniform { Init::XavierUniform { gain } } else { Init::XavierNormal { gain } }
+        } else {
+            let fan = if row["mode"] == "fan_in" { Fan::In } else { Fan::Out };
+            let nonlinearity = nonlinearity(row, "a");
+            match uniform {
+                true => Init::KaimingUniform { fan, nonlinearity },
+                false => Init::KaimingNormal { fan, nonlinearity },
+            }
+        };
+        let size = |key: &str| row[key].as_u64().expect(key) as usize;
+        let (c_out, c_in) = (size("c_out"), size("c_in") / size("groups"));
+        expect(format!("std of {row}"), Some(init.std(c_out, c_in)), row["std"].as_f64());
+        expect(format!("bound of {row}"), init.bound(c_out, c_in), row["bound"].as_f64());
     }
     report(&failures);
 }

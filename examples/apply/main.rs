@@ -30,7 +30,9 @@ fn main() -> ExitCode {
         Err(error) => {
             // The first paragraph says what is wrong, the others how to go on.
             let text = error.to_string();
-            return fail(text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: "));
+            return fail(
+                text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: "),
+            );
         }
     };
     match run(&options) {
