@@ -79,7 +79,7 @@ fn exactly(file: &mut impl Read, bytes: &mut [u8]) -> Result<()> {
 
 /// Bytes of an f32 array; `None` if they, or its axes that are not empty, overflow.
 fn byte_count(shape: &[usize]) -> Option<u64> {
-    let nonzero = shape.iter().filter(|&&len| len > 0);
+    let mut nonzero = shape.iter().filter(|&&len| len > 0);
     let count = nonzero.try_fold(4usize, |product, &len| product.checked_mul(len))?;
     let count = u64::try_from(isize::try_from(count).ok()?).ok()?;
     Some(if shape.contains(&0) { 0 } else { count })

@@ -10,14 +10,14 @@ use pointwise::Layout;
 /// Runs one pointwise (1x1) convolution layer from a checkpoint on a tensor:
 /// stages(conv(source_stages(input))).
 #[derive(Parser, Debug)]
-#[command(name = "apply", version, after_help = TENSORS)]
+#[command(name = "apply", version, next_line_help = true, after_help = NAMES)]
 pub struct Options {
     /// The checkpoint with the layer's tensors (listed below)
     #[arg(long, value_name = "W.safetensors")]
     pub weights: PathBuf,
 
-    /// The source: f32, rank 2 ([n, c]) to 5, C or Fortran order. Given several times, the files
-    /// stand for their concatenation along the channels
+    /// The source: f32, rank 2 ([n, c]) to 5, C or Fortran order; given several times: the files'
+    /// concatenation along the channels
     #[arg(long, required = true, value_name = "X.npy")]
     pub input: Vec<PathBuf>,
 
@@ -25,16 +25,11 @@ pub struct Options {
     #[arg(long, value_name = "Y.npy")]
     pub output: PathBuf,
 
-    /// What follows the convolution, in this order: bias, batch_norm, prelu, residual, layer_norm
-    /// (over the channels of each position), layer_norm_all (over channels and positions of each
-    /// sample), each at most once, and any activation: relu, relu6, clip, leaky_relu, elu,
-    /// sigmoid, tanh, silu, gelu, gelu_tanh, hard_sigmoid, hard_swish, softplus, mish. None is the
-    /// bare convolution
+    /// What follows the convolution, in this order (names below); none is the bare convolution
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     pub stages: Vec<String>,
 
-    /// What the source goes through before the convolution, in this order: affine, gate, each at
-    /// most once, and any activation
+    /// What the source goes through before the convolution, in this order (names below)
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     pub source_stages: Vec<String>,
 
@@ -66,8 +61,7 @@ pub struct Options {
     #[arg(long, allow_hyphen_values = true, value_name = "LO,HI", value_parser = clip)]
     pub clip: Option<(f32, f32)>,
 
-    /// Convolve the source's channels A (included) to B (excluded) only; the result is
-    /// [source[..A], stages(conv(source[A..B])), source[B..]]
+    /// Convolve the channels A..B of the source only, and pass the others through beside the result
     #[arg(long, value_name = "A:B", value_parser = range)]
     pub partial: Option<Range<usize>>,
 
@@ -84,7 +78,16 @@ pub struct Options {
     pub device: Target,
 }
 
-const TENSORS: &str = "\
+const NAMES: &str = "\
+Stages with tensors, at most one of each:
+  bias, batch_norm, prelu, residual, layer_norm (over the channels of each position) or
+    layer_norm_all (over the channels and positions of each sample)
+Activations, which stand as often as you like and share --alpha and --clip:
+  relu, relu6, clip, leaky_relu, elu, sigmoid, tanh, silu, gelu (erf), gelu_tanh, hard_sigmoid,
+    hard_swish, softplus, mish
+Source stages, at most one of each:
+  affine, gate; and every activation
+
 Tensors of the checkpoint, F32, F16 or BF16; others are ignored:
   weight                      [c_out, c_in / groups], trailing axes of length 1 accepted
   bias                        [c_out], for the stage bias
