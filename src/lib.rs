@@ -1,4 +1,43 @@
-//! The 1x1 ("pointwise") convolution and all that surrounds it in one pass over memory.
+//! The 1x1 ("pointwise") convolution and all that surrounds it in one pass over memory:
+//! `dst = act(BN(W · src + b))`, on the CPU (rayon + SIMD) and on NVIDIA GPUs (feature `cuda`).
+//!
+//! ```
+//! use ndarray::{Array2, Array4};
+//! use pointwise::{BatchNorm, Device, Pointwise};
+//!
+//! let (weight, bias) = (Array2::from_elem((16, 8), 0.5), vec![0.1; 16]);
+//! let (mean, var) = (vec![0.0; 16], vec![1.0; 16]);
+//! let (gamma, beta) = (vec![1.0; 16], vec![0.0; 16]);
+//!
+//! let layer = Pointwise::new(weight)                                       // [c_out, c_in]
+//!     .bias(bias)
+//!     .batch_norm(BatchNorm::new(mean, var).affine(gamma, beta).eps(1e-5)) // in the order written
+//!     .relu()
+//!     .prepare(&Device::best())?;                                          // once
+//! let src = Array4::<f32>::ones((1, 8, 14, 14));
+//! let dst: Array4<f32> = layer.forward(&src)?;
+//! println!("{}", layer.explain(src.shape())?);
+//! # assert_eq!(dst.shape(), [1, 16, 14, 14]);
+//! # Ok::<(), pointwise::Error>(())
+//! ```
+//!
+//! # Concepts
+//!
+//! - [`Pointwise`] describes a layer: weight, groups, stride, [`Stage`]s after the convolution and
+//!   [`SourceStage`]s before it. Plain data.
+//! - [`Pointwise::prepare`] checks it, folds affine stages into the weights, packs them for a
+//!   [`Device`] and gives a [`Prepared`] layer, shared by any number of threads.
+//! - Tensors are borrowed views with axes `[n, c, …spatial]` and any strides ([`TensorRef`]); ndarray
+//!   arrays are taken as they are, channels last through [`nhwc`].
+//! - [`Prepared::call`] takes further tensors: sources of a concatenation, a residual, a gate.
+//! - [`Branches`] and [`Sequence`] compose prepared layers.
+//! - [`reference::forward`] says in f64 what all of this means.
+//!
+//! | feature | |
+//! | --- | --- |
+//! | `safetensors` (default) | layers from checkpoints with PyTorch's names |
+//! | `serde` | descriptions as data |
+//! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(feature = "safetensors")]

@@ -63,7 +63,9 @@ unsafe fn chains<V: Simd>(rounds: usize) -> usize {
         let (a, b) = (V::splat(black_box(0.999)), V::splat(black_box(1e-3)));
         let mut x = [V::splat(1.0); CHAINS];
         for _ in 0..rounds {
-            x = x.map(|x| x.mul_add(a, b));
+            for x in &mut x {
+                *x = x.mul_add(a, b);
+            }
         }
         let mut out = [0.0f32; 16];
         x.into_iter().reduce(|x, y| x + y).unwrap_or(a).store(out.as_mut_ptr());
