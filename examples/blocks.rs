@@ -285,8 +285,8 @@ impl Check {
         let differences = dst.iter().zip(&expected).map(|(&x, y)| (f64::from(x) - y).abs());
         // `f64::max` would lose a NaN.
         let error = differences.fold(0.0, |a: f64, x| if x <= a { a } else { x });
-        let worse = !(error * self.tolerance <= self.error * tolerance);
-        if self.tolerance == 0.0 || (self.passed() && worse) {
+        let better = error * self.tolerance <= self.error * tolerance;
+        if self.tolerance == 0.0 || (self.passed() && !better) {
             *self = Check { error, tolerance };
         }
         Ok(())

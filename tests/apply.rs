@@ -21,7 +21,7 @@ fn binary() -> PathBuf {
     path.pop();
     path.pop();
     path.extend(["examples", &format!("apply{}", std::env::consts::EXE_SUFFIX)]);
-    assert!(path.is_file(), "{} is missing: `cargo test --examples` builds it", path.display());
+    assert!(path.is_file(), "{} is missing: `cargo build --examples` builds it", path.display());
     path
 }
 
@@ -223,7 +223,8 @@ fn half_precision_checkpoints_are_read_exactly() {
     let folder = Folder::new("half");
     folder.npy("x.npy", &source(&[2, 3, 5, 4]));
     let weights = standard();
-    let narrow: [(Dtype, fn(f32) -> (f32, [u8; 2])); 2] = [
+    type Round = fn(f32) -> (f32, [u8; 2]);
+    let narrow: [(Dtype, Round); 2] = [
         (Dtype::F16, |x| (f16::from_f32(x).to_f32(), f16::from_f32(x).to_le_bytes())),
         (Dtype::BF16, |x| (bf16::from_f32(x).to_f32(), bf16::from_f32(x).to_le_bytes())),
     ];

@@ -8,7 +8,7 @@ fn blocks_agree_with_the_reference() {
     path.pop();
     path.pop();
     path.extend(["examples", &format!("blocks{}", std::env::consts::EXE_SUFFIX)]);
-    assert!(path.is_file(), "{} is missing: `cargo test --examples` builds it", path.display());
+    assert!(path.is_file(), "{} is missing: `cargo build --examples` builds it", path.display());
     let run = Command::new(path).output().expect("the example starts");
     let text = String::from_utf8_lossy(&run.stdout);
     assert!(run.status.success(), "{text}{}", String::from_utf8_lossy(&run.stderr));

@@ -16,8 +16,8 @@ fn report(failures: &[String]) {
 #[test]
 fn reference_is_pytorch() {
     let mut failures = Vec::new();
-    let cases = Fixtures::load().cases();
-    assert!(cases.len() > 100, "only {} cases", cases.len());
+    let cases = Fixtures::load().cases_and_embedded();
+    assert!(cases.len() > 200, "only {} cases", cases.len());
     for case in &cases {
         let got = reference::forward(&case.layer(), &case.inputs());
         match (case.repeated_stage(), got) {
@@ -128,7 +128,7 @@ fn run(layer: &Prepared, case: &Case, last: bool) -> pointwise::Result<ArrayD<f3
 #[test]
 fn cpu_layer_is_pytorch() {
     let mut failures = Vec::new();
-    for case in &Fixtures::load().cases() {
+    for case in &Fixtures::load().cases_and_embedded() {
         let layer = match (case.repeated_stage(), case.layer().prepare(&Device::cpu())) {
             (None, Ok(layer)) => layer,
             (Some(_), Err(Error::RepeatedStage { .. })) => continue,

@@ -37,6 +37,13 @@ impl Fixtures {
         self.rows("/cases").iter().map(|row| Case::new(row, &tensors)).collect()
     }
 
+    /// [`cases`](Self::cases), and most of them again as partial convolutions.
+    pub fn cases_and_embedded(&self) -> Vec<Case> {
+        let cases = self.cases();
+        let embedded: Vec<_> = cases.iter().filter_map(Case::embedded).collect();
+        cases.into_iter().chain(embedded).collect()
+    }
+
     /// `activation/x` and `activation/{table}`.
     pub fn activation_table(&self, table: &str) -> (Vec<f32>, Vec<f64>) {
         let tensors = self.tensors();
@@ -65,6 +72,7 @@ fn read_f64(tensors: &SafeTensors<'_>, name: &str) -> ArrayD<f64> {
 }
 
 /// A stage as the JSON describes it, with the tensors that it names.
+#[derive(Clone)]
 pub struct Described {
     pub name: String,
     operands: Value,
@@ -176,6 +184,7 @@ pub fn activation(row: &Value) -> Activation {
 }
 
 /// A layer with the inputs and the result of one call.
+#[derive(Clone)]
 pub struct Case {
     pub name: String,
     pub weight: Array2<f32>,
@@ -245,6 +254,51 @@ impl Case {
             residual: self.residual().map(|t| t.view()),
             gate: self.gate().map(|t| t.view()),
         }
+    }
+
+    /// The same layer as a partial convolution: two channels before the case's, one behind them.
+    /// `None` for a case that is one.
+    pub fn embedded(&self) -> Option<Case> {
+        const BEFORE: usize = 2;
+        if self.partial.is_some() {
+            return None;
+        }
+        let mut case = self.clone();
+        case.name = format!("{}, embedded", self.name);
+        let channels: usize = self.sources.iter().map(|source| source.shape()[1]).sum();
+        case.partial = Some(BEFORE..BEFORE + channels);
+
+        let beside = |like: &ArrayD<f32>, channels: usize| {
+            let mut shape = like.raw_dim();
+            shape[1] = channels;
+            let mut next = 0.0;
+            ArrayD::from_shape_simple_fn(shape, || {
+                next += 0.25;
+                next
+            })
+        };
+        let join = |parts: &[ArrayViewD<'_, f32>]| concatenate(Axis(1), parts).expect("they fit");
+        let last = self.sources.len() - 1;
+        let (before, behind) = (beside(&self.sources[0], BEFORE), beside(&self.sources[last], 1));
+        case.sources[0] = join(&[before.view(), self.sources[0].view()]);
+        case.sources[last] = join(&[case.sources[last].view(), behind.view()]);
+
+        let strided = |mut array: ArrayD<f32>| {
+            for axis in 2..array.ndim() {
+                array.slice_axis_inplace(Axis(axis), Slice::new(0, None, self.stride as isize));
+            }
+            array
+        };
+        let (before, behind) = (strided(before), strided(behind));
+        let parts = [before.mapv(f64::from), self.dst.clone(), behind.mapv(f64::from)];
+        case.dst = concatenate(Axis(1), &parts.each_ref().map(|t| t.view())).expect("they fit");
+        // A residual's channels beside the convolved ones are not read.
+        let unread = [before, behind].map(|t| t.mapv(|_| f32::NAN));
+        let named = case.stages.iter_mut().flat_map(|stage| &mut stage.tensors);
+        for (_, residual) in named.filter(|(name, _)| name == "residual") {
+            *residual = join(&[unread[0].view(), residual.view(), unread[1].view()]);
+        }
+        Some(case)
     }
 
     /// The stage that stands twice in a list although it has parameters or takes a tensor.
@@ -339,7 +393,7 @@ fn max_abs<'a, T: Copy + Into<f64> + 'a>(values: impl IntoIterator<Item = &'a T>
 
 /// The error of `y = stage(x)` when `x` has the given one.
 fn error_through(stage: &Described, error: f64, x: &ArrayD<f64>, y: &ArrayD<f64>) -> f64 {
-    let largest = |operand: &str| stage.tensor(operand).map_or(0.0, |t| max_abs(t));
+    let largest = |operand: &str| stage.tensor(operand).map_or(0.0, max_abs);
     let eps = f64::from(stage.number("eps").unwrap_or(0.0));
     let (max_x, max_y) = (max_abs(x), max_abs(y));
     match stage.name.as_str() {
@@ -394,13 +448,13 @@ pub fn close(got: f64, want: f64, tolerance: f64) -> bool {
 }
 
 /// The first element that is not close, as text.
-pub fn difference<'a, G: Copy + Into<f64>>(
+pub fn difference<'a, G>(
     got: impl Into<ArrayViewD<'a, G>>,
     want: &ArrayD<f64>,
     tolerance: impl Fn(&[usize], f64) -> f64,
 ) -> Option<String>
 where
-    G: 'a,
+    G: Copy + Into<f64> + 'a,
 {
     let got = got.into();
     if got.shape() != want.shape() {
