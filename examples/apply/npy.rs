@@ -158,10 +158,8 @@ pub fn write(path: &Path, array: &ArrayD<f32>) -> Result<()> {
 }
 
 fn replace(path: &Path, array: &ArrayD<f32>) -> io::Result<()> {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(path.file_name().ok_or(io::ErrorKind::InvalidFilename)?);
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
+    path.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
+    let temporary = path.with_file_name(format!(".apply-{}.tmp", std::process::id()));
     let written = File::create_new(&temporary)
         .and_then(|file| put(file, array))
         .and_then(|()| fs::rename(&temporary, path));
