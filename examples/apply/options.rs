@@ -1,0 +1,151 @@
+//! The command line.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use clap::Parser;
+use clap::builder::RangedU64ValueParser;
+use pointwise::Layout;
+
+/// Runs one pointwise (1x1) convolution layer from a checkpoint on a tensor:
+/// stages(conv(source_stages(input))).
+#[derive(Parser, Debug)]
+#[command(name = "apply", version, next_line_help = true, after_help = NAMES)]
+pub struct Options {
+    /// The checkpoint with the layer's tensors (listed below)
+    #[arg(long, value_name = "W.safetensors")]
+    pub weights: PathBuf,
+
+    /// The source: f32, rank 2 ([n, c]) to 5, C or Fortran order; given several times: the files'
+    /// concatenation along the channels
+    #[arg(long, required = true, value_name = "X.npy")]
+    pub input: Vec<PathBuf>,
+
+    /// The result: f32, C order. Appears complete or not at all
+    #[arg(long, value_name = "Y.npy")]
+    pub output: PathBuf,
+
+    /// What follows the convolution, in this order (names below); none is the bare convolution
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    pub stages: Vec<String>,
+
+    /// What the source goes through before the convolution, in this order (names below)
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    pub source_stages: Vec<String>,
+
+    /// Order of axes in every file: nchw is [n, c, …spatial], nhwc is [n, …spatial, c]
+    #[arg(long, default_value = "nchw", value_parser = layout)]
+    pub layout: Layout,
+
+    /// Groups of the convolution
+    #[arg(long, default_value_t = 1, value_name = "G")]
+    pub groups: usize,
+
+    /// Keep every S-th position of each spatial axis
+    #[arg(long, default_value_t = 1, value_name = "S")]
+    pub stride: usize,
+
+    /// What the stage residual adds; of the result's shape
+    #[arg(long, value_name = "R.npy")]
+    pub residual: Option<PathBuf>,
+
+    /// What batch_norm and layer norms add to the variance
+    #[arg(long, default_value = "1e-5", allow_negative_numbers = true, value_parser = eps)]
+    pub eps: f32,
+
+    /// Negative side of leaky_relu (default 0.01) and elu (default 1)
+    #[arg(long, allow_negative_numbers = true, value_name = "A")]
+    pub alpha: Option<f32>,
+
+    /// Bounds of the stage clip; inf or -inf for none
+    #[arg(long, allow_hyphen_values = true, value_name = "LO,HI", value_parser = clip)]
+    pub clip: Option<(f32, f32)>,
+
+    /// Convolve the channels A..B of the source only, and pass the others through beside the result
+    #[arg(long, value_name = "A:B", value_parser = range)]
+    pub partial: Option<Range<usize>>,
+
+    /// Shuffle the output channels between G groups (ShuffleNet), after all stages
+    #[arg(long, value_name = "G")]
+    pub shuffle: Option<usize>,
+
+    /// At most T threads; the result does not depend on it
+    #[arg(long, value_name = "T", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub threads: Option<usize>,
+
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = device)]
+    pub device: Target,
+}
+
+const NAMES: &str = "\
+Stages with tensors, at most one of each:
+  bias, batch_norm, prelu, residual, layer_norm (over the channels of each position) or
+    layer_norm_all (over the channels and positions of each sample)
+Activations, which stand as often as you like and share --alpha and --clip:
+  relu, relu6, clip, leaky_relu, elu, sigmoid, tanh, silu, gelu (erf), gelu_tanh, hard_sigmoid,
+    hard_swish, softplus, mish
+Source stages, at most one of each:
+  affine, gate; and every activation
+
+Tensors of the checkpoint, F32, F16 or BF16; others are ignored:
+  weight                      [c_out, c_in / groups], trailing axes of length 1 accepted
+  bias                        [c_out], for the stage bias
+  running_mean, running_var   [c_out], for the stage batch_norm
+  gamma, beta                 [c_out], its affine; both or neither
+  slope                       [c_out] or [1], for the stage prelu
+  ln_gamma, ln_beta           [c_out], the affine of a layer norm; both or neither
+  src_scale, src_shift        [c_in], for the source stage affine
+  gate                        [n, c_in], for the source stage gate (squeeze and excitation)
+
+An error is one line on stderr and exit code 1.
+
+  apply --weights layer.safetensors --input x.npy --output y.npy --stages batch_norm,relu";
+
+/// Where the layer runs.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    Cpu,
+    Cuda(usize),
+}
+
+fn layout(text: &str) -> Result<Layout, String> {
+    match text {
+        "nchw" => Ok(Layout::ChannelsFirst),
+        "nhwc" => Ok(Layout::ChannelsLast),
+        _ => Err("expected nchw or nhwc".into()),
+    }
+}
+
+fn device(text: &str) -> Result<Target, String> {
+    match (text, text.strip_prefix("cuda:").map(str::parse)) {
+        ("cpu", _) => Ok(Target::Cpu),
+        ("cuda", _) => Ok(Target::Cuda(0)),
+        (_, Some(Ok(ordinal))) => Ok(Target::Cuda(ordinal)),
+        _ => Err("expected cpu, cuda or cuda:N".into()),
+    }
+}
+
+fn eps(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(eps) if eps.is_finite() && eps > 0.0 => Ok(eps),
+        _ => Err("expected a finite and positive number".into()),
+    }
+}
+
+fn clip(text: &str) -> Result<(f32, f32), String> {
+    let bounds = text.split_once(',').and_then(|(lo, hi)| {
+        Some((lo.trim().parse::<f32>().ok()?, hi.trim().parse::<f32>().ok()?))
+    });
+    match bounds {
+        Some((lo, hi)) if lo <= hi => Ok((lo, hi)),
+        _ => Err("expected LO,HI with LO <= HI".into()),
+    }
+}
+
+fn range(text: &str) -> Result<Range<usize>, String> {
+    text.split_once(':')
+        .and_then(|(a, b)| Some(a.trim().parse().ok()?..b.trim().parse().ok()?))
+        .filter(|range: &Range<usize>| !range.is_empty())
+        .ok_or_else(|| "expected A:B with A < B".into())
+}

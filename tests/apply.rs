@@ -1,0 +1,615 @@
+//! The example `apply` as its users run it: against PyTorch's results, and with bad input.
+#![cfg(feature = "safetensors")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::{Case, Described, Fixtures, difference, to_nhwc};
+use half::{bf16, f16};
+use ndarray::{ArrayD, IxDyn, ShapeBuilder};
+use ndarray_npy::{ReadNpyExt, WriteNpyExt};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+/// The example's binary, which cargo builds beside the tests.
+fn binary() -> PathBuf {
+    let mut path = std::env::current_exe().expect("a test has a path");
+    path.pop();
+    path.pop();
+    path.extend(["examples", &format!("apply{}", std::env::consts::EXE_SUFFIX)]);
+    assert!(path.is_file(), "{} is missing: `cargo build --examples` builds it", path.display());
+    path
+}
+
+/// A fresh folder with the files of one test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("apply").join(name);
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).expect("a folder for the test");
+        Folder(path)
+    }
+
+    fn bytes(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.0.join(name), bytes).expect(name);
+    }
+
+    fn npy<T: ndarray_npy::WritableElement>(&self, name: &str, array: &ArrayD<T>) {
+        let mut bytes = Vec::new();
+        array.write_npy(&mut bytes).expect(name);
+        self.bytes(name, &bytes);
+    }
+
+    fn read(&self, name: &str) -> ArrayD<f32> {
+        let bytes = fs::read(self.0.join(name)).expect(name);
+        ArrayD::read_npy(bytes.as_slice()).expect("NumPy's format")
+    }
+
+    fn checkpoint(&self, name: &str, tensors: &Tensors) {
+        let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+            (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).expect(name))
+        });
+        self.bytes(name, &safetensors::serialize(views, None).expect("a checkpoint"));
+    }
+
+    /// Runs in this folder.
+    fn apply(&self, arguments: &[impl AsRef<std::ffi::OsStr>]) -> Output {
+        let mut command = Command::new(binary());
+        command.current_dir(&self.0).env_remove("POINTWISE_KERNEL");
+        command.args(arguments).output().expect("the example starts")
+    }
+
+    fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.0).expect("the folder");
+        let names = entries.map(|e| e.expect("an entry").file_name().into_string().expect("text"));
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+}
+
+type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+
+fn f32s(shape: &[usize], values: impl IntoIterator<Item = f32>) -> (Dtype, Vec<usize>, Vec<u8>) {
+    (Dtype::F32, shape.to_vec(), values.into_iter().flat_map(f32::to_le_bytes).collect())
+}
+
+/// A case's list as the command line has it, with the tensors under the names of `apply`; `None`
+/// where it cannot say it.
+fn command_line(case: &Case) -> Option<(Vec<String>, Tensors)> {
+    let mut tensors = Tensors::new();
+    let mut keep = |name: &str, tensor: &ArrayD<f32>| {
+        tensors.insert(name.to_owned(), f32s(tensor.shape(), tensor.iter().copied()));
+    };
+    keep("weight", &case.weight.clone().into_dyn());
+    let mut operands = BTreeMap::<&str, String>::new();
+    let mut operand = |name, value: String| {
+        operands.insert(name, value.clone()).is_none_or(|before| before == value)
+    };
+    let mut of_stage = |stage: &Described, names: &[(&str, &str)]| {
+        for (theirs, ours) in names {
+            if let Some(tensor) = stage.tensor(theirs) {
+                keep(ours, tensor);
+            }
+        }
+        let bounds = (stage.number("lo"), stage.number("hi"));
+        let clip = format!(
+            "{},{}",
+            bounds.0.unwrap_or(f32::NEG_INFINITY),
+            bounds.1.unwrap_or(f32::INFINITY)
+        );
+        (stage.name != "clip" || operand("--clip", clip))
+            && stage.number("eps").is_none_or(|eps| operand("--eps", eps.to_string()))
+            && stage.number("alpha").is_none_or(|alpha| operand("--alpha", alpha.to_string()))
+    };
+
+    let mut source_stages = Vec::new();
+    for stage in &case.source_stages {
+        let names = [("scale", "src_scale"), ("shift", "src_shift"), ("gate", "gate")];
+        if stage.name == "batch_norm" || !of_stage(stage, &names) {
+            return None;
+        }
+        source_stages.push(stage.name.clone());
+    }
+    let (mut stages, mut shuffle) = (Vec::new(), None);
+    for stage in &case.stages {
+        let names: &[_] = match stage.name.as_str() {
+            "batch_norm" => &[
+                ("mean", "running_mean"),
+                ("var", "running_var"),
+                ("gamma", "gamma"),
+                ("beta", "beta"),
+            ],
+            "layer_norm" | "layer_norm_all" => &[("gamma", "ln_gamma"), ("beta", "ln_beta")],
+            _ => &[("bias", "bias"), ("slope", "slope")],
+        };
+        // The command line shuffles last.
+        if shuffle.is_some() || !of_stage(stage, names) {
+            return None;
+        }
+        match stage.name.as_str() {
+            "channel_shuffle" => shuffle = stage.number("groups"),
+            name => stages.push(name.to_owned()),
+        }
+    }
+
+    let mut arguments = Vec::new();
+    let mut argument = |name: &str, value: String| {
+        arguments.extend([name.to_owned(), value]);
+    };
+    argument("--stages", stages.join(","));
+    argument("--source-stages", source_stages.join(","));
+    argument("--groups", case.groups.to_string());
+    argument("--stride", case.stride.to_string());
+    operands.into_iter().for_each(|(name, value)| argument(name, value));
+    if let Some(groups) = shuffle {
+        argument("--shuffle", groups.to_string());
+    }
+    if let Some(range) = &case.partial {
+        argument("--partial", format!("{}:{}", range.start, range.end));
+    }
+    if case.residual().is_some() {
+        argument("--residual", "residual.npy".into());
+    }
+    for i in 0..case.sources.len() {
+        argument("--input", format!("src{i}.npy"));
+    }
+    argument("--weights", "w.safetensors".into());
+    argument("--output", "dst.npy".into());
+    Some((arguments, tensors))
+}
+
+/// An array of the same elements, of which a npy file is in Fortran order.
+fn fortran(array: &ArrayD<f32>) -> ArrayD<f32> {
+    let mut copy = ArrayD::zeros(IxDyn(array.shape()).f());
+    copy.assign(array);
+    copy
+}
+
+#[test]
+fn results_are_pytorchs() {
+    let (mut said, mut failures) = (0, Vec::new());
+    let folder = Folder::new("fixtures");
+    for case in &Fixtures::load().cases() {
+        let Some((arguments, tensors)) = command_line(case) else { continue };
+        said += 1;
+        folder.checkpoint("w.safetensors", &tensors);
+        if let Some(stage) = case.repeated_stage() {
+            refused(&folder, &arguments, &[stage, "twice"]);
+            continue;
+        }
+        let tolerance = case.tolerance();
+        for (layout, order) in [("nchw", 'C'), ("nchw", 'F'), ("nhwc", 'C'), ("nhwc", 'F')] {
+            let file = |name: &str, array: &ArrayD<f32>| {
+                let array = if layout == "nhwc" { to_nhwc(array) } else { array.clone() };
+                folder.npy(name, &if order == 'F' { fortran(&array) } else { array });
+            };
+            for (i, source) in case.sources.iter().enumerate() {
+                file(&format!("src{i}.npy"), source);
+            }
+            case.residual().into_iter().for_each(|residual| file("residual.npy", residual));
+            let run = folder.apply(&[&arguments[..], &["--layout".into(), layout.into()]].concat());
+            let text = String::from_utf8_lossy(&run.stdout).into_owned();
+            let error = String::from_utf8_lossy(&run.stderr).into_owned();
+            let found = if run.status.success() && error.is_empty() && text.lines().count() == 1 {
+                let mut got = folder.read("dst.npy");
+                assert!(got.is_standard_layout());
+                let shape = format!("-> {:?}, fprop_f32_", got.shape());
+                if layout == "nhwc" {
+                    (2..got.ndim()).rev().for_each(|axis| got.swap_axes(axis, axis - 1));
+                }
+                difference(got.view(), &case.dst, |_, _| tolerance)
+                    .or_else(|| (!text.contains(&shape)).then(|| format!("no {shape:?}: {text}")))
+            } else {
+                Some(format!("{} {text:?} {error:?}", run.status))
+            };
+            failures.extend(found.map(|what| format!("{} {layout} {order}: {what}", case.name)));
+        }
+    }
+    assert!(said > 100, "only {said} cases are expressible");
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+    assert!(folder.files().iter().all(|name| !name.ends_with(".tmp")), "{:?}", folder.files());
+}
+
+/// 16-bit tensors give the very result of the f32 numbers that they stand for.
+#[test]
+fn half_precision_checkpoints_are_read_exactly() {
+    let folder = Folder::new("half");
+    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+    let weights = standard();
+    type Round = fn(f32) -> (f32, [u8; 2]);
+    let narrow: [(Dtype, Round); 2] = [
+        (Dtype::F16, |x| (f16::from_f32(x).to_f32(), f16::from_f32(x).to_le_bytes())),
+        (Dtype::BF16, |x| (bf16::from_f32(x).to_f32(), bf16::from_f32(x).to_le_bytes())),
+    ];
+    let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+    let stages = ["--stages", "bias,batch_norm,prelu,layer_norm", "--source-stages", "affine,gate"];
+    for (dtype, round) in narrow {
+        let mut results = Vec::new();
+        for keep in [true, false] {
+            let tensors = weights.iter().map(|(name, (_, shape, bytes))| {
+                let values =
+                    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+                let tensor = match keep {
+                    true => (dtype, shape.clone(), values.flat_map(|x| round(x).1).collect()),
+                    false => f32s(shape, values.map(|x| round(x).0)),
+                };
+                (name.clone(), tensor)
+            });
+            let mut tensors: Tensors = tensors.collect();
+            tensors.insert("num_batches_tracked".into(), (Dtype::I64, vec![], vec![1; 8]));
+            folder.checkpoint("w.safetensors", &tensors);
+            let run = folder.apply(&[&arguments[..], &stages].concat());
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            results.push(folder.read("y.npy"));
+        }
+        assert!(results[0].iter().all(|x| x.is_finite()) && results[0].len() == 2 * 4 * 5 * 4);
+        assert_eq!(results[0], results[1], "{dtype:?}");
+    }
+}
+
+#[test]
+fn trailing_ones_of_weight_and_gate_are_accepted() {
+    let folder = Folder::new("trailing_ones");
+    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+    let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+    let stages = ["--stages", "bias", "--source-stages", "gate"];
+    let mut tensors = standard();
+    let results = [false, true].map(|more| {
+        for name in ["weight", "gate", "bias"] {
+            let shape = &mut tensors.get_mut(name).unwrap().1;
+            shape.extend(more.then_some([1, 1]).into_iter().flatten());
+        }
+        folder.checkpoint("w.safetensors", &tensors);
+        let run = folder.apply(&[&arguments[..], &stages].concat());
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        folder.read("y.npy")
+    });
+    assert_eq!(results[0], results[1]);
+}
+
+#[test]
+fn results_do_not_depend_on_threads() {
+    let folder = Folder::new("threads");
+    folder.npy("x.npy", &source(&[3, 3, 50, 40]));
+    folder.checkpoint("w.safetensors", &standard());
+    let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+    let results = ["1", "2", "5"].map(|threads| {
+        let stages = ["--stages", "batch_norm,silu,layer_norm_all", "--threads", threads];
+        let run = folder.apply(&[&arguments[..], &stages].concat());
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        folder.read("y.npy")
+    });
+    assert_eq!(results[0], results[1]);
+    assert_eq!(results[0], results[2]);
+}
+
+#[test]
+fn an_older_result_is_replaced_and_a_pipe_is_not() {
+    let folder = Folder::new("replace");
+    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+    folder.checkpoint("w.safetensors", &standard());
+    folder.bytes("y.npy", &[7; 100_000]);
+    let run = |output| {
+        folder.apply(&["--weights", "w.safetensors", "--input", "x.npy", "--output", output])
+    };
+    assert!(run("y.npy").status.success());
+    assert_eq!(folder.read("y.npy").shape(), [2, 4, 5, 4]);
+    if cfg!(unix) {
+        assert!(run("/dev/null").status.success());
+        assert!(!fs::metadata("/dev/null").expect("/dev/null").is_file());
+    }
+    assert_eq!(folder.files(), ["w.safetensors", "x.npy", "y.npy"]);
+}
+
+#[test]
+fn help_names_everything() {
+    let folder = Folder::new("help");
+    let run = folder.apply(&["--help"]);
+    let text = String::from_utf8(run.stdout).expect("text");
+    assert!(run.status.success());
+    for word in ["--partial", "layer_norm_all", "gelu_tanh", "running_var", "src_shift", "gate"] {
+        assert!(text.contains(word), "{word} in {text}");
+    }
+}
+
+/// Numbers without a pattern.
+fn source(shape: &[usize]) -> ArrayD<f32> {
+    let mut state = 1u32;
+    ArrayD::from_shape_simple_fn(shape, || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+/// A checkpoint with every tensor, for 3 input and 4 output channels and 2 samples.
+fn standard() -> Tensors {
+    let shapes: [(&str, &[usize]); 12] = [
+        ("weight", &[4, 3]),
+        ("bias", &[4]),
+        ("running_mean", &[4]),
+        ("running_var", &[4]),
+        ("gamma", &[4]),
+        ("beta", &[4]),
+        ("slope", &[4]),
+        ("ln_gamma", &[4]),
+        ("ln_beta", &[4]),
+        ("src_scale", &[3]),
+        ("src_shift", &[3]),
+        ("gate", &[2, 3]),
+    ];
+    let tensor = |(name, shape): (&str, &[usize])| {
+        let values =
+            source(shape).into_iter().map(|x| if name == "running_var" { x * x } else { x });
+        (name.to_owned(), f32s(shape, values))
+    };
+    shapes.into_iter().map(tensor).collect()
+}
+
+/// Asserts exit code 1, one line on stderr with all of `expected`, and no file more than before.
+fn refused(folder: &Folder, arguments: &[impl AsRef<std::ffi::OsStr>], expected: &[&str]) {
+    let before = folder.files();
+    let run = folder.apply(arguments);
+    let error = String::from_utf8(run.stderr).expect("text");
+    assert_eq!(run.status.code(), Some(1), "{error}");
+    assert!(error.lines().count() == 1 && error.ends_with('\n'), "{error:?}");
+    assert!(error.starts_with("error: ") && run.stdout.is_empty(), "{error:?}");
+    for word in expected {
+        assert!(error.contains(word), "no {word:?} in {error:?}");
+    }
+    assert_eq!(folder.files(), before, "{error}");
+}
+
+/// A test per row: the files beside the standard ones (a checkpoint's and a source's), the
+/// arguments after the standard ones, and what the error must name.
+macro_rules! refused {
+    ($($name:ident: $prepare:expr, [$($argument:expr),*] => [$($word:expr),*];)*) => {$(
+        #[test]
+        fn $name() {
+            let folder = Folder::new(stringify!($name));
+            folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+            folder.npy("r.npy", &source(&[2, 4, 5, 4]));
+            let mut tensors = standard();
+            let prepare: fn(&Folder, &mut Tensors) = $prepare;
+            prepare(&folder, &mut tensors);
+            if !folder.0.join("w.safetensors").exists() {
+                folder.checkpoint("w.safetensors", &tensors);
+            }
+            let mut arguments = vec!["--output", "y.npy"];
+            let given: &[&str] = &[$($argument),*];
+            arguments.extend(given);
+            if !given.contains(&"--weights") {
+                arguments.extend(["--weights", "w.safetensors"]);
+            }
+            if !given.contains(&"--input") {
+                arguments.extend(["--input", "x.npy"]);
+            }
+            refused(&folder, &arguments, &[$($word),*]);
+        }
+    )*};
+}
+
+fn nothing(_: &Folder, _: &mut Tensors) {}
+
+refused! {
+    stage_unknown: nothing, ["--stages", "relu,bogus"] => ["bogus"];
+    stage_empty: nothing, ["--stages", "relu,,bias"] => ["\"\""];
+    source_stage_unknown: nothing, ["--source-stages", "bogus"] => ["bogus", "--source-stages"];
+    source_stage_prelu: nothing, ["--source-stages", "prelu"] => ["prelu", "--source-stages"];
+    repeated_bias: nothing, ["--stages", "bias,relu,bias"] => ["bias", "twice"];
+    repeated_batch_norm: nothing, ["--stages", "batch_norm,batch_norm"] => ["batch_norm", "twice"];
+    repeated_prelu: nothing, ["--stages", "prelu,prelu"] => ["prelu", "twice"];
+    repeated_residual: nothing,
+        ["--stages", "residual,relu,residual", "--residual", "r.npy"] => ["residual", "twice"];
+    repeated_layer_norm: nothing,
+        ["--stages", "layer_norm,layer_norm_all"] => ["layer_norm", "twice"];
+    repeated_affine: nothing, ["--source-stages", "affine,relu,affine"] => ["affine", "twice"];
+    repeated_gate: nothing, ["--source-stages", "gate,gate"] => ["gate", "twice"];
+
+    missing_weight: |_, t| { t.remove("weight"); }, [] => ["weight"];
+    missing_bias: |_, t| { t.remove("bias"); }, ["--stages", "bias"] => ["bias"];
+    missing_var: |_, t| { t.remove("running_var"); },
+        ["--stages", "batch_norm"] => ["batch_norm", "running_var"];
+    missing_slope: |_, t| { t.remove("slope"); }, ["--stages", "prelu"] => ["prelu", "slope"];
+    missing_shift: |_, t| { t.remove("src_shift"); },
+        ["--source-stages", "affine"] => ["affine", "src_shift"];
+    missing_gate: |_, t| { t.remove("gate"); }, ["--source-stages", "gate"] => ["gate"];
+    missing_beta: |_, t| { t.remove("beta"); }, ["--stages", "batch_norm"] => ["gamma", "beta"];
+    missing_ln_gamma: |_, t| { t.remove("ln_gamma"); },
+        ["--stages", "layer_norm"] => ["ln_gamma", "ln_beta"];
+    missing_residual: nothing, ["--stages", "residual"] => ["--residual"];
+    missing_clip: nothing, ["--stages", "clip"] => ["--clip"];
+    unused_residual: nothing, ["--residual", "r.npy"] => ["r.npy", "residual"];
+    unused_clip: nothing, ["--stages", "relu", "--clip", "0,1"] => ["0,1", "clip"];
+    unused_alpha: nothing, ["--stages", "relu", "--alpha", "0.25"] => ["0.25", "leaky_relu"];
+
+    weight_of_a_3x3: |_, t| { t.insert("weight".into(), f32s(&[4, 3, 3, 3], vec![0.0; 108])); },
+        [] => ["weight", "[4, 3, 3, 3]"];
+    weight_without_channels: |_, t| { t.insert("weight".into(), f32s(&[0, 3], [])); },
+        [] => ["weight", "[0, 3]"];
+    weight_of_f64: |_, t| { t.insert("weight".into(), (Dtype::F64, vec![1, 3], vec![0; 24])); },
+        [] => ["weight", "F64"];
+    weight_of_integers: |_, t| { t.insert("weight".into(), (Dtype::I32, vec![1, 3], vec![0; 12])); },
+        [] => ["weight", "I32"];
+    bias_too_long: |_, t| { t.insert("bias".into(), f32s(&[5], vec![0.0; 5])); },
+        ["--stages", "bias"] => ["bias", "5", "4"];
+    bias_of_rank_2: |_, t| { t.insert("bias".into(), f32s(&[2, 2], vec![0.0; 4])); },
+        ["--stages", "bias"] => ["bias", "[2, 2]"];
+    scale_too_short: |_, t| { t.insert("src_scale".into(), f32s(&[2], vec![1.0; 2])); },
+        ["--source-stages", "affine"] => ["src_scale", "2", "3"];
+    gate_of_one_sample: |_, t| { t.insert("gate".into(), f32s(&[1, 3], vec![1.0; 3])); },
+        ["--source-stages", "gate"] => ["gate", "[1, 3]", "[2, 3]"];
+    gate_per_position: |_, t| { t.insert("gate".into(), f32s(&[2, 3, 2], vec![1.0; 12])); },
+        ["--source-stages", "gate"] => ["gate", "[2, 3, 2]"];
+    variance_negative: |_, t| {
+        t.insert("running_var".into(), f32s(&[4], [1.0, -0.5, 1.0, 1.0]));
+    }, ["--stages", "batch_norm"] => ["running_var", "channel 1", "-0.5"];
+    variance_nan: |_, t| {
+        t.insert("running_var".into(), f32s(&[4], [1.0, 1.0, 1.0, f32::NAN]));
+    }, ["--stages", "batch_norm"] => ["running_var", "channel 3", "NaN"];
+
+    channels_mismatched: |f, _| f.npy("x.npy", &source(&[2, 5, 5, 4])), [] => ["3", "5"];
+    channels_of_the_other_layout: nothing, ["--layout", "nhwc"] => ["3", "4"];
+    channels_none: |f, _| f.npy("x.npy", &source(&[2, 0, 5, 4])), [] => ["[2, 0, 5, 4]"];
+    groups_do_not_divide: nothing, ["--groups", "3"] => ["3 groups", "4"];
+    groups_of_other_channels: nothing, ["--groups", "2"] => ["2", "3"];
+    groups_zero: nothing, ["--groups", "0"] => ["0 groups"];
+    groups_overflow: nothing, ["--groups", "18446744073709551615"] => ["18446744073709551615"];
+    stride_zero: nothing, ["--stride", "0"] => ["stride", "0"];
+    shuffle_does_not_divide: nothing, ["--shuffle", "3"] => ["3 groups", "4"];
+    shuffle_zero: nothing, ["--shuffle", "0"] => ["0 groups", "4"];
+    partial_reversed: nothing, ["--partial", "3:1"] => ["3:1"];
+    partial_of_other_channels: nothing, ["--partial", "0:2"] => ["0..2", "3"];
+    partial_beyond_the_source: nothing, ["--partial", "1:4"] => ["1..4", "3"];
+    residual_of_other_shape: nothing,
+        ["--stages", "residual", "--residual", "x.npy"] => ["residual", "[2, 3, 5, 4]", "[2, 4, 5, 4]"];
+    residual_of_other_rank: |f, _| f.npy("r.npy", &source(&[2, 4, 20])),
+        ["--stages", "residual", "--residual", "r.npy"] => ["residual", "[2, 4, 20]"];
+    concat_of_other_sizes: |f, t| {
+        t.insert("weight".into(), f32s(&[1, 6], vec![1.0; 6]));
+        f.npy("x2.npy", &source(&[2, 3, 5, 5]));
+    }, ["--input", "x.npy", "--input", "x2.npy"] => ["[2, 3, 5, 5]"];
+    concat_of_lower_rank: |f, t| {
+        t.insert("weight".into(), f32s(&[1, 6], vec![1.0; 6]));
+        f.npy("x2.npy", &source(&[2, 3, 5]));
+    }, ["--input", "x.npy", "--input", "x2.npy"] => ["[2, 3, 5]"];
+    concat_of_higher_rank: |f, t| {
+        t.insert("weight".into(), f32s(&[1, 6], vec![1.0; 6]));
+        f.npy("x2.npy", &source(&[2, 3, 5, 4, 1]));
+    }, ["--input", "x.npy", "--input", "x2.npy"] => ["[2, 3, 5, 4, 1]"];
+    concat_of_too_many_channels: nothing, ["--input", "x.npy", "--input", "x.npy"] => ["3", "6"];
+
+    eps_zero: nothing, ["--stages", "batch_norm", "--eps", "0"] => ["--eps", "'0'"];
+    eps_negative: nothing, ["--stages", "layer_norm", "--eps", "-0.5"] => ["--eps", "-0.5"];
+    eps_nan: nothing, ["--eps", "nan"] => ["--eps", "nan"];
+    eps_infinite: nothing, ["--eps", "inf"] => ["--eps", "inf"];
+    eps_too_small_for_f32: nothing, ["--eps", "1e-60"] => ["--eps", "1e-60"];
+    eps_given_twice: nothing, ["--eps", "1e-5", "--eps", "1e-3"] => ["--eps"];
+    alpha_nan: nothing, ["--stages", "elu", "--alpha", "nan"] => ["alpha", "NaN"];
+    clip_reversed: nothing, ["--stages", "clip", "--clip", "3,-1"] => ["--clip", "3,-1"];
+    clip_nan: nothing, ["--stages", "clip", "--clip", "nan,1"] => ["--clip", "nan,1"];
+    clip_of_one_bound: nothing, ["--stages", "clip", "--clip", "3"] => ["--clip", "3"];
+    threads_zero: nothing, ["--threads", "0"] => ["--threads", "0"];
+    layout_unknown: nothing, ["--layout", "chwn"] => ["chwn"];
+    device_unknown: nothing, ["--device", "tpu"] => ["tpu"];
+    option_unknown: nothing, ["--bogus"] => ["--bogus"];
+
+    npy_missing: nothing, ["--input", "absent.npy"] => ["absent.npy"];
+    npy_is_a_folder: nothing, ["--input", "."] => ["."];
+    npy_empty: |f, _| f.bytes("x.npy", b""), [] => ["x.npy", "truncated"];
+    npy_of_something_else: |f, _| f.bytes("x.npy", &[b'x'; 300]), [] => ["x.npy"];
+    npy_of_f64: |f, _| f.npy("x.npy", &source(&[2, 3]).mapv(f64::from)), [] => ["x.npy", "<f8"];
+    npy_of_integers: |f, _| f.npy("x.npy", &source(&[2, 3]).mapv(|x| x as i32)),
+        [] => ["x.npy", "<i4"];
+    npy_of_rank_1: |f, _| f.npy("x.npy", &source(&[3])), [] => ["x.npy", "[3]", "rank 1"];
+    npy_of_rank_6: |f, _| f.npy("x.npy", &source(&[2, 3, 1, 1, 1, 1])), [] => ["x.npy", "rank 6"];
+    npy_truncated: |f, _| {
+        let bytes = fs::read(f.0.join("x.npy")).expect("x.npy");
+        f.bytes("x.npy", &bytes[..bytes.len() - 3]);
+    }, [] => ["x.npy", "[2, 3, 5, 4]", "480", "477"];
+    npy_too_long: |f, _| {
+        let bytes = fs::read(f.0.join("x.npy")).expect("x.npy");
+        f.bytes("x.npy", &[bytes, vec![0; 4]].concat());
+    }, [] => ["x.npy", "[2, 3, 5, 4]", "480"];
+    npy_header_truncated: |f, _| {
+        let bytes = fs::read(f.0.join("x.npy")).expect("x.npy");
+        f.bytes("x.npy", &bytes[..50]);
+    }, [] => ["x.npy", "truncated"];
+    npy_shape_beyond_the_file: |f, _| f.bytes("x.npy", &header("(3, 1000000000000)", 1)),
+        [] => ["x.npy", "1000000000000"];
+    npy_shape_overflows: |f, _| f.bytes("x.npy", &header("(4294967296, 3, 4294967296)", 1)),
+        [] => ["x.npy", "4294967296", "overflows"];
+    npy_shape_overflows_beside_zero: |f, _| {
+        f.bytes("x.npy", &header("(0, 3, 9223372036854775807, 9223372036854775807)", 1));
+    }, [] => ["x.npy", "9223372036854775807", "overflows"];
+    npy_axis_beyond_u64: |f, _| f.bytes("x.npy", &header("(3, 99999999999999999999999)", 1)),
+        [] => ["x.npy", "99999999999999999999999"];
+    npy_axis_negative: |f, _| f.bytes("x.npy", &header("(3, -1)", 1)), [] => ["x.npy", "-1"];
+    npy_nested: |f, _| f.bytes("x.npy", &header(&"(".repeat(60_000), 1)), [] => ["x.npy"];
+    npy_version_9: |f, _| f.bytes("x.npy", &header("(2, 3)", 9)), [] => ["x.npy", "version 9"];
+    npy_header_of_4_gib: |f, _| f.bytes("x.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff{'descr'"),
+        [] => ["x.npy", "4294967295"];
+    residual_of_f64: |f, _| f.npy("r.npy", &source(&[2, 4, 5, 4]).mapv(f64::from)),
+        ["--stages", "residual", "--residual", "r.npy"] => ["r.npy", "<f8"];
+
+    checkpoint_missing: nothing, ["--weights", "absent.safetensors"] => ["absent.safetensors"];
+    checkpoint_empty: |f, _| f.bytes("w.safetensors", b""), [] => ["w.safetensors"];
+    checkpoint_truncated: |f, t| {
+        f.checkpoint("w.safetensors", t);
+        let bytes = fs::read(f.0.join("w.safetensors")).expect("w.safetensors");
+        f.bytes("w.safetensors", &bytes[..bytes.len() - 1]);
+    }, [] => ["w.safetensors"];
+    checkpoint_with_a_huge_header: |f, _| f.bytes("w.safetensors", &[0xff; 64]),
+        [] => ["w.safetensors"];
+    checkpoint_nested: |f, _| {
+        let header = "[".repeat(100_000);
+        let len = (header.len() as u64).to_le_bytes();
+        f.bytes("w.safetensors", &[&len[..], header.as_bytes()].concat());
+    }, [] => ["w.safetensors"];
+    checkpoint_shape_overflows: |f, _| {
+        let shape = "[4294967296,4294967296]";
+        let header = format!(r#"{{"weight":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#);
+        let len = (header.len() as u64).to_le_bytes();
+        f.bytes("w.safetensors", &[&len[..], header.as_bytes()].concat());
+    }, [] => ["w.safetensors"];
+    output_given_twice: nothing, ["--output", "absent/z.npy"] => ["--output"];
+}
+
+#[test]
+fn output_folder_missing() {
+    let folder = Folder::new("output_folder_missing");
+    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+    folder.checkpoint("w.safetensors", &standard());
+    let run = ["--weights", "w.safetensors", "--input", "x.npy", "--output"];
+    refused(&folder, &[&run[..], &["absent/y.npy"]].concat(), &["absent/y.npy"]);
+    refused(&folder, &[&run[..], &[".."]].concat(), &[".."]);
+    refused(&folder, &run, &["--output"]);
+    refused(&folder, &run[2..4], &["--weights", "--output"]);
+    #[cfg(not(feature = "cuda"))]
+    refused(
+        &folder,
+        &[&run[..], &["y.npy", "--device", "cuda:3"]].concat(),
+        &["cuda:3", "feature"],
+    );
+}
+
+/// A npy file with this shape, and 24 bytes of data.
+fn header(shape: &str, version: u8) -> Vec<u8> {
+    let text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n");
+    let mut bytes = b"\x93NUMPY".to_vec();
+    bytes.extend([version, 0]);
+    bytes.extend((text.len() as u16).to_le_bytes());
+    bytes.extend(text.as_bytes());
+    bytes.extend([0; 24]);
+    bytes
+}
+
+/// A flipped bit gives an error or another result, never a crash.
+#[test]
+fn damaged_npy_headers_do_not_crash() {
+    let folder = Folder::new("damaged");
+    folder.checkpoint("w.safetensors", &standard());
+    let sound = header("(2, 3)", 1);
+    let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+    for position in 0..sound.len() - 24 {
+        for flip in [0x01, 0x10, 0x80] {
+            let mut bytes = sound.clone();
+            bytes[position] ^= flip;
+            folder.bytes("x.npy", &bytes);
+            let run = folder.apply(&arguments);
+            let error = String::from_utf8_lossy(&run.stderr).into_owned();
+            let told = match run.status.code() {
+                Some(0) => error.is_empty(),
+                Some(1) => error.lines().count() == 1,
+                _ => false,
+            };
+            assert!(told, "bit {flip:#x} of byte {position}: {} {error:?}", run.status);
+        }
+    }
+}
