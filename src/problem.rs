@@ -350,7 +350,6 @@ pub(crate) fn dst_shape<'s>(
     let mut channels = src[1];
     for other in more {
         let mut expected = src.to_vec();
-        expected.truncate(other.len().max(2));
         if other.len() == rank {
             expected[1] = other[1];
         }
