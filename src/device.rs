@@ -1,6 +1,7 @@
 //! Where a layer runs.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::cpu::CpuDevice;
@@ -36,15 +37,11 @@ impl Device {
     pub fn best() -> Device {
         let wanted = std::env::var_os(DEVICE_VARIABLE).unwrap_or_default();
         let wanted = wanted.to_string_lossy();
-        let ordinal = match wanted.as_ref() {
-            "cpu" => return Device::cpu(),
-            "" | "cuda" => 0,
-            name => match name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
-                Some(ordinal) => ordinal,
-                None => return Device { kind: Kind::Unknown(name.into()) },
-            },
-        };
-        Device::cuda(ordinal).unwrap_or_else(|_| Device::cpu())
+        match if wanted.is_empty() { Some(Name::Cuda(0)) } else { parse(&wanted) } {
+            Some(Name::Cpu) => Device::cpu(),
+            Some(Name::Cuda(ordinal)) => Device::cuda(ordinal).unwrap_or_else(|_| Device::cpu()),
+            None => Device { kind: Kind::Unknown(wanted.as_ref().into()) },
+        }
     }
 
     /// The CPU, with helpers from rayon's current pool (the global one, unless the caller is
@@ -94,6 +91,35 @@ impl Device {
                 reason: "expected cpu, cuda or cuda:N".into(),
             }),
             kind => Ok(kind),
+        }
+    }
+}
+
+enum Name {
+    Cpu,
+    Cuda(usize),
+}
+
+fn parse(name: &str) -> Option<Name> {
+    match name {
+        "cpu" => Some(Name::Cpu),
+        "cuda" => Some(Name::Cuda(0)),
+        _ => name.strip_prefix("cuda:")?.parse().ok().map(Name::Cuda),
+    }
+}
+
+/// `cpu`, `cuda` or `cuda:1`: exactly that device, with no falling back.
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Device> {
+        match parse(name) {
+            Some(Name::Cpu) => Ok(Device::cpu()),
+            Some(Name::Cuda(ordinal)) => Device::cuda(ordinal),
+            None => Err(Error::NoDevice {
+                device: name.into(),
+                reason: "devices are called cpu, cuda or cuda:N".into(),
+            }),
         }
     }
 }

@@ -137,12 +137,12 @@ impl Lowered {
             residual_map: None,
         };
         for stage in &layer.stages {
-            let affine: Option<Box<dyn Fn(usize) -> (f64, f64) + '_>> = match stage {
-                Stage::Bias(b) => Some(Box::new(|c| (1.0, f64::from(b[c])))),
-                Stage::BatchNorm(norm) => Some(Box::new(|c| norm.fold(c))),
-                _ => None,
+            let affine = |c: usize| match stage {
+                Stage::Bias(bias) => (1.0, f64::from(bias[c])),
+                Stage::BatchNorm(norm) => norm.fold(c),
+                _ => (1.0, 0.0),
             };
-            if let Some(affine) = affine {
+            if let Stage::Bias(_) | Stage::BatchNorm(_) = stage {
                 pending
                     .get_or_insert_with(|| Affine::identity(rows))
                     .then(|row| affine(channel[row]));

@@ -167,7 +167,8 @@ pub fn bias(c_out: usize, c_in_per_group: usize, seed: u64) -> Result<Array1<f32
         return Err(Error::NoChannels { tensor: "bias", shape: vec![c_out, c_in_per_group] });
     }
     let bound = 1.0 / (c_in_per_group as f64).sqrt();
-    let mut random = SplitMix64(seed);
+    // Another stream than the weight's, which a layer often draws with the same seed.
+    let mut random = SplitMix64(SplitMix64(seed).next());
     Ok(Array1::from_shape_simple_fn(c_out, || (bound * (2.0 * random.uniform() - 1.0)) as f32))
 }
 

@@ -277,14 +277,14 @@ impl Pointwise {
                 expected: "at least 1",
             });
         }
-        if let Some(range) = &self.partial {
-            if range.start >= range.end || range.end - range.start != c_in {
-                return Err(Error::PartialRange {
-                    start: range.start,
-                    end: range.end,
-                    reason: format!("the weight has {c_in} input channels"),
-                });
-            }
+        if let Some(range) = &self.partial
+            && range.end.checked_sub(range.start) != Some(c_in)
+        {
+            return Err(Error::PartialRange {
+                start: range.start,
+                end: range.end,
+                reason: format!("the weight has {c_in} input channels"),
+            });
         }
         for stage in &self.source_stages {
             stage.check(c_in)?;

@@ -134,7 +134,7 @@ impl BatchNorm {
             length("beta", beta, channels)?;
         }
         check_eps("batch_norm's eps", self.eps)?;
-        match self.running_var.iter().position(|v| !(*v >= 0.0)) {
+        match self.running_var.iter().position(|v| v.is_nan() || *v < 0.0) {
             Some(c) => Err(Error::ParameterValue {
                 parameter: format!("running_var of channel {c}"),
                 value: self.running_var[c].to_string(),
@@ -258,7 +258,7 @@ impl Stage {
             Stage::Residual => Ok(()),
             Stage::LayerNorm(norm) => norm.check(channels),
             Stage::ChannelShuffle { groups } => {
-                if *groups == 0 || channels % groups != 0 {
+                if *groups == 0 || !channels.is_multiple_of(*groups) {
                     return Err(Error::Groups {
                         groups: *groups,
                         channels,

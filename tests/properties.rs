@@ -160,9 +160,8 @@ fn case(seed: u64) -> Case {
     let mut growth = 1.0;
 
     let mut total = c_in;
-    let mut start = 0;
     if rng.chance(20) {
-        start = rng.below(4);
+        let start = rng.below(4);
         total = start + c_in + rng.below(4);
         layer = layer.partial(start..start + c_in);
     }

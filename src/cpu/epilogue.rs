@@ -86,7 +86,7 @@ impl<P> Operand<'_, P> {
     }
 
     /// This operand for the `len` positions of the tile from `first` on.
-    pub(crate) fn from_position(self, first: usize, len: usize) -> Self
+    pub(crate) fn at_positions(self, first: usize, len: usize) -> Self
     where
         P: Offset,
     {
@@ -188,11 +188,6 @@ impl Steps {
     /// The steps as they were given.
     pub(crate) fn list(&self) -> &[Step] {
         &self.list
-    }
-
-    /// Whether the residual tensor is needed.
-    pub(crate) fn has_residual(&self) -> bool {
-        self.list.contains(&Step::Residual)
     }
 }
 

@@ -561,8 +561,8 @@ impl<'a> Pass<'a> {
                 channel: first_channel + panel * nr + r,
                 bias,
                 steps,
-                residual: residual.map(|residual| residual.from_position(j, len)),
-                dst: dst.from_position(j, len),
+                residual: residual.map(|residual| residual.at_positions(j, len)),
+                dst: dst.at_positions(j, len),
             };
             let (rows, cols) = match self.plan.axis {
                 ChannelAxis::Rows => (rows, len),

@@ -92,12 +92,13 @@ fn choose(forced: Option<&str>) -> Result<Supported, String> {
     let Some(name) = forced.filter(|name| !name.is_empty()) else {
         return Ok(Supported::all().last().expect("the portable instruction set is always there"));
     };
-    let isa = Isa::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
-        format!("{ISA_VARIABLE}={name:?} is not one of {}", Isa::ALL.map(Isa::name).join(", "))
-    })?;
+    let isa = Isa::ALL
+        .into_iter()
+        .find(|isa| isa.name() == name)
+        .ok_or_else(|| format!("{name:?} is not one of {}", Isa::ALL.map(Isa::name).join(", ")))?;
     isa.supported().ok_or_else(|| {
         let have: Vec<_> = Supported::all().map(|have| have.isa().name()).collect();
-        format!("{ISA_VARIABLE}={name}: this CPU does not have it (it has {})", have.join(", "))
+        format!("this CPU has no {name} (it has {})", have.join(", "))
     })
 }
 

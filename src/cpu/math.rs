@@ -10,7 +10,7 @@
 //! two means: what enters an exponential carries its rounding error along, and powers of two are
 //! multiplied in last, so that no intermediate value is subnormal where the result is not.
 
-use crate::cpu::simd::{Baseline, Simd};
+use crate::cpu::simd::Simd;
 use crate::stages::Activation;
 
 /// Replaces `vectors` whole vectors at `data` by their activation.
@@ -49,14 +49,6 @@ pub(crate) unsafe fn apply<V: Simd>(activation: Activation, data: *mut f32, vect
             Activation::Mish => sweep!(|x| mish(x)),
         }
     }
-}
-
-/// One value through the portable vector.
-pub(crate) fn activate(activation: Activation, x: f32) -> f32 {
-    let mut lanes = [x; Baseline::LANES];
-    // SAFETY: every CPU of this target has the baseline; `lanes` is one vector.
-    unsafe { apply::<Baseline>(activation, lanes.as_mut_ptr(), 1) };
-    lanes[0]
 }
 
 /// `x` where `x >= 0`, else `alpha * x`.

@@ -25,23 +25,12 @@ per_isa! {
     /// `x[i] = x[i] + y[i]`. The slices have one length.
     pub(crate) fn add_lanes(y: &[f32], x: &mut [f32]) = add_lanes_run;
 
-    /// `x = x >= 0 ? x : slope * x`: PReLU of one channel.
-    pub(crate) fn apply_prelu(slope: f32, x: &mut [f32]) = prelu_run;
-
     /// `x[i] = x[i] >= 0 ? x[i] : slope[i] * x[i]`. The slices have one length.
     pub(crate) fn apply_prelu_lanes(slope: &[f32], x: &mut [f32]) = prelu_lanes;
 
     /// `x = (x - mean) * scale`: a normalisation, without the cancellation of
     /// `x * scale - mean * scale`.
     pub(crate) fn normalize(mean: f32, scale: f32, x: &mut [f32]) = normalize_run;
-
-    /// `x[i] = (x[i] - mean[i]) * scale[i]`. The slices have one length.
-    pub(crate) fn normalize_lanes(mean: &[f32], scale: &[f32], x: &mut [f32])
-        = normalize_lanes_run;
-
-    /// `total[i] += (x[i] - mean[i])²`. The slices have one length.
-    pub(crate) fn add_squared_deviations(mean: &[f32], x: &[f32], total: &mut [f32])
-        = squared_deviations_lanes;
 
     /// The sum of `x`: f32 in short blocks, f64 across them.
     pub(crate) fn sum(x: &[f32]) -> f64 = sum_run;
@@ -105,11 +94,8 @@ elementwise! {
     scale_run(factor;) |x| x * factor;
     scale_lanes_run(; factor) |x| x * factor;
     add_lanes_run(; y) |x| x + y;
-    prelu_run(slope;) |x| math::leaky_relu(x, slope);
     prelu_lanes(; slope) |x| math::leaky_relu(x, slope);
     normalize_run(mean, scale;) |x| (x - mean) * scale;
-    normalize_lanes_run(; mean, scale) |x| (x - mean) * scale;
-    squared_deviations_lanes(; mean, y) |total| (y - mean).mul_add(y - mean, total);
 }
 
 /// Values that are summed in f32 before f64 takes over: rounding grows with the block, not with
@@ -200,15 +186,10 @@ mod tests {
                 check("scale lanes", &edit(&|x| scale_lanes(isa, &y, x)), &|i| x[i] * y[i]);
                 check("add", &edit(&|x| add_lanes(isa, &y, x)), &|i| x[i] + y[i]);
                 let leaky = |x: f32, slope: f32| if x >= 0.0 { x } else { x * slope };
-                check("prelu", &edit(&|x| apply_prelu(isa, 0.5, x)), &|i| leaky(x[i], 0.5));
                 let got = edit(&|x| apply_prelu_lanes(isa, &y, x));
                 check("prelu lanes", &got, &|i| leaky(x[i], y[i]));
                 let got = edit(&|x| normalize(isa, 1.0, 4.0, x));
                 check("normalize", &got, &|i| (x[i] - 1.0) * 4.0);
-                let got = edit(&|x| normalize_lanes(isa, &y, &z, x));
-                check("normalize lanes", &got, &|i| (x[i] - y[i]) * z[i]);
-                let got = edit(&|x| add_squared_deviations(isa, &y, &z, x));
-                check("squared deviations", &got, &|i| x[i] + (z[i] - y[i]) * (z[i] - y[i]));
                 let got = edit(&|x| apply_activation(isa, Activation::Relu, x));
                 check("relu", &got, &|i| x[i].max(0.0));
             }

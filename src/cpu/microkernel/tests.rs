@@ -2,8 +2,8 @@
 
 use super::{KERNELS, Kernel, Segment, Tile};
 use crate::cpu::epilogue::{ChannelAxis, Operand, Steps, TileEpilogue};
-use crate::cpu::math;
 use crate::epilogue::Step;
+use crate::reference;
 use crate::stages::Activation;
 
 /// A NaN that no kernel makes: what memory holds where nothing may be written.
@@ -185,7 +185,7 @@ fn expected(mut x: f32, steps: &[Step], channel: usize, residual: f32) -> f32 {
                 }
             }
             Step::Residual => x + residual,
-            Step::Activation(activation) => math::activate(*activation, x),
+            Step::Activation(activation) => reference::activate(*activation, f64::from(x)) as f32,
         };
     }
     x
@@ -292,8 +292,9 @@ impl Case<'_> {
             channel: Self::FIRST_CHANNEL,
             bias,
             steps: &steps,
-            residual: steps
-                .has_residual()
+            residual: self
+                .steps
+                .contains(&Step::Residual)
                 .then(|| residual.operand(residual.memory[residual.origin..].as_ptr())),
             dst: dst.operand(memory[dst.origin..].as_mut_ptr()),
         };
