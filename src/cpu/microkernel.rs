@@ -118,6 +118,32 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
 /// As [`run`].
 #[inline(always)]
 unsafe fn add_segment<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
+    acc: [[V; NV]; R],
+    segment: &Segment,
+    tail: V::Tail,
+) -> [[V; NV]; R] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if segment.a_row == 1 {
+            add_terms::<V, R, NV, TAIL, true>(acc, segment, tail)
+        } else {
+            add_terms::<V, R, NV, TAIL, false>(acc, segment, tail)
+        }
+    }
+}
+
+/// `PACKED` says that A's rows are neighbours, which saves the loop their addresses.
+///
+/// # Safety
+/// As [`run`].
+#[inline(always)]
+unsafe fn add_terms<
+    V: Simd,
+    const R: usize,
+    const NV: usize,
+    const TAIL: bool,
+    const PACKED: bool,
+>(
     mut acc: [[V; NV]; R],
     segment: &Segment,
     tail: V::Tail,
@@ -130,7 +156,7 @@ unsafe fn add_segment<V: Simd, const R: usize, const NV: usize, const TAIL: bool
         unsafe {
             let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
             for (row, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(*a.row(row));
+                let x = V::splat(if PACKED { *a.bases[0].add(row) } else { *a.row(row) });
                 for (sum, lanes) in sums.iter_mut().zip(lanes) {
                     *sum = x.mul_add(lanes, *sum);
                 }
