@@ -349,12 +349,16 @@ pub(crate) fn dst_shape<'s>(
     }
     let mut channels = src[1];
     for other in more {
-        let mut expected = src.to_vec();
-        if other.len() == rank {
+        let tensor = "a further source of the concatenation";
+        if other.len() != rank {
+            let expected = "the rank of the first source";
+            return Err(Error::Rank { tensor, expected, got: other.len() });
+        }
+        if other[0] != src[0] || other[2..] != src[2..] {
+            let mut expected = src.to_vec();
             expected[1] = other[1];
         }
-        expect_shape("a further source of the concatenation", other, &expected)?;
-        channels = channels.checked_add(other[1]).ok_or(Error::TooLarge {
+        channels = channels.checked_add(other[1]).ok_or_else(|| Error::TooLarge {
             what: "the concatenation's channels",
             sizes: vec![channels, other[1]],
         })?;

@@ -522,6 +522,25 @@ fn concatenations_that_do_not_fit() {
     refused!(layer.forward(&a), Error::Channels { src: 4, .. }, "src has 4");
 }
 
+/// A source of fewer axes would be read beyond its end, or along the wrong axes.
+#[test]
+fn concatenations_of_different_rank() {
+    let a = src(2, 4, 5, 3);
+    for shape in [vec![2, 4], vec![2, 4, 5], vec![2, 4, 5, 3, 1]] {
+        let b = ArrayD::<f32>::ones(IxDyn(&shape));
+        let rank = format!("rank {}", shape.len());
+        refused!(
+            cpu(plain(2, 8)).call(&a).concat(&b).run(),
+            Error::Rank { .. },
+            "a further source of the concatenation",
+            &rank
+        );
+        let sources = vec![a.view().into_dyn(), b.view()];
+        let inputs = reference::Inputs { sources, ..Default::default() };
+        refused!(reference::forward(&plain(2, 8), &inputs), Error::Rank { .. }, &rank);
+    }
+}
+
 #[test]
 fn ranges_of_a_partial_convolution() {
     for (range, shown) in
