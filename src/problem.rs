@@ -347,6 +347,7 @@ pub(crate) fn dst_shape<'s>(
             got: rank,
         });
     }
+    checked_product("src", src)?;
     let mut channels = src[1];
     for other in more {
         let tensor = "a further source of the concatenation";

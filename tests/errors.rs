@@ -286,6 +286,16 @@ fn sizes_that_overflow() {
 }
 
 #[test]
+fn a_source_too_large_for_a_small_result() {
+    let layer = cpu(plain(1, 1).stride(1 << 40));
+    let shape = [1, 1, 1 << 50, 1 << 50];
+    refused!(layer.dst_shape(&shape), Error::TooLarge { .. }, "src", "1125899906842624");
+    refused!(layer.cost(&shape), Error::TooLarge { .. }, "src");
+    refused!(layer.explain(&shape), Error::TooLarge { .. }, "src");
+    refused!(layer.plans_in(&shape, Layout::ChannelsLast), Error::TooLarge { .. }, "src");
+}
+
+#[test]
 fn empty_channels() {
     for shape in [(0, 4), (4, 0), (0, 0)] {
         let layer = Pointwise::new(Array2::zeros(shape));
