@@ -291,6 +291,10 @@ impl Sequence {
             let len = checked_product("a layer's result", &shape[..rank])?;
             let strides = strides_like(&input, &shape[..rank]);
             if to.len() < len {
+                to.try_reserve_exact(len - to.len()).map_err(|_| Error::TooLarge {
+                    what: "a layer's result",
+                    sizes: shape[..rank].to_vec(),
+                })?;
                 to.resize(len, 0.0);
             }
             let mut output = TensorMut::from_slice(to, 0, &shape[..rank], &strides[..rank])?;

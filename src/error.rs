@@ -82,8 +82,8 @@ pub enum Error {
         /// The stage, in snake case.
         stage: &'static str,
     },
-    /// A size product does not fit the address space.
-    #[error("{what} is too large: {sizes:?} overflows")]
+    /// A size product does not fit the address space, or memory.
+    #[error("{what} is too large: {sizes:?} does not fit memory")]
     TooLarge {
         /// What was to be computed.
         what: &'static str,

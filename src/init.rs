@@ -133,13 +133,13 @@ impl Init {
     /// A weight `[c_out, c_in_per_group]`, the same for the same seed.
     ///
     /// # Errors
-    /// [`Error::NoChannels`] for a weight without channels, [`Error::TooLarge`] if its size
-    /// overflows, [`Error::ParameterValue`] for a gain that is not finite.
+    /// [`Error::NoChannels`] for a weight without channels, [`Error::TooLarge`] if memory does not
+    /// hold it, [`Error::ParameterValue`] for a gain that is not finite.
     pub fn weight(&self, c_out: usize, c_in_per_group: usize, seed: u64) -> Result<Array2<f32>> {
         if c_out == 0 || c_in_per_group == 0 {
             return Err(Error::NoChannels { tensor: "weight", shape: vec![c_out, c_in_per_group] });
         }
-        checked_product("a weight", &[c_out, c_in_per_group])?;
+        let mut values = room("a weight", &[c_out, c_in_per_group])?;
         let std = self.std(c_out, c_in_per_group);
         if !std.is_finite() {
             return Err(Error::ParameterValue {
@@ -153,7 +153,8 @@ impl Init {
             Some(bound) => (bound * (2.0 * random.uniform() - 1.0)) as f32,
             None => (std * random.normal()) as f32,
         };
-        Ok(Array2::from_shape_simple_fn((c_out, c_in_per_group), draw))
+        values.extend(std::iter::repeat_with(draw).take(c_out * c_in_per_group));
+        Ok(Array2::from_shape_vec((c_out, c_in_per_group), values).expect("as many as drawn"))
     }
 }
 
@@ -161,15 +162,27 @@ impl Init {
 /// `1 / √fan_in`.
 ///
 /// # Errors
-/// [`Error::NoChannels`] if there are no channels.
+/// [`Error::NoChannels`] if there are no channels, [`Error::TooLarge`] if memory does not hold it.
 pub fn bias(c_out: usize, c_in_per_group: usize, seed: u64) -> Result<Array1<f32>> {
     if c_out == 0 || c_in_per_group == 0 {
         return Err(Error::NoChannels { tensor: "bias", shape: vec![c_out, c_in_per_group] });
     }
+    let mut values = room("a bias", &[c_out])?;
     let bound = 1.0 / (c_in_per_group as f64).sqrt();
     // Another stream than the weight's, which a layer often draws with the same seed.
     let mut random = SplitMix64(SplitMix64(seed).next());
-    Ok(Array1::from_shape_simple_fn(c_out, || (bound * (2.0 * random.uniform() - 1.0)) as f32))
+    let draw = || (bound * (2.0 * random.uniform() - 1.0)) as f32;
+    values.extend(std::iter::repeat_with(draw).take(c_out));
+    Ok(values.into())
+}
+
+/// An empty vector that holds a tensor of this shape.
+fn room(what: &'static str, shape: &[usize]) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    values
+        .try_reserve_exact(checked_product(what, shape)?)
+        .map_err(|_| Error::TooLarge { what, sizes: shape.to_vec() })?;
+    Ok(values)
 }
 
 /// The generator of Steele, Lea and Flood (2014): small, and fixed for ever, which the seeds of a

@@ -386,7 +386,8 @@ pub trait Source: AsTensor {
     /// A result of this shape in the memory order of `self`; its contents are unspecified.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if the size overflows; a device's own errors.
+    /// [`Error::Rank`] unless `shape` has as many axes as `self`, [`Error::TooLarge`] if the size
+    /// overflows or memory does not hold it; a device's own errors.
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output>;
 }
 
@@ -546,6 +547,13 @@ pub(crate) fn strides_like<T>(like: &TensorRef<'_, T>, shape: &[usize]) -> [isiz
 
 fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<Array<f32, D>> {
     let len = checked_product("dst", shape)?;
+    // `vec!` aborts where memory does not suffice. It also takes pages that are zero already,
+    // which is why a large size is tried beforehand, not filled afterwards.
+    if len >= 1 << 24 {
+        Vec::<f32>::new()
+            .try_reserve_exact(len)
+            .map_err(|_| Error::TooLarge { what: "dst", sizes: shape.to_vec() })?;
+    }
     let strides = strides_like(&like, shape);
     let mut dim = D::zeros(shape.len());
     let mut dim_strides = D::zeros(shape.len());

@@ -295,6 +295,31 @@ fn a_source_too_large_for_a_small_result() {
     refused!(layer.plans_in(&shape, Layout::ChannelsLast), Error::TooLarge { .. }, "src");
 }
 
+/// Elements that no address space of today holds, while their number fits `usize`.
+const UNALLOCATABLE: usize = 1 << 50;
+
+#[test]
+fn results_that_memory_does_not_hold() {
+    let layer = cpu(plain(2, 1));
+    let one = Array3::<f32>::ones((1, 1, 1));
+    let broadcast = one.broadcast((1, 1, UNALLOCATABLE)).unwrap();
+    let size = UNALLOCATABLE.to_string();
+    refused!(layer.forward(&broadcast), Error::TooLarge { .. }, "dst", &size);
+    let data = [1.0f32];
+    let view = TensorRef::from_slice(&data, 0, &[1, 1, UNALLOCATABLE], &[0, 0, 0]).unwrap();
+    refused!(layer.forward(&view), Error::TooLarge { .. }, "dst", &size);
+    refused!(view.allocate(view.shape()), Error::TooLarge { .. }, &size);
+    let branches = Branches::new(vec![layer.clone(), layer.clone()]).unwrap();
+    refused!(branches.forward(&broadcast), Error::TooLarge { .. }, &size);
+    let sequence = Sequence::new(vec![layer.clone(), cpu(plain(1, 2).stride(1 << 49))]).unwrap();
+    refused!(sequence.forward(&broadcast), Error::TooLarge { .. }, &size);
+    let init = Init::pytorch_default();
+    refused!(init.weight(UNALLOCATABLE, 4, 0), Error::TooLarge { .. }, "weight", &size);
+    refused!(init.weight(usize::MAX, 4, 0), Error::TooLarge { .. }, &usize::MAX.to_string());
+    refused!(init::bias(UNALLOCATABLE, 4, 0), Error::TooLarge { .. }, "bias", &size);
+    refused!(init::bias(usize::MAX, 4, 0), Error::TooLarge { .. }, &usize::MAX.to_string());
+}
+
 #[test]
 fn empty_channels() {
     for shape in [(0, 4), (4, 0), (0, 0)] {
