@@ -546,6 +546,10 @@ pub(crate) fn strides_like<T>(like: &TensorRef<'_, T>, shape: &[usize]) -> [isiz
 }
 
 fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<Array<f32, D>> {
+    if shape.len() != like.rank() {
+        let expected = "the rank of the source";
+        return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });
+    }
     let len = checked_product("dst", shape)?;
     // `vec!` aborts where memory does not suffice. It also takes pages that are zero already,
     // which is why a large size is tried beforehand, not filled afterwards.

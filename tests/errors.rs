@@ -775,6 +775,17 @@ fn gains_of_initial_weights() {
     refused!(init.weight(2, 3, 0), Error::ParameterValue { .. }, "NaN");
 }
 
+#[test]
+fn results_of_another_rank_are_not_allocated() {
+    let (four, dynamic) = (src(1, 2, 3, 4), src(1, 2, 3, 4).into_dyn());
+    for shape in [vec![], vec![1], vec![1, 2], vec![1, 2, 3, 4, 5], vec![1; 9]] {
+        let rank = format!("rank {}", shape.len());
+        refused!(four.allocate(&shape), Error::Rank { .. }, "dst", &rank);
+        refused!(dynamic.allocate(&shape), Error::Rank { .. }, "dst", &rank);
+        refused!(raw(&four).allocate(&shape), Error::Rank { .. }, "dst", &rank);
+    }
+}
+
 /// What the environment steers is read once per process, so that each test of it needs a process
 /// of its own: this binary again, running [`in_a_child`] alone.
 fn child(job: &str, variables: &[(&str, &str)]) -> String {
