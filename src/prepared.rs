@@ -291,15 +291,14 @@ impl Prepared {
     }
 
     fn run(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<()> {
-        let problem = Problem::new(&self.inner.shape, operands, dst)?;
         match &self.inner.backend {
             Backend::Cpu(layer) => {
-                on_host(&problem)?;
-                cpu::run(&[(layer, &problem)]);
+                on_host(&operands.src)?;
+                cpu::run(&[(layer, &Problem::new(&self.inner.shape, operands, dst)?)]);
                 Ok(())
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(&problem),
+            Backend::Cuda(layer) => layer.run(&Problem::new(&self.inner.shape, operands, dst)?),
         }
     }
 }
@@ -312,9 +311,8 @@ pub(crate) fn run_together(
 ) -> Result<()> {
     let mut problems = Vec::with_capacity(layers.len());
     for ((layer, operands), dst) in layers.iter().zip(operands).zip(dsts) {
-        let problem = Problem::new(&layer.inner.shape, operands, dst)?;
-        on_host(&problem)?;
-        problems.push(problem);
+        on_host(&operands.src)?;
+        problems.push(Problem::new(&layer.inner.shape, operands, dst)?);
     }
     let mut calls = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {
@@ -333,8 +331,8 @@ pub(crate) fn run_together(
     Ok(())
 }
 
-fn on_host(problem: &Problem<'_>) -> Result<()> {
-    match problem.place {
+fn on_host(src: &TensorRef<'_>) -> Result<()> {
+    match src.place() {
         Place::Host => Ok(()),
         place => Err(Error::WrongDevice {
             tensor: "src",

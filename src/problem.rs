@@ -117,6 +117,7 @@ pub(crate) struct Problem<'a> {
     pub groups: usize,
     /// Positions of dst along each spatial axis, padded in front with 1.
     pub spatial: [usize; MAX_SPATIAL],
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the CPU has one place"))]
     pub place: Place,
     /// The convolved sources, subsampled by the stride: see [`sources`](Self::sources).
     src: TensorRef<'a>,

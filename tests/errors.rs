@@ -703,6 +703,23 @@ fn tensors_on_another_device() {
     refused!(device.allocate(&[1, 3, 4]), Error::Unsupported { .. }, "cuda:1");
 }
 
+#[test]
+fn a_source_on_another_device() {
+    let data = [1.0f32; 12];
+    // SAFETY: nothing is read, since the device is not the layer's.
+    let device = unsafe {
+        TensorRef::from_raw_parts(data.as_ptr(), Place::Cuda(1), &[1, 3, 4], &[12, 4, 1]).unwrap()
+    };
+    let layer = cpu(plain(3, 3));
+    let message = "src is on cuda:1, the layer is on the host";
+    let mut dst = Array3::<f32>::ones((1, 3, 4));
+    refused!(layer.forward_into(&device, &mut dst), Error::WrongDevice { .. }, message);
+    let branches = Branches::new(vec![layer.clone()]).unwrap();
+    refused!(branches.call(&device).run_into(&mut [&mut dst]), Error::WrongDevice { .. }, message);
+    let sequence = Sequence::new(vec![layer.clone(), layer]).unwrap();
+    refused!(sequence.forward_into(&device, &mut dst), Error::WrongDevice { .. }, message);
+}
+
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn a_device_that_was_not_built() {
