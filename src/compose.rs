@@ -166,11 +166,14 @@ impl<'a, S: AsTensor> BranchesCall<'a, S> {
     ///
     /// # Errors
     /// As [`Prepared::forward`](Prepared::forward).
-    pub fn run(self) -> Result<Vec<S::Output>>
+    pub fn run(mut self) -> Result<Vec<S::Output>>
     where
         S: Source,
     {
         let shape = self.src.as_tensor()?.shape().to_vec();
+        if let Some(error) = self.extras.iter_mut().find_map(|extra| extra.error.take()) {
+            return Err(error);
+        }
         let mut dsts = self
             .branches
             .layers

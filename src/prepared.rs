@@ -416,6 +416,9 @@ impl<'a, S: AsTensor> Call<'a, S> {
         S: Source,
     {
         let src = self.src.as_tensor()?;
+        if let Some(error) = self.extra.error {
+            return Err(error);
+        }
         let shape = dst_shape(
             &self.layer.inner.shape,
             src.shape(),

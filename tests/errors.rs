@@ -576,6 +576,16 @@ fn concatenations_of_different_rank() {
     }
 }
 
+/// What is wrong with a tensor itself is said before what its absence leads to.
+#[test]
+fn a_bad_second_source_is_named() {
+    let (a, flat) = (src(2, 4, 5, 3), Array1::<f32>::ones(4));
+    refused!(cpu(plain(2, 8)).call(&a).concat(&flat).run(), Error::Rank { got: 1, .. }, "rank 1");
+    let branches = Branches::new(vec![cpu(plain(2, 8).residual())]).unwrap();
+    refused!(branches.call(&a).residual(0, &flat).run(), Error::Rank { got: 1, .. }, "rank 1");
+    refused!(branches.call(&a).gate(7, &a).run(), Error::ParameterValue { .. }, "7 of 1");
+}
+
 #[test]
 fn ranges_of_a_partial_convolution() {
     for (range, shown) in
