@@ -874,6 +874,12 @@ fn a_forced_instruction_set_is_obeyed_or_refused() {
 }
 
 #[test]
+fn a_refused_variable_is_named_once() {
+    let answer = child("cpu", &[("POINTWISE_CPU_ISA", "avx9")]);
+    assert_eq!(answer.matches("POINTWISE_CPU_ISA").count(), 1, "{answer}");
+}
+
+#[test]
 fn a_forced_kernel_is_obeyed_or_refused() {
     let name = "fprop_f32_portable_4x8";
     let answer = child("cpu", &[("POINTWISE_KERNEL", name)]);

@@ -58,7 +58,7 @@ impl Layer {
     ) -> Result<Self> {
         let best = Isa::detect().map_err(|reason| Error::Environment {
             variable: ISA_VARIABLE,
-            value: std::env::var(ISA_VARIABLE).unwrap_or_default(),
+            value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
             reason,
         })?;
         let (isa, kernel, forced) = choose_kernel(best, options.kernel.as_deref())?;
