@@ -813,6 +813,16 @@ fn results_of_another_rank_are_not_allocated() {
     }
 }
 
+/// Nothing passes through where there are no positions, however many samples there are not.
+#[test]
+fn many_samples_without_positions_are_no_work() {
+    let data: [f32; 0] = [];
+    let shape = [1 << 40, 3, 0];
+    let view = TensorRef::from_slice(&data, 0, &shape, &[0, 0, 0]).unwrap();
+    let dst = cpu(plain(2, 2).partial(0..2)).forward(&view).unwrap();
+    assert_eq!(dst.shape(), shape);
+}
+
 /// What the environment steers is read once per process, so that each test of it needs a process
 /// of its own: this binary again, running [`in_a_child`] alone.
 fn child(job: &str, variables: &[(&str, &str)]) -> String {

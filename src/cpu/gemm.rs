@@ -349,7 +349,7 @@ fn run_passes(passes: &mut [Pass<'_>]) {
             });
         }
         let passed: usize = pass.problem.passed_through().map(|(src, _)| src.channels).sum();
-        if passed > 0 {
+        if passed > 0 && pass.problem.positions() > 0 {
             let work =
                 pass.problem.n.saturating_mul(passed).saturating_mul(pass.problem.positions());
             device.for_each(pass.problem.n, work, &|sample| pass.copy_through(sample));
