@@ -52,7 +52,8 @@ pub fn forward(layer: &Pointwise, inputs: &Inputs<'_>) -> Result<ArrayD<f64>> {
     let views: Vec<_> = views.iter().map(|s| s.view()).collect();
     let mut src = concatenate(Axis(1), &views).expect("shapes were compared above");
     for axis in 2..src.ndim() {
-        let step = ndarray::Slice::new(0, None, layer.stride as isize);
+        let step = layer.stride.min(isize::MAX as usize) as isize;
+        let step = ndarray::Slice::new(0, None, step);
         src = src.slice_axis(Axis(axis), step).to_owned();
     }
     let positions: usize = shape[2..].iter().product();

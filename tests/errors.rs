@@ -813,6 +813,23 @@ fn results_of_another_rank_are_not_allocated() {
     }
 }
 
+/// A stride beyond every axis keeps the first position, in the specification too.
+#[test]
+fn strides_beyond_every_axis() {
+    let source = Array4::from_shape_fn((1, 2, 3, 4), |(_, c, h, w)| (c * 12 + h * 4 + w) as f32);
+    for stride in [5, isize::MAX as usize, isize::MAX as usize + 1, usize::MAX - 1, usize::MAX] {
+        let layer = plain(1, 2).stride(stride);
+        assert_eq!(
+            cpu(layer.clone()).forward(&source).unwrap(),
+            Array4::from_elem((1, 1, 1, 1), 12.0)
+        );
+        let inputs =
+            reference::Inputs { sources: vec![source.view().into_dyn()], ..Default::default() };
+        let expected = reference::forward(&layer, &inputs).unwrap();
+        assert_eq!(expected, ArrayD::from_elem(IxDyn(&[1, 1, 1, 1]), 12.0));
+    }
+}
+
 /// Nothing passes through where there are no positions, however many samples there are not.
 #[test]
 fn many_samples_without_positions_are_no_work() {
