@@ -353,6 +353,26 @@ fn bits_repeat_from_run_to_run_and_for_any_threads() {
 }
 
 #[test]
+fn a_sample_does_not_depend_on_its_batch() {
+    let rng = &mut Rng(5);
+    for (name, layer) in kinds(rng) {
+        let prepared = cpu(layer);
+        for shape in [(6, 24, 1, 1), (5, 24, 7, 7), (3, 24, 31, 29), (9, 24, 4, 8)] {
+            let first = rng.array(shape);
+            for source in [channels_last(&first), first] {
+                let together = prepared.forward(&source).unwrap();
+                for sample in 0..shape.0 {
+                    let alone = source.slice(s![sample..sample + 1, .., .., ..]);
+                    let alone = prepared.forward(&alone).unwrap();
+                    let in_batch = together.slice(s![sample..sample + 1, .., .., ..]);
+                    assert_same_bits(&alone, in_batch, &format!("{name} {shape:?} {sample}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_result_has_its_source_s_memory_order() {
     let rng = &mut Rng(6);
     let layer = cpu(rng.layer(7, 3));
@@ -588,6 +608,47 @@ fn a_sequence_equals_its_layers_one_by_one() {
                 let mut into = into.view_mut().reversed_axes();
                 sequence.forward_into(&source, &mut into).unwrap();
                 assert_same_bits(&want, &into, &format!("{count} layers, {shape:?} into"));
+            }
+        }
+    }
+}
+
+#[test]
+fn branches_equal_their_layers_one_by_one() {
+    let rng = &mut Rng(10);
+    let mut layers: Vec<_> = kinds(rng).into_iter().map(|(_, layer)| layer).collect();
+    layers.push(rng.layer(8, 24).residual().relu());
+    layers.push(rng.layer(8, 24).gate());
+    let device = Device::cpu();
+    let prepared: Vec<_> = layers.iter().map(|layer| layer.prepare(&device).unwrap()).collect();
+    let (with_residual, with_gate) = (layers.len() - 2, layers.len() - 1);
+    for shape in [(1, 24, 7, 7), (2, 24, 56, 41), (3, 24, 1, 1), (2, 24, 19, 20)] {
+        let first = rng.array(shape);
+        let residual = rng.array((shape.0, 8, shape.2, shape.3));
+        let gate = rng.array((shape.0, 24));
+        for source in [channels_last(&first), first] {
+            let single = |i: usize| {
+                let call = prepared[i].call(&source);
+                let call = if i == with_residual { call.residual(&residual) } else { call };
+                let call = if i == with_gate { call.gate(&gate) } else { call };
+                call.run().unwrap()
+            };
+            let branches = Branches::new(prepared.clone()).unwrap();
+            let together = branches
+                .call(&source)
+                .residual(with_residual, &residual)
+                .gate(with_gate, &gate)
+                .run()
+                .unwrap();
+            for (i, got) in together.iter().enumerate() {
+                assert_same_bits(&single(i), got, &format!("{shape:?} {:?}", layers[i].stages()));
+            }
+            // Each pair with the kinds of its neighbour, in both orders.
+            for (i, j) in (0..with_residual).flat_map(|i| [(i, (i + 1) % with_residual), (i, 7)]) {
+                let pair = vec![prepared[j].clone(), prepared[i].clone()];
+                let pair = Branches::new(pair).unwrap().forward(&source).unwrap();
+                assert_same_bits(&single(j), &pair[0], &format!("{shape:?} {j} with {i}"));
+                assert_same_bits(&single(i), &pair[1], &format!("{shape:?} {i} with {j}"));
             }
         }
     }

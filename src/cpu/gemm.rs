@@ -213,7 +213,9 @@ impl Plan {
         };
         let mut tiles = (BLOCK_VALUES / per_position.max(1) / tile).max(1);
         let most = positions.div_ceil(tile).max(1);
-        let wanted = MIN_UNITS.div_ceil(samples.max(1) * groups).max(1);
+        // Moments are merged block by block, so that blocks must not depend on the batch.
+        let batch = if layer.norm_over() == Some(NormOver::All) { 1 } else { samples.max(1) };
+        let wanted = MIN_UNITS.div_ceil(batch * groups).max(1);
         tiles = tiles.min(most.div_ceil(wanted)).max(1);
         let blocks = most.div_ceil(tiles);
         // What is copied serves all panels of a group, so only a single block is worth splitting.
@@ -308,7 +310,11 @@ pub(crate) fn run(calls: &[(&Layer, &Problem<'_>)]) {
             });
             if shared {
                 let block = passes.iter().map(|pass| pass.plan.block).min().unwrap_or(1);
-                passes.iter_mut().for_each(|pass| pass.plan.block = block);
+                // Moments that are merged in other blocks would round otherwise.
+                passes
+                    .iter_mut()
+                    .filter(|pass| pass.layer.norm_over() != Some(NormOver::All))
+                    .for_each(|pass| pass.plan.block = block);
             }
             run_passes(&mut passes);
         }
