@@ -592,47 +592,53 @@ pub(crate) fn share_memory(a: &TensorRef<'_>, b: &TensorRef<'_>) -> bool {
     if distance % size != 0 {
         return true;
     }
-    // a + Σ i·s = b + Σ j·t  ⇔  Σ i·s − Σ j·t = distance, each index within its axis.
+    // a + Σ i·s = b + Σ j·t  ⇔  Σ i·s − Σ j·t = distance, each index within its axis. An index
+    // that counts down is counted up instead, so that every stride is positive, and terms of equal
+    // stride are one: views of one tensor leave one term per axis.
+    let mut target = distance / size;
     let mut terms = [(0i128, 0i128); 2 * MAX_RANK];
     let mut count = 0;
     let axes = a.shape().iter().zip(a.strides()).map(|(&n, &s)| (n, s as i128));
     let others = b.shape().iter().zip(b.strides()).map(|(&n, &s)| (n, -(s as i128)));
     for (len, stride) in axes.chain(others).filter(|&(len, stride)| len > 1 && stride != 0) {
-        terms[count] = (stride, len as i128 - 1);
-        count += 1;
+        let (step, max) = (stride.abs(), len as i128 - 1);
+        if stride < 0 {
+            target += step * max;
+        }
+        match terms[..count].iter_mut().find(|(other, _)| *other == step) {
+            Some((_, sum)) => *sum += max,
+            None => {
+                terms[count] = (step, max);
+                count += 1;
+            }
+        }
     }
     let terms = &mut terms[..count];
-    terms.sort_unstable_by_key(|&(stride, _)| std::cmp::Reverse(stride.abs()));
+    terms.sort_unstable_by_key(|&(stride, _)| std::cmp::Reverse(stride));
     let mut budget = 10_000u32;
-    solvable(terms, distance / size, &mut budget)
+    solvable(terms, target, &mut budget)
 }
 
-/// Whether `Σ x_k · stride_k = target` has a solution with `0 <= x_k <= max_k`.
+/// Whether `Σ x_k · stride_k = target` has a solution with `0 <= x_k <= max_k`; strides are
+/// positive.
 fn solvable(terms: &[(i128, i128)], target: i128, budget: &mut u32) -> bool {
     let Some((&(stride, max), rest)) = terms.split_first() else {
         return target == 0;
     };
-    let low: i128 = rest.iter().map(|&(s, m)| (s * m).min(0)).sum();
-    let high: i128 = rest.iter().map(|&(s, m)| (s * m).max(0)).sum();
-    // x·stride must lie in [target − high, target − low].
-    let (lo, hi) = (target - high, target - low);
-    let (mut first, mut last) = if stride > 0 {
-        (lo.div_euclid(stride) + i128::from(lo.rem_euclid(stride) != 0), hi.div_euclid(stride))
-    } else {
-        let s = -stride;
-        ((-hi).div_euclid(s) + i128::from((-hi).rem_euclid(s) != 0), (-lo).div_euclid(s))
-    };
-    first = first.max(0);
-    last = last.min(max);
-    while first <= last {
+    let reach: i128 = rest.iter().map(|&(s, m)| s * m).sum();
+    // x·stride must lie in [target − reach, target].
+    let first = ((target - reach + stride - 1).div_euclid(stride)).max(0);
+    let last = target.div_euclid(stride).min(max);
+    let mut x = first;
+    while x <= last {
         if *budget == 0 {
             return true;
         }
         *budget -= 1;
-        if solvable(rest, target - first * stride, budget) {
+        if solvable(rest, target - x * stride, budget) {
             return true;
         }
-        first += 1;
+        x += 1;
     }
     false
 }

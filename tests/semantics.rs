@@ -758,6 +758,30 @@ fn a_dense_block_grows_in_place() {
     assert_same_bits(&grown, nhwc(last.view()), "channels last");
 }
 
+/// Ranges of one tensor's channels share nothing, however large the tensor is.
+#[test]
+fn ranges_of_large_tensors_are_no_alias() {
+    let layer = cpu(Pointwise::new(Array2::ones((2, 3))));
+    let pair = Branches::new(vec![layer.clone(), layer.clone()]).unwrap();
+    for (n, h, w) in [(1, 224, 224), (3, 56, 56), (40, 14, 14), (2, 1, 20_001), (20_001, 1, 1)] {
+        let mut first = Array4::<f32>::ones((n, 9, h, w));
+        let mut last = Array4::<f32>::ones((n, h, w, 9));
+        let mut turned = Array4::<f32>::ones((n, h, w, 9));
+        turned.invert_axis(Axis(1));
+        turned.invert_axis(Axis(2));
+        let wholes = [first.view_mut(), nhwc_mut(last.view_mut()), nhwc_mut(turned.view_mut())];
+        for whole in wholes {
+            let (mut a, rest) = whole.split_at(Axis(1), 3);
+            let (mut b, c) = rest.split_at(Axis(1), 2);
+            let (read, _) = c.split_at(Axis(1), 3);
+            layer.forward_into(&read, &mut b).unwrap();
+            let mut two = a.slice_mut(s![.., 1.., .., ..]);
+            pair.call(&read).run_into(&mut [&mut b, &mut two]).unwrap();
+            assert!(b.iter().chain(&two).all(|&x| x == 3.0));
+        }
+    }
+}
+
 /// Strided views, reversed and broadcast ones, are read where they are.
 #[test]
 fn any_view_is_its_values() {
