@@ -359,6 +359,7 @@ pub(crate) fn dst_shape<'s>(
         if other[0] != src[0] || other[2..] != src[2..] {
             let mut expected = src.to_vec();
             expected[1] = other[1];
+            return Err(Error::Shape { tensor, expected, got: other.to_vec() });
         }
         channels = channels.checked_add(other[1]).ok_or_else(|| Error::TooLarge {
             what: "the concatenation's channels",
@@ -384,9 +385,10 @@ pub(crate) fn dst_shape<'s>(
     };
     let mut shape = [1; MAX_RANK];
     shape[0] = src[0];
-    shape[1] = passed
-        .checked_add(layer.c_out)
-        .ok_or(Error::TooLarge { what: "dst's channels", sizes: vec![passed, layer.c_out] })?;
+    shape[1] = passed.checked_add(layer.c_out).ok_or_else(|| Error::TooLarge {
+        what: "dst's channels",
+        sizes: vec![passed, layer.c_out],
+    })?;
     for axis in 2..rank {
         shape[axis] = src[axis].div_ceil(layer.stride);
     }

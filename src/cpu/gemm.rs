@@ -290,6 +290,8 @@ struct Scratch {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// A caller's moments, kept for its next call.
+    static SLOTS: RefCell<Vec<Slot>> = RefCell::default();
 }
 
 /// Runs layers that share a source as one pass over it (one layer alone, usually): for each block
@@ -322,13 +324,22 @@ pub(crate) fn run(calls: &[(&Layer, &Problem<'_>)]) {
 }
 
 fn run_passes(passes: &mut [Pass<'_>]) {
-    let Some(device) = passes.first().map(|pass| &pass.layer.device) else { return };
     for pass in passes.iter_mut() {
         if pass.layer.norm_over() == Some(NormOver::All) {
+            pass.slots = SLOTS.take();
             pass.slots.resize_with(pass.plan.blocks(), Slot::default);
         }
     }
-    let passes = &*passes;
+    run_units(passes);
+    for pass in passes.iter_mut() {
+        if pass.slots.capacity() > 0 {
+            SLOTS.set(std::mem::take(&mut pass.slots));
+        }
+    }
+}
+
+fn run_units(passes: &[Pass<'_>]) {
+    let Some(device) = passes.first().map(|pass| &pass.layer.device) else { return };
     let blocks = passes.iter().map(|pass| pass.plan.blocks()).max().unwrap_or(0);
     let per_block: usize = passes.iter().map(|pass| pass.plan.units_per_block()).sum();
     let work = passes.iter().fold(0usize, |work, pass| {
