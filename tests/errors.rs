@@ -1199,6 +1199,22 @@ fn layer_has(layer: &Pointwise, name: &str) -> bool {
         || layer.source_stages().iter().any(|stage| stage.name() == name)
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn garbage_never_panics(seed: u64) {
+        throw_garbage(seed);
+    }
+}
+
+/// Garbage of which all is refused at the door would test nothing behind it.
+#[test]
+fn some_garbage_is_accepted() {
+    let accepted = (0..5000).filter(|&seed| throw_garbage(seed)).count();
+    assert!((500..4500).contains(&accepted), "{accepted} of 5000");
+}
+
 /// Views of one array that share no element are no alias, however they interleave.
 #[test]
 fn what_only_looks_like_an_alias_is_accepted() {
