@@ -194,6 +194,24 @@ pub enum Error {
     /// A checkpoint could not be read.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+    /// A checkpoint has no tensor of this name.
+    #[error("the checkpoint has no tensor {name:?}")]
+    MissingTensor {
+        /// The name.
+        name: String,
+    },
+    /// A checkpoint's tensor has a shape or a dtype that cannot be used for what it is.
+    #[error("the checkpoint's tensor {name:?} is {dtype} {shape:?}, expected {expected}")]
+    CheckpointTensor {
+        /// Its name.
+        name: String,
+        /// Its dtype.
+        dtype: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// What would have been accepted.
+        expected: &'static str,
+    },
 }
 
 /// The result of every fallible call of this crate.

@@ -40,6 +40,8 @@
 //! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "safetensors")]
+pub mod checkpoint;
 mod compose;
 mod cost;
 mod cpu;
@@ -62,5 +64,7 @@ pub use error::{Error, Result};
 pub use layer::Pointwise;
 pub use plan::{Candidate, Explanation};
 pub use prepared::{Call, Layout, Math, PrepareOptions, Prepared};
+#[cfg(feature = "safetensors")]
+pub use safetensors;
 pub use stages::{Activation, BatchNorm, LayerNorm, NormOver, SourceStage, Stage};
 pub use tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, nhwc, nhwc_mut};
