@@ -351,14 +351,12 @@ pub(crate) fn dst_shape<'s>(
     checked_product("src", src)?;
     let mut channels = src[1];
     for other in more {
-        let tensor = "a further source of the concatenation";
-        if other.len() != rank {
-            let expected = "the rank of the first source";
-            return Err(Error::Rank { tensor, expected, got: other.len() });
-        }
-        if other[0] != src[0] || other[2..] != src[2..] {
+        if other.len() != rank || other[0] != src[0] || other[2..] != src[2..] {
             let mut expected = src.to_vec();
-            expected[1] = other[1];
+            if other.len() == rank {
+                expected[1] = other[1];
+            }
+            let tensor = "a further source of the concatenation";
             return Err(Error::Shape { tensor, expected, got: other.to_vec() });
         }
         channels = channels.checked_add(other[1]).ok_or_else(|| Error::TooLarge {
