@@ -841,6 +841,41 @@ fn many_samples_without_positions_are_no_work() {
     assert_eq!(dst.shape(), shape);
 }
 
+#[cfg(feature = "safetensors")]
+#[test]
+fn checkpoints_without_what_is_asked_for() {
+    use pointwise::checkpoint::{matrix, tensor, vector};
+    use pointwise::safetensors::SafeTensors;
+    let header = concat!(
+        r#"{"c.weight":{"dtype":"I8","shape":[2,2],"data_offsets":[0,4]},"#,
+        r#""v":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#
+    );
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend([0; 8]);
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    refused!(vector(&file, "w"), Error::MissingTensor { .. }, "\"w\"");
+    refused!(
+        matrix(&file, "v"),
+        Error::CheckpointTensor { .. },
+        "\"v\"",
+        "F32 [1]",
+        "[c_out, c_in]"
+    );
+    refused!(
+        tensor(&file, "c.weight"),
+        Error::CheckpointTensor { .. },
+        "\"c.weight\"",
+        "I8 [2, 2]"
+    );
+    let layer = Pointwise::from_safetensors(&file, "c", None);
+    refused!(layer, Error::CheckpointTensor { .. }, "I8 [2, 2]", "F32, F16 or BF16");
+    let norm = BatchNorm::from_safetensors(&file, "bn");
+    refused!(norm, Error::MissingTensor { .. }, "bn.running_mean");
+    let truncated = SafeTensors::deserialize(&bytes[..20]).map_err(Error::from);
+    refused!(truncated, Error::Checkpoint(_), "checkpoint");
+}
+
 /// What the environment steers is read once per process, so that each test of it needs a process
 /// of its own: this binary again, running [`in_a_child`] alone.
 fn child(job: &str, variables: &[(&str, &str)]) -> String {
