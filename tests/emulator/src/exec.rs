@@ -784,7 +784,7 @@ impl Grid<'_> {
                     }
                     let (target, _) = classify(dst[lane]);
                     let to = if target == Target::Shared { dst[lane] - SHARED_WINDOW } else { dst[lane] };
-                    self.check_shared(block, w, lane, to, size)?;
+                    self.check_shared(block, lane, to, size)?;
                     let who = self.who(block, w, lane);
                     let kernel = self.kernel;
                     if self.machine.checks {
@@ -949,102 +949,71 @@ impl Grid<'_> {
             self.count(access.target, mask, &addresses, total, false);
         }
         // The lane before, when its address is the same and its check covers this one.
-        let mut last: Option<(u64, [u8; 32])> = None;
+        let mut last: Option<(u64, u128)> = None;
         for lane in lanes(mask) {
             let address = addresses[lane];
-            let bytes = match last {
-                Some((same, bytes)) if same == address => bytes,
-                _ => {
-                    last = None;
-                    let (target, at) = match access.target {
-                        Target::Generic => classify(address),
-                        other => (other, address),
-                    };
-                    let mut bytes = [0; 32];
-                    let out = &mut bytes[..total as usize];
-                    match target {
-                        Target::Shared => {
-                            self.check_shared(block, w, lane, at, total)?;
-                            let at = at as u32;
-                            if self.machine.checks {
-                                let who = self.who(block, w, lane);
-                                let kernel = self.kernel;
-                                block
-                                    .shared
-                                    .access(&block.order, who, at, total, mode, true, &|pc| {
-                                        kernel.position(pc)
-                                    })
-                                    .map_err(|problem| Stop {
-                                        lane: Some(lane),
-                                        address: Some(address),
-                                        problem,
-                                    })?;
-                            }
-                            out.copy_from_slice(block.shared.bytes(at, total));
-                            if !self.machine.checks || !block.shared.written_by_warp(at, total, w) {
-                                last = Some((address, bytes));
-                            }
-                        }
-                        Target::Local => {
-                            let warp = &block.warps[w];
-                            let range = warp.local_range(lane, at, total, self.kernel.local)?;
-                            if self.machine.checks
-                                && !warp.local_init[range.clone()].iter().all(|&b| b)
-                            {
-                                return Err(Stop {
-                                    lane: Some(lane),
-                                    address: Some(address),
-                                    problem: Problem::new(719, String::from(
-                                        "uninitialised bytes of local memory",
-                                    )),
-                                });
-                            }
-                            out.copy_from_slice(&warp.local[range]);
-                        }
-                        Target::Param => {
-                            let at = at.wrapping_sub(PARAM_WINDOW);
-                            let end = at.saturating_add(total.into());
-                            if end > self.launch.params.len() as u64 {
-                                return Err(Stop {
-                                    lane: Some(lane),
-                                    address: Some(address),
-                                    problem: Problem::new(700, format!(
-                                        "byte {at} of {} bytes of parameters",
-                                        self.launch.params.len()
-                                    )),
-                                });
-                            }
-                            out.copy_from_slice(&self.launch.params[at as usize..end as usize]);
-                            last = Some((address, bytes));
-                        }
-                        Target::Global | Target::Generic => {
-                            let (index, offset) =
-                                self.global(block, w, lane, at, total, size, mode)?;
-                            if access.strong {
-                                self.acquire(block, w, at);
-                            }
-                            out.copy_from_slice(self.memory.at(index).bytes(offset, total.into()));
-                        }
+            if let Some((same, value)) = last
+                && same == address
+            {
+                scatter(&mut block.warps[w].regs, access, lane, value);
+                continue;
+            }
+            last = None;
+            let (target, at) = match access.target {
+                Target::Generic => classify(address),
+                other => (other, address),
+            };
+            let fail = |code: u32, text: String| Stop {
+                lane: Some(lane),
+                address: Some(address),
+                problem: Problem::new(code, text),
+            };
+            let value = match target {
+                Target::Shared => {
+                    self.check_shared(block, lane, at, total)?;
+                    let at = at as u32;
+                    if self.machine.checks {
+                        self.check_order(block, w, lane, at, total, mode)?;
                     }
-                    bytes
+                    let value = block.shared.value(at, total);
+                    if !self.machine.checks || !block.shared.written_by_warp(at, total, w) {
+                        last = Some((address, value));
+                    }
+                    value
+                }
+                Target::Local => {
+                    let warp = &block.warps[w];
+                    let range = warp.local_range(lane, at, total, self.kernel.local)?;
+                    if self.machine.checks && !warp.local_init[range.clone()].iter().all(|&b| b) {
+                        let text = String::from("uninitialised bytes of local memory");
+                        return Err(fail(719, text));
+                    }
+                    races::value(&warp.local[range], total)
+                }
+                Target::Param => {
+                    let at = at.wrapping_sub(PARAM_WINDOW);
+                    let end = at.saturating_add(total.into());
+                    if end > self.launch.params.len() as u64 {
+                        let size = self.launch.params.len();
+                        return Err(fail(700, format!("byte {at} of {size} bytes of parameters")));
+                    }
+                    if at % u64::from(total) != 0 {
+                        let text = format!("an access of {total} bytes must be aligned to {total}");
+                        return Err(fail(716, text));
+                    }
+                    let value = races::value(&self.launch.params[at as usize..], total);
+                    last = Some((address, value));
+                    value
+                }
+                Target::Global | Target::Generic => {
+                    let (index, offset) = self.global(block, w, lane, at, total, size, mode)?;
+                    if access.strong {
+                        self.acquire(block, w, at);
+                    }
+                    races::value(self.memory.at(index).bytes(offset, total.into()), total)
                 }
             };
-            let regs = &mut block.warps[w].regs;
-            for (i, row) in access.regs.iter().enumerate() {
-                let Some(row) = *row else { continue };
-                let at = i * size as usize;
-                let mut word = [0; 8];
-                word[..size as usize].copy_from_slice(&bytes[at..at + size as usize]);
-                let value = u64::from_le_bytes(word);
-                let value =
-                    if access.signed { alu::extend(value, size * 8, true) } else { value };
-                if access.long {
-                    regs.l[row as usize][lane] = value;
-                } else {
-                    regs.w[row as usize][lane] =
-                        alu::extend(value, access.reg_bits, false) as u32;
-                }
-            }
+            scatter(&mut block.warps[w].regs, access, lane, value);
         }
         Ok(())
     }
@@ -1065,37 +1034,24 @@ impl Grid<'_> {
         }
         for lane in lanes(mask) {
             let address = addresses[lane];
-            let mut bytes = [0; 32];
             let regs = &block.warps[w].regs;
-            for (i, row) in access.regs.iter().enumerate() {
+            let value = access.regs.iter().rev().fold(0_u128, |value, row| {
                 let row = row.unwrap_or(0) as usize;
-                let value = if access.long { regs.l[row][lane] } else { regs.w[row][lane].into() };
-                let at = i * size as usize;
-                bytes[at..at + size as usize]
-                    .copy_from_slice(&value.to_le_bytes()[..size as usize]);
-            }
-            let bytes = &bytes[..total as usize];
+                let item = if access.long { regs.l[row][lane] } else { regs.w[row][lane].into() };
+                // The first item of one is not shifted, so 64-bit items never lose bits.
+                value << (size * 8) | u128::from(alu::extend(item, size * 8, false))
+            });
+            let bytes = &value.to_le_bytes()[..total as usize];
             let (target, at) = match access.target {
                 Target::Generic => classify(address),
                 other => (other, address),
             };
             match target {
                 Target::Shared => {
-                    self.check_shared(block, w, lane, at, total)?;
+                    self.check_shared(block, lane, at, total)?;
                     let at = at as u32;
                     if self.machine.checks {
-                        let who = self.who(block, w, lane);
-                        let kernel = self.kernel;
-                        block
-                            .shared
-                            .access(&block.order, who, at, total, mode, true, &|pc| {
-                                kernel.position(pc)
-                            })
-                            .map_err(|problem| Stop {
-                                lane: Some(lane),
-                                address: Some(address),
-                                problem,
-                            })?;
+                        self.check_order(block, w, lane, at, total, mode)?;
                     }
                     block.shared.bytes_mut(at, total).copy_from_slice(bytes);
                 }
@@ -1124,6 +1080,25 @@ impl Grid<'_> {
         Ok(())
     }
 
+    /// Checks an access to shared memory for races and initialisation, and records it.
+    #[inline]
+    fn check_order(
+        &self,
+        block: &mut Block,
+        w: usize,
+        lane: usize,
+        address: u32,
+        len: u32,
+        mode: Mode,
+    ) -> Result<(), Stop> {
+        let who = self.who(block, w, lane);
+        let kernel = self.kernel;
+        block
+            .shared
+            .access(&block.order, who, address, len, mode, true, &|pc| kernel.position(pc))
+            .map_err(|problem| Stop { lane: Some(lane), address: Some(address.into()), problem })
+    }
+
     /// Checks an access to device memory and records it; gives allocation and offset. Bytes are
     /// checked for initialisation `element` at a time, so that the report is exact.
     #[expect(clippy::too_many_arguments, reason = "one access in all its aspects")]
@@ -1144,7 +1119,7 @@ impl Grid<'_> {
         };
         let len = u64::from(total);
         // Copies of odd sizes were checked for the alignment of the whole by their issuer.
-        if total.is_power_of_two() && address % len != 0 {
+        if total.is_power_of_two() && address & (len - 1) != 0 {
             let text = format!("an access of {total} bytes must be aligned to {total}");
             return Err(at(address, Problem::new(716, text)));
         }
@@ -1209,22 +1184,21 @@ impl Grid<'_> {
         Ok((index, offset))
     }
 
+    #[inline(always)]
     fn check_shared(
         &self,
         block: &Block,
-        w: usize,
         lane: usize,
         address: u64,
         len: u32,
     ) -> Result<(), Stop> {
-        let problem = if address % u64::from(len) != 0 {
+        let problem = if address & u64::from(len - 1) != 0 {
             Problem::new(716, format!("an access of {len} bytes must be aligned to {len}"))
         } else if !block.shared.contains(address, len) {
             Problem::new(700, format!("{len} bytes outside every shared variable"))
         } else {
             return Ok(());
         };
-        let _ = w;
         Err(Stop { lane: Some(lane), address: Some(address), problem })
     }
 
@@ -1264,21 +1238,10 @@ impl Grid<'_> {
             };
             let old = match target {
                 Target::Shared => {
-                    self.check_shared(block, w, lane, at, size)?;
+                    self.check_shared(block, lane, at, size)?;
                     let at = at as u32;
                     if self.machine.checks {
-                        let who = self.who(block, w, lane);
-                        let kernel = self.kernel;
-                        block
-                            .shared
-                            .access(&block.order, who, at, size, Mode::Atomic, true, &|pc| {
-                                kernel.position(pc)
-                            })
-                            .map_err(|problem| Stop {
-                                lane: Some(lane),
-                                address: Some(address),
-                                problem,
-                            })?;
+                        self.check_order(block, w, lane, at, size, Mode::Atomic)?;
                     }
                     let bytes = block.shared.bytes_mut(at, size);
                     let old = read(bytes);
@@ -1348,7 +1311,7 @@ impl Grid<'_> {
         if self.kernel.version.1 < 80 {
             // Before sm_80 every lane needs a valid address, used or not.
             for (lane, &address) in addresses.iter().enumerate() {
-                self.check_shared(block, w, lane, local(address), 16)?;
+                self.check_shared(block, lane, local(address), 16)?;
             }
         }
         if self.machine.counters {
@@ -1374,20 +1337,11 @@ impl Grid<'_> {
             for r in 0..8 {
                 let lane = i * 8 + r;
                 let address = local(addresses[lane]);
-                self.check_shared(block, w, lane, address, 16)?;
+                self.check_shared(block, lane, address, 16)?;
                 let at = address as u32;
                 if self.machine.checks {
-                    let who = self.who(block, w, lane);
                     let mode = if matrix.store { Mode::Write } else { Mode::Read };
-                    let kernel = self.kernel;
-                    block
-                        .shared
-                        .access(&block.order, who, at, 16, mode, true, &|pc| kernel.position(pc))
-                        .map_err(|problem| Stop {
-                            lane: Some(lane),
-                            address: Some(address),
-                            problem,
-                        })?;
+                    self.check_order(block, w, lane, at, 16, mode)?;
                 }
                 if matrix.store {
                     block.shared.bytes_mut(at, 16).copy_from_slice(&words[i][r]);
@@ -1430,6 +1384,29 @@ impl Grid<'_> {
         }
         if global != 0 {
             self.counters.global(global, &span, store);
+        }
+    }
+}
+
+/// Spreads a loaded value over the lane's registers.
+#[inline(always)]
+fn scatter(regs: &mut Regs, access: &Access, lane: usize, value: u128) {
+    if access.size == 4 && !access.long {
+        for (i, row) in access.regs.iter().enumerate() {
+            if let Some(row) = *row {
+                regs.w[row as usize][lane] = (value >> (32 * i)) as u32;
+            }
+        }
+        return;
+    }
+    for (i, row) in access.regs.iter().enumerate() {
+        let Some(row) = *row else { continue };
+        let bits = access.size * 8;
+        let item = alu::extend((value >> (bits * i as u32)) as u64, bits, access.signed);
+        if access.long {
+            regs.l[row as usize][lane] = item;
+        } else {
+            regs.w[row as usize][lane] = alu::extend(item, access.reg_bits, false) as u32;
         }
     }
 }

@@ -683,7 +683,6 @@ impl<'m> Linker<'m> {
                     c: 0,
                     imm: 0,
                 },
-                scope: 0,
             };
             if let Some((reg, negated)) = statement.guard {
                 decoder.inst.guard = decoder.pred_row(reg);
@@ -857,7 +856,6 @@ pub struct Decoder<'l, 'm, 's> {
     /// Modifiers that nobody has taken yet.
     pub mods: Mods<'s>,
     inst: Inst,
-    scope: usize,
 }
 
 /// Integer operations on all widths: the body sees two (or three) values of the type itself.
@@ -1992,11 +1990,10 @@ impl Decoder<'_, '_, '_> {
         let space = self.space();
         self.mods.take("nc");
         let hint = self.cache_modifiers();
-        let count = match self.mods.one_of(&["v2", "v4", "v8"]) {
+        let count = match self.mods.one_of(&["v2", "v4"]) {
             None => 1,
             Some("v2") => 2,
-            Some("v4") => 4,
-            Some(_) => 8,
+            Some(_) => 4,
         };
         let ty = self.mods.ty()?;
         let expected = 2 + usize::from(hint);
@@ -2020,7 +2017,7 @@ impl Decoder<'_, '_, '_> {
             return Err(String::from("kernel parameters are read-only"));
         }
         let size = ty.bits() / 8;
-        if size * count > if self.linker.module.target >= 100 { 32 } else { 16 } {
+        if size * count > 16 {
             return Err(String::from("an access of more than 16 bytes"));
         }
         let items = match &s.operands[data] {

@@ -182,6 +182,18 @@ struct Cell {
     r_warps: u32,
 }
 
+/// The first 1, 2, 4, 8 or 16 of some bytes as a number.
+#[inline(always)]
+pub fn value(bytes: &[u8], len: u32) -> u128 {
+    match len {
+        1 => bytes[0].into(),
+        2 => u16::from_le_bytes([bytes[0], bytes[1]]).into(),
+        4 => bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b).into()),
+        8 => bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b).into()),
+        _ => bytes.first_chunk().map_or(0, |b| u128::from_le_bytes(*b)),
+    }
+}
+
 /// Shared memory of a block with its shadow.
 #[derive(Default)]
 pub struct Shared {
@@ -226,12 +238,22 @@ impl Shared {
         &mut self.data[at..at + len as usize]
     }
 
-    /// Whether all bytes belong to variables.
+    /// Whether all bytes belong to variables; the address is a multiple of the length.
+    #[inline(always)]
     pub fn contains(&self, address: u64, len: u32) -> bool {
         let Some(at) = address.checked_sub(self.start.into()) else { return false };
-        (at..at + u64::from(len)).all(|byte| {
-            self.cells.get(byte as usize / 4).is_some_and(|c| c.valid >> (byte % 4) & 1 == 1)
-        })
+        let (first, words) = (at as usize / 4, (len as usize).div_ceil(4));
+        if at >= self.data.len() as u64 || first + words > self.cells.len() {
+            return false;
+        }
+        let mask = if len >= 4 { 0xf } else { ((1_u8 << len) - 1) << (at % 4) };
+        self.cells[first..first + words].iter().all(|c| c.valid & mask == mask)
+    }
+
+    /// The value of 1, 2, 4, 8 or 16 bytes at an address that was checked before.
+    #[inline(always)]
+    pub fn value(&self, address: u32, len: u32) -> u128 {
+        value(&self.data[(address - self.start) as usize..], len)
     }
 
     /// Marks bytes that a copy in flight will write; they are poison until then.

@@ -105,9 +105,7 @@ fn speed() {
         {
             let ptx = if kernel == "f32" { GEMM } else { GEMM_BF16 };
             for size in [(256, 256, 256), (97, 136, 88)] {
-                let begin = std::time::Instant::now();
-                let counters = run(ptx, size.0, size.1, size.2, machine).unwrap_or_else(|f| panic!("{}", f.text));
-                let time = begin.elapsed().as_secs_f64();
+                let (counters, time) = run(ptx, size.0, size.1, size.2, machine).unwrap_or_else(|f| panic!("{}", f.text));
                 let macs = (size.0 * size.1 * size.2) as f64;
                 println!(
                     "{kernel} {size:?} {name}: {:.1} M warp instructions/s, {:.0} MMAC/s, {time:.3} s",

@@ -16,6 +16,8 @@ pub struct Gpu {
     pub kernels: Vec<Kernel>,
     pub machine: Machine,
     launches: u32,
+    /// How long the last launch took.
+    pub seconds: f64,
 }
 
 impl Gpu {
@@ -42,7 +44,7 @@ impl Gpu {
             .filter(|f| f.entry)
             .map(|f| isa::link(&module, f, &|name| globals.get(name).copied()))
             .collect::<Result<_, _>>()?;
-        Ok(Gpu { memory, kernels, machine: Machine::default(), launches: 0 })
+        Ok(Gpu { memory, kernels, machine: Machine::default(), launches: 0, seconds: 0.0 })
     }
 
     pub fn empty(&mut self, bytes: usize) -> u64 {
@@ -97,9 +99,15 @@ impl Gpu {
         self.launches += 1;
         let number = self.launches;
         let launch = Launch { kernel, grid, block, dynamic_shared, params, number };
-        exec::run(&launch, &mut self.memory, self.machine)
+        let begin = std::time::Instant::now();
+        let result = exec::run(&launch, &mut self.memory, self.machine);
+        self.seconds = begin.elapsed().as_secs_f64();
+        result
     }
 }
+
+/// Counters and seconds of a launch.
+pub type Run = Result<(Counters, f64), Fault>;
 
 /// Small integers, so that every sum is exact.
 pub fn integers(n: usize, seed: u64) -> Vec<f32> {
@@ -120,7 +128,7 @@ pub fn product(a: &[f32], b: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
 }
 
 /// Runs the f32 matrix product of `ptx` and checks every element.
-pub fn gemm(ptx: &str, m: usize, n: usize, k: usize, machine: Machine) -> Result<Counters, Fault> {
+pub fn gemm(ptx: &str, m: usize, n: usize, k: usize, machine: Machine) -> Run {
     let mut gpu = Gpu::new(ptx);
     gpu.machine = machine;
     let (a, b) = (integers(m * k, 1), integers(k * n, 2));
@@ -130,7 +138,7 @@ pub fn gemm(ptx: &str, m: usize, n: usize, k: usize, machine: Machine) -> Result
         [(8, pa), (8, pb), (8, pc), (4, m as u64), (4, n as u64), (4, k as u64)];
     let counters = gpu.launch("gemm_f32", grid, [256, 1, 1], 0, &params)?;
     assert_eq!(gpu.floats(pc, m * n), product(&a, &b, m, n, k), "wrong at {m}x{n}x{k}");
-    Ok(counters)
+    Ok((counters, gpu.seconds))
 }
 
 /// Runs the bf16 matrix product of `ptx` and checks every element.
@@ -140,7 +148,7 @@ pub fn gemm_bf16(
     n: usize,
     k: usize,
     machine: Machine,
-) -> Result<Counters, Fault> {
+) -> Run {
     let mut gpu = Gpu::new(ptx);
     gpu.machine = machine;
     let narrow = |x: &[f32]| x.iter().map(|x| (x.to_bits() >> 16) as u16).collect::<Vec<u16>>();
@@ -160,5 +168,5 @@ pub fn gemm_bf16(
         .map(|c| f32::from_bits(u32::from(u16::from_le_bytes(c.try_into().unwrap())) << 16))
         .collect();
     assert_eq!(found, product(&a, &b, m, n, k), "wrong at {m}x{n}x{k}");
-    Ok(counters)
+    Ok((counters, gpu.seconds))
 }
