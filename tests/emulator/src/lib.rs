@@ -10,6 +10,7 @@
 pub mod alu;
 pub mod async_copy;
 pub mod counters;
+pub mod driver;
 pub mod exec;
 pub mod fatbin;
 pub mod float;
