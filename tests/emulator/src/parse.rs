@@ -822,6 +822,10 @@ impl Parser<'_> {
         };
         loop {
             let name = self.word()?;
+            let known = &function.scopes[scope];
+            if known.regs.contains_key(&name) || known.families.iter().any(|f| f.0 == name) {
+                return self.fail(format!("'{name}' is declared twice"));
+            }
             let slot = class as usize;
             let first = function.regs[slot];
             if self.eat('<') {
