@@ -562,7 +562,11 @@ pub fn div_f32(a: f32, b: f32, mode: Round) -> f32 {
 /// `div.approx`: as the ISA says, a divisor above 2^126 gives zero, or NaN for an infinity.
 pub fn div_approx(a: f32, b: f32) -> f32 {
     if b.is_finite() && b.abs() > 2_f32.powi(126) {
-        return if a.is_infinite() || a.is_nan() { f32::NAN } else { 0.0_f32.copysign(a * b.signum()) };
+        return if a.is_infinite() || a.is_nan() {
+            f32::NAN
+        } else {
+            0.0_f32.copysign(a * b.signum())
+        };
     }
     a / b
 }
@@ -651,10 +655,9 @@ pub fn convert(x: u64, imm: u64) -> u64 {
         }
         (true, true) => {
             let mut v = from.value(x);
-            let flush = |v: f64| {
-                if flags.ftz && v.abs() < 2_f64.powi(-126) { 0.0_f64.copysign(v) } else { v }
-            };
-            v = flush(v);
+            if flags.ftz && v.abs() < 2_f64.powi(-126) {
+                v = 0.0_f64.copysign(v);
+            }
             if flags.integral {
                 v = float::integral(v, flags.round);
             }

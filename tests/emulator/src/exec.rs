@@ -205,10 +205,7 @@ pub fn run(
                 None => break,
             },
         };
-        let finished = match grid.run_block(&mut block) {
-            Ok(finished) => finished,
-            Err(text) => return Err(text),
-        };
+        let finished = grid.run_block(&mut block)?;
         if finished {
             last_finish = grid.steps;
             spare = Some(block);
@@ -389,7 +386,8 @@ impl Grid<'_> {
                 out += &format!("  warp {w}: has exited\n");
                 continue;
             }
-            let what = if warp.state == State::AtBarrier { "waits at the barrier at" } else { "at" };
+            let what =
+                if warp.state == State::AtBarrier { "waits at the barrier at" } else { "at" };
             out += &format!(
                 "  warp {w}, lanes {:#010x}: {what} {}\n",
                 warp.active,
@@ -435,11 +433,10 @@ impl Grid<'_> {
             if let Some(var) = self.shared_variable(address) {
                 text += &format!(" ({var})");
             } else if let Some((base, _)) = self.memory.range(address) {
-                text += &format!(" (device memory: {})", self.memory.describe(address, 0).replacen(
-                    "0 bytes at offset",
-                    "byte",
-                    1,
-                ));
+                text += &format!(
+                    " (device memory: {})",
+                    self.memory.describe(address, 0).replacen("0 bytes at offset", "byte", 1,)
+                );
                 let _ = base;
             }
             text += ": ";
@@ -456,9 +453,10 @@ impl Grid<'_> {
         let size = |v: &crate::isa::SharedVar| {
             u64::from(if v.dynamic { self.launch.dynamic_shared } else { v.size })
         };
-        let inside = self.kernel.shared.iter().find(|v| {
-            address >= u64::from(v.address) && address < u64::from(v.address) + size(v)
-        });
+        let inside =
+            self.kernel.shared.iter().find(|v| {
+                address >= u64::from(v.address) && address < u64::from(v.address) + size(v)
+            });
         if let Some(v) = inside {
             let at = address - u64::from(v.address);
             return Some(format!("shared memory: byte {at} of '{}', {} bytes", v.name, size(v)));
@@ -530,13 +528,7 @@ impl Grid<'_> {
     }
 
     /// Runs an uncommon instruction; true when the warp cannot go on now.
-    fn other(
-        &mut self,
-        block: &mut Block,
-        w: usize,
-        inst: &Inst,
-        mask: u32,
-    ) -> Result<bool, Stop> {
+    fn other(&mut self, block: &mut Block, w: usize, inst: &Inst, mask: u32) -> Result<bool, Stop> {
         let warp = &mut block.warps[w];
         // Lanes that the guard leaves out go on alone.
         let collective = matches!(
@@ -578,18 +570,17 @@ impl Grid<'_> {
                 }
                 for lane in lanes(mask) {
                     let Some(&pc) = targets.get(row[lane] as usize) else {
-                        return stop(719, format!("branch index {} of {}", row[lane], targets.len()));
+                        return stop(
+                            719,
+                            format!("branch index {} of {}", row[lane], targets.len()),
+                        );
                     };
                     warp.groups.push(Group { pc, mask: 1 << lane, blocked: false });
                 }
                 warp.active = 0;
             }
             Op::Call(call) => {
-                alu::put(
-                    &mut warp.regs.w[call.link as usize],
-                    &[warp.pc + 1; 32],
-                    mask,
-                );
+                alu::put(&mut warp.regs.w[call.link as usize], &[warp.pc + 1; 32], mask);
                 warp.copy_frames(&call.copies, mask, self.kernel.local);
                 warp.pc = call.target;
             }
@@ -613,11 +604,14 @@ impl Grid<'_> {
                     return Err(Stop {
                         lane: Some(copy.lane),
                         address: Some(copy.dst.into()),
-                        problem: Problem::new(719, format!(
-                            "exited with {n} asynchronous copies never waited for; the first was \
+                        problem: Problem::new(
+                            719,
+                            format!(
+                                "exited with {n} asynchronous copies never waited for; the first was \
                              issued at {}",
-                            self.kernel.position(copy.pc)
-                        )),
+                                self.kernel.position(copy.pc)
+                            ),
+                        ),
                     });
                 }
                 warp.live &= !mask;
@@ -739,9 +733,8 @@ impl Grid<'_> {
             }
             Op::IsSpace(target) => {
                 let row = warp.regs.l[inst.a as usize];
-                let bits = (0..32).fold(0, |m, l| {
-                    m | u32::from(classify(row[l]).0 == *target) << l
-                });
+                let bits =
+                    (0..32).fold(0, |m, l| m | u32::from(classify(row[l]).0 == *target) << l);
                 alu::put_pred(&mut warp.regs.p[inst.d as usize], bits, mask);
                 warp.pc += 1;
             }
@@ -783,7 +776,11 @@ impl Grid<'_> {
                         return Err(at(src[lane], Problem::new(719, text)));
                     }
                     let (target, _) = classify(dst[lane]);
-                    let to = if target == Target::Shared { dst[lane] - SHARED_WINDOW } else { dst[lane] };
+                    let to = if target == Target::Shared {
+                        dst[lane] - SHARED_WINDOW
+                    } else {
+                        dst[lane]
+                    };
                     self.check_shared(block, lane, to, size)?;
                     let who = self.who(block, w, lane);
                     let kernel = self.kernel;
@@ -838,11 +835,8 @@ impl Grid<'_> {
         let due = block.warps[w].copies.due(mask, allowed, &mut self.rng);
         let kernel = self.kernel;
         for copy in due {
-            let stop = |problem| Stop {
-                lane: Some(copy.lane),
-                address: Some(copy.dst.into()),
-                problem,
-            };
+            let stop =
+                |problem| Stop { lane: Some(copy.lane), address: Some(copy.dst.into()), problem };
             // The source is read as late as the ISA allows.
             let bytes = self
                 .memory
@@ -888,25 +882,33 @@ impl Grid<'_> {
         }
         let count = bar.count.map(|row| uniform(row, "thread counts")).transpose()?;
         if let Some(count) = count
-            && (count == 0 || count % 32 != 0 || count.div_ceil(32) as usize > warps_of(self.threads))
+            && (count == 0
+                || count % 32 != 0
+                || count.div_ceil(32) as usize > warps_of(self.threads))
         {
             return stop(719, format!("a barrier of {count} threads"));
         }
         let state = &mut barriers[id];
         if state.busy() {
             if state.count != count {
-                return stop(719, format!(
-                    "barrier {id} expects {:?} threads here and {count:?} at {}",
-                    state.count,
-                    self.kernel.position(state.pc)
-                ));
+                return stop(
+                    719,
+                    format!(
+                        "barrier {id} expects {:?} threads here and {count:?} at {}",
+                        state.count,
+                        self.kernel.position(state.pc)
+                    ),
+                );
             }
             // Without a count, one barrier instruction stands for the whole block.
             if count.is_none() && state.pc != warp.pc {
-                return stop(719, format!(
-                    "barrier divergence: other warps of the block wait at {}",
-                    self.kernel.position(state.pc)
-                ));
+                return stop(
+                    719,
+                    format!(
+                        "barrier divergence: other warps of the block wait at {}",
+                        self.kernel.position(state.pc)
+                    ),
+                );
             }
         } else {
             state.count = count;
@@ -1101,7 +1103,6 @@ impl Grid<'_> {
 
     /// Checks an access to device memory and records it; gives allocation and offset. Bytes are
     /// checked for initialisation `element` at a time, so that the report is exact.
-    #[expect(clippy::too_many_arguments, reason = "one access in all its aspects")]
     fn global(
         &mut self,
         block: &mut Block,
@@ -1147,7 +1148,9 @@ impl Grid<'_> {
             if reads && !allocation.initialised(offset, len) {
                 let bad = (offset..offset + len)
                     .step_by(element as usize)
-                    .find(|&o| !allocation.initialised(o, element.min((offset + len - o) as u32).into()))
+                    .find(|&o| {
+                        !allocation.initialised(o, element.min((offset + len - o) as u32).into())
+                    })
                     .unwrap_or(offset);
                 let text = format!(
                     "uninitialised bytes: nothing has written byte {bad} of {}, {} bytes",
@@ -1173,11 +1176,7 @@ impl Grid<'_> {
                         mode,
                         &|pc| kernel.position(pc),
                     )
-                    .map_err(|p| Stop {
-                        lane: Some(lane),
-                        address: Some(address),
-                        problem: p,
-                    })?;
+                    .map_err(|p| Stop { lane: Some(lane), address: Some(address), problem: p })?;
                 word += 4;
             }
         }
@@ -1185,13 +1184,7 @@ impl Grid<'_> {
     }
 
     #[inline(always)]
-    fn check_shared(
-        &self,
-        block: &Block,
-        lane: usize,
-        address: u64,
-        len: u32,
-    ) -> Result<(), Stop> {
+    fn check_shared(&self, block: &Block, lane: usize, address: u64, len: u32) -> Result<(), Stop> {
         let problem = if address & u64::from(len - 1) != 0 {
             Problem::new(716, format!("an access of {len} bytes must be aligned to {len}"))
         } else if !block.shared.contains(address, len) {
@@ -1474,8 +1467,9 @@ impl Warp {
                 self.regs.l[row as usize].map(|a| a.wrapping_add(address.offset as u64))
             }
             // 32-bit addresses wrap in their window.
-            Base::Word(row) => self.regs.w[row as usize]
-                .map(|a| u64::from(a.wrapping_add(address.offset as u32))),
+            Base::Word(row) => {
+                self.regs.w[row as usize].map(|a| u64::from(a.wrapping_add(address.offset as u32)))
+            }
         }
     }
 
@@ -1551,10 +1545,10 @@ impl Warp {
                 return Err(Stop {
                     lane: Some(lane),
                     address: None,
-                    problem: Problem::new(719, format!(
-                        "the lane is not in its own member mask {:#010x}",
-                        row[lane]
-                    )),
+                    problem: Problem::new(
+                        719,
+                        format!("the lane is not in its own member mask {:#010x}", row[lane]),
+                    ),
                 });
             }
             all |= row[lane];
@@ -1583,7 +1577,7 @@ impl Warp {
         len: u32,
         size: u32,
     ) -> Result<std::ops::Range<usize>, Stop> {
-        let problem = if address % u64::from(len) != 0 {
+        let problem = if !address.is_multiple_of(u64::from(len)) {
             Problem::new(716, format!("an access of {len} bytes must be aligned to {len}"))
         } else if address + u64::from(len) > size.into() {
             Problem::new(700, format!("byte {address} of {size} bytes of local memory"))
@@ -1607,8 +1601,7 @@ impl Warp {
 }
 
 fn shuffle(regs: &mut Regs, inst: &Inst, mode: Shuffle, mask: u32) {
-    let (a, b, c) =
-        (regs.w[inst.a as usize], &regs.w[inst.b as usize], &regs.w[inst.c as usize]);
+    let (a, b, c) = (regs.w[inst.a as usize], &regs.w[inst.b as usize], &regs.w[inst.c as usize]);
     let mut out = [0; 32];
     let mut valid = 0;
     for lane in 0..32_u32 {
@@ -1625,8 +1618,7 @@ fn shuffle(regs: &mut Regs, inst: &Inst, mode: Shuffle, mask: u32) {
         let source = if inside { source & 31 } else { lane };
         valid |= u32::from(inside) << lane;
         // A source lane that does not take part has no value: poison.
-        out[lane as usize] =
-            if mask >> source & 1 == 1 { a[source as usize] } else { 0x7fff_7fff };
+        out[lane as usize] = if mask >> source & 1 == 1 { a[source as usize] } else { 0x7fff_7fff };
     }
     alu::put(&mut regs.w[inst.d as usize], &out, mask);
     alu::put_pred(&mut regs.p[inst.d2 as usize], valid, mask);
@@ -1654,11 +1646,26 @@ fn modify(op: AtomOp, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
         (AtomOp::Or, _) => old | b,
         (AtomOp::Xor, _) => old ^ b,
         (AtomOp::Exch, _) => b,
-        (AtomOp::Cas, _) => if old == b { c } else { old },
-        (AtomOp::Inc, _) => if old32 >= b32 { 0 } else { (old32 + 1).into() },
+        (AtomOp::Cas, _) => {
+            if old == b {
+                c
+            } else {
+                old
+            }
+        }
+        (AtomOp::Inc, _) => {
+            if old32 >= b32 {
+                0
+            } else {
+                (old32 + 1).into()
+            }
+        }
         (AtomOp::Dec, _) => {
-            if old32 == 0 || old32 > b32 { b } else { (old32 - 1).into() }
+            if old32 == 0 || old32 > b32 {
+                b
+            } else {
+                (old32 - 1).into()
+            }
         }
     }
 }
-

@@ -41,7 +41,10 @@ pub unsafe fn copy(image: *const u8) -> Result<Vec<u8>, ImageError> {
         MAGIC => {
             // SAFETY: a fatbin's header says how many bytes follow it.
             let (header, size) = unsafe {
-                (image.add(6).cast::<u16>().read_unaligned(), image.add(8).cast::<u64>().read_unaligned())
+                (
+                    image.add(6).cast::<u16>().read_unaligned(),
+                    image.add(8).cast::<u64>().read_unaligned(),
+                )
             };
             let len = usize::from(header) + size as usize;
             // SAFETY: as above.

@@ -573,16 +573,11 @@ impl<'m> Linker<'m> {
             next += 1 + u32::from(statement.opcode.starts_with("call"));
         }
         at.push(next);
-        self.kernel.origins.resize(next as usize + 1, Origin {
-            text: String::from("(end of function)"),
-            line: 0,
-            loc: Loc::default(),
-        });
-        let base: [u32; 3] = [
-            self.kernel.rows[2],
-            self.kernel.rows[0],
-            self.kernel.rows[1],
-        ];
+        self.kernel.origins.resize(
+            next as usize + 1,
+            Origin { text: String::from("(end of function)"), line: 0, loc: Loc::default() },
+        );
+        let base: [u32; 3] = [self.kernel.rows[2], self.kernel.rows[0], self.kernel.rows[1]];
         self.kernel.rows[2] += function.regs[Class::Pred as usize];
         self.kernel.rows[0] += function.regs[Class::Word as usize];
         self.kernel.rows[1] += function.regs[Class::Long as usize];
@@ -634,9 +629,8 @@ impl<'m> Linker<'m> {
             }
         }
         let module = self.module;
-        let wanted = |v: &&crate::parse::Var| {
-            v.space == Space::Shared && used.contains(&v.name.as_str())
-        };
+        let wanted =
+            |v: &&crate::parse::Var| v.space == Space::Shared && used.contains(&v.name.as_str());
         for var in module.vars.iter().filter(wanted).filter(|v| v.size > 0) {
             self.shared_var(&var.name, var.align, var.size as u32);
         }
@@ -771,7 +765,11 @@ impl Kernel {
 
 fn odd_multiple(from: u32, alignment: u32) -> u32 {
     let address = align(from, alignment);
-    if alignment > 0 && address / alignment % 2 == 0 { address + alignment } else { address }
+    if alignment > 0 && (address / alignment).is_multiple_of(2) {
+        address + alignment
+    } else {
+        address
+    }
 }
 
 fn names<'s>(operands: &'s [Operand], out: &mut Vec<&'s str>) {
@@ -862,12 +860,24 @@ pub struct Decoder<'l, 'm, 's> {
 macro_rules! int2 {
     ($ty:expr, $a:ident, $b:ident, $body:expr) => {
         match $ty {
-            Ty::U(16) => alu::w2(|a, b, _| { let ($a, $b) = (a as u16, b as u16); u32::from(($body) as u16) }),
-            Ty::S(16) => alu::w2(|a, b, _| { let ($a, $b) = (a as i16, b as i16); u32::from(($body) as u16) }),
+            Ty::U(16) => alu::w2(|a, b, _| {
+                let ($a, $b) = (a as u16, b as u16);
+                u32::from(($body) as u16)
+            }),
+            Ty::S(16) => alu::w2(|a, b, _| {
+                let ($a, $b) = (a as i16, b as i16);
+                u32::from(($body) as u16)
+            }),
             Ty::U(32) => alu::w2(|$a, $b, _| $body),
-            Ty::S(32) => alu::w2(|a, b, _| { let ($a, $b) = (a as i32, b as i32); ($body) as u32 }),
+            Ty::S(32) => alu::w2(|a, b, _| {
+                let ($a, $b) = (a as i32, b as i32);
+                ($body) as u32
+            }),
             Ty::U(64) => alu::l2(|$a, $b, _| $body),
-            Ty::S(64) => alu::l2(|a, b, _| { let ($a, $b) = (a as i64, b as i64); ($body) as u64 }),
+            Ty::S(64) => alu::l2(|a, b, _| {
+                let ($a, $b) = (a as i64, b as i64);
+                ($body) as u64
+            }),
             other => return Err(format!("unsupported type {other:?}")),
         }
     };
@@ -876,12 +886,24 @@ macro_rules! int2 {
 macro_rules! int1 {
     ($ty:expr, $a:ident, $body:expr) => {
         match $ty {
-            Ty::U(16) => alu::w1(|a, _| { let $a = a as u16; u32::from(($body) as u16) }),
-            Ty::S(16) => alu::w1(|a, _| { let $a = a as i16; u32::from(($body) as u16) }),
+            Ty::U(16) => alu::w1(|a, _| {
+                let $a = a as u16;
+                u32::from(($body) as u16)
+            }),
+            Ty::S(16) => alu::w1(|a, _| {
+                let $a = a as i16;
+                u32::from(($body) as u16)
+            }),
             Ty::U(32) => alu::w1(|$a, _| $body),
-            Ty::S(32) => alu::w1(|a, _| { let $a = a as i32; ($body) as u32 }),
+            Ty::S(32) => alu::w1(|a, _| {
+                let $a = a as i32;
+                ($body) as u32
+            }),
             Ty::U(64) => alu::l1(|$a, _| $body),
-            Ty::S(64) => alu::l1(|a, _| { let $a = a as i64; ($body) as u64 }),
+            Ty::S(64) => alu::l1(|a, _| {
+                let $a = a as i64;
+                ($body) as u64
+            }),
             other => return Err(format!("unsupported type {other:?}")),
         }
     };
@@ -890,12 +912,24 @@ macro_rules! int1 {
 macro_rules! int_compare {
     ($ty:expr, $a:ident, $b:ident, $body:expr) => {
         match $ty {
-            Ty::U(16) => alu::compare(|a, b| { let ($a, $b) = (a as u16, b as u16); $body }),
-            Ty::S(16) => alu::compare(|a, b| { let ($a, $b) = (a as i16, b as i16); $body }),
+            Ty::U(16) => alu::compare(|a, b| {
+                let ($a, $b) = (a as u16, b as u16);
+                $body
+            }),
+            Ty::S(16) => alu::compare(|a, b| {
+                let ($a, $b) = (a as i16, b as i16);
+                $body
+            }),
             Ty::U(32) => alu::compare(|$a, $b| $body),
-            Ty::S(32) => alu::compare(|a, b| { let ($a, $b) = (a as i32, b as i32); $body }),
+            Ty::S(32) => alu::compare(|a, b| {
+                let ($a, $b) = (a as i32, b as i32);
+                $body
+            }),
             Ty::U(64) => alu::compare_long(|$a, $b| $body),
-            Ty::S(64) => alu::compare_long(|a, b| { let ($a, $b) = (a as i64, b as i64); $body }),
+            Ty::S(64) => alu::compare_long(|a, b| {
+                let ($a, $b) = (a as i64, b as i64);
+                $body
+            }),
             other => return Err(format!("unsupported comparison of {other:?}")),
         }
     };
@@ -1057,7 +1091,11 @@ impl Decoder<'_, '_, '_> {
 
     fn operands<const N: usize>(&self, statement: &Statement) -> Decode<[Operand; N]> {
         let found = statement.operands.len();
-        statement.operands.clone().try_into().map_err(|_| format!("{N} operands expected, {found} found"))
+        statement
+            .operands
+            .clone()
+            .try_into()
+            .map_err(|_| format!("{N} operands expected, {found} found"))
     }
 
     fn rounding(&mut self) -> Option<Round> {
@@ -1231,8 +1269,7 @@ impl Decoder<'_, '_, '_> {
             _ => {
                 self.inst.d = self.dst(&d, ty)?;
                 self.inst.a = self.src(&a, ty)?;
-                let op =
-                    if ty.long() { alu::l1(|a, _| a) } else { alu::w1(|a, _| a) };
+                let op = if ty.long() { alu::l1(|a, _| a) } else { alu::w1(|a, _| a) };
                 Ok(self.alu(Kind::Integer, op))
             }
         }
@@ -1302,7 +1339,9 @@ impl Decoder<'_, '_, '_> {
                 self.inst.b = self.src(&b, ty)?;
                 let op = match ty {
                     Ty::U(16) => alu::w2(|a, b, _| (a & 0xffff) * (b & 0xffff)),
-                    Ty::S(16) => alu::w2(|a, b, _| (i32::from(a as i16) * i32::from(b as i16)) as u32),
+                    Ty::S(16) => {
+                        alu::w2(|a, b, _| (i32::from(a as i16) * i32::from(b as i16)) as u32)
+                    }
                     Ty::U(32) => alu::ww_to_l(|a, b, _| u64::from(a) * u64::from(b)),
                     _ => alu::ww_to_l(|a, b, _| (i64::from(a as i32) * i64::from(b as i32)) as u64),
                 };
@@ -1330,11 +1369,15 @@ impl Decoder<'_, '_, '_> {
                 self.inst.b = self.src(&b, ty)?;
                 self.inst.c = self.src(&c, to)?;
                 let op = match ty {
-                    Ty::U(16) => alu::w3(|a, b, c, _| ((a & 0xffff) * (b & 0xffff)).wrapping_add(c)),
+                    Ty::U(16) => {
+                        alu::w3(|a, b, c, _| ((a & 0xffff) * (b & 0xffff)).wrapping_add(c))
+                    }
                     Ty::S(16) => alu::w3(|a, b, c, _| {
                         ((i32::from(a as i16) * i32::from(b as i16)) as u32).wrapping_add(c)
                     }),
-                    Ty::U(32) => alu::wwl_to_l(|a, b, c, _| (u64::from(a) * u64::from(b)).wrapping_add(c)),
+                    Ty::U(32) => {
+                        alu::wwl_to_l(|a, b, c, _| (u64::from(a) * u64::from(b)).wrapping_add(c))
+                    }
                     _ => alu::wwl_to_l(|a, b, c, _| {
                         ((i64::from(a as i32) * i64::from(b as i32)) as u64).wrapping_add(c)
                     }),
@@ -1391,7 +1434,9 @@ impl Decoder<'_, '_, '_> {
                 self.inst.d = self.dst(&d, ty)?;
                 self.inst.a = self.src(&a, ty)?;
                 let op = match (base, ty) {
-                    ("abs", Ty::S(16)) => alu::w1(|a, _| u32::from((a as i16).wrapping_abs() as u16)),
+                    ("abs", Ty::S(16)) => {
+                        alu::w1(|a, _| u32::from((a as i16).wrapping_abs() as u16))
+                    }
                     ("abs", Ty::S(32)) => alu::w1(|a, _| (a as i32).wrapping_abs() as u32),
                     ("abs", Ty::S(64)) => alu::l1(|a, _| (a as i64).wrapping_abs() as u64),
                     ("neg", _) => int1!(ty, a, a.wrapping_neg()),
@@ -1403,7 +1448,6 @@ impl Decoder<'_, '_, '_> {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one flag per modifier")]
     fn float_arithmetic(
         &mut self,
         base: &str,
@@ -1437,15 +1481,27 @@ impl Decoder<'_, '_, '_> {
         self.inst.imm = flags.pack();
         let op: Alu = match ty {
             Ty::F32 => match (base, plain) {
-                ("add", true) => alu::w2(|a, b, _| alu::canonical(f32::from_bits(a) + f32::from_bits(b))),
-                ("sub", true) => alu::w2(|a, b, _| alu::canonical(f32::from_bits(a) - f32::from_bits(b))),
-                ("mul", true) => alu::w2(|a, b, _| alu::canonical(f32::from_bits(a) * f32::from_bits(b))),
+                ("add", true) => {
+                    alu::w2(|a, b, _| alu::canonical(f32::from_bits(a) + f32::from_bits(b)))
+                }
+                ("sub", true) => {
+                    alu::w2(|a, b, _| alu::canonical(f32::from_bits(a) - f32::from_bits(b)))
+                }
+                ("mul", true) => {
+                    alu::w2(|a, b, _| alu::canonical(f32::from_bits(a) * f32::from_bits(b)))
+                }
                 ("fma" | "mad", true) => alu::w3(|a, b, c, _| {
                     alu::canonical(f32::from_bits(a).mul_add(f32::from_bits(b), f32::from_bits(c)))
                 }),
-                ("add", false) => alu::w2(|a, b, i| alu::with_flags([a, b], i, |[a, b], m| float::add_f32(a, b, m))),
-                ("sub", false) => alu::w2(|a, b, i| alu::with_flags([a, b], i, |[a, b], m| float::add_f32(a, -b, m))),
-                ("mul", false) => alu::w2(|a, b, i| alu::with_flags([a, b], i, |[a, b], m| float::mul_f32(a, b, m))),
+                ("add", false) => alu::w2(|a, b, i| {
+                    alu::with_flags([a, b], i, |[a, b], m| float::add_f32(a, b, m))
+                }),
+                ("sub", false) => alu::w2(|a, b, i| {
+                    alu::with_flags([a, b], i, |[a, b], m| float::add_f32(a, -b, m))
+                }),
+                ("mul", false) => alu::w2(|a, b, i| {
+                    alu::with_flags([a, b], i, |[a, b], m| float::mul_f32(a, b, m))
+                }),
                 ("fma" | "mad", false) => alu::w3(|a, b, c, i| {
                     alu::with_flags([a, b, c], i, |[a, b, c], m| float::fma_f32(a, b, c, m))
                 }),
@@ -1453,7 +1509,9 @@ impl Decoder<'_, '_, '_> {
                     self.inst.kind = Kind::Special;
                     alu::w2(|a, b, i| alu::with_flags([a, b], i, |[a, b], _| alu::div_approx(a, b)))
                 }
-                ("div", _) => alu::w2(|a, b, i| alu::with_flags([a, b], i, |[a, b], m| alu::div_f32(a, b, m))),
+                ("div", _) => {
+                    alu::w2(|a, b, i| alu::with_flags([a, b], i, |[a, b], m| alu::div_f32(a, b, m)))
+                }
                 ("min" | "max", _) => {
                     if flags.sat || flags.relu {
                         return Err(String::from("unsupported modifier"));
@@ -1485,8 +1543,12 @@ impl Decoder<'_, '_, '_> {
                     "fma" | "mad" => alu::l3(|a, b, c, _| {
                         f64::from_bits(a).mul_add(f64::from_bits(b), f64::from_bits(c)).to_bits()
                     }),
-                    "min" => alu::l2(|a, b, _| alu::min_max_f64(f64::from_bits(a), f64::from_bits(b), false)),
-                    "max" => alu::l2(|a, b, _| alu::min_max_f64(f64::from_bits(a), f64::from_bits(b), true)),
+                    "min" => alu::l2(|a, b, _| {
+                        alu::min_max_f64(f64::from_bits(a), f64::from_bits(b), false)
+                    }),
+                    "max" => alu::l2(|a, b, _| {
+                        alu::min_max_f64(f64::from_bits(a), f64::from_bits(b), true)
+                    }),
                     "neg" => alu::l1(|a, _| a ^ 1 << 63),
                     "abs" => alu::l1(|a, _| a & !(1 << 63)),
                     _ => return Err(format!("unsupported '{base}.f64'")),
@@ -1630,8 +1692,12 @@ impl Decoder<'_, '_, '_> {
                 alu::w3(alu::lop3)
             }
             "bfe" => match ty {
-                Ty::U(32) => alu::w3(|a, b, c, _| alu::bit_field_extract(a.into(), b, c, 32, false) as u32),
-                Ty::S(32) => alu::w3(|a, b, c, _| alu::bit_field_extract(a.into(), b, c, 32, true) as u32),
+                Ty::U(32) => {
+                    alu::w3(|a, b, c, _| alu::bit_field_extract(a.into(), b, c, 32, false) as u32)
+                }
+                Ty::S(32) => {
+                    alu::w3(|a, b, c, _| alu::bit_field_extract(a.into(), b, c, 32, true) as u32)
+                }
                 Ty::U(64) => alu::lww_to_l(|a, b, c, _| alu::bit_field_extract(a, b, c, 64, false)),
                 Ty::S(64) => alu::lww_to_l(|a, b, c, _| alu::bit_field_extract(a, b, c, 64, true)),
                 _ => return Err(format!("unsupported bfe on {ty:?}")),
@@ -1656,7 +1722,9 @@ impl Decoder<'_, '_, '_> {
                 self.inst.imm = u64::from(shift_amount);
                 match ty {
                     Ty::U(32) => alu::w1(|a, i| find_bit(a.into(), 32, i)),
-                    Ty::S(32) => alu::w1(|a, i| find_bit((a ^ (a as i32 >> 31) as u32).into(), 32, i)),
+                    Ty::S(32) => {
+                        alu::w1(|a, i| find_bit((a ^ (a as i32 >> 31) as u32).into(), 32, i))
+                    }
                     Ty::U(64) => alu::l_to_w(|a, i| find_bit(a, 64, i)),
                     _ => alu::l_to_w(|a, i| find_bit(a ^ (a as i64 >> 63) as u64, 64, i)),
                 }
@@ -1901,7 +1969,8 @@ impl Decoder<'_, '_, '_> {
         };
         self.inst.imm = alu::pack_cvt(from, to, flags) | u64::from(d_bits) << 32;
         let plain = flags == Flags::PLAIN;
-        let integers = matches!((from, to), (Ty::U(_) | Ty::S(_), Ty::U(_) | Ty::S(_))) && !flags.sat;
+        let integers =
+            matches!((from, to), (Ty::U(_) | Ty::S(_), Ty::U(_) | Ty::S(_))) && !flags.sat;
         let op: Alu = match (from, to, a_long, d_long) {
             (Ty::U(32), _, false, true) if integers => alu::w_to_l(|a, _| a.into()),
             (Ty::S(32), _, false, true) if integers && to.bits() == 64 => {
@@ -1922,30 +1991,32 @@ impl Decoder<'_, '_, '_> {
                 alu::extend(alu::convert(a.into(), i), (i >> 32) as u32, false) as u32
             }),
             (_, _, false, true) => alu::w_to_l(|a, i| alu::convert(a.into(), i)),
-            (_, _, true, false) => alu::l_to_w(|a, i| {
-                alu::extend(alu::convert(a, i), (i >> 32) as u32, false) as u32
-            }),
+            (_, _, true, false) => {
+                alu::l_to_w(|a, i| alu::extend(alu::convert(a, i), (i >> 32) as u32, false) as u32)
+            }
             (_, _, true, true) => alu::l1(alu::convert),
         };
         Ok(self.alu(Kind::Integer, op))
     }
 
     fn space(&mut self) -> Option<Target> {
-        Some(match self.mods.one_of(&[
-            "global",
-            "shared",
-            "shared::cta",
-            "local",
-            "param",
-            "param::func",
-            "param::entry",
-            "const",
-        ])? {
-            "global" | "const" => Target::Global,
-            "shared" | "shared::cta" => Target::Shared,
-            "local" => Target::Local,
-            _ => Target::Param,
-        })
+        Some(
+            match self.mods.one_of(&[
+                "global",
+                "shared",
+                "shared::cta",
+                "local",
+                "param",
+                "param::func",
+                "param::entry",
+                "const",
+            ])? {
+                "global" | "const" => Target::Global,
+                "shared" | "shared::cta" => Target::Shared,
+                "local" => Target::Local,
+                _ => Target::Param,
+            },
+        )
     }
 
     fn cvta(&mut self, s: &Statement) -> Decode<Op> {
@@ -2044,9 +2115,8 @@ impl Decoder<'_, '_, '_> {
                 other => return Err(format!("{other:?} cannot be loaded")),
             });
         }
-        let mixed = items
-            .iter()
-            .any(|i| matches!(i, Operand::Reg(r) if (r.class == Class::Long) != long));
+        let mixed =
+            items.iter().any(|i| matches!(i, Operand::Reg(r) if (r.class == Class::Long) != long));
         if mixed || ty.long() != long && store {
             return Err(String::from("register widths do not fit the access"));
         }
@@ -2169,7 +2239,8 @@ impl Decoder<'_, '_, '_> {
                 };
                 let results = if at == 0 { Vec::new() } else { list(s.operands.first()) };
                 let arguments = list(s.operands.get(at + 1));
-                if results.len() != function.returns.len() || arguments.len() != function.params.len()
+                if results.len() != function.returns.len()
+                    || arguments.len() != function.params.len()
                 {
                     return Err(String::from("the arguments do not fit the function"));
                 }

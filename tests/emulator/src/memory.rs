@@ -53,7 +53,7 @@ impl Allocation {
         let mut i = offset;
         while i < end {
             let byte = &mut self.init[i as usize / 8];
-            if i % 8 == 0 && end - i >= 8 {
+            if i.is_multiple_of(8) && end - i >= 8 {
                 self.missing -= u64::from(byte.count_zeros());
                 *byte = 0xff;
                 i += 8;
@@ -72,8 +72,8 @@ impl Allocation {
         if self.shadow.is_empty() {
             self.shadow.resize_with((self.size as usize).div_ceil(4 * PAGE), || None);
         }
-        let page = self.shadow[word / PAGE]
-            .get_or_insert_with(|| Box::new([GlobalCell::default(); PAGE]));
+        let page =
+            self.shadow[word / PAGE].get_or_insert_with(|| Box::new([GlobalCell::default(); PAGE]));
         &mut page[word % PAGE]
     }
 }
@@ -197,8 +197,8 @@ impl DeviceMemory {
         let a = &self.allocations[source];
         let offset = from - a.base;
         let bytes = a.bytes(offset, len).to_vec();
-        let written: Option<Vec<bool>> = (a.missing > 0)
-            .then(|| (offset..offset + len).map(|i| a.initialised(i, 1)).collect());
+        let written: Option<Vec<bool>> =
+            (a.missing > 0).then(|| (offset..offset + len).map(|i| a.initialised(i, 1)).collect());
         let b = &mut self.allocations[target];
         let base = to - b.base;
         match written {
@@ -229,7 +229,13 @@ impl DeviceMemory {
             .allocations
             .iter()
             .filter(|a| address + GAP >= a.base && address < a.base + a.size + GAP)
-            .min_by_key(|a| if address < a.base { a.base - address } else { (address - a.base).saturating_sub(a.size) });
+            .min_by_key(|a| {
+                if address < a.base {
+                    a.base - address
+                } else {
+                    (address - a.base).saturating_sub(a.size)
+                }
+            });
         match near {
             Some(a) if address < a.base => format!(
                 "{len} bytes, {} bytes before {} of {} bytes at {:#x}",
@@ -303,6 +309,9 @@ mod tests {
         let i = memory.find(b, 64).unwrap();
         let b = memory.at(i);
         assert!(!b.initialised(0, 4) && b.initialised(3, 30) && !b.initialised(33, 1));
-        assert!(f32::from_le_bytes(b.bytes(0, 4)[..].try_into().unwrap()).is_nan() || b.bytes(3, 1) == [2]);
+        assert!(
+            f32::from_le_bytes(b.bytes(0, 4)[..].try_into().unwrap()).is_nan()
+                || b.bytes(3, 1) == [2]
+        );
     }
 }

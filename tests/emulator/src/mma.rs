@@ -115,7 +115,11 @@ impl Mma {
     }
 
     /// Gives every element of A (row, column) and B (row, column) with its register and lane.
-    fn inputs(&self, mut a: impl FnMut(usize, usize, u32, usize), mut b: impl FnMut(usize, usize, u32, usize)) {
+    fn inputs(
+        &self,
+        mut a: impl FnMut(usize, usize, u32, usize),
+        mut b: impl FnMut(usize, usize, u32, usize),
+    ) {
         let each = per_register(self.a_ty);
         let halves = self.rows / 8;
         for lane in 0..32 {

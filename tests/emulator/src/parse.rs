@@ -175,8 +175,7 @@ impl Function {
 
     /// The labels of a `.branchtargets` table.
     pub fn table(&self, name: &str, scope: usize) -> Option<&[String]> {
-        self.walk(scope)
-            .find_map(|s| s.tables.get(name).map(Vec::as_slice))
+        self.walk(scope).find_map(|s| s.tables.get(name).map(Vec::as_slice))
     }
 
     fn walk(&self, scope: usize) -> impl Iterator<Item = &Scope> {
@@ -193,18 +192,16 @@ impl Function {
             if let Some(&r) = s.regs.get(name) {
                 return Some(r);
             }
-            s.families
-                .iter()
-                .find_map(|(prefix, class, bits, first, count)| {
-                    let tail = name.strip_prefix(prefix.as_str())?;
-                    // `%r01` is not a member of `%r<9>`.
-                    let number: u32 = tail.parse().ok()?;
-                    (number < *count && number.to_string() == tail).then_some(Reg {
-                        class: *class,
-                        bits: *bits,
-                        index: first + number,
-                    })
+            s.families.iter().find_map(|(prefix, class, bits, first, count)| {
+                let tail = name.strip_prefix(prefix.as_str())?;
+                // `%r01` is not a member of `%r<9>`.
+                let number: u32 = tail.parse().ok()?;
+                (number < *count && number.to_string() == tail).then_some(Reg {
+                    class: *class,
+                    bits: *bits,
+                    index: first + number,
                 })
+            })
         })
     }
 }
@@ -270,12 +267,7 @@ fn lex(text: &str) -> ParseResult<Vec<Token>> {
             let tok = Tok::Str(text.get(start + 1..at).unwrap_or_default().to_string());
             at += 1;
             let end = at.min(bytes.len());
-            out.push(Token {
-                tok,
-                line,
-                start,
-                end,
-            });
+            out.push(Token { tok, line, start, end });
         } else if is_word(c) {
             while at < bytes.len() {
                 if is_word(bytes[at]) {
@@ -289,20 +281,10 @@ fn lex(text: &str) -> ParseResult<Vec<Token>> {
                     break;
                 }
             }
-            out.push(Token {
-                tok: Tok::Word(text[start..at].to_string()),
-                line,
-                start,
-                end: at,
-            });
+            out.push(Token { tok: Tok::Word(text[start..at].to_string()), line, start, end: at });
         } else if c.is_ascii() {
             at += 1;
-            out.push(Token {
-                tok: Tok::Punct(c as char),
-                line,
-                start,
-                end: at,
-            });
+            out.push(Token { tok: Tok::Punct(c as char), line, start, end: at });
         } else {
             return Err(format!("line {line}: unexpected byte {c:#x}"));
         }
@@ -320,13 +302,8 @@ struct Parser<'a> {
 
 /// Reads one PTX text.
 pub fn parse(text: &str) -> ParseResult<Module> {
-    let mut parser = Parser {
-        text,
-        toks: lex(text)?,
-        at: 0,
-        module: Module::default(),
-        loc: Loc::default(),
-    };
+    let mut parser =
+        Parser { text, toks: lex(text)?, at: 0, module: Module::default(), loc: Loc::default() };
     parser.module()?;
     Ok(parser.module)
 }
@@ -364,10 +341,8 @@ impl Parser<'_> {
     }
 
     fn fail<T>(&self, what: impl std::fmt::Display) -> ParseResult<T> {
-        let near = self
-            .toks
-            .get(self.at)
-            .map_or(String::from("the end"), |t| format!("{:?}", t.tok));
+        let near =
+            self.toks.get(self.at).map_or(String::from("the end"), |t| format!("{:?}", t.tok));
         Err(format!("PTX line {}: {what} at {near}", self.line()))
     }
 
@@ -524,11 +499,7 @@ impl Parser<'_> {
                 _ => return self.fail("unknown .loc attribute"),
             }
         }
-        self.loc = Loc {
-            file,
-            line: source_line,
-            inlined_at,
-        };
+        self.loc = Loc { file, line: source_line, inlined_at };
         Ok(())
     }
 
@@ -655,9 +626,7 @@ impl Parser<'_> {
         while !self.eat(')') {
             for var in self.variables(false)? {
                 out.push(function.vars.len());
-                function.scopes[0]
-                    .vars
-                    .insert(var.name.clone(), function.vars.len());
+                function.scopes[0].vars.insert(var.name.clone(), function.vars.len());
                 function.vars.push(var);
             }
             self.eat(',');
@@ -666,11 +635,8 @@ impl Parser<'_> {
     }
 
     fn function(&mut self, entry: bool) -> ParseResult<()> {
-        let mut function = Function {
-            entry,
-            scopes: vec![Scope::default()],
-            ..Function::default()
-        };
+        let mut function =
+            Function { entry, scopes: vec![Scope::default()], ..Function::default() };
         if !entry && self.is('(') {
             function.returns = self.parameter_list(&mut function)?;
         }
@@ -727,10 +693,7 @@ impl Parser<'_> {
                 return Ok(());
             }
             if self.eat('{') {
-                function.scopes.push(Scope {
-                    parent: Some(scope),
-                    ..Scope::default()
-                });
+                function.scopes.push(Scope { parent: Some(scope), ..Scope::default() });
                 self.body(function, function.scopes.len() - 1)?;
                 continue;
             }
@@ -744,10 +707,7 @@ impl Parser<'_> {
             let Some(word) = self.peek_word().map(str::to_string) else {
                 return self.fail("expected a statement");
             };
-            if matches!(
-                self.toks.get(self.at + 1).map(|t| &t.tok),
-                Some(Tok::Punct(':'))
-            ) {
+            if matches!(self.toks.get(self.at + 1).map(|t| &t.tok), Some(Tok::Punct(':'))) {
                 self.at += 2;
                 self.label(function, scope, word)?;
                 continue;
@@ -772,9 +732,7 @@ impl Parser<'_> {
                 }
                 ".shared" | ".local" | ".param" | ".global" | ".const" => {
                     for var in self.variables(false)? {
-                        function.scopes[scope]
-                            .vars
-                            .insert(var.name.clone(), function.vars.len());
+                        function.scopes[scope].vars.insert(var.name.clone(), function.vars.len());
                         function.vars.push(var);
                     }
                     self.expect(';')?;
@@ -803,11 +761,7 @@ impl Parser<'_> {
             }
             _ => {
                 let here = function.body.len();
-                if function.scopes[scope]
-                    .labels
-                    .insert(name.clone(), here)
-                    .is_some()
-                {
+                if function.scopes[scope].labels.insert(name.clone(), here).is_some() {
                     return self.fail(format!("label '{name}' is defined twice"));
                 }
             }
@@ -832,16 +786,10 @@ impl Parser<'_> {
                 let count = self.number()? as u32;
                 self.expect('>')?;
                 function.regs[slot] += count;
-                function.scopes[scope]
-                    .families
-                    .push((name, class, bits, first, count));
+                function.scopes[scope].families.push((name, class, bits, first, count));
             } else {
                 function.regs[slot] += 1;
-                let reg = Reg {
-                    class,
-                    bits,
-                    index: first,
-                };
+                let reg = Reg { class, bits, index: first };
                 function.scopes[scope].regs.insert(name, reg);
             }
             if self.eat(';') {
@@ -876,14 +824,7 @@ impl Parser<'_> {
             .join(" ");
         let line = self.toks[first].line;
         self.at += 1;
-        function.body.push(Statement {
-            opcode,
-            guard,
-            operands,
-            line,
-            loc: self.loc,
-            text,
-        });
+        function.body.push(Statement { opcode, guard, operands, line, loc: self.loc, text });
         Ok(())
     }
 
@@ -910,9 +851,7 @@ impl Parser<'_> {
                 Operand::Name(name, offset, scope) => (Operand::Name(name, 0, scope), offset),
                 other => (other, 0),
             };
-            if self.eat('+') {
-                offset += self.number()? as i64;
-            } else if self.is('-') {
+            if self.eat('+') || self.is('-') {
                 offset += self.number()? as i64;
             }
             self.expect(']')?;

@@ -206,7 +206,7 @@ pub struct Shared {
 
 /// The bytes that a fresh byte at this address holds: a NaN in every floating-point type.
 pub fn poison(address: u64) -> u8 {
-    if address % 2 == 0 { 0xff } else { 0x7f }
+    if address.is_multiple_of(2) { 0xff } else { 0x7f }
 }
 
 impl Shared {
@@ -292,16 +292,20 @@ impl Shared {
             let cell = &mut self.cells[index as usize];
             if cell.pending & mask != 0 {
                 let line = name(cell.w_pc);
-                return Err(Problem::new(719, format!(
-                    "bytes that an asynchronous copy has in flight (issued by thread {} at {line})",
-                    cell.w_thread
-                )));
+                return Err(Problem::new(
+                    719,
+                    format!(
+                        "bytes that an asynchronous copy has in flight (issued by thread {} at {line})",
+                        cell.w_thread
+                    ),
+                ));
             }
             let reads = mode.reads();
             if reads && cell.init & mask != mask {
-                return Err(Problem::new(719, String::from(
-                    "uninitialised bytes (nothing in this block has written them)",
-                )));
+                return Err(Problem::new(
+                    719,
+                    String::from("uninitialised bytes (nothing in this block has written them)"),
+                ));
             }
             let strong = mode.strong();
             if cell.w_mask & mask != 0
@@ -309,20 +313,26 @@ impl Shared {
                 && !order.before(cell.w_thread, cell.w_stamp, cell.w_sync, who)
             {
                 let what = if reads { "written" } else { "also written" };
-                return Err(Problem::new(719, format!(
-                    "a race: {what} by thread {} without a barrier in between, at {}",
-                    cell.w_thread,
-                    name(cell.w_pc)
-                )));
+                return Err(Problem::new(
+                    719,
+                    format!(
+                        "a race: {what} by thread {} without a barrier in between, at {}",
+                        cell.w_thread,
+                        name(cell.w_pc)
+                    ),
+                ));
             }
             if mode.writes() {
                 if let Some((thread, pc)) =
                     unordered_reader(cell, order, who, mask, self.readers.get(&(index as usize)))
                 {
-                    return Err(Problem::new(719, format!(
-                        "a race: read by thread {thread} without a barrier in between, at {}",
-                        name(pc)
-                    )));
+                    return Err(Problem::new(
+                        719,
+                        format!(
+                            "a race: read by thread {thread} without a barrier in between, at {}",
+                            name(pc)
+                        ),
+                    ));
                 }
                 cell.w_mask = mask;
                 cell.w_strong = strong;
@@ -361,7 +371,8 @@ impl Shared {
     #[inline]
     pub fn written_by_warp(&self, address: u32, len: u32, warp: usize) -> bool {
         let at = address - self.start;
-        (at / 4..=(at + len - 1) / 4).any(|i| usize::from(self.cells[i as usize].w_thread) / 32 == warp)
+        (at / 4..=(at + len - 1) / 4)
+            .any(|i| usize::from(self.cells[i as usize].w_thread) / 32 == warp)
     }
 }
 
@@ -452,13 +463,16 @@ impl GlobalCell {
             && !before(self.w_block, self.w_thread, self.w_stamp, self.w_sync)
         {
             let what = if mode.reads() { "written" } else { "also written" };
-            return Err(Problem::new(719, format!(
-                "a race: {what} in this launch by block #{} thread {} without an order between \
+            return Err(Problem::new(
+                719,
+                format!(
+                    "a race: {what} in this launch by block #{} thread {} without an order between \
                  the two, at {}",
-                self.w_block,
-                self.w_thread,
-                name(self.w_pc)
-            )));
+                    self.w_block,
+                    self.w_thread,
+                    name(self.w_pc)
+                ),
+            ));
         }
         if mode == Mode::Read {
             let same = self.r_launch == launch;
@@ -479,13 +493,16 @@ impl GlobalCell {
             && self.r_mask & mask != 0
             && !before(self.r_block, self.r_thread, self.r_stamp, self.r_sync)
         {
-            return Err(Problem::new(719, format!(
-                "a race: read in this launch by block #{} thread {} without an order between the \
+            return Err(Problem::new(
+                719,
+                format!(
+                    "a race: read in this launch by block #{} thread {} without an order between the \
                  two, at {}",
-                self.r_block,
-                self.r_thread,
-                name(self.r_pc)
-            )));
+                    self.r_block,
+                    self.r_thread,
+                    name(self.r_pc)
+                ),
+            ));
         }
         self.w_launch = launch;
         self.w_block = block;

@@ -30,7 +30,11 @@ fn a_dropped_barrier_is_a_race_whatever_the_values() {
         for n in 0..2 {
             let broken = patch(GEMM, "bar.sync \t0;", n, "");
             let fault = gemm(&broken, 70, 70, 40, machine);
-            expect(fault, 719, &["'gemm_f32'", "thread (", "gemm.cu:", "address 0x", "shared memory: byte"]);
+            expect(
+                fault,
+                719,
+                &["'gemm_f32'", "thread (", "gemm.cu:", "address 0x", "shared memory: byte"],
+            );
         }
         let broken = patch(GEMM_BF16, "bar.sync \t0;", 1, "");
         let fault = gemm_bf16(&broken, 64, 64, 96, machine);
@@ -42,13 +46,18 @@ fn a_dropped_barrier_is_a_race_whatever_the_values() {
 fn an_index_off_by_one_is_out_of_bounds() {
     let broken = patch(GEMM, "[%rd64];", 0, "[%rd64+4];");
     let fault = gemm(&broken, 64, 64, 16, Machine::default());
-    expect(fault, 700, &["'gemm_f32'", "thread (", "gemm.cu:18", "4 bytes at offset 4096", "of 4096 bytes"]);
+    expect(
+        fault,
+        700,
+        &["'gemm_f32'", "thread (", "gemm.cu:18", "4 bytes at offset 4096", "of 4096 bytes"],
+    );
 }
 
 #[test]
 fn a_store_out_of_bounds_names_offset_and_size() {
     let mut gpu = Gpu::new(GEMM);
-    let (a, b, c) = (gpu.upload(&[1_f32; 64 * 16]), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(63 * 64 * 4));
+    let (a, b, c) =
+        (gpu.upload(&[1_f32; 64 * 16]), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(63 * 64 * 4));
     let params = [(8, a), (8, b), (8, c), (4, 64), (4, 64), (4, 16)];
     let fault = gpu.launch("gemm_f32", [1; 3], [256, 1, 1], 0, &params);
     expect(fault, 700, &["'gemm_f32'", "gemm.cu:41", "of 16128 bytes"]);
@@ -92,10 +101,15 @@ fn two_threads_that_write_one_word_race() {
     expect(fault, 719, &["'gemm_f32'", "thread (", "gemm.cu:18", "race: also written by thread"]);
     // Two blocks that write one word of the result.
     let mut gpu = Gpu::new(GEMM);
-    let (a, b, c) = (gpu.upload(&[1_f32; 64 * 16]), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(64 * 64 * 4));
+    let (a, b, c) =
+        (gpu.upload(&[1_f32; 64 * 16]), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(64 * 64 * 4));
     let params = [(8, a), (8, b), (8, c), (4, 64), (4, 64), (4, 16)];
     let fault = gpu.launch("gemm_f32", [1, 1, 2], [256, 1, 1], 0, &params);
-    expect(fault, 719, &["'gemm_f32'", "gemm.cu:41", "race: also written in this launch by block #"]);
+    expect(
+        fault,
+        719,
+        &["'gemm_f32'", "gemm.cu:41", "race: also written in this launch by block #"],
+    );
 }
 
 #[test]
@@ -137,7 +151,9 @@ fn the_frame_of_the_small_kernels_is_clean() {
 
 #[test]
 fn lanes_of_a_warp_need_an_order_too() {
-    let fault = small("st.shared.u32 [%a], %t; xor.b32 %t, %t, 1; mad.lo.u32 %a, %t, 4, %b; ld.shared.u32 %b, [%a];");
+    let fault = small(
+        "st.shared.u32 [%a], %t; xor.b32 %t, %t, 1; mad.lo.u32 %a, %t, 4, %b; ld.shared.u32 %b, [%a];",
+    );
     expect(fault, 719, &["'k'", "small.cu:33", "race: written by thread"]);
 }
 
@@ -147,12 +163,25 @@ fn divergent_barriers_and_deadlocks_list_the_warps() {
     // The other lanes leave, so nobody is left to wait for; a barrier may be reached by the rest.
     assert!(fault.is_ok(), "exited lanes do not count");
     let fault = small("setp.lt.u32 %p, %t, 16; @%p bar.sync 0; @!%p bar.sync 0;");
-    expect(fault, 719, &["'k'", "lanes wait for lanes that never come", "bar.sync 0", "small.cu:33"]);
-    let fault = small("setp.lt.u32 %p, %t, 32; @%p bra one; bar.sync 0; bra done; one: bar.sync 0; done:");
+    expect(
+        fault,
+        719,
+        &["'k'", "lanes wait for lanes that never come", "bar.sync 0", "small.cu:33"],
+    );
+    let fault =
+        small("setp.lt.u32 %p, %t, 32; @%p bra one; bar.sync 0; bra done; one: bar.sync 0; done:");
     expect(fault, 719, &["'k'", "barrier divergence", "bar.sync"]);
-    let fault = small("setp.lt.u32 %p, %t, 32; @%p bra one; bar.sync 1, 64; bra done; one: bar.sync 2, 64; done:");
-    expect(fault, 719, &["deadlock", "warp 0", "warp 1", "bar.sync 1, 64", "bar.sync 2, 64", "small.cu:33"]);
-    let fault = small("setp.lt.u32 %p, %t, 16; @%p bra one; shfl.sync.idx.b32 %b, %t, 0, 31, -1; bra done; one: activemask.b32 %b; done: bar.sync 1, 64;");
+    let fault = small(
+        "setp.lt.u32 %p, %t, 32; @%p bra one; bar.sync 1, 64; bra done; one: bar.sync 2, 64; done:",
+    );
+    expect(
+        fault,
+        719,
+        &["deadlock", "warp 0", "warp 1", "bar.sync 1, 64", "bar.sync 2, 64", "small.cu:33"],
+    );
+    let fault = small(
+        "setp.lt.u32 %p, %t, 16; @%p bra one; shfl.sync.idx.b32 %b, %t, 0, 31, -1; bra done; one: activemask.b32 %b; done: bar.sync 1, 64;",
+    );
     expect(fault, 719, &["lanes wait for lanes that never come", "shfl.sync"]);
 }
 
@@ -176,14 +205,22 @@ fn loops_that_never_end_are_stopped() {
     let text = ".version 9.0\n.target sm_80\n.visible .entry k() { L: bra L; }";
     let mut gpu = Gpu::new(text);
     gpu.machine.watchdog = 10_000_000;
-    expect(gpu.launch("k", [2, 1, 1], [32, 1, 1], 0, &[]), 702, &["'k'", "no block of kernel", "bra L"]);
+    expect(
+        gpu.launch("k", [2, 1, 1], [32, 1, 1], 0, &[]),
+        702,
+        &["'k'", "no block of kernel", "bra L"],
+    );
 }
 
 #[test]
 fn other_wild_accesses() {
     expect(small("ld.shared.u32 %b, [%a+256];"), 700, &["of 's', which has 256 bytes"]);
     expect(small("ld.global.u32 %b, [0];"), 700, &["address 0x0", "near no allocation"]);
-    expect(small(".local .align 4 .b8 l[8]; mov.u32 %a, l; ld.local.u32 %b, [%a];"), 719, &["local memory"]);
+    expect(
+        small(".local .align 4 .b8 l[8]; mov.u32 %a, l; ld.local.u32 %b, [%a];"),
+        719,
+        &["local memory"],
+    );
     expect(small("trap;"), 719, &["trap"]);
     // Dynamic shared memory that the launch did not ask for.
     let text = ".version 9.0\n.target sm_80\n.extern .shared .align 16 .b8 m[];\n.visible .entry k() { st.shared.u8 [m+15], 1; ret; }";

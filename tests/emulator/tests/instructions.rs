@@ -38,16 +38,32 @@ fn eval(target: u32, body: &str, inputs: &[[u64; 4]]) -> Vec<u64> {
 
 /// Interesting and random words.
 fn words() -> Vec<[u64; 4]> {
-    let edge = [0, 1, 2, 31, 32, 33, 63, 64, 0x7f, 0x80, 0xffff, 0x8000, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff];
+    let edge = [
+        0,
+        1,
+        2,
+        31,
+        32,
+        33,
+        63,
+        64,
+        0x7f,
+        0x80,
+        0xffff,
+        0x8000,
+        0x7fff_ffff,
+        0x8000_0000,
+        0xffff_ffff,
+    ];
     let mut rng = cuda::rng::Rng::new(7);
     let mut out: Vec<[u64; 4]> = Vec::new();
     for &a in &edge {
         for &b in &edge {
-            out.push([a, b, rng.next() & 0x3f, rng.next()]);
+            out.push([a, b, rng.bits() & 0x3f, rng.bits()]);
         }
     }
     for _ in 0..200 {
-        out.push([rng.next(), rng.next(), rng.next(), rng.next()]);
+        out.push([rng.bits(), rng.bits(), rng.bits(), rng.bits()]);
     }
     out
 }
@@ -75,15 +91,15 @@ fn integers_add_and_multiply() {
     word("add.sat.s32 outr, r0, r1;", |a, b, _| {
         (i64::from(a as i32) + i64::from(b as i32)).clamp(-(1 << 31), (1 << 31) - 1) as u32
     });
-    word("mul.hi.u32 outr, r0, r1;", |a, b, _| (u64::from(a) * u64::from(b) >> 32) as u32);
+    word("mul.hi.u32 outr, r0, r1;", |a, b, _| ((u64::from(a) * u64::from(b)) >> 32) as u32);
     word("mul.hi.s32 outr, r0, r1;", |a, b, _| {
-        (i64::from(a as i32) * i64::from(b as i32) >> 32) as u32
+        ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32
     });
     word("mad.lo.s32 outr, r0, r1, r2;", |a, b, c| {
         (u64::from(a) * u64::from(b) + u64::from(c)) as u32
     });
     word("mad.hi.u32 outr, r0, r1, r2;", |a, b, c| {
-        ((u64::from(a) * u64::from(b) >> 32) + u64::from(c)) as u32
+        (((u64::from(a) * u64::from(b)) >> 32) + u64::from(c)) as u32
     });
     word("min.s32 outr, r0, r1;", |a, b, _| (a as i32).min(b as i32) as u32);
     word("max.u32 outr, r0, r1;", u32_max);
@@ -103,9 +119,9 @@ fn integers_add_and_multiply() {
     long("mad.wide.u32 out, r0, r1, a2;", |a, b, c| {
         (u128::from(a as u32) * u128::from(b as u32) + u128::from(c)) as u64
     });
-    long("mul.hi.u64 out, a0, a1;", |a, b, _| (u128::from(a) * u128::from(b) >> 64) as u64);
+    long("mul.hi.u64 out, a0, a1;", |a, b, _| ((u128::from(a) * u128::from(b)) >> 64) as u64);
     long("mul.hi.s64 out, a0, a1;", |a, b, _| {
-        (i128::from(a as i64) * i128::from(b as i64) >> 64) as u64
+        ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64
     });
     long("mul.lo.s64 out, a0, a1;", |a, b, _| (u128::from(a) * u128::from(b)) as u64);
     long("mul.wide.s16 outr, h0, h1;", |a, b, _| {
@@ -152,10 +168,16 @@ fn bits_move() {
     word("lop3.b32 outr, r0, r1, r2, 0xE8;", |a, b, c| (a & b) | (a & c) | (b & c));
     word("lop3.b32 outr, r0, r1, r2, 0x2A;", |a, b, c| !(a & b) & c);
     word("brev.b32 outr, r0;", |a, _, _| (0..32).fold(0, |out, i| out | (a >> i & 1) << (31 - i)));
-    word("clz.b32 outr, r0;", |a, _, _| (0..32).take_while(|i| a >> (31 - i) & 1 == 0).count() as u32);
+    word("clz.b32 outr, r0;", |a, _, _| {
+        (0..32).take_while(|i| a >> (31 - i) & 1 == 0).count() as u32
+    });
     long("popc.b64 outr, a0;", |a, _, _| (0..64).filter(|i| a >> i & 1 == 1).count() as u64);
-    long("clz.b64 outr, a0;", |a, _, _| (0..64).take_while(|i| a >> (63 - i) & 1 == 0).count() as u64);
-    word("bfind.u32 outr, r0;", |a, _, _| (0..32).rev().find(|i| a >> i & 1 == 1).unwrap_or(u32::MAX));
+    long("clz.b64 outr, a0;", |a, _, _| {
+        (0..64).take_while(|i| a >> (63 - i) & 1 == 0).count() as u64
+    });
+    word("bfind.u32 outr, r0;", |a, _, _| {
+        (0..32).rev().find(|i| a >> i & 1 == 1).unwrap_or(u32::MAX)
+    });
     word("bfe.u32 outr, r0, 5, 9;", |a, _, _| a >> 5 & 0x1ff);
     word("bfe.s32 outr, r0, 28, 9;", |a, _, _| (a as i32 >> 28) as u32);
     word("bfe.s32 outr, r0, 3, 4;", |a, _, _| ((a << 25) as i32 >> 28) as u32);
@@ -175,16 +197,45 @@ fn bits_move() {
     word("setp.lt.s32 p0, r0, r1; setp.hs.or.u32 outp, r0, r2, p0;", |a, b, c| {
         u32::from((a as i32) < b as i32 || a >= c)
     });
-    word("setp.eq.s32 p0|p1, r0, r1; selp.b32 outr, 3, 5, p1;", |a, b, _| if a == b { 5 } else { 3 });
-    word("setp.ne.b32 p0, r0, 0; not.pred p1, p0; and.pred outp, p1, !p0;", |a, _, _| u32::from(a == 0));
+    word(
+        "setp.eq.s32 p0|p1, r0, r1; selp.b32 outr, 3, 5, p1;",
+        |a, b, _| if a == b { 5 } else { 3 },
+    );
+    word("setp.ne.b32 p0, r0, 0; not.pred p1, p0; and.pred outp, p1, !p0;", |a, _, _| {
+        u32::from(a == 0)
+    });
     word("slct.b32.s32 outr, r0, r1, r2;", |a, b, c| if (c as i32) < 0 { b } else { a });
-    word("setp.eq.b32 p0, r0, r0; @!p0 bra skip; mov.b32 {y0, y1}, r0; mov.b32 outr, {y1, y0}; skip:", |a, _, _| a.rotate_left(16));
+    word(
+        "setp.eq.b32 p0, r0, r0; @!p0 bra skip; mov.b32 {y0, y1}, r0; mov.b32 outr, {y1, y0}; skip:",
+        |a, _, _| a.rotate_left(16),
+    );
 }
 
 fn floats() -> Vec<[u64; 4]> {
     let edge = [
-        0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, 3.0, 1e-40, -1e-40, 1e38, -1e38, 1e-20, 16777217.0,
-        65504.0, 65520.0, 2147483648.0, 255.5, -300.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN,
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.5,
+        1.5,
+        2.5,
+        -2.5,
+        3.0,
+        1e-40,
+        -1e-40,
+        1e38,
+        -1e38,
+        1e-20,
+        16777217.0,
+        65504.0,
+        65520.0,
+        2147483648.0,
+        255.5,
+        -300.0,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
     ];
     let mut rng = cuda::rng::Rng::new(11);
     let mut out = Vec::new();
@@ -195,7 +246,7 @@ fn floats() -> Vec<[u64; 4]> {
         }
     }
     for _ in 0..400 {
-        out.push([0; 4].map(|_: i32| u64::from((rng.next() as f32 / 1e18 - 9.0).to_bits())));
+        out.push([0; 4].map(|_: i32| u64::from((rng.bits() as f32 / 1e18 - 9.0).to_bits())));
     }
     out
 }
@@ -220,7 +271,9 @@ fn floats_round_once() {
     float("div.rn.f32 outf, f0, f1;", |a, b, _| a / b);
     float("fma.rn.f32 outf, f0, f1, f2;", |a, b, c| a.mul_add(b, c));
     float("add.ftz.f32 outf, f0, f1;", |a, b, _| flush(flush(a) + flush(b)));
-    float("fma.rn.ftz.f32 outf, f0, f1, f2;", |a, b, c| flush(flush(a).mul_add(flush(b), flush(c))));
+    float("fma.rn.ftz.f32 outf, f0, f1, f2;", |a, b, c| {
+        flush(flush(a).mul_add(flush(b), flush(c)))
+    });
     float("sqrt.rn.f32 outf, f0;", |a, _, _| a.sqrt());
     float("rcp.rn.f32 outf, f0;", |a, _, _| 1.0 / a);
     float("mul.sat.f32 outf, f0, f1;", |a, b, _| {
@@ -252,8 +305,20 @@ fn minima_and_nans() {
     let smaller = |a: f32, b: f32, _: f32| match (a.is_nan(), b.is_nan()) {
         (true, _) => b,
         (_, true) => a,
-        _ if a == 0.0 && b == 0.0 => if a.is_sign_negative() { a } else { b },
-        _ => if a < b { a } else { b },
+        _ if a == 0.0 && b == 0.0 => {
+            if a.is_sign_negative() {
+                a
+            } else {
+                b
+            }
+        }
+        _ => {
+            if a < b {
+                a
+            } else {
+                b
+            }
+        }
     };
     float("min.f32 outf, f0, f1;", smaller);
     float("max.f32 outf, f0, f1;", |a, b, _| -smaller(-a, -b, 0.0));
@@ -266,9 +331,9 @@ fn minima_and_nans() {
         });
     };
     predicate("lt", |a, b| a < b);
-    predicate("ne", |a, b| a < b || a > b);
+    predicate("ne", |a, b| a != b);
     predicate("neu", |a, b| a != b);
-    predicate("geu", |a, b| !(a < b));
+    predicate("geu", |a, b| a >= b || a.is_nan() || b.is_nan());
     predicate("num", |a, b| !a.is_nan() && !b.is_nan());
     predicate("nan", |a, b| a.is_nan() || b.is_nan());
 }
@@ -318,9 +383,12 @@ fn conversions() {
         u64::from((a as i64).clamp(-32768, 32767) as i16 as u16)
     });
     // The payload of a NaN is open.
-    from_float("cvt.f64.f32 d1, f0; mov.b64 out, d1; setp.nan.f64 p0, d1, d1; selp.b64 out, 7, out, p0;", |x| {
-        if x.is_nan() { 7 } else { x.to_bits() }
-    });
+    from_float(
+        "cvt.f64.f32 d1, f0; mov.b64 out, d1; setp.nan.f64 p0, d1, d1; selp.b64 out, 7, out, p0;",
+        |x| {
+            if x.is_nan() { 7 } else { x.to_bits() }
+        },
+    );
 }
 
 /// Rounds to a short mantissa the slow way: by asking which of two neighbours is closer.
@@ -359,14 +427,20 @@ fn short_floats() {
     narrow("cvt.rn.bf16x2.f32 outr, f0, f1;", &|a, b| {
         u64::from(to_brain(a)) << 16 | u64::from(to_brain(b))
     });
-    narrow("cvt.rn.f16x2.f32 outr, f0, f1;", &|a, b| u64::from(to_half(a)) << 16 | u64::from(to_half(b)));
+    narrow("cvt.rn.f16x2.f32 outr, f0, f1;", &|a, b| {
+        u64::from(to_half(a)) << 16 | u64::from(to_half(b))
+    });
     narrow("cvt.rn.relu.bf16.f32 outh, f0;", &|a, _| if a < 0.0 { 0 } else { to_brain(a).into() });
     narrow("cvt.rna.tf32.f32 outr, f0;", &|a, _| {
         // Half of the last kept bit is added to the magnitude, the rest is cut.
         if a.is_nan() {
             return 0x7fff_e000;
         }
-        if a.is_infinite() { a.to_bits().into() } else { u64::from((a.to_bits() + 0x1000) & !0x1fff) }
+        if a.is_infinite() {
+            a.to_bits().into()
+        } else {
+            u64::from((a.to_bits() + 0x1000) & !0x1fff)
+        }
     });
     // Arithmetic in halves: exact in f64, then rounded.
     let values = |x: u64| half(x as u32 & 0x7fff) * if x & 0x8000 != 0 { -1.0 } else { 1.0 };
@@ -375,11 +449,20 @@ fn short_floats() {
         let sum = values(a) * values(b) + values(c);
         if sum == 0.0 { u64::from(sum.is_sign_negative()) << 15 } else { direct(sum, half) }
     });
-    check(80, "add.f16x2 outr, r0, r1;", &finite.iter().map(|w| w.map(|x| x | x << 16)).collect::<Vec<_>>(), |[a, b, ..]| {
-        let sum = values(a) + values(b);
-        let one = if sum == 0.0 { u64::from(sum.is_sign_negative()) << 15 } else { direct(sum, half) };
-        one | one << 16
-    });
+    check(
+        80,
+        "add.f16x2 outr, r0, r1;",
+        &finite.iter().map(|w| w.map(|x| x | x << 16)).collect::<Vec<_>>(),
+        |[a, b, ..]| {
+            let sum = values(a) + values(b);
+            let one = if sum == 0.0 {
+                u64::from(sum.is_sign_negative()) << 15
+            } else {
+                direct(sum, half)
+            };
+            one | one << 16
+        },
+    );
 }
 
 /// The nearest half of an f64, by search.

@@ -9,7 +9,8 @@ use cuda::exec::Machine;
 fn f32_products_are_exact_at_ragged_sizes_and_any_seed() {
     for (m, n, k) in [(64, 64, 16), (1, 1, 1), (97, 131, 83), (65, 63, 17), (7, 200, 33)] {
         for seed in 1..4 {
-            gemm(GEMM, m, n, k, Machine { seed, ..Machine::default() }).unwrap_or_else(|f| panic!("{}", f.text));
+            gemm(GEMM, m, n, k, Machine { seed, ..Machine::default() })
+                .unwrap_or_else(|f| panic!("{}", f.text));
         }
     }
 }
@@ -18,7 +19,8 @@ fn f32_products_are_exact_at_ragged_sizes_and_any_seed() {
 fn bf16_products_are_exact_at_ragged_sizes_and_any_seed() {
     for (m, n, k) in [(64, 64, 32), (1, 8, 8), (97, 136, 88), (65, 64, 40), (7, 200, 264)] {
         for seed in 1..4 {
-            gemm_bf16(GEMM_BF16, m, n, k, Machine { seed, ..Machine::default() }).unwrap_or_else(|f| panic!("{}", f.text));
+            gemm_bf16(GEMM_BF16, m, n, k, Machine { seed, ..Machine::default() })
+                .unwrap_or_else(|f| panic!("{}", f.text));
         }
     }
 }
@@ -36,7 +38,8 @@ fn activations_agree_with_the_host() {
     params.extend((n as i32).to_le_bytes());
     params.extend(alpha.to_le_bytes());
     params.extend([1_i32, 0, 0, 0].iter().flat_map(|x| x.to_le_bytes()));
-    gpu.launch_bytes("activations", [3, 1, 1], [32, 1, 1], 0, &params).unwrap_or_else(|f| panic!("{}", f.text));
+    gpu.launch_bytes("activations", [3, 1, 1], [32, 1, 1], 0, &params)
+        .unwrap_or_else(|f| panic!("{}", f.text));
     let found = gpu.floats(pd, n * 10);
     for kind in 0..10 {
         for (i, &x) in src.iter().enumerate() {
@@ -47,7 +50,13 @@ fn activations_agree_with_the_host() {
                 1 => x / (1.0 + (-x).exp()),
                 2 => x.tanh(),
                 3 => 0.5 * x * (1.0 + erf(x * 0.5_f64.sqrt())),
-                4 => if x > 0.0 { x } else { a * x.exp_m1() },
+                4 => {
+                    if x > 0.0 {
+                        x
+                    } else {
+                        a * x.exp_m1()
+                    }
+                }
                 5 => x.exp().ln_1p(),
                 6 => (x + 3.0).clamp(0.0, 6.0) / 6.0 * x,
                 7 => x.abs().sqrt() + 1.0 / (x.abs() + 1.0).sqrt(),
@@ -90,7 +99,8 @@ fn blocks_meet_through_fences_and_atomics() {
 fn blocks_that_wait_for_each_other_finish() {
     let mut gpu = Gpu::new(MIXED);
     let (turn, dst) = (gpu.upload(&[0_i32]), gpu.upload(&[1_i32; 4]));
-    gpu.launch("turnstile", [5, 1, 1], [64, 1, 1], 0, &[(8, turn), (8, dst)]).unwrap_or_else(|f| panic!("{}", f.text));
+    gpu.launch("turnstile", [5, 1, 1], [64, 1, 1], 0, &[(8, turn), (8, dst)])
+        .unwrap_or_else(|f| panic!("{}", f.text));
     let want = (0..5).fold(1_i32, |x, b| x * 3 + b);
     assert_eq!(gpu.words(dst, 4), vec![want as u32; 4]);
 }
@@ -105,7 +115,8 @@ fn speed() {
         {
             let ptx = if kernel == "f32" { GEMM } else { GEMM_BF16 };
             for size in [(256, 256, 256), (97, 136, 88)] {
-                let (counters, time) = run(ptx, size.0, size.1, size.2, machine).unwrap_or_else(|f| panic!("{}", f.text));
+                let (counters, time) = run(ptx, size.0, size.1, size.2, machine)
+                    .unwrap_or_else(|f| panic!("{}", f.text));
                 let macs = (size.0 * size.1 * size.2) as f64;
                 println!(
                     "{kernel} {size:?} {name}: {:.1} M warp instructions/s, {:.0} MMAC/s, {time:.3} s",

@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::{
-    CAPTURE_RELAXED, CURRENT, Call, Capture, Code, Event, FIRST_HANDLE, Function,
-    Handle, KernelWork, Node, State, Work, errors, lock,
+    CAPTURE_RELAXED, CURRENT, Call, Capture, Code, Event, FIRST_HANDLE, Function, Handle,
+    KernelWork, Node, State, Work, errors, lock,
 };
 use crate::fatbin;
 
@@ -81,7 +81,11 @@ macro_rules! api {
     ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) |$state:ident| $body:block)*) => {$(
         #[doc = concat!("`", stringify!($name), "` of the CUDA driver API.")]
         #[unsafe(no_mangle)]
-        #[allow(non_snake_case, clippy::too_many_arguments, reason = "the API is given")]
+        #[allow(
+            non_snake_case,
+            clippy::not_unsafe_ptr_arg_deref,
+            reason = "the API is given"
+        )]
         pub extern "C" fn $name($($arg: $ty),*) -> Code {
             entry(stringify!($name), |$state| $body)
         }
@@ -142,10 +146,9 @@ impl State {
 
     /// Whether a host range lies in pinned memory.
     fn is_pinned(&self, address: usize, len: usize) -> bool {
-        self.pinned
-            .range(..=address)
-            .next_back()
-            .is_some_and(|(&base, &(size, _))| address - base <= size && size - (address - base) >= len)
+        self.pinned.range(..=address).next_back().is_some_and(|(&base, &(size, _))| {
+            address - base <= size && size - (address - base) >= len
+        })
     }
 
     fn upload(&mut self, to: u64, from: usize, len: usize, stream: Handle, wait: bool) -> Call {
@@ -213,7 +216,7 @@ impl State {
     ) -> Call {
         let device = self.current()?;
         let stream = self.stream(device, stream)?;
-        if to % size as u64 != 0 {
+        if !to.is_multiple_of(size as u64) {
             return Err(1);
         }
         if count == 0 {
@@ -306,8 +309,9 @@ impl State {
         let threads: u64 = block.iter().map(|&n| u64::from(n)).product();
         let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
         let name = &kernel.name;
-        let fits = grid.iter().zip([i32::MAX as u32, 65_535, 65_535]).all(|(&n, max)| n > 0 && n <= max)
-            && block.iter().zip([1024, 1024, 64]).all(|(&n, max)| n > 0 && n <= max);
+        let fits =
+            grid.iter().zip([i32::MAX as u32, 65_535, 65_535]).all(|(&n, max)| n > 0 && n <= max)
+                && block.iter().zip([1024, 1024, 64]).all(|(&n, max)| n > 0 && n <= max);
         if !fits || threads > 1024 {
             let text = format!("kernel '{name}': grid {grid:?} or block {block:?} is not possible");
             return Err(self.complain(1, &text));
@@ -355,14 +359,17 @@ impl State {
             return Err(401);
         }
         s.capture = Some(id);
-        self.captures.insert(id, Capture {
-            origin: stream,
-            mode,
-            thread: std::thread::current().id(),
-            nodes: Vec::new(),
-            tails: [(stream, Vec::new())].into(),
-            invalid: false,
-        });
+        self.captures.insert(
+            id,
+            Capture {
+                origin: stream,
+                mode,
+                thread: std::thread::current().id(),
+                nodes: Vec::new(),
+                tails: [(stream, Vec::new())].into(),
+                invalid: false,
+            },
+        );
         Ok(())
     }
 
@@ -449,7 +456,8 @@ impl State {
             }
             (Some(mine), _) => {
                 let code = self.invalidate(mine, 905);
-                Err(self.complain(code, "a capturing stream waits for an event that was not captured"))
+                Err(self
+                    .complain(code, "a capturing stream waits for an event that was not captured"))
             }
             (None, Some((theirs, nodes))) => {
                 if stream == self.devices[device].legacy {

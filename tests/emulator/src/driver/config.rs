@@ -171,7 +171,7 @@ impl Config {
     pub fn attribute(&self, attribute: i32) -> Option<i32> {
         let facts = self.facts();
         Some(match attribute {
-            1 | 2 | 3 => 1024,
+            1..=3 => 1024,
             4 => 64,
             5 => i32::MAX,
             6 | 7 => 65_535,

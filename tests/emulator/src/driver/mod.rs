@@ -259,18 +259,27 @@ impl State {
         Ok(())
     }
 
-    fn new_stream(&mut self, device: usize, nonblocking: bool, flags: u32, priority: i32) -> Handle {
+    fn new_stream(
+        &mut self,
+        device: usize,
+        nonblocking: bool,
+        flags: u32,
+        priority: i32,
+    ) -> Handle {
         let handle = self.handle();
-        self.streams.insert(handle, Stream {
-            device,
-            nonblocking,
-            flags,
-            priority,
-            queue: VecDeque::new(),
-            last: 0,
-            done: 0,
-            capture: None,
-        });
+        self.streams.insert(
+            handle,
+            Stream {
+                device,
+                nonblocking,
+                flags,
+                priority,
+                queue: VecDeque::new(),
+                last: 0,
+                done: 0,
+                capture: None,
+            },
+        );
         handle
     }
 
@@ -399,7 +408,8 @@ impl State {
         match hit.map(|(&id, _)| id) {
             Some(id) => {
                 self.invalidate(id, 900);
-                let text = "this call is not allowed while a stream captures; the capture is invalid";
+                let text =
+                    "this call is not allowed while a stream captures; the capture is invalid";
                 Err(self.complain(900, text))
             }
             None => Ok(()),
@@ -450,7 +460,8 @@ impl State {
     }
 
     fn device_streams(&mut self, device: usize, all: bool) -> Vec<Handle> {
-        let chosen = self.streams.iter().filter(|(_, s)| s.device == device && (all || !s.nonblocking));
+        let chosen =
+            self.streams.iter().filter(|(_, s)| s.device == device && (all || !s.nonblocking));
         let mut out: Vec<Handle> = chosen.map(|(h, _)| *h).collect();
         out.sort_unstable();
         self.rng.shuffle(&mut out);
@@ -458,11 +469,12 @@ impl State {
     }
 
     fn synchronize_device(&mut self, device: usize) -> Call {
-        let capturing =
-            self.streams.values().find(|s| s.device == device && s.capture.is_some());
+        let capturing = self.streams.values().find(|s| s.device == device && s.capture.is_some());
         if let Some(capture) = capturing.and_then(|s| s.capture) {
             self.invalidate(capture, 900);
-            return Err(self.complain(900, "a context with a capturing stream cannot be waited for"));
+            return Err(
+                self.complain(900, "a context with a capturing stream cannot be waited for")
+            );
         }
         for stream in self.device_streams(device, true) {
             self.run_until(stream, u64::MAX)?;

@@ -1,8 +1,8 @@
 //! A device without a driver: PTX text, memory and launches.
 #![allow(dead_code)]
 
-use cuda::exec::{self, Fault, Launch, Machine};
 use cuda::counters::Counters;
+use cuda::exec::{self, Fault, Launch, Machine};
 use cuda::isa::{self, Kernel};
 use cuda::memory::DeviceMemory;
 use cuda::parse;
@@ -134,32 +134,25 @@ pub fn gemm(ptx: &str, m: usize, n: usize, k: usize, machine: Machine) -> Run {
     let (a, b) = (integers(m * k, 1), integers(k * n, 2));
     let (pa, pb, pc) = (gpu.upload(&a), gpu.upload(&b), gpu.empty(m * n * 4));
     let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1];
-    let params =
-        [(8, pa), (8, pb), (8, pc), (4, m as u64), (4, n as u64), (4, k as u64)];
+    let params = [(8, pa), (8, pb), (8, pc), (4, m as u64), (4, n as u64), (4, k as u64)];
     let counters = gpu.launch("gemm_f32", grid, [256, 1, 1], 0, &params)?;
     assert_eq!(gpu.floats(pc, m * n), product(&a, &b, m, n, k), "wrong at {m}x{n}x{k}");
     Ok((counters, gpu.seconds))
 }
 
 /// Runs the bf16 matrix product of `ptx` and checks every element.
-pub fn gemm_bf16(
-    ptx: &str,
-    m: usize,
-    n: usize,
-    k: usize,
-    machine: Machine,
-) -> Run {
+pub fn gemm_bf16(ptx: &str, m: usize, n: usize, k: usize, machine: Machine) -> Run {
     let mut gpu = Gpu::new(ptx);
     gpu.machine = machine;
     let narrow = |x: &[f32]| x.iter().map(|x| (x.to_bits() >> 16) as u16).collect::<Vec<u16>>();
     // Results beyond 256 are not exact in bf16, so the sums are kept small.
-    let small = |n, seed| integers(n, seed).into_iter().map(|x| (x / 4.0).trunc()).collect::<Vec<f32>>();
+    let small =
+        |n, seed| integers(n, seed).into_iter().map(|x| (x / 4.0).trunc()).collect::<Vec<f32>>();
     let (a, b) = (small(m * k, 1), small(k * n, 2));
     let (pa, pb) = (gpu.upload(&narrow(&a)), gpu.upload(&narrow(&b)));
     let pc = gpu.empty(m * n * 2);
     let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1];
-    let params =
-        [(8, pa), (8, pb), (8, pc), (4, m as u64), (4, n as u64), (4, k as u64)];
+    let params = [(8, pa), (8, pb), (8, pc), (4, m as u64), (4, n as u64), (4, k as u64)];
     let shared = 2 * (64 * 40 + 32 * 72) * 2;
     let counters = gpu.launch("gemm_bf16", grid, [128, 1, 1], shared, &params)?;
     let bytes = gpu.memory.read(pc, (m * n * 2) as u64).unwrap();
