@@ -950,6 +950,18 @@ impl Grid<'_> {
         if self.machine.counters {
             self.count(access.target, mask, &addresses, total, false);
         }
+        let mut mask = mask;
+        if access.target == Target::Shared && access.size == 4 && mode == Mode::Read && !access.long
+        {
+            mask = match access.regs[..] {
+                [Some(a)] => self.load_shared(block, w, &addresses, mask, [a]),
+                [Some(a), Some(b)] => self.load_shared(block, w, &addresses, mask, [a, b]),
+                [Some(a), Some(b), Some(c), Some(d)] => {
+                    self.load_shared(block, w, &addresses, mask, [a, b, c, d])
+                }
+                _ => mask,
+            };
+        }
         // The lane before, when its address is the same and its check covers this one.
         let mut last: Option<(u64, u128)> = None;
         for lane in lanes(mask) {
@@ -1018,6 +1030,45 @@ impl Grid<'_> {
             scatter(&mut block.warps[w].regs, access, lane, value);
         }
         Ok(())
+    }
+
+    /// Loads words for all lanes that need no closer look; gives the lanes that do.
+    fn load_shared<const N: usize>(
+        &self,
+        block: &mut Block,
+        w: usize,
+        addresses: &[u64; 32],
+        mask: u32,
+        rows: [u32; N],
+    ) -> u32 {
+        if !self.machine.checks {
+            return mask;
+        }
+        let Block { warps, shared, order, .. } = block;
+        let Warp { regs, pc, .. } = &mut warps[w];
+        let mut out = [[0; 32]; N];
+        let mut done = 0;
+        let mut last = (u64::MAX, [0; N]);
+        for lane in lanes(mask) {
+            let who = Who { thread: (w * 32 + lane) as u16, pc: *pc };
+            // A neighbour's words, unless a lane of this warp wrote them.
+            let same = last.0 == addresses[lane]
+                && !shared.written_by_warp(last.0 as u32, 4 * N as u32, w);
+            if !same {
+                match shared.read_words::<N>(order, who, addresses[lane]) {
+                    Some(words) => last = (addresses[lane], words),
+                    None => continue,
+                }
+            }
+            done |= 1 << lane;
+            for (out, word) in out.iter_mut().zip(last.1) {
+                out[lane] = word;
+            }
+        }
+        for (row, out) in rows.iter().zip(&out) {
+            alu::put(&mut regs.w[*row as usize], out, done);
+        }
+        mask & !done
     }
 
     fn store(

@@ -114,48 +114,55 @@ impl Mma {
         if self.c_ty == Ty::S(32) { self.integer(regs) } else { self.float(regs) }
     }
 
-    /// Gives every element of A (row, column) and B (row, column) with its register and lane.
-    fn inputs(
-        &self,
-        mut a: impl FnMut(usize, usize, u32, usize),
-        mut b: impl FnMut(usize, usize, u32, usize),
-    ) {
-        let each = per_register(self.a_ty);
+    /// Row and column of the element in A that a lane's register holds at `part`.
+    #[inline(always)]
+    fn place_a(&self, register: usize, lane: usize, part: usize, each: usize) -> (usize, usize) {
         let halves = self.rows / 8;
-        for lane in 0..32 {
-            let (group, in_group) = (lane / 4, lane % 4);
-            for part in 0..each {
-                for register in 0..self.a.len() {
-                    let row = group + 8 * (register % halves);
-                    let column = in_group * each + part + 4 * each * (register / halves);
-                    a(row, column, register as u32, lane * each + part);
-                }
-                for register in 0..self.b.len() {
-                    let row = in_group * each + part + 4 * each * register;
-                    b(row, group, register as u32, lane * each + part);
-                }
-            }
-        }
+        let row = lane / 4 + 8 * (register % halves);
+        (row, lane % 4 * each + part + 4 * each * (register / halves))
+    }
+
+    /// Row and column of the element in B that a lane's register holds at `part`.
+    #[inline(always)]
+    fn place_b(register: usize, lane: usize, part: usize, each: usize) -> (usize, usize) {
+        (lane % 4 * each + part + 4 * each * register, lane / 4)
     }
 
     fn float(&self, regs: &mut Regs) {
-        let each = per_register(self.a_ty);
-        let element = |rows: &[u32], register: u32, at: usize| {
-            let word = regs.w[rows[register as usize] as usize][at / each];
-            let x = match self.a_ty {
-                // The low 13 bits are not looked at.
-                Ty::TF32 => f32::from_bits(word & !0x1fff),
-                Ty::BF16 => float::bf16_to_f32(word >> (16 * (at % 2)) & 0xffff),
-                _ => float::f16_to_f32(word >> (16 * (at % 2)) & 0xffff),
-            };
-            f64::from(x)
-        };
+        match self.a_ty {
+            // The low 13 bits are not looked at.
+            Ty::TF32 => self.product::<1>(regs, |word, _| f32::from_bits(word & !0x1fff)),
+            Ty::BF16 => self.product::<2>(regs, |word, part| {
+                f32::from_bits(if part == 0 { word << 16 } else { word & 0xffff_0000 })
+            }),
+            _ => self
+                .product::<2>(regs, |word, part| float::f16_to_f32(word >> (16 * part) & 0xffff)),
+        }
+    }
+
+    /// The product of fragments with `EACH` elements per register.
+    #[inline(always)]
+    fn product<const EACH: usize>(&self, regs: &mut Regs, element: impl Fn(u32, usize) -> f32) {
         let mut a = [[0_f64; 16]; 16];
         let mut b = [[0_f64; 8]; 16];
-        self.inputs(
-            |row, column, register, at| a[row][column] = element(&self.a, register, at),
-            |row, column, register, at| b[row][column] = element(&self.b, register, at),
-        );
+        for (register, &row) in self.a.iter().enumerate() {
+            let words = &regs.w[row as usize];
+            for lane in 0..32 {
+                for part in 0..EACH {
+                    let (row, column) = self.place_a(register, lane, part, EACH);
+                    a[row % 16][column % 16] = element(words[lane], part).into();
+                }
+            }
+        }
+        for (register, &row) in self.b.iter().enumerate() {
+            let words = &regs.w[row as usize];
+            for lane in 0..32 {
+                for part in 0..EACH {
+                    let (row, column) = Mma::place_b(register, lane, part, EACH);
+                    b[row % 16][column % 8] = element(words[lane], part).into();
+                }
+            }
+        }
         let c: Vec<Row> = self.c.iter().map(|&r| regs.w[r as usize]).collect();
         let mut sums = [[0_f64; 8]; 16];
         for lane in 0..32 {
@@ -192,16 +199,24 @@ impl Mma {
     }
 
     fn integer(&self, regs: &mut Regs) {
-        let element = |rows: &[u32], ty: Ty, register: u32, at: usize| {
-            let byte = (regs.w[rows[register as usize] as usize][at / 4] >> (8 * (at % 4))) as u8;
+        let element = |word: u32, part: usize, ty: Ty| {
+            let byte = (word >> (8 * part)) as u8;
             if ty == Ty::S(8) { i64::from(byte as i8) } else { i64::from(byte) }
         };
         let mut a = [[0_i64; 32]; 16];
         let mut b = [[0_i64; 8]; 32];
-        self.inputs(
-            |row, column, register, at| a[row][column] = element(&self.a, self.a_ty, register, at),
-            |row, column, register, at| b[row][column] = element(&self.b, self.b_ty, register, at),
-        );
+        for lane in 0..32 {
+            for part in 0..4 {
+                for (register, &word) in self.a.iter().enumerate() {
+                    let (row, column) = self.place_a(register, lane, part, 4);
+                    a[row][column] = element(regs.w[word as usize][lane], part, self.a_ty);
+                }
+                for (register, &word) in self.b.iter().enumerate() {
+                    let (row, column) = Mma::place_b(register, lane, part, 4);
+                    b[row][column] = element(regs.w[word as usize][lane], part, self.b_ty);
+                }
+            }
+        }
         let c: Vec<Row> = self.c.iter().map(|&r| regs.w[r as usize]).collect();
         for lane in 0..32 {
             for i in 0..self.c.len() {

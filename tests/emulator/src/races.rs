@@ -272,6 +272,46 @@ impl Shared {
         }
     }
 
+    /// The common load: `N` whole words that the lane may read without a question. `None` when
+    /// anything needs a closer look; then nothing has been recorded.
+    #[inline(always)]
+    pub fn read_words<const N: usize>(
+        &mut self,
+        order: &Order,
+        who: Who,
+        address: u64,
+    ) -> Option<[u32; N]> {
+        let at = address.checked_sub(self.start.into())? as usize;
+        if !at.is_multiple_of(4 * N) {
+            return None;
+        }
+        let cells = self.cells.get_mut(at / 4..at / 4 + N)?;
+        let warp = who.warp();
+        let ready = cells.iter().all(|c| {
+            let settled = c.r_stamp == order.now || c.r_warps == 0 || c.r_stamp < order.floor;
+            c.valid & c.init == 0xf
+                && c.pending == 0
+                && settled
+                && order.before(c.w_thread, c.w_stamp, c.w_sync, who)
+        });
+        if !ready {
+            return None;
+        }
+        for cell in cells {
+            cell.r_warps =
+                if cell.r_stamp == order.now { cell.r_warps | 1 << warp } else { 1 << warp };
+            cell.r_stamp = order.now;
+            cell.r_mask = 0xf;
+            cell.r_thread = who.thread;
+            cell.r_sync = order.sync[warp];
+            cell.r_pc = who.pc;
+        }
+        let bytes = self.data.get(at..at + 4 * N)?;
+        Some(std::array::from_fn(|i| {
+            u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+        }))
+    }
+
     /// Checks and records an access to bytes that belong to variables. `settles` is false for the
     /// issue of an asynchronous copy, which conflicts like a write but initialises nothing yet.
     #[inline]

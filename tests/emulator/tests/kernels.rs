@@ -114,7 +114,7 @@ fn speed() {
             [("f32", gemm as fn(&str, usize, usize, usize, Machine) -> _), ("bf16", gemm_bf16)]
         {
             let ptx = if kernel == "f32" { GEMM } else { GEMM_BF16 };
-            for size in [(256, 256, 256), (97, 136, 88)] {
+            for size in [(256, 256, 256), (200, 264, 328)] {
                 let (counters, time) = run(ptx, size.0, size.1, size.2, machine)
                     .unwrap_or_else(|f| panic!("{}", f.text));
                 let macs = (size.0 * size.1 * size.2) as f64;
