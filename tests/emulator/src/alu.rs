@@ -571,6 +571,74 @@ pub fn div_approx(a: f32, b: f32) -> f32 {
     a / b
 }
 
+/// Comparison operators in the order in which immediates number them.
+pub const COMPARISONS: [&str; 18] = [
+    "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu",
+    "geu", "num", "nan",
+];
+
+/// `set` on one lane: types as for a conversion, the comparison in bits 24 and up of `imm`.
+pub fn set(a: u32, b: u32, imm: u64) -> u32 {
+    let (from, to) = (unpack_ty(imm >> 8), unpack_ty(imm >> 16));
+    let yes = |a: u32, b: u32| {
+        let value = |x: u32| match from {
+            Ty::S(bits) => extend(x.into(), bits.into(), true) as i64 as f64,
+            Ty::U(bits) => extend(x.into(), bits.into(), false) as f64,
+            Ty::F16x2 => Ty::F16.value(x.into()),
+            Ty::BF16x2 => Ty::BF16.value(x.into()),
+            _ => from.value(x.into()),
+        };
+        let fl = |x: f64| {
+            let tiny = Flags::unpack(imm).ftz && x.abs() < 2_f64.powi(-126);
+            if tiny { 0.0 } else { x }
+        };
+        let (a, b) = (fl(value(a)), fl(value(b)));
+        let unordered = a.is_nan() || b.is_nan();
+        match COMPARISONS[(imm >> 24 & 0x1f) as usize % COMPARISONS.len()] {
+            "eq" => a == b,
+            "ne" => !unordered && a != b,
+            "lt" | "lo" => a < b,
+            "le" | "ls" => a <= b,
+            "gt" | "hi" => a > b,
+            "ge" | "hs" => a >= b,
+            "equ" => unordered || a == b,
+            "neu" => a != b,
+            "ltu" => unordered || a < b,
+            "leu" => unordered || a <= b,
+            "gtu" => unordered || a > b,
+            "geu" => unordered || a >= b,
+            "num" => !unordered,
+            _ => unordered,
+        }
+    };
+    let pair = matches!(from, Ty::F16x2 | Ty::BF16x2);
+    let low = yes(a, b);
+    let high = pair && yes(a >> 16, b >> 16);
+    match to {
+        Ty::F32 => {
+            if low {
+                1.0_f32.to_bits()
+            } else {
+                0
+            }
+        }
+        Ty::F16 => u32::from(low) * 0x3c00,
+        Ty::BF16 => u32::from(low) * 0x3f80,
+        Ty::F16x2 => (u32::from(low) * 0x3c00) | (u32::from(high) * 0x3c00_0000),
+        Ty::BF16x2 => (u32::from(low) * 0x3f80) | (u32::from(high) * 0x3f80_0000),
+        // Integer results of pairs have a mask per half.
+        _ if pair => (u32::from(low) * 0xffff) | (u32::from(high) * 0xffff_0000),
+        _ => extend(u64::from(low) * u64::MAX, to.bits(), false) as u32,
+    }
+}
+
+/// A gross approximation on f64, of which only the upper 32 bits count.
+pub fn approx_f64(a: u64, f: impl Fn(f64) -> f64) -> u64 {
+    let flush = |x: f64| if x.is_subnormal() { 0.0_f64.copysign(x) } else { x };
+    let y = flush(f(flush(f64::from_bits(a & !0xffff_ffff))));
+    y.to_bits() & !0xffff_ffff
+}
+
 /// Packs a conversion into an immediate.
 pub fn pack_cvt(from: Ty, to: Ty, flags: Flags) -> u64 {
     let code = |ty: Ty| -> u64 {

@@ -430,14 +430,13 @@ impl Grid<'_> {
         );
         if let Some(address) = stop.address {
             text += &format!("address {address:#x}");
-            if let Some(var) = self.shared_variable(address) {
+            if let (Target::Local, at) = classify(address) {
+                text += &format!(" (local memory: byte {at} of {})", self.kernel.local);
+            } else if let Some(var) = self.shared_variable(address) {
                 text += &format!(" ({var})");
-            } else if let Some((base, _)) = self.memory.range(address) {
-                text += &format!(
-                    " (device memory: {})",
-                    self.memory.describe(address, 0).replacen("0 bytes at offset", "byte", 1,)
-                );
-                let _ = base;
+            } else if self.memory.range(address).is_some() {
+                let place = self.memory.describe(address, 0);
+                text += &format!(" (device memory: {})", place.replacen("0 bytes at", "at", 1));
             }
             text += ": ";
         }
@@ -647,7 +646,7 @@ impl Grid<'_> {
             Op::Vote(mode, negated) => {
                 let members = warp.member_rows(inst.imm as u32, mask);
                 let p = warp.regs.p[inst.a as usize] ^ if *negated { u32::MAX } else { 0 };
-                for (group, members) in members {
+                for (group, _) in members {
                     let yes = p & group;
                     let result = match mode {
                         Vote::All => yes == group,
@@ -660,7 +659,6 @@ impl Grid<'_> {
                     };
                     let bits = if result { u32::MAX } else { 0 };
                     alu::put_pred(&mut warp.regs.p[inst.d as usize], bits, group);
-                    let _ = members;
                 }
                 warp.pc += 1;
             }
@@ -1000,7 +998,7 @@ impl Grid<'_> {
                     let range = warp.local_range(lane, at, total, self.kernel.local)?;
                     if self.machine.checks && !warp.local_init[range.clone()].iter().all(|&b| b) {
                         let text = String::from("uninitialised bytes of local memory");
-                        return Err(fail(719, text));
+                        return Err(Stop { address: Some(LOCAL_WINDOW + at), ..fail(719, text) });
                     }
                     races::value(&warp.local[range], total)
                 }
@@ -1636,7 +1634,7 @@ impl Warp {
             let first = lane * size as usize + address as usize;
             return Ok(first..first + len as usize);
         };
-        Err(Stop { lane: Some(lane), address: Some(address), problem })
+        Err(Stop { lane: Some(lane), address: Some(LOCAL_WINDOW + address), problem })
     }
 
     fn copy_frames(&mut self, copies: &[(u32, u32, u32)], mask: u32, local: u32) {

@@ -270,7 +270,10 @@ fn lex(text: &str) -> ParseResult<Vec<Token>> {
             out.push(Token { tok, line, start, end });
         } else if is_word(c) {
             while at < bytes.len() {
-                if is_word(bytes[at]) {
+                if c == b'.' && at > start && bytes[at] == b'.' {
+                    // `.reg.b16` is two directives.
+                    break;
+                } else if is_word(bytes[at]) {
                     at += 1;
                 } else if bytes[at..].starts_with(b"::")
                     && bytes.get(at + 2).is_some_and(|&c| is_word(c))

@@ -331,11 +331,26 @@ fn minima_and_nans() {
         });
     };
     predicate("lt", |a, b| a < b);
-    predicate("ne", |a, b| a != b);
+    predicate("ne", |a, b| a != b && !a.is_nan() && !b.is_nan());
     predicate("neu", |a, b| a != b);
     predicate("geu", |a, b| a >= b || a.is_nan() || b.is_nan());
     predicate("num", |a, b| !a.is_nan() && !b.is_nan());
     predicate("nan", |a, b| a.is_nan() || b.is_nan());
+}
+
+#[test]
+fn comparisons_that_give_numbers() {
+    check(80, "set.gt.u32.f32 outr, f0, f1;", &floats(), |[a, b, ..]| {
+        if f32::from_bits(a as u32) > f32::from_bits(b as u32) { 0xffff_ffff } else { 0 }
+    });
+    word(
+        "set.lt.f32.s32 outf, r0, r1;",
+        |a, b, _| if (a as i32) < b as i32 { 0x3f80_0000 } else { 0 },
+    );
+    // Halves of a pair: the low ones are equal, the high ones are not.
+    let pair = [0x3c00_4000, 0x3d00_4000, 0, 0];
+    assert_eq!(eval(80, "set.eq.f16x2.f16x2 outr, r0, r1;", &[pair]), [0x3c00]);
+    assert_eq!(eval(90, "set.ltu.u32.bf16x2 outr, r0, r1;", &[pair]), [0xffff_0000]);
 }
 
 #[test]
