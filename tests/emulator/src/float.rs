@@ -1,0 +1,262 @@
+//! Floating-point formats and roundings that the host's types do not have.
+//!
+//! Everything is derived from one routine, [`round_to`], which rounds an exact value given as
+//! the sum of two f64 (a result and its rounding error) to any binary format.
+
+/// Rounding modes of PTX arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Round {
+    /// To nearest, ties to even.
+    Nearest,
+    /// To nearest, ties away from zero.
+    Away,
+    /// Towards zero.
+    Zero,
+    /// Towards minus infinity.
+    Down,
+    /// Towards plus infinity.
+    Up,
+}
+
+/// A binary floating-point format: exponent and stored mantissa bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    exponent: u32,
+    mantissa: u32,
+}
+
+/// IEEE half.
+pub const F16: Format = Format { exponent: 5, mantissa: 10 };
+/// The upper half of an f32.
+pub const BF16: Format = Format { exponent: 8, mantissa: 7 };
+/// 19 bits of an f32.
+pub const TF32: Format = Format { exponent: 8, mantissa: 10 };
+/// IEEE single.
+pub const F32: Format = Format { exponent: 8, mantissa: 23 };
+
+/// Rounds `x` with the rest `rest` (|rest| at most half an ulp of x) so that the lost part shows
+/// in the last bit: a later rounding to a shorter format is then correct ("round to odd").
+fn to_odd(x: f64, rest: f64) -> f64 {
+    if rest == 0.0 || !x.is_finite() || x.to_bits() & 1 == 1 {
+        return x;
+    }
+    if (rest > 0.0) == (x > 0.0 || x == 0.0 && rest > 0.0) {
+        f64::from_bits(x.to_bits() + 1)
+    } else {
+        f64::from_bits(x.to_bits() - 1)
+    }
+}
+
+/// The sum of two f64 and its exact rounding error.
+fn two_sum(a: f64, b: f64) -> (f64, f64) {
+    let s = a + b;
+    if !s.is_finite() {
+        return (s, 0.0);
+    }
+    let bb = s - a;
+    (s, (a - (s - bb)) + (b - bb))
+}
+
+/// `a * b + c` of values with at most 24 significant bits, rounded to odd in f64.
+pub fn fma_odd(a: f64, b: f64, c: f64) -> f64 {
+    let (s, e) = two_sum(a * b, c);
+    to_odd(s, e)
+}
+
+/// Rounds `x` to `format` and returns the bits, right-aligned.
+pub fn round_to(x: f64, format: Format, mode: Round) -> u32 {
+    let Format { exponent, mantissa } = format;
+    let sign = u32::from(x.is_sign_negative()) << (exponent + mantissa);
+    let infinity = ((1 << exponent) - 1) << mantissa;
+    if x.is_nan() {
+        // The canonical NaN of PTX has no sign and all mantissa bits.
+        return infinity | ((1 << mantissa) - 1);
+    }
+    if x.is_infinite() {
+        return sign | infinity;
+    }
+    if x == 0.0 {
+        return sign;
+    }
+    let bias = (1_i32 << (exponent - 1)) - 1;
+    let bits = x.to_bits();
+    // f64 subnormals are far below every target format.
+    let e = (((bits >> 52) & 0x7ff) as i32).max(1) - 1023;
+    let significand = (bits & ((1 << 52) - 1)) | (u64::from((bits >> 52) & 0x7ff != 0) << 52);
+    let lowest = 1 - bias;
+    // Bits of the f64 significand that the format cannot hold.
+    let drop = (52 - mantissa as i32) + (lowest - e).max(0);
+    let (kept, rest, half) = if drop > 60 {
+        (0, 1, 2)
+    } else {
+        (significand >> drop, significand & ((1 << drop) - 1), 1_u64 << (drop - 1))
+    };
+    let up = match mode {
+        Round::Nearest => rest > half || rest == half && kept & 1 == 1,
+        Round::Away => rest >= half,
+        Round::Zero => false,
+        Round::Down => rest != 0 && sign != 0,
+        Round::Up => rest != 0 && sign == 0,
+    };
+    let kept = kept + u64::from(up);
+    // Adding the significand (hidden bit included) to the biased exponent minus one carries
+    // correctly both out of the subnormals and into the next binade.
+    let biased = (e.max(lowest) + bias - 1) as u64;
+    let out = (biased << mantissa) + kept;
+    if out >= u64::from(infinity) {
+        let to_infinity = match mode {
+            Round::Nearest | Round::Away => true,
+            Round::Zero => false,
+            Round::Down => sign != 0,
+            Round::Up => sign == 0,
+        };
+        return sign | if to_infinity { infinity } else { infinity - 1 };
+    }
+    sign | out as u32
+}
+
+/// The value of `bits` in `format`.
+pub fn widen(bits: u32, format: Format) -> f64 {
+    let Format { exponent, mantissa } = format;
+    let negative = bits >> (exponent + mantissa) & 1 == 1;
+    let e = bits >> mantissa & ((1 << exponent) - 1);
+    let m = f64::from(bits & ((1 << mantissa) - 1));
+    let bias = (1_i32 << (exponent - 1)) - 1;
+    let scale = |e: i32| f64::from_bits(((e + 1023) as u64) << 52);
+    let magnitude = if e == (1 << exponent) - 1 {
+        if m == 0.0 { f64::INFINITY } else { f64::NAN }
+    } else if e == 0 {
+        m * scale(1 - bias - mantissa as i32)
+    } else {
+        (m + f64::from(1_u32 << mantissa)) * scale(e as i32 - bias - mantissa as i32)
+    };
+    if negative { -magnitude } else { magnitude }
+}
+
+/// f16 bits to f32.
+#[inline(always)]
+pub fn f16_to_f32(bits: u32) -> f32 {
+    let sign = (bits & 0x8000) << 16;
+    let magnitude = (bits & 0x7fff) << 13;
+    if magnitude >= 0x0f80_0000 {
+        // Infinities and NaNs.
+        return f32::from_bits(sign | 0x7f80_0000 | magnitude);
+    }
+    // The exponent's bias differs by 112; the product also normalises subnormals, exactly.
+    let scale = f32::from_bits((127 + 112) << 23);
+    f32::from_bits((f32::from_bits(magnitude) * scale).to_bits() | sign)
+}
+
+/// bf16 bits to f32.
+pub fn bf16_to_f32(bits: u32) -> f32 {
+    f32::from_bits(bits << 16)
+}
+
+/// Replaces a subnormal by a zero of the same sign.
+pub fn flush(x: f32) -> f32 {
+    if x.is_subnormal() { f32::from_bits(x.to_bits() & 0x8000_0000) } else { x }
+}
+
+/// `a + b` with a directed rounding.
+pub fn add_f32(a: f32, b: f32, mode: Round) -> f32 {
+    directed(1.0, a, b, mode)
+}
+
+/// `a * b` with a directed rounding.
+pub fn mul_f32(a: f32, b: f32, mode: Round) -> f32 {
+    // The product of two f32 is exact in f64 (apart from its underflow, which cannot happen:
+    // the smallest is 2^-298).
+    f32::from_bits(round_to(f64::from(a) * f64::from(b), F32, mode))
+}
+
+/// `a * b + c` with a directed rounding.
+pub fn fma_f32(a: f32, b: f32, c: f32, mode: Round) -> f32 {
+    directed(a, b, c, mode)
+}
+
+fn directed(a: f32, b: f32, c: f32, mode: Round) -> f32 {
+    let product = f64::from(a) * f64::from(b);
+    let x = fma_odd(f64::from(a), f64::from(b), f64::from(c));
+    if x == 0.0 {
+        // An exact zero from opposite signs is negative only when rounding down.
+        let same = product.is_sign_negative() == c.is_sign_negative();
+        return match (same, mode) {
+            (true, _) => x as f32,
+            (false, Round::Down) => -0.0,
+            (false, _) => 0.0,
+        };
+    }
+    f32::from_bits(round_to(x, F32, mode))
+}
+
+/// Rounds to an integral value.
+pub fn integral(x: f64, mode: Round) -> f64 {
+    match mode {
+        Round::Nearest => x.round_ties_even(),
+        Round::Away => x.round(),
+        Round::Zero => x.trunc(),
+        Round::Down => x.floor(),
+        Round::Up => x.ceil(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_round_trips() {
+        for format in [F16, BF16] {
+            for bits in 0..=0xffff_u32 {
+                let x = widen(bits, format);
+                if !x.is_nan() {
+                    assert_eq!(round_to(x, format, Round::Nearest), bits, "{format:?} {bits:#x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_fast_widening_of_halves_agrees() {
+        for bits in 0..=0xffff_u32 {
+            let (fast, slow) = (f16_to_f32(bits), widen(bits, F16));
+            assert!(f64::from(fast) == slow || fast.is_nan() && slow.is_nan(), "{bits:#x}");
+            assert!(fast.is_nan() || fast.is_sign_negative() == slow.is_sign_negative());
+        }
+    }
+
+    #[test]
+    fn nearest_agrees_with_the_host() {
+        let mut state = 1_u64;
+        for _ in 0..200_000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let x = f64::from_bits(state ^ (state >> 29));
+            if !x.is_nan() {
+                assert_eq!(round_to(x, F32, Round::Nearest), (x as f32).to_bits(), "{x:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn directed_modes_bracket() {
+        assert_eq!(add_f32(1.0, 1e-20, Round::Up), 1.0 + f32::EPSILON);
+        assert_eq!(add_f32(1.0, 1e-20, Round::Down), 1.0);
+        assert_eq!(add_f32(1.0, -1e-20, Round::Zero), 1.0 - f32::EPSILON / 2.0);
+        assert_eq!(mul_f32(f32::MAX, 2.0, Round::Zero), f32::MAX);
+        assert_eq!(fma_f32(f32::MAX, 2.0, 0.0, Round::Nearest), f32::INFINITY);
+        assert!(add_f32(1.0, -1.0, Round::Down).is_sign_negative());
+        assert!(fma_f32(1.0, 1.0, -1.0, Round::Nearest).is_sign_positive());
+    }
+
+    #[test]
+    fn ties() {
+        // 1 + 2^-11 lies halfway between two halves, 1 + 3 * 2^-11 too.
+        assert_eq!(round_to(1.0 + 2_f64.powi(-11), F16, Round::Nearest), 0x3c00);
+        assert_eq!(round_to(1.0 + 3.0 * 2_f64.powi(-11), F16, Round::Nearest), 0x3c02);
+        assert_eq!(round_to(1.0 + 2_f64.powi(-11), F16, Round::Away), 0x3c01);
+        assert_eq!(round_to(65520.0, F16, Round::Nearest), 0x7c00);
+        assert_eq!(round_to(65520.0, F16, Round::Zero), 0x7bff);
+        assert_eq!(round_to(2_f64.powi(-25), F16, Round::Nearest), 0);
+        assert_eq!(round_to(1.5 * 2_f64.powi(-25), F16, Round::Nearest), 1);
+    }
+}

@@ -1,0 +1,232 @@
+//! `mma.sync`: fragment layouts and products.
+//!
+//! Products of 8- to 19-bit inputs are exact in f64; they are summed there together with the
+//! accumulator and rounded once. Tensor cores lose more: what they lose is not modelled.
+
+use crate::alu::{Regs, Row, Ty};
+use crate::float::{self, F16, Round};
+use crate::isa::Decoder;
+use crate::parse::Operand;
+
+/// A decoded `mma.sync`.
+#[derive(Clone, Debug)]
+pub struct Mma {
+    rows: usize,
+    depth: usize,
+    a_ty: Ty,
+    b_ty: Ty,
+    c_ty: Ty,
+    d_ty: Ty,
+    saturate: bool,
+    d: Vec<u32>,
+    a: Vec<u32>,
+    b: Vec<u32>,
+    c: Vec<u32>,
+}
+
+/// Elements of a 32-bit fragment register.
+fn per_register(ty: Ty) -> usize {
+    32 / ty.bits() as usize
+}
+
+impl Mma {
+    /// Decodes the modifiers and operands.
+    pub fn decode(decoder: &mut Decoder, operands: &[Operand]) -> Result<Mma, String> {
+        let mods = &mut decoder.mods;
+        if !mods.take("sync") || !mods.take("aligned") {
+            return Err(String::from("only .sync.aligned exists"));
+        }
+        const SHAPES: [&str; 6] =
+            ["m16n8k4", "m16n8k8", "m16n8k16", "m16n8k32", "m8n8k16", "m8n8k32"];
+        let shape = mods.one_of(&SHAPES).ok_or("unknown shape")?;
+        if !mods.take("row") || !mods.take("col") {
+            return Err(String::from("only .row.col is modelled"));
+        }
+        let saturate = mods.take("satfinite");
+        let (d_ty, a_ty, b_ty, c_ty) = (mods.ty()?, mods.ty()?, mods.ty()?, mods.ty()?);
+        let (rows, depth) = match shape {
+            "m16n8k4" => (16, 4),
+            "m16n8k8" => (16, 8),
+            "m16n8k16" => (16, 16),
+            "m16n8k32" => (16, 32),
+            "m8n8k16" => (8, 16),
+            _ => (8, 32),
+        };
+        let byte = |ty: Ty| matches!(ty, Ty::U(8) | Ty::S(8));
+        let arch = match (shape, a_ty, b_ty) {
+            ("m16n8k8", Ty::F16, Ty::F16) => 75,
+            ("m16n8k16", Ty::F16, Ty::F16) => 80,
+            ("m16n8k8" | "m16n8k16", Ty::BF16, Ty::BF16) => 80,
+            ("m16n8k4" | "m16n8k8", Ty::TF32, Ty::TF32) => 80,
+            ("m8n8k16", a, b) if byte(a) && byte(b) => 75,
+            ("m16n8k16" | "m16n8k32", a, b) if byte(a) && byte(b) => 80,
+            _ => return Err(format!("{shape} on {a_ty:?} and {b_ty:?} is not modelled")),
+        };
+        decoder.need(arch)?;
+        let integer = byte(a_ty);
+        let accumulators = if integer {
+            c_ty == Ty::S(32) && d_ty == Ty::S(32)
+        } else if a_ty == Ty::F16 {
+            matches!(c_ty, Ty::F16 | Ty::F32) && matches!(d_ty, Ty::F16 | Ty::F32)
+        } else {
+            c_ty == Ty::F32 && d_ty == Ty::F32
+        };
+        if !accumulators || saturate && !integer {
+            return Err(format!("accumulators {d_ty:?} and {c_ty:?} are not modelled"));
+        }
+        let [d, a, b, c] = operands else {
+            return Err(String::from("4 operands expected"));
+        };
+        let mut fragment = |operand: &Operand, count: usize, dst: bool| {
+            let items = match operand {
+                Operand::Vector(items) => items.clone(),
+                other => vec![other.clone()],
+            };
+            if items.len() != count {
+                return Err(format!("{count} fragment registers expected, {} found", items.len()));
+            }
+            let one = |i: &Operand| match dst {
+                true => decoder.dst(i, Ty::U(32)),
+                false => decoder.src(i, Ty::U(32)),
+            };
+            items.iter().map(one).collect::<Result<Vec<u32>, String>>()
+        };
+        let chunks = depth / (4 * per_register(a_ty));
+        let halves = rows / 8;
+        let results = |ty: Ty| halves * 2 / per_register(ty);
+        Ok(Mma {
+            rows,
+            depth,
+            a_ty,
+            b_ty,
+            c_ty,
+            d_ty,
+            saturate,
+            d: fragment(d, results(d_ty), true)?,
+            a: fragment(a, halves * chunks, false)?,
+            b: fragment(b, chunks, false)?,
+            c: fragment(c, results(c_ty), false)?,
+        })
+    }
+
+    /// Runs on all 32 lanes.
+    pub fn run(&self, regs: &mut Regs) {
+        if self.c_ty == Ty::S(32) { self.integer(regs) } else { self.float(regs) }
+    }
+
+    /// Row and column of the element in A that a lane's register holds at `part`.
+    #[inline(always)]
+    fn place_a(&self, register: usize, lane: usize, part: usize, each: usize) -> (usize, usize) {
+        let halves = self.rows / 8;
+        let row = lane / 4 + 8 * (register % halves);
+        (row, lane % 4 * each + part + 4 * each * (register / halves))
+    }
+
+    /// Row and column of the element in B that a lane's register holds at `part`.
+    #[inline(always)]
+    fn place_b(register: usize, lane: usize, part: usize, each: usize) -> (usize, usize) {
+        (lane % 4 * each + part + 4 * each * register, lane / 4)
+    }
+
+    fn float(&self, regs: &mut Regs) {
+        match self.a_ty {
+            // The low 13 bits are not looked at.
+            Ty::TF32 => self.product::<1>(regs, |word, _| f32::from_bits(word & !0x1fff)),
+            Ty::BF16 => self.product::<2>(regs, |word, part| {
+                f32::from_bits(if part == 0 { word << 16 } else { word & 0xffff_0000 })
+            }),
+            _ => self
+                .product::<2>(regs, |word, part| float::f16_to_f32(word >> (16 * part) & 0xffff)),
+        }
+    }
+
+    /// The product of fragments with `EACH` elements per register.
+    #[inline(always)]
+    fn product<const EACH: usize>(&self, regs: &mut Regs, element: impl Fn(u32, usize) -> f32) {
+        let mut a = [[0_f64; 16]; 16];
+        let mut b = [[0_f64; 8]; 16];
+        for (register, &row) in self.a.iter().enumerate() {
+            let words = &regs.w[row as usize];
+            for lane in 0..32 {
+                for part in 0..EACH {
+                    let (row, column) = self.place_a(register, lane, part, EACH);
+                    a[row % 16][column % 16] = element(words[lane], part).into();
+                }
+            }
+        }
+        for (register, &row) in self.b.iter().enumerate() {
+            let words = &regs.w[row as usize];
+            for lane in 0..32 {
+                for part in 0..EACH {
+                    let (row, column) = Mma::place_b(register, lane, part, EACH);
+                    b[row % 16][column % 8] = element(words[lane], part).into();
+                }
+            }
+        }
+        let c: Vec<Row> = self.c.iter().map(|&r| regs.w[r as usize]).collect();
+        let mut sums = [[0_f64; 8]; 16];
+        for lane in 0..32 {
+            for i in 0..4 {
+                let (row, column) = (lane / 4 + 8 * (i / 2), lane % 4 * 2 + i % 2);
+                sums[row][column] = match self.c_ty {
+                    Ty::F16 => float::f16_to_f32(c[i / 2][lane] >> (16 * (i % 2)) & 0xffff).into(),
+                    _ => f32::from_bits(c[i][lane]).into(),
+                };
+            }
+        }
+        for (sums, a) in sums.iter_mut().zip(&a) {
+            for (&a, b) in a[..self.depth].iter().zip(&b) {
+                for (sum, &b) in sums.iter_mut().zip(b) {
+                    *sum = a.mul_add(b, *sum);
+                }
+            }
+        }
+        for lane in 0..32 {
+            for half in 0..2 {
+                let row = lane / 4 + 8 * half;
+                let pair = [sums[row][lane % 4 * 2], sums[row][lane % 4 * 2 + 1]];
+                if self.d_ty == Ty::F16 {
+                    let [low, high] = pair.map(|x| float::round_to(x, F16, Round::Nearest));
+                    regs.w[self.d[half] as usize][lane] = low | high << 16;
+                } else {
+                    for (i, x) in pair.into_iter().enumerate() {
+                        let bits = if x.is_nan() { 0x7fff_ffff } else { (x as f32).to_bits() };
+                        regs.w[self.d[half * 2 + i] as usize][lane] = bits;
+                    }
+                }
+            }
+        }
+    }
+
+    fn integer(&self, regs: &mut Regs) {
+        let element = |word: u32, part: usize, ty: Ty| {
+            let byte = (word >> (8 * part)) as u8;
+            if ty == Ty::S(8) { i64::from(byte as i8) } else { i64::from(byte) }
+        };
+        let mut a = [[0_i64; 32]; 16];
+        let mut b = [[0_i64; 8]; 32];
+        for lane in 0..32 {
+            for part in 0..4 {
+                for (register, &word) in self.a.iter().enumerate() {
+                    let (row, column) = self.place_a(register, lane, part, 4);
+                    a[row][column] = element(regs.w[word as usize][lane], part, self.a_ty);
+                }
+                for (register, &word) in self.b.iter().enumerate() {
+                    let (row, column) = Mma::place_b(register, lane, part, 4);
+                    b[row][column] = element(regs.w[word as usize][lane], part, self.b_ty);
+                }
+            }
+        }
+        let c: Vec<Row> = self.c.iter().map(|&r| regs.w[r as usize]).collect();
+        for lane in 0..32 {
+            for i in 0..self.c.len() {
+                let (row, column) = (lane / 4 + 8 * (i / 2), lane % 4 * 2 + i % 2);
+                let products: i64 = (0..self.depth).map(|k| a[row][k] * b[k][column]).sum();
+                let sum = products + i64::from(c[i][lane] as i32);
+                let clamped = sum.clamp(i32::MIN.into(), i32::MAX.into());
+                regs.w[self.d[i] as usize][lane] =
+                    if self.saturate { clamped as u32 } else { sum as u32 };
+            }
+        }
+    }
+}

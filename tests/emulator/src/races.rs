@@ -1,0 +1,615 @@
+//! Who may see whose memory accesses: logical time per block, barriers, and what was seen.
+//!
+//! A block's time advances when a barrier completes or a fence runs. Every access is stamped with
+//! it, and each warp knows, for every other warp of the block, up to which time that warp's
+//! accesses are ordered before its own. Two accesses of different warps conflict if neither is
+//! known to the other; two lanes of one warp are ordered by `bar.warp.sync` and barriers only.
+//! Blocks order each other by atomics on the same address with fences around them.
+
+use std::collections::HashMap;
+
+/// Something wrong with an access; the interpreter adds where it happened.
+#[derive(Debug)]
+pub struct Problem {
+    /// CUDA error code that a driver would report.
+    pub code: u32,
+    /// What is wrong.
+    pub text: String,
+}
+
+impl Problem {
+    /// An illegal address or a race: anything that a driver can only call a launch failure.
+    pub fn new(code: u32, text: String) -> Self {
+        Problem { code, text }
+    }
+}
+
+/// Who accesses memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Who {
+    /// Thread number in its block.
+    pub thread: u16,
+    /// Instruction.
+    pub pc: u32,
+}
+
+impl Who {
+    fn warp(self) -> usize {
+        usize::from(self.thread) / 32
+    }
+}
+
+/// How memory is accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// A load.
+    Read,
+    /// A store.
+    Write,
+    /// A read-modify-write.
+    Atomic,
+    /// A volatile, relaxed or acquire load.
+    StrongRead,
+    /// A volatile, relaxed or release store.
+    StrongWrite,
+}
+
+impl Mode {
+    fn reads(self) -> bool {
+        matches!(self, Mode::Read | Mode::Atomic | Mode::StrongRead)
+    }
+
+    fn writes(self) -> bool {
+        matches!(self, Mode::Write | Mode::Atomic | Mode::StrongWrite)
+    }
+
+    /// Strong accesses do not race with each other.
+    fn strong(self) -> bool {
+        !matches!(self, Mode::Read | Mode::Write)
+    }
+}
+
+/// Knowledge of one warp about the others.
+pub type Known = [u32; 32];
+
+/// A block's logical time.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Time now.
+    pub now: u32,
+    /// Per warp: up to which time it knows each other warp.
+    pub known: Vec<Known>,
+    /// Per warp: how often its lanes were synchronised.
+    pub sync: Vec<u32>,
+    /// Every warp knows every other one up to here.
+    pub floor: u32,
+    /// What other blocks have published to this one.
+    pub acquired: HashMap<u32, Known>,
+}
+
+impl Order {
+    /// The beginning of a block of `warps` warps.
+    pub fn new(warps: usize) -> Self {
+        Order {
+            now: 1,
+            known: vec![[0; 32]; warps],
+            sync: vec![1; warps],
+            floor: 0,
+            acquired: HashMap::new(),
+        }
+    }
+
+    /// An access by `thread` at `stamp` (its warp's lanes synchronised `sync` times) happened
+    /// before what `who` does now.
+    #[inline(always)]
+    fn before(&self, thread: u16, stamp: u32, sync: u32, who: Who) -> bool {
+        let warp = usize::from(thread) / 32;
+        if warp == who.warp() {
+            thread == who.thread || sync != self.sync[warp]
+        } else {
+            stamp < self.known[who.warp()][warp]
+        }
+    }
+
+    /// A barrier completes: `waiting` warps learn what all of them, and those which only
+    /// `arrived` (with what they knew then), did before.
+    pub fn barrier(&mut self, waiting: &[usize], arrived: &[(usize, u32, Known)]) {
+        self.now += 1;
+        let mut joint = [0; 32];
+        for &warp in waiting {
+            join(&mut joint, &self.known[warp]);
+        }
+        for (_, _, known) in arrived {
+            join(&mut joint, known);
+        }
+        for &(warp, stamp, _) in arrived {
+            joint[warp] = joint[warp].max(stamp);
+        }
+        for &warp in waiting {
+            joint[warp] = self.now;
+        }
+        for &warp in waiting {
+            self.known[warp] = joint;
+            self.sync[warp] += 1;
+        }
+        let warps = self.known.len();
+        self.floor = self.known.iter().flat_map(|k| &k[..warps]).copied().min().unwrap_or(0);
+    }
+
+    /// What a warp that only arrives passes on.
+    pub fn arrive(&mut self, warp: usize) -> (usize, u32, Known) {
+        self.now += 1;
+        (warp, self.now, self.known[warp])
+    }
+
+    /// What a fence of `warp` makes ready to be published.
+    pub fn fence(&mut self, warp: usize) -> Known {
+        self.now += 1;
+        let mut known = self.known[warp];
+        known[warp] = self.now;
+        known
+    }
+}
+
+/// Takes the later of each pair of times.
+pub fn join(into: &mut Known, from: &Known) {
+    for (a, b) in into.iter_mut().zip(from) {
+        *a = (*a).max(*b);
+    }
+}
+
+/// Shadow of four bytes of shared memory.
+#[derive(Clone, Copy, Default)]
+struct Cell {
+    /// Bytes that belong to a variable, that were written, that a copy in flight will write.
+    valid: u8,
+    init: u8,
+    pending: u8,
+    /// Bytes of the last write, and whether it was strong.
+    w_mask: u8,
+    w_strong: bool,
+    more_readers: bool,
+    w_thread: u16,
+    r_thread: u16,
+    r_mask: u8,
+    w_stamp: u32,
+    w_sync: u32,
+    w_pc: u32,
+    r_stamp: u32,
+    r_sync: u32,
+    r_pc: u32,
+    /// Warps that have read at `r_stamp`.
+    r_warps: u32,
+}
+
+/// The first 1, 2, 4, 8 or 16 of some bytes as a number.
+#[inline(always)]
+pub fn value(bytes: &[u8], len: u32) -> u128 {
+    match len {
+        1 => bytes[0].into(),
+        2 => u16::from_le_bytes([bytes[0], bytes[1]]).into(),
+        4 => bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b).into()),
+        8 => bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b).into()),
+        _ => bytes.first_chunk().map_or(0, |b| u128::from_le_bytes(*b)),
+    }
+}
+
+/// Shared memory of a block with its shadow.
+#[derive(Default)]
+pub struct Shared {
+    start: u32,
+    data: Vec<u8>,
+    cells: Vec<Cell>,
+    /// Readers of earlier times that are not settled by a barrier of the whole block.
+    readers: HashMap<usize, Vec<(u16, u32, u32, u32)>>,
+}
+
+/// The bytes that a fresh byte at this address holds: a NaN in every floating-point type.
+pub fn poison(address: u64) -> u8 {
+    if address.is_multiple_of(2) { 0xff } else { 0x7f }
+}
+
+impl Shared {
+    /// Forgets everything; `variables` are (address, size) pairs.
+    pub fn reset(&mut self, start: u32, variables: &[(u32, u32)]) {
+        let end = variables.iter().map(|&(a, s)| a + s).max().unwrap_or(start).next_multiple_of(16);
+        self.start = start;
+        self.data.clear();
+        self.data.extend((0..end - start).map(|i| poison(i.into())));
+        self.cells.clear();
+        self.cells.resize((end - start) as usize / 4, Cell::default());
+        self.readers.clear();
+        for &(address, size) in variables {
+            for byte in address - start..address - start + size {
+                self.cells[byte as usize / 4].valid |= 1 << (byte % 4);
+            }
+        }
+    }
+
+    /// The bytes at an address that was checked before.
+    pub fn bytes(&self, address: u32, len: u32) -> &[u8] {
+        let at = (address - self.start) as usize;
+        &self.data[at..at + len as usize]
+    }
+
+    /// The bytes at an address that was checked before.
+    pub fn bytes_mut(&mut self, address: u32, len: u32) -> &mut [u8] {
+        let at = (address - self.start) as usize;
+        &mut self.data[at..at + len as usize]
+    }
+
+    /// Whether all bytes belong to variables; the address is a multiple of the length.
+    #[inline(always)]
+    pub fn contains(&self, address: u64, len: u32) -> bool {
+        let Some(at) = address.checked_sub(self.start.into()) else { return false };
+        let (first, words) = (at as usize / 4, (len as usize).div_ceil(4));
+        if at >= self.data.len() as u64 || first + words > self.cells.len() {
+            return false;
+        }
+        let mask = if len >= 4 { 0xf } else { ((1_u8 << len) - 1) << (at % 4) };
+        self.cells[first..first + words].iter().all(|c| c.valid & mask == mask)
+    }
+
+    /// The value of 1, 2, 4, 8 or 16 bytes at an address that was checked before.
+    #[inline(always)]
+    pub fn value(&self, address: u32, len: u32) -> u128 {
+        value(&self.data[(address - self.start) as usize..], len)
+    }
+
+    /// Marks bytes that a copy in flight will write; they are poison until then.
+    pub fn set_pending(&mut self, address: u32, len: u32, pending: bool) {
+        let at = address - self.start;
+        for byte in at..at + len {
+            let cell = &mut self.cells[byte as usize / 4];
+            let bit = 1 << (byte % 4);
+            if pending {
+                cell.pending |= bit;
+                cell.init &= !bit;
+                self.data[byte as usize] = poison(byte.into());
+            } else {
+                cell.pending &= !bit;
+            }
+        }
+    }
+
+    /// The common load: `N` whole words that the lane may read without a question. `None` when
+    /// anything needs a closer look; then nothing has been recorded.
+    #[inline(always)]
+    pub fn read_words<const N: usize>(
+        &mut self,
+        order: &Order,
+        who: Who,
+        address: u64,
+    ) -> Option<[u32; N]> {
+        let at = address.checked_sub(self.start.into())? as usize;
+        if !at.is_multiple_of(4 * N) {
+            return None;
+        }
+        let cells = self.cells.get_mut(at / 4..at / 4 + N)?;
+        let warp = who.warp();
+        let ready = cells.iter().all(|c| {
+            let settled = c.r_stamp == order.now || c.r_warps == 0 || c.r_stamp < order.floor;
+            c.valid & c.init == 0xf
+                && c.pending == 0
+                && settled
+                && order.before(c.w_thread, c.w_stamp, c.w_sync, who)
+        });
+        if !ready {
+            return None;
+        }
+        for cell in cells {
+            cell.r_warps =
+                if cell.r_stamp == order.now { cell.r_warps | 1 << warp } else { 1 << warp };
+            cell.r_stamp = order.now;
+            cell.r_mask = 0xf;
+            cell.r_thread = who.thread;
+            cell.r_sync = order.sync[warp];
+            cell.r_pc = who.pc;
+        }
+        let bytes = self.data.get(at..at + 4 * N)?;
+        Some(std::array::from_fn(|i| {
+            u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+        }))
+    }
+
+    /// Checks and records an access to bytes that belong to variables. `settles` is false for the
+    /// issue of an asynchronous copy, which conflicts like a write but initialises nothing yet.
+    #[inline]
+    pub fn access(
+        &mut self,
+        order: &Order,
+        who: Who,
+        address: u32,
+        len: u32,
+        mode: Mode,
+        settles: bool,
+        name: &dyn Fn(u32) -> String,
+    ) -> Result<(), Problem> {
+        let at = address - self.start;
+        let (first, last) = (at / 4, (at + len - 1) / 4);
+        for index in first..=last {
+            let mask = if len >= 4 { 0xf } else { ((1_u8 << len) - 1) << (at % 4) };
+            let cell = &mut self.cells[index as usize];
+            if cell.pending & mask != 0 {
+                let line = name(cell.w_pc);
+                return Err(Problem::new(
+                    719,
+                    format!(
+                        "bytes that an asynchronous copy has in flight (issued by thread {} at {line})",
+                        cell.w_thread
+                    ),
+                ));
+            }
+            let reads = mode.reads();
+            if reads && cell.init & mask != mask {
+                return Err(Problem::new(
+                    719,
+                    String::from("uninitialised bytes (nothing in this block has written them)"),
+                ));
+            }
+            let strong = mode.strong();
+            if cell.w_mask & mask != 0
+                && !(strong && cell.w_strong)
+                && !order.before(cell.w_thread, cell.w_stamp, cell.w_sync, who)
+            {
+                let what = if reads { "written" } else { "also written" };
+                return Err(Problem::new(
+                    719,
+                    format!(
+                        "a race: {what} by thread {} without a barrier in between, at {}",
+                        cell.w_thread,
+                        name(cell.w_pc)
+                    ),
+                ));
+            }
+            if mode.writes() {
+                if let Some((thread, pc)) =
+                    unordered_reader(cell, order, who, mask, self.readers.get(&(index as usize)))
+                {
+                    return Err(Problem::new(
+                        719,
+                        format!(
+                            "a race: read by thread {thread} without a barrier in between, at {}",
+                            name(pc)
+                        ),
+                    ));
+                }
+                cell.w_mask = mask;
+                cell.w_strong = strong;
+                cell.w_thread = who.thread;
+                cell.w_stamp = order.now;
+                cell.w_sync = order.sync[who.warp()];
+                cell.w_pc = who.pc;
+                if settles {
+                    cell.init |= mask;
+                }
+            } else if mode == Mode::Read {
+                let bit = 1 << who.warp();
+                if cell.r_stamp == order.now && cell.r_warps != 0 {
+                    cell.r_warps |= bit;
+                    cell.r_mask |= mask;
+                } else {
+                    if cell.r_warps != 0 && cell.r_stamp >= order.floor {
+                        cell.more_readers = true;
+                        let old = (cell.r_thread, cell.r_stamp, cell.r_warps, cell.r_pc);
+                        self.readers.entry(index as usize).or_default().push(old);
+                    }
+                    cell.r_warps = bit;
+                    cell.r_stamp = order.now;
+                    cell.r_mask = mask;
+                }
+                cell.r_thread = who.thread;
+                cell.r_sync = order.sync[who.warp()];
+                cell.r_pc = who.pc;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks an access of a lane whose neighbour has just passed the same check: only a writer
+    /// in the own warp could make a difference.
+    #[inline]
+    pub fn written_by_warp(&self, address: u32, len: u32, warp: usize) -> bool {
+        let at = address - self.start;
+        (at / 4..=(at + len - 1) / 4)
+            .any(|i| usize::from(self.cells[i as usize].w_thread) / 32 == warp)
+    }
+}
+
+/// A reader of the cell that is not ordered before `who`'s write.
+fn unordered_reader(
+    cell: &Cell,
+    order: &Order,
+    who: Who,
+    mask: u8,
+    more: Option<&Vec<(u16, u32, u32, u32)>>,
+) -> Option<(u16, u32)> {
+    let warps_conflict = |warps: u32, stamp: u32| {
+        let mut others = warps & !(1 << who.warp());
+        while others != 0 {
+            let warp = others.trailing_zeros() as usize;
+            if stamp >= order.known[who.warp()][warp] {
+                return Some(warp);
+            }
+            others &= others - 1;
+        }
+        None
+    };
+    if cell.r_warps == 0 || cell.r_mask & mask == 0 {
+        return None;
+    }
+    if !order.before(cell.r_thread, cell.r_stamp, cell.r_sync, who) {
+        return Some((cell.r_thread, cell.r_pc));
+    }
+    if let Some(warp) = warps_conflict(cell.r_warps, cell.r_stamp) {
+        return Some(((warp * 32) as u16, cell.r_pc));
+    }
+    if cell.more_readers {
+        for &(thread, stamp, warps, pc) in more.into_iter().flatten() {
+            if warps_conflict(warps, stamp).is_some() {
+                return Some((thread, pc));
+            }
+        }
+    }
+    None
+}
+
+/// Shadow of four bytes of device memory, valid for one launch.
+#[derive(Clone, Copy, Default)]
+pub struct GlobalCell {
+    w_launch: u32,
+    w_block: u32,
+    w_stamp: u32,
+    w_sync: u32,
+    w_pc: u32,
+    w_thread: u16,
+    w_mask: u8,
+    w_strong: bool,
+    r_launch: u32,
+    r_block: u32,
+    r_stamp: u32,
+    r_sync: u32,
+    r_pc: u32,
+    r_thread: u16,
+    r_mask: u8,
+    /// More than one thread has read.
+    r_many: bool,
+}
+
+impl GlobalCell {
+    /// Checks and records an access of `mask`'s bytes.
+    #[inline]
+    pub fn access(
+        &mut self,
+        launch: u32,
+        block: u32,
+        order: &Order,
+        who: Who,
+        mask: u8,
+        mode: Mode,
+        name: &dyn Fn(u32) -> String,
+    ) -> Result<(), Problem> {
+        let before = |other: u32, thread: u16, stamp: u32, sync: u32| {
+            if other == block {
+                return order.before(thread, stamp, sync, who);
+            }
+            let warp = usize::from(thread) / 32;
+            order.acquired.get(&other).is_some_and(|known| stamp < known[warp])
+        };
+        let strong = mode.strong();
+        if self.w_launch == launch
+            && self.w_mask & mask != 0
+            && !(strong && self.w_strong)
+            && !before(self.w_block, self.w_thread, self.w_stamp, self.w_sync)
+        {
+            let what = if mode.reads() { "written" } else { "also written" };
+            return Err(Problem::new(
+                719,
+                format!(
+                    "a race: {what} in this launch by block #{} thread {} without an order between \
+                 the two, at {}",
+                    self.w_block,
+                    self.w_thread,
+                    name(self.w_pc)
+                ),
+            ));
+        }
+        if mode == Mode::Read {
+            let same = self.r_launch == launch;
+            self.r_many =
+                same && (self.r_many || (self.r_block, self.r_thread) != (block, who.thread));
+            self.r_mask = if same { self.r_mask | mask } else { mask };
+            self.r_launch = launch;
+            self.r_block = block;
+            self.r_stamp = order.now;
+            self.r_sync = order.sync[who.warp()];
+            self.r_thread = who.thread;
+            self.r_pc = who.pc;
+        }
+        if !mode.writes() {
+            return Ok(());
+        }
+        if self.r_launch == launch
+            && self.r_mask & mask != 0
+            && !before(self.r_block, self.r_thread, self.r_stamp, self.r_sync)
+        {
+            return Err(Problem::new(
+                719,
+                format!(
+                    "a race: read in this launch by block #{} thread {} without an order between the \
+                 two, at {}",
+                    self.r_block,
+                    self.r_thread,
+                    name(self.r_pc)
+                ),
+            ));
+        }
+        self.w_launch = launch;
+        self.w_block = block;
+        self.w_stamp = order.now;
+        self.w_sync = order.sync[who.warp()];
+        self.w_pc = who.pc;
+        self.w_thread = who.thread;
+        self.w_mask = mask;
+        self.w_strong = strong;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn who(thread: u16) -> Who {
+        Who { thread, pc: 0 }
+    }
+
+    fn name(_: u32) -> String {
+        String::new()
+    }
+
+    #[test]
+    fn a_barrier_orders_and_its_absence_does_not() {
+        let mut shared = Shared::default();
+        shared.reset(1024, &[(1024, 64)]);
+        let mut order = Order::new(2);
+        shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
+        assert!(shared.access(&order, who(32), 1024, 4, Mode::Read, true, &name).is_err());
+        // Lanes of a warp are not ordered by running in step.
+        assert!(shared.access(&order, who(1), 1024, 4, Mode::Read, true, &name).is_err());
+        order.barrier(&[0, 1], &[]);
+        shared.access(&order, who(32), 1024, 4, Mode::Read, true, &name).unwrap();
+        assert!(shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).is_err());
+        order.barrier(&[0, 1], &[]);
+        shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
+    }
+
+    #[test]
+    fn a_barrier_of_some_warps_orders_only_those() {
+        let mut shared = Shared::default();
+        shared.reset(1024, &[(1024, 64)]);
+        let mut order = Order::new(3);
+        shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
+        order.barrier(&[0, 1], &[]);
+        shared.access(&order, who(40), 1024, 4, Mode::Read, true, &name).unwrap();
+        assert!(shared.access(&order, who(70), 1024, 4, Mode::Read, true, &name).is_err());
+        // A reader before a partial barrier is remembered after later readers came.
+        order.barrier(&[0, 2], &[]);
+        shared.access(&order, who(70), 1024, 4, Mode::Read, true, &name).unwrap();
+        order.barrier(&[0, 2], &[]);
+        assert!(shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).is_err());
+    }
+
+    #[test]
+    fn arriving_publishes_without_learning() {
+        let mut shared = Shared::default();
+        shared.reset(1024, &[(1024, 64)]);
+        let mut order = Order::new(2);
+        shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
+        let arrival = order.arrive(0);
+        shared.access(&order, who(0), 1028, 4, Mode::Write, true, &name).unwrap();
+        order.barrier(&[1], &[arrival]);
+        shared.access(&order, who(32), 1024, 4, Mode::Read, true, &name).unwrap();
+        assert!(shared.access(&order, who(32), 1028, 4, Mode::Read, true, &name).is_err());
+    }
+}

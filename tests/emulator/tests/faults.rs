@@ -1,0 +1,255 @@
+//! Planted faults: each is found and reported with kernel, thread, address and source line.
+
+mod common;
+
+use common::{GEMM, GEMM_BF16, Gpu, gemm, gemm_bf16};
+use cuda::exec::{Fault, Machine};
+
+/// `text` with its n-th (from 0) `from` replaced.
+fn patch(text: &str, from: &str, n: usize, to: &str) -> String {
+    let (at, _) = text.match_indices(from).nth(n).unwrap_or_else(|| panic!("no '{from}' #{n}"));
+    format!("{}{to}{}", &text[..at], &text[at + from.len()..])
+}
+
+fn expect(fault: Result<impl Sized, Fault>, code: u32, parts: &[&str]) {
+    let Err(fault) = fault else { panic!("no fault, expected {parts:?}") };
+    for part in parts {
+        assert!(fault.text.contains(part), "'{part}' is not in:\n{}", fault.text);
+    }
+    assert_eq!(fault.code, code, "{}", fault.text);
+}
+
+fn machines() -> impl Iterator<Item = Machine> {
+    (1..=5).map(|seed| Machine { seed, ..Machine::default() })
+}
+
+#[test]
+fn a_dropped_barrier_is_a_race_whatever_the_values() {
+    for machine in machines() {
+        // After the tiles are filled: read too early. At the end of the loop: overwritten too early.
+        for n in 0..2 {
+            let broken = patch(GEMM, "bar.sync \t0;", n, "");
+            let fault = gemm(&broken, 70, 70, 40, machine);
+            expect(
+                fault,
+                719,
+                &["'gemm_f32'", "thread (", "gemm.cu:", "address 0x", "shared memory: byte"],
+            );
+        }
+        let broken = patch(GEMM_BF16, "bar.sync \t0;", 1, "");
+        let fault = gemm_bf16(&broken, 64, 64, 96, machine);
+        expect(fault, 719, &["'gemm_bf16'", "thread (", "gemm_bf16.cu:", "race: read by thread"]);
+    }
+}
+
+#[test]
+fn an_index_off_by_one_is_out_of_bounds() {
+    let broken = patch(GEMM, "[%rd64];", 0, "[%rd64+4];");
+    let fault = gemm(&broken, 64, 64, 16, Machine::default());
+    expect(
+        fault,
+        700,
+        &["'gemm_f32'", "thread (", "gemm.cu:18", "4 bytes at offset 4096", "of 4096 bytes"],
+    );
+}
+
+#[test]
+fn a_store_out_of_bounds_names_offset_and_size() {
+    let mut gpu = Gpu::new(GEMM);
+    let (a, b, c) =
+        (gpu.upload(&[1_f32; 64 * 16]), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(63 * 64 * 4));
+    let params = [(8, a), (8, b), (8, c), (4, 64), (4, 64), (4, 16)];
+    let fault = gpu.launch("gemm_f32", [1; 3], [256, 1, 1], 0, &params);
+    expect(fault, 700, &["'gemm_f32'", "gemm.cu:41", "of 16128 bytes"]);
+}
+
+#[test]
+fn misaligned_vectors_are_found() {
+    // An array that is only as aligned as its element type.
+    let broken = patch(GEMM, ".shared .align 16", 0, ".shared .align 4");
+    let fault = gemm(&broken, 64, 64, 16, Machine::default());
+    expect(fault, 716, &["'gemm_f32'", "thread (", "gemm.cu:28", "16 bytes must be aligned to 16"]);
+    let broken = patch(GEMM, "[%rd64];", 0, "[%rd64+2];");
+    let fault = gemm(&broken, 64, 64, 16, Machine::default());
+    expect(fault, 716, &["gemm.cu:18", "4 bytes must be aligned to 4"]);
+}
+
+#[test]
+fn shared_memory_that_nothing_wrote_is_found() {
+    for machine in machines() {
+        let broken = patch(GEMM, "st.shared.f32 \t[%r186], %f641;", 0, "");
+        let fault = gemm(&broken, 64, 64, 16, machine);
+        expect(fault, 719, &["'gemm_f32'", "thread (", "gemm.cu:28", "tile_a", "uninitialised"]);
+    }
+}
+
+#[test]
+fn device_memory_that_nothing_wrote_is_found() {
+    let mut gpu = Gpu::new(GEMM);
+    let (a, b, c) = (gpu.empty(64 * 16 * 4), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(64 * 64 * 4));
+    gpu.memory.write(a, &[0; 64 * 16 * 4 - 4]).unwrap();
+    let params = [(8, a), (8, b), (8, c), (4, 64), (4, 64), (4, 16)];
+    let fault = gpu.launch("gemm_f32", [1; 3], [256, 1, 1], 0, &params);
+    expect(fault, 719, &["'gemm_f32'", "gemm.cu:18", "nothing has written byte 4092 of"]);
+}
+
+#[test]
+fn two_threads_that_write_one_word_race() {
+    // Every row of the tile goes to the same column.
+    let broken = patch(GEMM, "shl.b32 \t%r185, %r32, 2;", 0, "mov.u32 %r185, 0;");
+    let fault = gemm(&broken, 64, 64, 16, Machine::default());
+    expect(fault, 719, &["'gemm_f32'", "thread (", "gemm.cu:18", "race: also written by thread"]);
+    // Two blocks that write one word of the result.
+    let mut gpu = Gpu::new(GEMM);
+    let (a, b, c) =
+        (gpu.upload(&[1_f32; 64 * 16]), gpu.upload(&[1_f32; 64 * 16]), gpu.empty(64 * 64 * 4));
+    let params = [(8, a), (8, b), (8, c), (4, 64), (4, 64), (4, 16)];
+    let fault = gpu.launch("gemm_f32", [1, 1, 2], [256, 1, 1], 0, &params);
+    expect(
+        fault,
+        719,
+        &["'gemm_f32'", "gemm.cu:41", "race: also written in this launch by block #"],
+    );
+}
+
+#[test]
+fn a_wrong_wait_for_copies_is_found() {
+    for machine in machines() {
+        for (from, to) in [("wait_group 1", "wait_group 2"), ("wait_group 0", "wait_group 1")] {
+            let broken = patch(GEMM_BF16, from, 0, to);
+            let fault = gemm_bf16(&broken, 64, 64, 96, machine);
+            expect(fault, 719, &["'gemm_bf16'", "gemm_bf16.cu:5", "in flight", "ldmatrix"]);
+        }
+        let broken = patch(GEMM_BF16, "bar.sync \t0;", 0, "");
+        let fault = gemm_bf16(&broken, 64, 64, 96, machine);
+        expect(fault, 719, &["'gemm_bf16'", "thread (", "gemm_bf16.cu:"]);
+    }
+}
+
+/// A kernel of 64 threads around `body`, which has `%t` = tid.x, shared `s[256]` and `dst`.
+fn small(body: &str) -> Result<(), Fault> {
+    small_at(80, body, 64)
+}
+
+fn small_at(target: u32, body: &str, threads: u32) -> Result<(), Fault> {
+    let text = format!(
+        ".version 9.0\n.target sm_{target}\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
+         .shared .align 16 .b8 s[256];\n.reg .b32 %t, %a, %b; .reg .b64 %d, %e; .reg .pred %p, %q;\n\
+         mov.u32 %t, %tid.x; ld.param.u64 %d, [dst]; shl.b32 %a, %t, 2; mov.u32 %b, s; add.u32 %a, %a, %b;\n\
+         .loc 1 33 0\n{body}\nret;\n}}\n.file 1 \"small.cu\"\n"
+    );
+    let mut gpu = Gpu::try_new(&text).unwrap_or_else(|e| panic!("{e}"));
+    let dst = gpu.upload(&[0_u32; 64]);
+    gpu.launch("k", [1; 3], [threads, 1, 1], 0, &[(8, dst)]).map(|_| ())
+}
+
+#[test]
+fn the_frame_of_the_small_kernels_is_clean() {
+    small("st.shared.u32 [%a], %t; bar.sync 0; xor.b32 %t, %t, 32; mad.lo.u32 %a, %t, 4, %b; ld.shared.u32 %b, [%a];").unwrap();
+    small("st.shared.u32 [%a], %t; bar.warp.sync -1; xor.b32 %t, %t, 1; mad.lo.u32 %a, %t, 4, %b; ld.shared.u32 %b, [%a];").unwrap();
+}
+
+#[test]
+fn lanes_of_a_warp_need_an_order_too() {
+    let fault = small(
+        "st.shared.u32 [%a], %t; xor.b32 %t, %t, 1; mad.lo.u32 %a, %t, 4, %b; ld.shared.u32 %b, [%a];",
+    );
+    expect(fault, 719, &["'k'", "small.cu:33", "race: written by thread"]);
+}
+
+#[test]
+fn divergent_barriers_and_deadlocks_list_the_warps() {
+    let fault = small("setp.lt.u32 %p, %t, 16; @%p bar.sync 0;");
+    // The other lanes leave, so nobody is left to wait for; a barrier may be reached by the rest.
+    assert!(fault.is_ok(), "exited lanes do not count");
+    let fault = small("setp.lt.u32 %p, %t, 16; @%p bar.sync 0; @!%p bar.sync 0;");
+    expect(
+        fault,
+        719,
+        &["'k'", "lanes wait for lanes that never come", "bar.sync 0", "small.cu:33"],
+    );
+    let fault =
+        small("setp.lt.u32 %p, %t, 32; @%p bra one; bar.sync 0; bra done; one: bar.sync 0; done:");
+    expect(fault, 719, &["'k'", "barrier divergence", "bar.sync"]);
+    let fault = small(
+        "setp.lt.u32 %p, %t, 32; @%p bra one; bar.sync 1, 64; bra done; one: bar.sync 2, 64; done:",
+    );
+    expect(
+        fault,
+        719,
+        &["deadlock", "warp 0", "warp 1", "bar.sync 1, 64", "bar.sync 2, 64", "small.cu:33"],
+    );
+    let fault = small(
+        "setp.lt.u32 %p, %t, 16; @%p bra one; shfl.sync.idx.b32 %b, %t, 0, 31, -1; bra done; one: activemask.b32 %b; done: bar.sync 1, 64;",
+    );
+    expect(fault, 719, &["lanes wait for lanes that never come", "shfl.sync"]);
+}
+
+#[test]
+fn collectives_check_their_masks() {
+    let fault = small("shfl.sync.idx.b32 %b, %t, 0, 31, 0xffff;");
+    expect(fault, 719, &["lane 16", "not in its own member mask 0x0000ffff"]);
+    small("setp.lt.u32 %p, %t, 8; @%p shfl.sync.idx.b32 %b, %t, 0, 31, 0xff;").unwrap();
+}
+
+#[test]
+fn copies_must_be_waited_for_before_the_exit() {
+    let body = "shl.b32 %a, %t, 2; and.b32 %a, %a, 252; cvt.u64.u32 %e, %a; add.u64 %e, %e, %d; mov.u32 %b, s;\n\
+                add.u32 %a, %a, %b; cp.async.ca.shared.global [%a], [%e], 4; cp.async.commit_group;";
+    expect(small(body), 719, &["'k'", "never waited for", "small.cu:33"]);
+    small(&format!("{body} cp.async.wait_group 0;")).unwrap();
+}
+
+#[test]
+fn loops_that_never_end_are_stopped() {
+    let text = ".version 9.0\n.target sm_80\n.visible .entry k() { L: bra L; }";
+    let mut gpu = Gpu::new(text);
+    gpu.machine.watchdog = 10_000_000;
+    expect(
+        gpu.launch("k", [2, 1, 1], [32, 1, 1], 0, &[]),
+        702,
+        &["'k'", "no block of kernel", "bra L"],
+    );
+}
+
+#[test]
+fn other_wild_accesses() {
+    expect(small("ld.shared.u32 %b, [%a+256];"), 700, &["of 's', which has 256 bytes"]);
+    expect(small("ld.global.u32 %b, [0];"), 700, &["address 0x0", "near no allocation"]);
+    expect(
+        small(".local .align 4 .b8 l[8]; mov.u32 %a, l; ld.local.u32 %b, [%a];"),
+        719,
+        &["local memory"],
+    );
+    expect(small("trap;"), 719, &["trap"]);
+    // Dynamic shared memory that the launch did not ask for.
+    let text = ".version 9.0\n.target sm_80\n.extern .shared .align 16 .b8 m[];\n.visible .entry k() { st.shared.u8 [m+15], 1; ret; }";
+    let mut gpu = Gpu::new(text);
+    gpu.launch("k", [1; 3], [1, 1, 1], 16, &[]).unwrap();
+    expect(gpu.launch("k", [1; 3], [1, 1, 1], 15, &[]), 700, &["'m'"]);
+}
+
+#[test]
+fn what_is_not_understood_is_refused_at_load() {
+    for (from, to, why) in [
+        (".trans", ".tranz", "unknown modifier '.tranz'"),
+        ("cp.async.commit_group", "cp.async.bulk.commit_group", "unknown modifier '.bulk'"),
+        ("cvt.rn.bf16x2.f32", "cvt.rn.satfinite.e4m3x2.f32", "satfinite"),
+        ("bar.sync", "bar.synk", "bar needs an action"),
+        ("mov.u32", "mov.u33", "type"),
+        (".target sm_80", ".target sm_75", "needs .target sm_80"),
+        ("m16n8k16", "m16n8k17", "unknown shape"),
+        ("mul.wide.s32", "frobnicate.s32", "unknown instruction 'frobnicate'"),
+    ] {
+        let error = Gpu::try_new(&patch(GEMM_BF16, from, 0, to)).err().unwrap_or_default();
+        assert!(error.contains(why) && error.contains("PTX line"), "{to}: {error}");
+    }
+}
+
+#[test]
+fn without_checks_wrong_kernels_run() {
+    let machine = Machine { checks: false, ..Machine::default() };
+    gemm(GEMM, 70, 70, 40, machine).unwrap();
+    let broken = patch(GEMM, "[%rd64];", 0, "[%rd64+4];");
+    expect(gemm(&broken, 64, 64, 16, machine), 700, &["gemm.cu:18"]);
+}
