@@ -9,14 +9,12 @@
 
 #include <stdint.h>
 
-enum {
-    /* Positions are walked over at most batch + 3 spatial axes. */
-    PW_MAX_AXES = 4,
-    /* Steps that travel inside the launch parameters; longer programs continue in memory. */
-    PW_INLINE_STEPS = 8,
-    /* Rows of packed arrays are padded to a multiple of this. */
-    PW_ROW_ALIGN = 4
-};
+/* Positions are walked over at most batch + 3 spatial axes. */
+#define PW_MAX_AXES 4
+/* Steps that travel inside the launch parameters; longer programs continue in memory. */
+#define PW_INLINE_STEPS 8
+/* Rows of packed arrays are padded to a multiple of this. */
+#define PW_ROW_ALIGN 4
 
 /* One elementwise step on the accumulators. */
 enum pw_op {
@@ -57,7 +55,7 @@ enum pw_read {
 };
 
 /* Which code finishes a tile. The first two are short cuts for the programs that networks use most:
- * they need PW_FLAG_DST_VEC4 (and PW_FLAG_RESIDUAL_VEC4), and no channel map. */
+ * they need PW_FLAG_DST_VEC4 (and PW_FLAG_RESIDUAL_VEC4), and no maps. */
 enum pw_epilogue {
     PW_EPILOGUE_STEPS,        /* run the list of steps */
     PW_EPILOGUE_CLIP,         /* clip to [clip_lo, clip_hi], which may be infinite */
@@ -68,9 +66,7 @@ enum pw_epilogue {
  * channels for `nhwc`); the conditions are those of the vector reads of src. */
 enum pw_flags {
     PW_FLAG_DST_VEC4 = 1,
-    PW_FLAG_RESIDUAL_VEC4 = 2,
-    /* The residual's channels are dst's (it is added after the channel shuffle). */
-    PW_FLAG_RESIDUAL_SHUFFLED = 4
+    PW_FLAG_RESIDUAL_VEC4 = 2
 };
 
 struct pw_axis {
@@ -91,7 +87,8 @@ struct pw_fprop {
     const float *bias;   /* [groups][row_pitch], 16-byte aligned */
     float *dst;
     const float *residual;
-    const uint32_t *channel_map; /* row of all groups -> dst channel; null where they are equal */
+    const uint32_t *dst_map;      /* row of all groups -> channel of dst; null where equal */
+    const uint32_t *residual_map; /* row of all groups -> channel of the residual */
     const struct pw_step *more_steps; /* those beyond PW_INLINE_STEPS */
     uint32_t groups;
     uint32_t rows;
@@ -111,7 +108,7 @@ struct pw_fprop {
 #ifdef __cplusplus
 static_assert(sizeof(struct pw_step) == 32, "pw_step is laid out as Rust believes");
 static_assert(sizeof(struct pw_axis) == 32, "pw_axis is laid out as Rust believes");
-static_assert(sizeof(struct pw_fprop) == 520, "pw_fprop is laid out as Rust believes");
+static_assert(sizeof(struct pw_fprop) == 528, "pw_fprop is laid out as Rust believes");
 #endif
 
 #endif

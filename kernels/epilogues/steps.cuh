@@ -84,9 +84,9 @@ private:
                 if (here.count <= 0) continue;
                 float v[4] = {acc[s][f], acc[s][f + 1], acc[s][f + 2], acc[s][f + 3]};
                 add_bias(v, here);
-                if (kResidual) add_residual_vector(v, here, false);
+                if (kResidual) add_residual_vector(v, here, nullptr);
                 each(v, [this](float x) { return activation::clip(x, p.clip_lo, p.clip_hi); });
-                store_vector(v, here, false);
+                store_vector(v, here, nullptr);
             }
         }
     }
@@ -125,11 +125,11 @@ private:
             run(step, v, here);
         }
         if (p.flags & PW_FLAG_DST_VEC4) {
-            store_vector(v, here, true);
+            store_vector(v, here, p.dst_map);
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (i < here.count) p.dst[offset(here, i, at.dst, p.dst_channel, true)] = v[i];
+                if (i < here.count) p.dst[offset(here, i, at.dst, p.dst_channel, p.dst_map)] = v[i];
             }
         }
     }
@@ -195,37 +195,37 @@ private:
         for (int i = 0; i < 4; ++i) v[i] += bias[i];
     }
 
-    // dst's channel of a row of this tile.
-    __device__ int64_t channel(int row, bool shuffled) const {
+    // A tensor's channel of a row of this tile.
+    __device__ int64_t channel(int row, const uint32_t* map) const {
         const int64_t own = int64_t(tile.group) * p.rows + tile.row + row;
-        return shuffled && p.channel_map != nullptr ? int64_t(__ldg(p.channel_map + own)) : own;
+        return map != nullptr ? int64_t(__ldg(map + own)) : own;
     }
 
     // Where element i of four lies in a tensor.
     __device__ int64_t offset(const Four& here, int i, const int64_t* position, int64_t stride,
-                              bool shuffled) const {
-        return Tile::kChannelsFast ? position[here.slow] + channel(here.fast + i, shuffled) * stride
-                                   : position[here.fast + i] + channel(here.slow, shuffled) * stride;
+                              const uint32_t* map) const {
+        return Tile::kChannelsFast ? position[here.slow] + channel(here.fast + i, map) * stride
+                                   : position[here.fast + i] + channel(here.slow, map) * stride;
     }
 
     // Reads of the residual do not pass through the read-only cache: it may be dst itself.
-    __device__ void add_residual_vector(float (&v)[4], const Four& here, bool shuffled) const {
-        const int64_t from = offset(here, 0, at.residual, p.residual_channel, shuffled);
+    __device__ void add_residual_vector(float (&v)[4], const Four& here,
+                                        const uint32_t* map) const {
+        const int64_t from = offset(here, 0, at.residual, p.residual_channel, map);
         const float4 r = *reinterpret_cast<const float4*>(p.residual + from);
         v[0] += r.x, v[1] += r.y, v[2] += r.z, v[3] += r.w;
     }
     __device__ void add_residual(float (&v)[4], const Four& here) const {
-        const bool shuffled = p.flags & PW_FLAG_RESIDUAL_SHUFFLED;
-        if (p.flags & PW_FLAG_RESIDUAL_VEC4) return add_residual_vector(v, here, shuffled);
+        if (p.flags & PW_FLAG_RESIDUAL_VEC4) return add_residual_vector(v, here, p.residual_map);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (i >= here.count) break;
-            v[i] += p.residual[offset(here, i, at.residual, p.residual_channel, shuffled)];
+            v[i] += p.residual[offset(here, i, at.residual, p.residual_channel, p.residual_map)];
         }
     }
 
-    __device__ void store_vector(const float (&v)[4], const Four& here, bool shuffled) const {
-        float* to = p.dst + offset(here, 0, at.dst, p.dst_channel, shuffled);
+    __device__ void store_vector(const float (&v)[4], const Four& here, const uint32_t* map) const {
+        float* to = p.dst + offset(here, 0, at.dst, p.dst_channel, map);
         *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
     }
 };
