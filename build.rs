@@ -122,16 +122,20 @@ mod cuda {
                 .strip_prefix("PW_FPROP_F32_SIMT(")
                 .and_then(|rest| rest.strip_suffix(')'))
                 .and_then(|list| list.split(',').map(|n| n.trim().parse().ok()).collect());
-            let Some([rows_, positions, depth, slow, fast, blocks]) = numbers.as_deref() else {
+            let Some([c, positions, depth, slow, fast, blocks]) = numbers.as_deref() else {
                 fail(&format!("kernels/kernels.def: not understood: {line}"));
             };
-            let threads = rows_ * positions / (slow * fast);
-            rows += &format!(
-                "    SimtTile {{ rows: {rows_}, positions: {positions}, depth: {depth}, \
-                 threads: {threads}, blocks_per_sm: {blocks} }},\n"
-            );
+            let threads = c * positions / (slow * fast);
+            for (layout, channels_fast) in [("nchw", false), ("nhwc", true)] {
+                rows += &format!(
+                    "    Kernel {{ name: \"fprop_f32_simt_{c}x{positions}x{depth}_{layout}\", \
+                     rows: {c}, positions: {positions}, depth: {depth}, slow: {slow}, \
+                     fast: {fast}, threads: {threads}, blocks_per_sm: {blocks}, \
+                     channels_fast: {channels_fast} }},\n"
+                );
+            }
         }
-        format!("pub(crate) const SIMT_TILES: &[SimtTile] = &[\n{rows}];\n")
+        format!("pub(crate) const KERNELS: &[Kernel] = &[\n{rows}];\n")
     }
 
     /// The newest of the places where people keep it: what `NVCC` names, the toolkit's home, PATH.
