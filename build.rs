@@ -18,7 +18,6 @@ fn main() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use std::env;
-    use std::ffi::OsString;
     use std::fs;
     use std::path::{Path, PathBuf};
     use std::process::{Command, exit};
@@ -150,7 +149,7 @@ mod cuda {
         }
         let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
         let homes = homes.map(|home| PathBuf::from(home).join("bin"));
-        let path = env::var_os("PATH").unwrap_or_else(OsString::new);
+        let path = env::var_os("PATH").unwrap_or_default();
         let path: Vec<PathBuf> = env::split_paths(&path).collect();
         homes
             .chain(path)
@@ -322,7 +321,8 @@ mod cuda {
     }
 
     fn write(path: &Path, bytes: &[u8]) {
-        fs::write(path, bytes).unwrap_or_else(|error| fail(&format!("{}: {error}", path.display())));
+        fs::write(path, bytes)
+            .unwrap_or_else(|error| fail(&format!("{}: {error}", path.display())));
     }
 
     fn copy(from: &Path, to: &Path) {

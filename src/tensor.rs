@@ -333,7 +333,13 @@ impl<'a, T> TensorMut<'a, T> {
                 strides: strides.to_vec(),
             });
         }
-        let view = TensorRef { ptr: ptr.cast_const(), place, extents, stream: None, lifetime: PhantomData };
+        let view = TensorRef {
+            ptr: ptr.cast_const(),
+            place,
+            extents,
+            stream: None,
+            lifetime: PhantomData,
+        };
         Ok(Self { view, exclusive: PhantomData })
     }
 

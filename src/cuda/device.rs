@@ -9,8 +9,8 @@ use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
 use super::plan::KERNELS;
-use crate::error::{Error, Result};
 use crate::cost::Roof;
+use crate::error::{Error, Result};
 
 /// The kernels' machine code and PTX, as nvcc made it.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
@@ -194,7 +194,8 @@ impl Context {
     fn of(ordinal: usize, context: Option<&Arc<CudaContext>>) -> Result<Arc<Context>> {
         static LOADED: Mutex<Vec<Arc<Context>>> = Mutex::new(Vec::new());
 
-        let missing = |reason: String| Error::NoDevice { device: format!("cuda:{ordinal}"), reason };
+        let missing =
+            |reason: String| Error::NoDevice { device: format!("cuda:{ordinal}"), reason };
         let driver = driver::probe().map_err(|reason| missing(reason.into()))?;
         if ordinal >= driver.devices {
             return Err(missing(format!("the driver shows {} CUDA devices", driver.devices)));
@@ -227,8 +228,8 @@ impl Context {
         // capture: this crate orders its streams itself.
         // SAFETY: nothing here relies on cudarc's tracking.
         unsafe { context.disable_event_tracking() };
-        let functions = load(&context)
-            .map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+        let functions =
+            load(&context).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
         let new = Arc::new(Context { context, functions, facts, stream });
         loaded.push(new.clone());

@@ -6,9 +6,7 @@ use cudarc::driver::result;
 
 use super::device::CudaDevice;
 use super::driver::failed;
-use super::params::{
-    PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read,
-};
+use super::params::{PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read};
 use super::plan::{KERNELS, Kernel, Letters};
 use crate::error::{Error, Result};
 
@@ -128,16 +126,16 @@ impl Call {
         let inner = axes.first().copied().unwrap_or(pw_axis { extent: 1, ..pw_axis::default() });
         let outer = axes.get(1..).unwrap_or_default();
         let along_positions = |tensor: &Tensor, stride: fn(&pw_axis) -> i64| {
-            tensor.address % 16 == 0
+            tensor.address.is_multiple_of(16)
                 && stride(&inner) == 1
                 && inner.extent % 4 == 0
                 && tensor.channel % 4 == 0
                 && outer.iter().all(|axis| stride(axis) % 4 == 0)
         };
         let along_channels = |tensor: &Tensor, stride: fn(&pw_axis) -> i64, channels: u32| {
-            tensor.address % 16 == 0
+            tensor.address.is_multiple_of(16)
                 && tensor.channel == 1
-                && channels % 4 == 0
+                && channels.is_multiple_of(4)
                 && axes.iter().all(|axis| stride(axis) % 4 == 0)
         };
         params.read = if along_channels(&self.src, |axis| axis.src, self.depth) {

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
-use super::params::{
-    PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step,
-};
+use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
 use super::plan::{self, KERNELS};
 use super::tensor::Staged;
 use crate::cost::Roof;
@@ -130,7 +128,7 @@ impl Layer {
     /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
     pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
         let mut call = self.call(problem)?;
-        if problem.is_empty() {
+        if problem.n == 0 || problem.positions() == 0 {
             return Ok(());
         }
         match problem.place {
@@ -254,7 +252,7 @@ impl Weights {
             fits.ok_or(Error::TooLarge { what, sizes: vec![n] })
         };
         let groups = count("groups", shape.groups)?;
-        let rows = count("output channels per group", shape.rows_per_group())?;
+        let rows = count("output channels per group", shape.c_out / shape.groups)?;
         let depth = count("input channels per group", shape.k())?;
         let mut packer = Packer::new(shape);
         let weight = packer.weight(&lowered.weight);
@@ -327,7 +325,7 @@ struct Packer {
 
 impl Packer {
     fn new(shape: &LayerShape) -> Self {
-        let rows = shape.rows_per_group();
+        let rows = shape.c_out / shape.groups;
         let pitch = rows.next_multiple_of(PW_ROW_ALIGN as usize);
         Packer { bytes: Vec::new(), groups: shape.groups, rows, depth: shape.k(), pitch }
     }

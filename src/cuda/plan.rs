@@ -150,8 +150,7 @@ mod tests {
 
     #[test]
     fn a_forced_kernel_is_taken_whatever_the_estimate() {
-        let problem =
-            Letters { groups: 1, rows: 1, depth: 1, positions: 1, channels_fast: true };
+        let problem = Letters { groups: 1, rows: 1, depth: 1, positions: 1, channels_fast: true };
         for (index, kernel) in KERNELS.iter().enumerate() {
             assert_eq!(choose(&problem, &facts(), Some(kernel.name)), index);
         }

@@ -183,7 +183,11 @@ impl<T: DeviceElement> CudaTensor<T> {
         }
         let mut expected = self.shape.clone();
         expected[1] = range.end;
-        Err(Error::Shape { tensor: "a tensor with these channels", expected, got: self.shape.clone() })
+        Err(Error::Shape {
+            tensor: "a tensor with these channels",
+            expected,
+            got: self.shape.clone(),
+        })
     }
 }
 
