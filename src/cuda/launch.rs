@@ -208,3 +208,126 @@ pub(crate) unsafe fn launch(
     }
     .map_err(failed("cuLaunchKernel"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `[n, c, d, h, w]` without gaps, channels first or last.
+    fn dense(address: u64, c: i64, [d, h, w]: [u64; 3], last: bool) -> Tensor {
+        let (h, w, d) = (h as i64, w as i64, d as i64);
+        if last {
+            Tensor { address, channel: 1, axes: [d * h * w * c, h * w * c, w * c, c] }
+        } else {
+            Tensor { address, channel: d * h * w, axes: [d * h * w * c, h * w, w, 1] }
+        }
+    }
+
+    fn call(n: u64, rows: u32, depth: u32, spatial: [u64; 3], last: [bool; 2]) -> Call {
+        let [d, h, w] = spatial;
+        let src = dense(1 << 20, i64::from(depth), spatial, last[0]);
+        let dst = dense(1 << 30, i64::from(rows), spatial, last[1]);
+        Call { groups: 1, rows, depth, extents: [n, d, h, w], src, dst, residual: None }
+    }
+
+    fn described(call: &Call, channels_fast: bool) -> pw_fprop {
+        let kernel = KERNELS.iter().find(|kernel| kernel.channels_fast == channels_fast).unwrap();
+        let mut params =
+            pw_fprop { epilogue: pw_epilogue::PW_EPILOGUE_CLIP, ..pw_fprop::default() };
+        call.describe(kernel, &mut params);
+        params
+    }
+
+    /// The offsets that the kernel computes (`kernels/tiles.cuh`).
+    fn offsets(params: &pw_fprop, mut position: i64) -> [i64; 3] {
+        let mut offsets = [0; 3];
+        let count = params.axis_count as usize;
+        for (i, axis) in params.axes[..count].iter().enumerate() {
+            let at = if i + 1 < count { position % axis.extent } else { position };
+            position /= axis.extent;
+            offsets[0] += at * axis.src;
+            offsets[1] += at * axis.dst;
+            offsets[2] += at * axis.residual;
+        }
+        offsets
+    }
+
+    #[test]
+    fn merged_axes_reach_every_position_once() {
+        let residual = Tensor { address: 0, channel: 5, axes: [-1000, 7, 140, -20] };
+        for (spatial, last) in [
+            ([1, 1, 1], [false, false]),
+            ([2, 3, 4], [false, true]),
+            ([1, 3, 5], [true, true]),
+            ([4, 1, 7], [true, false]),
+        ] {
+            for residual in [None, Some(residual)] {
+                let call = Call { residual, ..call(3, 6, 4, spatial, last) };
+                let params = described(&call, last[1]);
+                let mut found: Vec<_> =
+                    (0..params.positions).map(|p| offsets(&params, p)).collect();
+                let mut expected = Vec::new();
+                let [n, d, h, w] = call.extents.map(|extent| extent as i64);
+                for index in 0..n * d * h * w {
+                    let at = [index / w / h / d, index / w / h % d, index / w % h, index % w];
+                    let offset = |t: &Tensor| (0..4).map(|i| at[i] * t.axes[i]).sum::<i64>();
+                    let residual = residual.unwrap_or_default();
+                    expected.push([offset(&call.src), offset(&call.dst), offset(&residual)]);
+                }
+                found.sort_unstable();
+                expected.sort_unstable();
+                assert_eq!(found, expected, "{spatial:?} {last:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn dense_tensors_need_few_axes() {
+        assert_eq!(described(&call(8, 32, 32, [1, 14, 14], [true, true]), true).axis_count, 1);
+        assert_eq!(described(&call(8, 32, 32, [2, 14, 14], [false, false]), false).axis_count, 2);
+        assert_eq!(described(&call(1, 32, 32, [2, 14, 14], [false, false]), false).axis_count, 1);
+        assert_eq!(described(&call(1, 32, 32, [1, 1, 1], [false, false]), false).axis_count, 0);
+    }
+
+    #[test]
+    fn vectors_are_used_only_where_they_are_aligned_and_whole() {
+        let nhwc = call(2, 32, 16, [1, 7, 7], [true, true]);
+        let params = described(&nhwc, true);
+        assert_eq!(params.read, pw_read::PW_READ_CHANNELS_VEC4);
+        assert_eq!(params.flags, pw_flags::PW_FLAG_DST_VEC4.0);
+        assert_eq!(params.epilogue, pw_epilogue::PW_EPILOGUE_CLIP);
+        let nchw = call(2, 32, 16, [1, 14, 14], [false, false]);
+        let params = described(&nchw, false);
+        assert_eq!(params.read, pw_read::PW_READ_POSITIONS_VEC4);
+        assert_eq!(params.flags, pw_flags::PW_FLAG_DST_VEC4.0);
+
+        // An odd plane, an odd number of channels, an address off by one element.
+        let params = described(&call(2, 32, 16, [1, 7, 7], [false, false]), false);
+        assert_eq!((params.read, params.flags), (pw_read::PW_READ_POSITIONS, 0));
+        assert_eq!(params.epilogue, pw_epilogue::PW_EPILOGUE_STEPS);
+        let params = described(&call(2, 30, 18, [1, 8, 8], [true, true]), true);
+        assert_eq!((params.read, params.flags), (pw_read::PW_READ_CHANNELS, 0));
+        let mut shifted = nhwc;
+        shifted.src.address += 4;
+        shifted.dst.address += 4;
+        let params = described(&shifted, true);
+        assert_eq!((params.read, params.flags), (pw_read::PW_READ_CHANNELS, 0));
+        // A row that no vector divides, although the plane is divisible.
+        let mut row = call(1, 32, 16, [1, 4, 6], [false, false]);
+        row.src.axes[2] = 8;
+        assert_eq!(described(&row, false).read, pw_read::PW_READ_POSITIONS);
+    }
+
+    #[test]
+    fn a_residual_that_is_not_aligned_takes_the_general_epilogue() {
+        let mut call = call(2, 32, 16, [1, 8, 8], [false, false]);
+        call.residual = Some(call.dst);
+        let params = described(&call, false);
+        let both = pw_flags::PW_FLAG_DST_VEC4.0 | pw_flags::PW_FLAG_RESIDUAL_VEC4.0;
+        assert_eq!((params.flags, params.epilogue), (both, pw_epilogue::PW_EPILOGUE_CLIP));
+        call.residual = Some(Tensor { address: call.dst.address + 8, ..call.dst });
+        let params = described(&call, false);
+        assert_eq!(params.flags, pw_flags::PW_FLAG_DST_VEC4.0);
+        assert_eq!(params.epilogue, pw_epilogue::PW_EPILOGUE_STEPS);
+    }
+}

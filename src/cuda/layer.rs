@@ -422,3 +422,77 @@ fn step_bytes(step: &pw_step) -> [u8; size_of::<pw_step>()] {
     put(std::mem::offset_of!(pw_step, second), &(step.second.addr() as u64).to_ne_bytes());
     bytes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(groups: usize, rows: usize, depth: usize) -> LayerShape {
+        LayerShape {
+            c_in: groups * depth,
+            c_out: groups * rows,
+            groups,
+            stride: 1,
+            partial: None,
+            residual: false,
+            gate: false,
+            norm_over_all: false,
+        }
+    }
+
+    fn floats(packer: &Packer, start: usize, len: usize) -> Vec<f32> {
+        let bytes = packer.bytes[start..start + 4 * len].chunks_exact(4);
+        bytes.map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+
+    #[test]
+    fn weights_are_packed_by_group_and_depth_with_padded_rows() {
+        // weight[row][k] = 10 * row + k, two groups of 3 rows, depth 2.
+        let weight: Vec<f32> =
+            (0..6).flat_map(|row| [row as f32 * 10.0, row as f32 * 10.0 + 1.0]).collect();
+        let mut packer = Packer::new(&shape(2, 3, 2));
+        let start = packer.weight(&weight);
+        assert_eq!(
+            floats(&packer, start, 16),
+            [0., 10., 20., 0., 1., 11., 21., 0., 30., 40., 50., 0., 31., 41., 51., 0.]
+        );
+        let start = packer.rows(&[1., 2., 3., 4., 5., 6.]);
+        assert_eq!(start % 256, 0);
+        assert_eq!(floats(&packer, start, 8), [1., 2., 3., 0., 4., 5., 6., 0.]);
+    }
+
+    #[test]
+    fn the_usual_lists_have_a_short_cut() {
+        let mut packer = Packer::new(&shape(1, 4, 1));
+        let mut cut = |steps: &[Step]| {
+            let steps: Vec<pw_step> = steps.iter().map(|step| packer.step(step).0).collect();
+            short_cut(&steps)
+        };
+        let relu6 = Step::Activation(Activation::Relu6);
+        let inf = f32::INFINITY;
+        assert_eq!(cut(&[]), (pw_epilogue::PW_EPILOGUE_CLIP, -inf, inf));
+        assert_eq!(cut(&[relu6.clone()]), (pw_epilogue::PW_EPILOGUE_CLIP, 0.0, 6.0));
+        let residual = pw_epilogue::PW_EPILOGUE_RESIDUAL_CLIP;
+        assert_eq!(cut(&[Step::Residual]), (residual, -inf, inf));
+        assert_eq!(cut(&[Step::Residual, relu6.clone()]), (residual, 0.0, 6.0));
+        let none = pw_epilogue::PW_EPILOGUE_STEPS;
+        assert_eq!(cut(&[relu6.clone(), Step::Residual]).0, none);
+        assert_eq!(cut(&[relu6, Step::Activation(Activation::Tanh)]).0, none);
+    }
+
+    #[test]
+    fn a_step_in_memory_is_the_struct_that_the_kernel_reads() {
+        let step = pw_step {
+            op: pw_op::PW_OP_MISH,
+            a: 1.5,
+            b: -2.0,
+            reserved: 0,
+            first: std::ptr::without_provenance(0x1234_5678_9ABC),
+            second: std::ptr::without_provenance(16),
+        };
+        // SAFETY: any bytes are a pw_step, and these are aligned by the copy.
+        let back = unsafe { step_bytes(&step).as_ptr().cast::<pw_step>().read_unaligned() };
+        assert_eq!((back.op, back.a, back.b), (step.op, step.a, step.b));
+        assert_eq!((back.first.addr(), back.second.addr()), (step.first.addr(), 16));
+    }
+}
