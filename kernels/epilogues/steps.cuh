@@ -171,7 +171,7 @@ private:
                 each(v, [](float x) { return activation::clip(x + 3.f, 0.f, 6.f) / 6.f; });
                 break;
             case PW_OP_HARD_SWISH:
-                each(v, [](float x) { return x * activation::clip(x + 3.f, 0.f, 6.f) / 6.f; });
+                each(v, [](float x) { return x * (activation::clip(x + 3.f, 0.f, 6.f) / 6.f); });
                 break;
             case PW_OP_SOFTPLUS: each(v, [](float x) { return activation::softplus(x); }); break;
             case PW_OP_MISH: each(v, [](float x) { return activation::mish(x); }); break;

@@ -71,7 +71,9 @@ fn start() -> Result<Driver, String> {
         match unsafe { libloading::Library::new(name) } {
             Ok(library) => Some((name, library)),
             Err(error) => {
-                refusal = error.to_string();
+                // The loader's own words, such as which library is missing.
+                let cause = std::error::Error::source(&error);
+                refusal = cause.map_or_else(|| error.to_string(), |cause| cause.to_string());
                 None
             }
         }

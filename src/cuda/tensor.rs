@@ -102,6 +102,9 @@ impl<T: DeviceElement> CudaTensor<T> {
     pub fn to_host(&self) -> Result<ArrayD<T>> {
         let mut values = vec![T::default(); self.memory.bytes() / size_of::<T>()];
         self.memory.download(&mut values)?;
+        if values.is_empty() {
+            return Ok(ArrayD::from_elem(IxDyn(&self.shape), T::default()));
+        }
         let strides: Vec<usize> = self.strides.iter().map(|&stride| stride as usize).collect();
         Array::from_shape_vec(IxDyn(&self.shape).strides(IxDyn(&strides)), values)
             .map_err(|_| Error::TooLarge { what: "a tensor", sizes: self.shape.clone() })

@@ -242,12 +242,15 @@ fn every_kernel_on_tile_edges(device: &CudaDevice) -> Outcome {
         let layer = case.layer(weight).bias(bias);
         for (j, kernel) in kernels(device).into_iter().enumerate() {
             let prepared = layer.prepare_with(&device.clone().into(), force(kernel))?;
-            // Each kernel meets every way of reading and of storing, over the table.
-            let layouts = (LAYOUTS[(i + j) % 8], LAYOUTS[(i + 3 * j + 1) % 8]);
-            let src = Placed::filled(device, src.view(), layouts.0);
-            let mut dst = Placed::blank(device, case.dst_shape(), layouts.1);
-            prepared.forward_into(&src.view(), &mut dst.view_mut())?;
-            same_bits(&dst.read(), &expected, &format!("{kernel}, {case:?}, {layouts:?}"))?;
+            // The common layouts, and over the table every other pair for every kernel.
+            let (first, last) = (Layout::First, Layout::Last);
+            let other = (LAYOUTS[(i + j) % 8], LAYOUTS[(i + 3 * j + 1) % 8]);
+            for layouts in [(first, first), (last, last), (first, last), (last, first), other] {
+                let src = Placed::filled(device, src.view(), layouts.0);
+                let mut dst = Placed::blank(device, case.dst_shape(), layouts.1);
+                prepared.forward_into(&src.view(), &mut dst.view_mut())?;
+                same_bits(&dst.read(), &expected, &format!("{kernel}, {case:?}, {layouts:?}"))?;
+            }
         }
     }
     Ok(())
@@ -262,12 +265,9 @@ fn integers_in_every_layout(device: &CudaDevice) -> Outcome {
     let residual = Array5::from_shape_fn(case.dst_shape(), |_| random.integer());
     let sums = chain(&case, &weight, &bias, &src) + &residual;
     let expected = sums.mapv(|x| x.clamp(-20.0, 30.0));
-    let layer = case
-        .layer(weight)
-        .bias(bias)
-        .residual()
-        .clip(-20.0, 30.0)
-        .prepare(&device.clone().into())?;
+    let layer = case.layer(weight).bias(bias).residual().clip(-20.0, 30.0);
+    let prepare = |kernel: &&str| layer.prepare_with(&device.clone().into(), force(kernel));
+    let layers = kernels(device).iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
     for (i, &from) in LAYOUTS.iter().enumerate() {
         for (j, &to) in LAYOUTS.iter().enumerate() {
             let beside = if i == j { to } else { LAYOUTS[(i * 3 + j) % 8] };
@@ -275,8 +275,10 @@ fn integers_in_every_layout(device: &CudaDevice) -> Outcome {
             let residual = Placed::filled(device, residual.view(), beside);
             let mut dst = Placed::blank(device, case.dst_shape(), to);
             let (src, residual) = (src.view(), residual.view());
-            layer.call(&src).residual(&residual).run_into(&mut dst.view_mut())?;
-            same_bits(&dst.read(), &expected, &format!("{from:?} + {beside:?} to {to:?}"))?;
+            for layer in [&layers[(i + j) % layers.len()], &layers[(i * j + 3) % layers.len()]] {
+                layer.call(&src).residual(&residual).run_into(&mut dst.view_mut())?;
+                same_bits(&dst.read(), &expected, &format!("{from:?} + {beside:?} to {to:?}"))?;
+            }
         }
     }
     Ok(())
@@ -378,8 +380,15 @@ fn steps_in_any_order(device: &CudaDevice) -> Outcome {
             layer.hard_sigmoid().activation(Activation::GeluTanh)
         }),
     ];
-    for (name, stages) in lists {
-        for (spatial, layout) in [([1, 4, 9], Layout::First), ([1, 5, 5], Layout::Last)] {
+    let kernels = kernels(device);
+    let layouts = [
+        ([1, 4, 9], Layout::First),
+        ([1, 5, 5], Layout::Last),
+        ([1, 3, 7], Layout::FirstOdd),
+        ([1, 2, 70], Layout::PartOfLast),
+    ];
+    for (i, (name, stages)) in lists.into_iter().enumerate() {
+        for (j, (spatial, layout)) in layouts.into_iter().enumerate() {
             let case = Case::new(2, 10, c, spatial);
             let bare = case.layer(random.normal(case.c_out * case.c_in));
             let layer = stages(bare, norm(&mut random), random.normal(c));
@@ -392,7 +401,8 @@ fn steps_in_any_order(device: &CudaDevice) -> Outcome {
                 gate: None,
             };
             let expected = reference::forward(&layer, &inputs)?;
-            let prepared = layer.prepare(&device.clone().into())?;
+            let forced = force(kernels[(3 * i + j) % kernels.len()]);
+            let prepared = layer.prepare_with(&device.clone().into(), forced)?;
             let src = Placed::filled(device, src.view(), layout);
             let residual = Placed::filled(device, residual.view(), layout);
             let mut dst = Placed::blank(device, case.dst_shape(), layout);
