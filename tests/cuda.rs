@@ -2,6 +2,8 @@
 //! (`tests/emulator/run cargo test --features cuda`). Without either, every trial is listed as
 //! ignored with the reason; `POINTWISE_REQUIRE=cuda` makes that a failure.
 
+#![allow(clippy::neg_cmp_op_on_partial_ord, reason = "a comparison that NaN passes is a bug")]
+
 #[path = "cuda/cases.rs"]
 mod cases;
 #[path = "cuda/driver.rs"]

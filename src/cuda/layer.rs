@@ -471,7 +471,7 @@ mod tests {
         let relu6 = Step::Activation(Activation::Relu6);
         let inf = f32::INFINITY;
         assert_eq!(cut(&[]), (pw_epilogue::PW_EPILOGUE_CLIP, -inf, inf));
-        assert_eq!(cut(&[relu6.clone()]), (pw_epilogue::PW_EPILOGUE_CLIP, 0.0, 6.0));
+        assert_eq!(cut(std::slice::from_ref(&relu6)), (pw_epilogue::PW_EPILOGUE_CLIP, 0.0, 6.0));
         let residual = pw_epilogue::PW_EPILOGUE_RESIDUAL_CLIP;
         assert_eq!(cut(&[Step::Residual]), (residual, -inf, inf));
         assert_eq!(cut(&[Step::Residual, relu6.clone()]), (residual, 0.0, 6.0));
@@ -490,8 +490,9 @@ mod tests {
             first: std::ptr::without_provenance(0x1234_5678_9ABC),
             second: std::ptr::without_provenance(16),
         };
-        // SAFETY: any bytes are a pw_step, and these are aligned by the copy.
-        let back = unsafe { step_bytes(&step).as_ptr().cast::<pw_step>().read_unaligned() };
+        let bytes = step_bytes(&step);
+        // SAFETY: as many bytes as a pw_step has, and any bits are one.
+        let back = unsafe { bytes.as_ptr().cast::<pw_step>().read_unaligned() };
         assert_eq!((back.op, back.a, back.b), (step.op, step.a, step.b));
         assert_eq!((back.first.addr(), back.second.addr()), (step.first.addr(), 16));
     }
