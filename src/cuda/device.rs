@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 /// The kernels' machine code and PTX, as nvcc made it.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
 
+/// `CUDA_ERROR_INVALID_IMAGE`.
+const INVALID_IMAGE: u32 = 200;
+
 /// The oldest chip that the kernels are written for.
 const OLDEST: (u32, u32) = (7, 5);
 
@@ -211,10 +214,17 @@ impl Context {
         let context = match context {
             Some(context) if !context.is_primary() => context.clone(),
             // Our own handle of the primary context, so that what we set on it is ours alone.
-            _ => CudaContext::new(ordinal).map_err(|error| {
-                let code = driver::Code(error.0 as u32);
-                missing(format!("{} gave no context: {code}", driver.describe()))
-            })?,
+            _ => {
+                let own = CudaContext::new(ordinal).map_err(|error| {
+                    let code = driver::Code(error.0 as u32);
+                    missing(format!("{} gave no context: {code}", driver.describe()))
+                })?;
+                // Events for every tensor of a launch would cost more than the launch, and end a
+                // graph capture: this crate orders its streams itself.
+                // SAFETY: nothing here relies on cudarc's tracking.
+                unsafe { own.disable_event_tracking() };
+                own
+            }
         };
         let facts = Facts::of(&context)?;
         if facts.compute_capability < OLDEST {
@@ -224,10 +234,6 @@ impl Context {
                 facts.name, OLDEST.0, OLDEST.1
             )));
         }
-        // Events for every tensor of a launch would cost more than the launch, and end a graph
-        // capture: this crate orders its streams itself.
-        // SAFETY: nothing here relies on cudarc's tracking.
-        unsafe { context.disable_event_tracking() };
         let functions =
             load(&context).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
@@ -239,6 +245,10 @@ impl Context {
 
 fn load(context: &Arc<CudaContext>) -> Result<Vec<CudaFunction>, u32> {
     let code = |error: result::DriverError| error.0 as u32;
+    if FATBIN.is_empty() {
+        // Built under DOCS_RS, to be read and not to be run.
+        return Err(INVALID_IMAGE);
+    }
     let module: Arc<CudaModule> =
         context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
     KERNELS.iter().map(|kernel| module.load_function(kernel.name).map_err(code)).collect()

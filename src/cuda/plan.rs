@@ -73,10 +73,12 @@ impl Kernel {
 /// The kernel for a problem: the forced one, or the one with the least estimate. The index is one
 /// of [`KERNELS`].
 pub(crate) fn choose(problem: &Letters, facts: &Facts, forced: Option<&str>) -> usize {
-    if let Some(index) = KERNELS.iter().position(|kernel| Some(kernel.name) == forced) {
-        return index;
-    }
-    ranked(problem, facts)[0]
+    let is_forced = |&kernel: &usize| Some(KERNELS[kernel].name) == forced;
+    let estimate = |kernel: usize| KERNELS[kernel].estimate(problem, facts);
+    let all = 0..KERNELS.len();
+    // The first of equals, as in the sorted list.
+    let best = || all.clone().min_by(|&a, &b| estimate(a).total_cmp(&estimate(b)));
+    all.clone().find(is_forced).or_else(best).unwrap_or(0)
 }
 
 /// All kernels, the best first.

@@ -3,7 +3,7 @@
 use std::process::{Command, ExitCode};
 
 use ndarray::{Array2, Array3};
-use pointwise::{CudaDevice, Device, Error, Pointwise};
+use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
 use super::{OnDevice, Outcome};
 
@@ -14,6 +14,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("drivers_that_do_not_start_are_errors", broken_drivers),
     ("devices_without_memory_pools_work", no_pools),
     ("memory_that_runs_out_is_an_error", out_of_memory),
+    ("two_devices_do_not_mix", two_devices),
     ("the_environment_steers_the_choice", environment),
 ];
 
@@ -34,6 +35,16 @@ pub fn child(what: &str) -> ExitCode {
             let failed = layer.forward(&big).err().map(|error| error.to_string());
             let after = layer.forward(&big.slice(ndarray::s![..1, ..]))?;
             Ok(format!("{failed:?}, then {} values", after.len()))
+        }),
+        "two" => CudaDevice::open(1).and_then(|second| {
+            let first = CudaDevice::open(0)?;
+            let on_second = layer.prepare(&second.clone().into())?;
+            let theirs = CudaTensor::from_host(&second, src.view())?;
+            let result = on_second.forward(&theirs)?.to_host()?;
+            let ours = CudaTensor::from_host(&first, src.view())?;
+            let mixed = on_second.forward(&ours).unwrap_err();
+            let moved = on_second.on(&first).unwrap_err();
+            Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
         }),
         other => Err(Error::Checkpoint(format!("no such child: {other}"))),
     };
@@ -118,6 +129,14 @@ fn out_of_memory(device: &CudaDevice) -> Outcome {
     if is_stand_in(device) {
         let variables = [("PW_EMULATOR_MEMORY", "16M")];
         expect("large", &variables, &["CUDA_ERROR_OUT_OF_MEMORY (2)", "then 4096 values"])?;
+    }
+    Ok(())
+}
+
+fn two_devices(device: &CudaDevice) -> Outcome {
+    if is_stand_in(device) {
+        let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
+        expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
     }
     Ok(())
 }
