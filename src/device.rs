@@ -124,6 +124,15 @@ impl FromStr for Device {
     }
 }
 
+/// Layers prepared for it run on the handle's stream.
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+impl From<CudaDevice> for Device {
+    fn from(device: CudaDevice) -> Self {
+        Device { kind: Kind::Cuda(device) }
+    }
+}
+
 /// `cpu (avx512, 2 threads)`, `cuda:0 (NVIDIA H200)`.
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

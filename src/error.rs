@@ -191,6 +191,17 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A call of the CUDA driver failed. A device's fault shows at a later call than the one that
+    /// caused it, and stays until the process ends.
+    #[error("{call} failed: {name} ({code})")]
+    Cuda {
+        /// The driver's function.
+        call: &'static str,
+        /// The driver's code.
+        code: u32,
+        /// The driver's name for the code.
+        name: &'static str,
+    },
     /// A checkpoint could not be read.
     #[error("checkpoint: {0}")]
     Checkpoint(String),

@@ -45,6 +45,8 @@ pub mod checkpoint;
 mod compose;
 mod cost;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod epilogue;
 mod error;
@@ -59,6 +61,13 @@ mod tensor;
 
 pub use compose::{Branches, BranchesCall, Sequence};
 pub use cost::{Cost, Roof};
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub use cuda::{CudaDevice, CudaTensor, DeviceElement};
+/// The CUDA bindings whose streams [`CudaDevice`] takes.
+#[cfg(feature = "cuda")]
+#[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+pub use cudarc;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use layer::Pointwise;

@@ -68,6 +68,10 @@ struct Inner {
 }
 
 #[derive(Debug)]
+#[cfg_attr(
+    feature = "cuda",
+    expect(clippy::large_enum_variant, reason = "one per layer, behind an Arc")
+)]
 enum Backend {
     Cpu(cpu::Layer),
     #[cfg(feature = "cuda")]
@@ -148,6 +152,27 @@ impl Prepared {
     /// The device that the layer was prepared for.
     pub fn device(&self) -> &Device {
         &self.inner.device
+    }
+
+    /// This layer on another stream of its CUDA device. The weights are shared, so it costs next
+    /// to nothing: a service with a stream per request keeps one layer.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if the layer was prepared for another device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn on(&self, device: &cuda::CudaDevice) -> Result<Prepared> {
+        let Inner { shape, parameters, backend, .. } = &*self.inner;
+        let Backend::Cuda(layer) = backend else {
+            return Err(Error::WrongDevice {
+                tensor: "the layer's weight",
+                expected: device.to_string(),
+                got: self.inner.device.to_string(),
+            });
+        };
+        let backend = Backend::Cuda(layer.on(device)?);
+        let (shape, parameters, device) = (shape.clone(), *parameters, device.clone().into());
+        Ok(Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) })
     }
 
     /// The shape of the result for a source of this shape.

@@ -91,6 +91,9 @@ pub(crate) struct Operand {
     pub channel: isize,
     pub channels: usize,
     pub spatial: [isize; MAX_SPATIAL],
+    /// The CUDA stream in whose order the elements are used, where it is known.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub stream: Option<usize>,
 }
 
 impl Operand {
@@ -104,6 +107,7 @@ impl Operand {
             channel: tensor.strides()[1],
             channels: tensor.shape()[1],
             spatial,
+            stream: tensor.stream(),
         }
     }
 }

@@ -152,6 +152,8 @@ pub struct TensorRef<'a, T = f32> {
     ptr: *const T,
     place: Place,
     extents: Extents,
+    /// The CUDA stream in whose order the elements are used, as a raw handle, where it is known.
+    stream: Option<usize>,
     lifetime: PhantomData<&'a T>,
 }
 
@@ -187,6 +189,7 @@ impl<'a, T> TensorRef<'a, T> {
             ptr: data.as_ptr().wrapping_add(offset),
             place: Place::Host,
             extents,
+            stream: None,
             lifetime: PhantomData,
         })
     }
@@ -207,7 +210,7 @@ impl<'a, T> TensorRef<'a, T> {
         strides: &[isize],
     ) -> Result<Self> {
         let extents = Extents::new("tensor", shape, strides)?;
-        Ok(Self { ptr, place, extents, lifetime: PhantomData })
+        Ok(Self { ptr, place, extents, stream: None, lifetime: PhantomData })
     }
 
     /// The length of each axis, `[n, c, …spatial]`.
@@ -228,6 +231,17 @@ impl<'a, T> TensorRef<'a, T> {
     /// The address of element `[0, …, 0]`; a device address where [`place`](Self::place) says so.
     pub fn as_ptr(&self) -> *const T {
         self.ptr
+    }
+
+    /// This view of memory that is used in the order of a CUDA stream.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_stream(mut self, stream: usize) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+
+    pub(crate) fn stream(&self) -> Option<usize> {
+        self.stream
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -319,7 +333,13 @@ impl<'a, T> TensorMut<'a, T> {
                 strides: strides.to_vec(),
             });
         }
-        let view = TensorRef { ptr: ptr.cast_const(), place, extents, lifetime: PhantomData };
+        let view = TensorRef {
+            ptr: ptr.cast_const(),
+            place,
+            extents,
+            stream: None,
+            lifetime: PhantomData,
+        };
         Ok(Self { view, exclusive: PhantomData })
     }
 
@@ -346,6 +366,20 @@ impl<'a, T> TensorMut<'a, T> {
     /// This tensor for a shorter time.
     pub fn reborrow(&mut self) -> TensorMut<'_, T> {
         TensorMut { view: self.view, exclusive: PhantomData }
+    }
+
+    /// As [`TensorRef::on_stream`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_stream(mut self, stream: usize) -> Self {
+        self.view = self.view.on_stream(stream);
+        self
+    }
+
+    /// This view with its channel axis cut down to `start..end`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn channels(mut self, start: usize, end: usize) -> Self {
+        self.view = self.view.channels(start, end);
+        self
     }
 
     /// The same elements as a view to read, for the arithmetic on shapes and addresses.

@@ -1,0 +1,341 @@
+//! With the feature `cuda`: makes the parameter structs of `kernels/params.h`, the planner's table
+//! of `kernels/kernels.def`, and one fatbin of `kernels/*.cu`. Without it: nothing.
+//!
+//! | variable | meaning |
+//! | --- | --- |
+//! | `NVCC` | the CUDA compiler; else `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` are searched |
+//! | `POINTWISE_CUDA_ARCHS` | chips, as `80,90+ptx`; `+ptx` adds PTX for later chips |
+//! | `CUDA_COMPUTE_CAP` | one chip, as other crates read it |
+//! | `POINTWISE_FATBIN` | a fatbin made elsewhere, taken where there is no nvcc |
+//! | `POINTWISE_STRICT_PTXAS` | `1`: spilled registers are an error |
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    cuda::build();
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::env;
+    use std::fs;
+    use std::path::{Path, PathBuf};
+    use std::process::{Command, exit};
+
+    /// What runs on every supported chip: machine code for those in use, PTX for the rest.
+    const DEFAULT_ARCHS: &str = "75+ptx,80+ptx,86,89,90+ptx";
+    const CHECKED_IN_PARAMS: &str = "src/cuda/params_generated.rs";
+    const OLDEST_NVCC: (u32, u32) = (12, 0);
+    const HELP: &str = "scripts/cuda-toolchain.sh installs nvcc and prints the variables to \
+                        export; or set NVCC or CUDA_HOME, or POINTWISE_FATBIN to a prebuilt image";
+
+    pub fn build() {
+        println!("cargo::rerun-if-changed=kernels");
+        println!("cargo::rerun-if-changed={CHECKED_IN_PARAMS}");
+        for variable in [
+            "NVCC",
+            "CUDA_HOME",
+            "CUDA_PATH",
+            "CXX",
+            "NVCC_PREPEND_FLAGS",
+            "NVCC_APPEND_FLAGS",
+            "POINTWISE_CUDA_ARCHS",
+            "CUDA_COMPUTE_CAP",
+            "POINTWISE_FATBIN",
+            "POINTWISE_STRICT_PTXAS",
+            "LIBCLANG_PATH",
+            "BINDGEN_EXTRA_CLANG_ARGS",
+            "DOCS_RS",
+        ] {
+            println!("cargo::rerun-if-env-changed={variable}");
+        }
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        write(&out.join("kernels.rs"), kernel_table().as_bytes());
+
+        let fatbin = out.join("pointwise.fatbin");
+        if env::var_os("DOCS_RS").is_some() {
+            // The documentation host has neither compiler nor network.
+            copy(Path::new(CHECKED_IN_PARAMS), &out.join("params.rs"));
+            write(&fatbin, b"");
+            describe("none", "none");
+            return;
+        }
+        params(&out.join("params.rs"));
+        match find_nvcc() {
+            Some(nvcc) => compile(&nvcc, &fatbin),
+            None => match env::var_os("POINTWISE_FATBIN") {
+                Some(prebuilt) => {
+                    println!("cargo::rerun-if-changed={}", Path::new(&prebuilt).display());
+                    copy(Path::new(&prebuilt), &fatbin);
+                    describe("unknown", "those of POINTWISE_FATBIN");
+                }
+                None => fail(&format!("the feature `cuda` needs nvcc, and none was found\n{HELP}")),
+            },
+        }
+    }
+
+    /// Rust's side of `kernels/params.h`: by bindgen, or the checked-in copy where libclang is
+    /// missing.
+    fn params(to: &Path) {
+        let builder = bindgen::Builder::default()
+            .header("kernels/params.h")
+            .allowlist_type("pw_.*")
+            .allowlist_var("PW_.*")
+            .use_core()
+            .derive_default(true)
+            .default_enum_style(bindgen::EnumVariation::NewType {
+                is_bitfield: false,
+                is_global: false,
+            })
+            .prepend_enum_name(false)
+            .generate_comments(false)
+            .disable_header_comment();
+        // bindgen has no error for a missing libclang: it panics, at some length.
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
+        let generated =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| builder.generate()));
+        std::panic::set_hook(hook);
+        match generated {
+            Ok(Ok(bindings)) => write(to, bindings.to_string().as_bytes()),
+            Ok(Err(error)) => fail(&format!("kernels/params.h: {error}")),
+            Err(_) => {
+                println!(
+                    "cargo::warning=libclang not found: using {CHECKED_IN_PARAMS} as it is \
+                     (set LIBCLANG_PATH to have it generated)"
+                );
+                copy(Path::new(CHECKED_IN_PARAMS), to);
+            }
+        }
+    }
+
+    /// The rows of `kernels/kernels.def` as Rust.
+    fn kernel_table() -> String {
+        let text = read("kernels/kernels.def");
+        let mut rows = String::new();
+        for line in text.lines().map(str::trim) {
+            if line.is_empty() || line.starts_with("//") {
+                continue;
+            }
+            let numbers: Option<Vec<u32>> = line
+                .strip_prefix("PW_FPROP_F32_SIMT(")
+                .and_then(|rest| rest.strip_suffix(')'))
+                .and_then(|list| list.split(',').map(|n| n.trim().parse().ok()).collect());
+            let Some([c, positions, depth, slow, fast, blocks]) = numbers.as_deref() else {
+                fail(&format!("kernels/kernels.def: not understood: {line}"));
+            };
+            let threads = c * positions / (slow * fast);
+            for (layout, channels_fast) in [("nchw", false), ("nhwc", true)] {
+                rows += &format!(
+                    "    Kernel {{ name: \"fprop_f32_simt_{c}x{positions}x{depth}_{layout}\", \
+                     rows: {c}, positions: {positions}, depth: {depth}, slow: {slow}, \
+                     fast: {fast}, threads: {threads}, blocks_per_sm: {blocks}, \
+                     channels_fast: {channels_fast} }},\n"
+                );
+            }
+        }
+        format!("pub(crate) const KERNELS: &[Kernel] = &[\n{rows}];\n")
+    }
+
+    /// The newest of the places where people keep it: what `NVCC` names, the toolkit's home, PATH.
+    fn find_nvcc() -> Option<PathBuf> {
+        let exe = format!("nvcc{}", env::consts::EXE_SUFFIX);
+        if let Some(nvcc) = env::var_os("NVCC").filter(|v| !v.is_empty()) {
+            let nvcc = PathBuf::from(nvcc);
+            if !nvcc.is_file() && nvcc.components().count() > 1 {
+                fail(&format!("NVCC={}: no such file\n{HELP}", nvcc.display()));
+            }
+            return Some(nvcc);
+        }
+        let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+        let homes = homes.map(|home| PathBuf::from(home).join("bin"));
+        let path = env::var_os("PATH").unwrap_or_default();
+        let path: Vec<PathBuf> = env::split_paths(&path).collect();
+        homes
+            .chain(path)
+            .chain([PathBuf::from("/usr/local/cuda/bin"), PathBuf::from("/opt/cuda/bin")])
+            .map(|folder| folder.join(&exe))
+            .find(|nvcc| nvcc.is_file())
+    }
+
+    fn compile(nvcc: &Path, fatbin: &Path) {
+        let version = nvcc_version(nvcc);
+        if version < OLDEST_NVCC {
+            fail(&format!(
+                "{} is version {}.{}; pointwise needs {}.{} or later\n{HELP}",
+                nvcc.display(),
+                version.0,
+                version.1,
+                OLDEST_NVCC.0,
+                OLDEST_NVCC.1
+            ));
+        }
+        let list = ["POINTWISE_CUDA_ARCHS", "CUDA_COMPUTE_CAP"]
+            .into_iter()
+            .find_map(|v| env::var(v).ok().filter(|list| !list.is_empty()))
+            .unwrap_or_else(|| DEFAULT_ARCHS.into());
+        let archs: Vec<Arch> = list.split(',').map(Arch::parse).collect();
+
+        // SAFETY: the build script has one thread. `cc` takes its CUDA compiler from here.
+        unsafe { env::set_var("NVCC", nvcc) };
+        let compiler = cc::Build::new()
+            .cuda(true)
+            .cudart("none")
+            .cargo_metadata(false)
+            .cargo_warnings(false)
+            // The default flags would turn the optimiser off in the dev profile.
+            .no_default_flags(true)
+            .warnings(false)
+            .try_get_compiler()
+            .unwrap_or_else(|error| fail(&format!("no C++ compiler for nvcc: {error}")));
+        let mut command = compiler.to_command();
+        command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]);
+        command.args(["-Xptxas", "-v", "-Xfatbin", "-compress=false", "-Ikernels"]);
+        command.args(gencode(&archs));
+        command.arg("-o").arg(fatbin).arg("kernels/simt.cu");
+        let output = command
+            .output()
+            .unwrap_or_else(|error| fail(&format!("{} does not run: {error}", nvcc.display())));
+        let log = String::from_utf8_lossy(&output.stderr).into_owned()
+            + &String::from_utf8_lossy(&output.stdout);
+        write(&fatbin.with_file_name("ptxas.log"), log.as_bytes());
+        if !output.status.success() {
+            fail(&format!("nvcc failed ({}):\n{log}", output.status));
+        }
+        if env::var_os("POINTWISE_STRICT_PTXAS").is_some_and(|v| v == "1") {
+            let complaints = ptxas_complaints(&log);
+            if !complaints.is_empty() {
+                fail(&format!("POINTWISE_STRICT_PTXAS=1:\n{}", complaints.join("\n")));
+            }
+        }
+        describe(&format!("{}.{}", version.0, version.1), &list);
+    }
+
+    /// A chip to compile for.
+    struct Arch {
+        /// As `80` or `90a`.
+        name: String,
+        number: u32,
+        ptx: bool,
+    }
+
+    impl Arch {
+        /// `80`, `8.0`, `sm_80`, `90a`, `80+ptx`.
+        fn parse(text: &str) -> Arch {
+            let text = text.trim().to_ascii_lowercase();
+            let (chip, ptx) = match text.strip_suffix("+ptx") {
+                Some(chip) => (chip, true),
+                None => (text.as_str(), false),
+            };
+            let name = chip.trim_start_matches("sm_").replace('.', "");
+            let digits = name.trim_end_matches(['a', 'f']);
+            match digits.parse() {
+                Ok(number) if number >= 75 => Arch { number, ptx, name },
+                _ => fail(&format!(
+                    "POINTWISE_CUDA_ARCHS: {text:?} is not a chip from 75 on, as in \
+                     `{DEFAULT_ARCHS}`"
+                )),
+            }
+        }
+
+        /// The instruction set that the front end compiles for. Chips share one where our kernels
+        /// have nothing to gain from another: it halves the build.
+        fn front_end(&self) -> String {
+            match self.number {
+                _ if self.name.ends_with(['a', 'f']) => self.name.clone(),
+                80..90 => "80".into(),
+                90..100 => "90".into(),
+                _ => self.name.clone(),
+            }
+        }
+    }
+
+    fn gencode(archs: &[Arch]) -> Vec<String> {
+        let mut front_ends: Vec<(String, Vec<String>)> = Vec::new();
+        // Without PTX nothing would run on later chips, so the newest portable one gives some.
+        let implied = (!archs.iter().any(|arch| arch.ptx))
+            .then(|| {
+                let portable = archs.iter().filter(|arch| !arch.name.ends_with(['a', 'f']));
+                portable.max_by_key(|arch| arch.number).map(|arch| arch.number)
+            })
+            .flatten();
+        for arch in archs {
+            let front_end = arch.front_end();
+            let mut codes = vec![format!("sm_{}", arch.name)];
+            if arch.ptx || implied == Some(arch.number) {
+                codes.push(format!("compute_{front_end}"));
+            }
+            match front_ends.iter_mut().find(|(name, _)| *name == front_end) {
+                Some((_, all)) => all.extend(codes),
+                None => front_ends.push((front_end, codes)),
+            }
+        }
+        front_ends
+            .into_iter()
+            .map(|(front_end, mut codes)| {
+                codes.sort();
+                codes.dedup();
+                format!("-gencode=arch=compute_{front_end},code=[{}]", codes.join(","))
+            })
+            .collect()
+    }
+
+    fn nvcc_version(nvcc: &Path) -> (u32, u32) {
+        let output = Command::new(nvcc).arg("--version").output().unwrap_or_else(|error| {
+            fail(&format!("{} does not run: {error}\n{HELP}", nvcc.display()))
+        });
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let parsed = text.split("release ").nth(1).and_then(|rest| {
+            let (major, rest) = rest.split_once('.')?;
+            let minor: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            Some((major.parse().ok()?, minor.parse().ok()?))
+        });
+        parsed.unwrap_or_else(|| fail(&format!("{} --version says: {text}", nvcc.display())))
+    }
+
+    /// What costs speed without an error: registers spilled to memory, wgmma made serial.
+    fn ptxas_complaints(log: &str) -> Vec<String> {
+        let mut function = "";
+        let mut complaints = Vec::new();
+        for line in log.lines() {
+            if let Some((_, rest)) = line.split_once("Compiling entry function") {
+                function = rest.trim();
+            }
+            let spills = line.contains("bytes spill stores")
+                && !line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+            if spills || line.contains("serialized") {
+                complaints.push(format!("{function}: {}", line.trim()));
+            }
+        }
+        complaints
+    }
+
+    /// Tells the crate what it was built with, for its errors.
+    fn describe(nvcc: &str, archs: &str) {
+        println!("cargo::rustc-env=POINTWISE_BUILT_NVCC={nvcc}");
+        println!("cargo::rustc-env=POINTWISE_BUILT_ARCHS={archs}");
+    }
+
+    fn read(path: &str) -> String {
+        fs::read_to_string(path).unwrap_or_else(|error| fail(&format!("{path}: {error}")))
+    }
+
+    fn write(path: &Path, bytes: &[u8]) {
+        fs::write(path, bytes)
+            .unwrap_or_else(|error| fail(&format!("{}: {error}", path.display())));
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        let bytes =
+            fs::read(from).unwrap_or_else(|error| fail(&format!("{}: {error}", from.display())));
+        write(to, &bytes);
+    }
+
+    /// Stops the build with a message, one line each, and no backtrace.
+    fn fail(message: &str) -> ! {
+        for line in message.lines() {
+            println!("cargo::error={line}");
+        }
+        exit(1)
+    }
+}

@@ -1,0 +1,449 @@
+//! A CUDA device as layers and tensors hold it: context, kernels, one stream.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
+use cudarc::nvrtc::Ptx;
+
+use super::driver::{self, failed};
+use super::plan::KERNELS;
+use crate::cost::Roof;
+use crate::error::{Error, Result};
+
+/// The kernels' machine code and PTX, as nvcc made it.
+static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
+
+/// `CUDA_ERROR_INVALID_IMAGE`.
+const INVALID_IMAGE: u32 = 200;
+
+/// The oldest chip that the kernels are written for.
+const OLDEST: (u32, u32) = (7, 5);
+
+/// What the planner knows of a device.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Facts {
+    pub name: String,
+    pub compute_capability: (u32, u32),
+    pub multiprocessors: u32,
+    pub l2_bytes: u64,
+    pub memory_bytes: u64,
+    /// Ceilings of arithmetic and memory, computed from clocks and widths.
+    pub roof: Roof,
+}
+
+/// What is loaded once per context.
+struct Context {
+    context: Arc<CudaContext>,
+    /// In the order of [`KERNELS`].
+    functions: Vec<CudaFunction>,
+    facts: Facts,
+    /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
+    stream: Arc<CudaStream>,
+}
+
+/// A CUDA device and the stream on which everything given this handle runs.
+///
+/// Cheap to clone; `Send + Sync`. Handles of one device share its primary context (that of the
+/// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels.
+#[derive(Clone)]
+pub struct CudaDevice {
+    shared: Arc<Context>,
+    stream: Arc<CudaStream>,
+}
+
+impl CudaDevice {
+    /// The device with this ordinal, on a stream that all such handles share.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] with the reason: no driver, one that does not start or is too old for
+    /// the kernels, no such device, or a chip older than compute capability 7.5.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let shared = Context::of(ordinal, None)?;
+        let stream = shared.stream.clone();
+        Ok(CudaDevice { shared, stream })
+    }
+
+    /// This device on a new stream of its own, for work that may overlap with other handles'.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if the driver makes no stream.
+    pub fn with_new_stream(&self) -> Result<Self> {
+        let stream = self.shared.context.new_stream().map_err(failed("cuStreamCreate"))?;
+        Ok(CudaDevice { shared: self.shared.clone(), stream })
+    }
+
+    /// The device of a stream that cudarc (or candle through it) made, on that stream.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        let context = stream.context();
+        let shared = Context::of(context.ordinal(), Some(context))?;
+        Ok(CudaDevice { shared, stream })
+    }
+
+    /// The device with this ordinal on a stream that the caller owns; null is the legacy default
+    /// stream.
+    ///
+    /// # Safety
+    /// `stream` must belong to the device's primary context, and outlive this handle and every
+    /// layer and tensor that was made with it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub unsafe fn from_raw_stream(ordinal: usize, stream: CUstream) -> Result<Self> {
+        let shared = Context::of(ordinal, None)?;
+        // SAFETY: the caller vouches for context and lifetime.
+        let stream = unsafe { shared.context.wrap_borrowed_stream(stream) };
+        Ok(CudaDevice { shared, stream })
+    }
+
+    /// The device's number among those that the driver shows.
+    pub fn ordinal(&self) -> usize {
+        self.shared.context.ordinal()
+    }
+
+    /// The product's name.
+    pub fn name(&self) -> &str {
+        &self.shared.facts.name
+    }
+
+    /// As `(9, 0)`.
+    pub fn compute_capability(&self) -> (u32, u32) {
+        self.shared.facts.compute_capability
+    }
+
+    /// The stream that work of this handle runs on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Waits until all work on this handle's stream is done.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if any of it failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(failed("cuStreamSynchronize"))
+    }
+
+    pub(crate) fn facts(&self) -> &Facts {
+        &self.shared.facts
+    }
+
+    /// The function of a row of [`KERNELS`].
+    pub(super) fn function(&self, kernel: usize) -> &CudaFunction {
+        &self.shared.functions[kernel]
+    }
+
+    /// Makes this device's context the calling thread's.
+    pub(super) fn bind(&self) -> Result<()> {
+        // Foreign streams bring their own context object for the same context.
+        self.shared.context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    }
+
+    /// Lets this handle's stream wait for what is queued on another.
+    ///
+    /// # Safety
+    /// `other` must be a stream of this device's context, and alive.
+    pub(super) unsafe fn wait_for(&self, other: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.order(other, |this, other| this.join(other)) }
+    }
+
+    /// Lets another stream wait for what is queued on this handle's.
+    ///
+    /// # Safety
+    /// As [`wait_for`](Self::wait_for).
+    pub(super) unsafe fn make_wait(&self, other: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.order(other, |this, other| other.join(this)) }
+    }
+
+    unsafe fn order(
+        &self,
+        other: usize,
+        join: impl Fn(&CudaStream, &CudaStream) -> Result<(), result::DriverError>,
+    ) -> Result<()> {
+        let other = std::ptr::without_provenance_mut(other);
+        if self.stream.cu_stream() == other {
+            return Ok(());
+        }
+        // SAFETY: alive, as the caller vouches, and not used after this call.
+        let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
+        join(&self.stream, &other).map_err(failed("cuStreamWaitEvent"))
+    }
+}
+
+/// `cuda:0 (NVIDIA H200)`.
+impl fmt::Display for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cuda:{} ({})", self.ordinal(), self.name())
+    }
+}
+
+impl fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CudaDevice({self}, stream {:?})", self.stream.cu_stream())
+    }
+}
+
+impl Context {
+    /// The loaded kernels of a device's context: of the one given, or of the primary one.
+    ///
+    /// They stay loaded until the process ends: unloading would have to wait for every kernel in
+    /// flight, on streams that may be gone.
+    fn of(ordinal: usize, context: Option<&Arc<CudaContext>>) -> Result<Arc<Context>> {
+        static LOADED: Mutex<Vec<Arc<Context>>> = Mutex::new(Vec::new());
+
+        let missing =
+            |reason: String| Error::NoDevice { device: format!("cuda:{ordinal}"), reason };
+        let driver = driver::probe().map_err(|reason| missing(reason.into()))?;
+        if ordinal >= driver.devices {
+            return Err(missing(format!("the driver shows {} CUDA devices", driver.devices)));
+        }
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = loaded.iter().find(|known| match context {
+            Some(context) => known.context.cu_ctx() == context.cu_ctx(),
+            None => known.context.ordinal() == ordinal && known.context.is_primary(),
+        });
+        if let Some(known) = known {
+            return Ok(known.clone());
+        }
+        let context = match context {
+            Some(context) if !context.is_primary() => context.clone(),
+            // Our own handle of the primary context, so that what we set on it is ours alone.
+            _ => {
+                let own = CudaContext::new(ordinal).map_err(|error| {
+                    let code = driver::Code(error.0 as u32);
+                    missing(format!("{} gave no context: {code}", driver.describe()))
+                })?;
+                // Events for every tensor of a launch would cost more than the launch, and end a
+                // graph capture: this crate orders its streams itself.
+                // SAFETY: nothing here relies on cudarc's tracking.
+                unsafe { own.disable_event_tracking() };
+                own
+            }
+        };
+        let facts = Facts::of(&context)?;
+        if facts.compute_capability < OLDEST {
+            let (major, minor) = facts.compute_capability;
+            return Err(missing(format!(
+                "{} has compute capability {major}.{minor}; {}.{} or later is needed",
+                facts.name, OLDEST.0, OLDEST.1
+            )));
+        }
+        let functions =
+            load(&context).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+        let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
+        let new = Arc::new(Context { context, functions, facts, stream });
+        loaded.push(new.clone());
+        Ok(new)
+    }
+}
+
+fn load(context: &Arc<CudaContext>) -> Result<Vec<CudaFunction>, u32> {
+    let code = |error: result::DriverError| error.0 as u32;
+    if FATBIN.is_empty() {
+        // Built under DOCS_RS, to be read and not to be run.
+        return Err(INVALID_IMAGE);
+    }
+    let module: Arc<CudaModule> =
+        context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
+    KERNELS.iter().map(|kernel| module.load_function(kernel.name).map_err(code)).collect()
+}
+
+fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {
+    let (major, minor) = facts.compute_capability;
+    format!(
+        "{} cannot load the kernels for {} (compute capability {major}.{minor}): {}; they were \
+         built by nvcc {} for {}. A newer driver, an older nvcc or other POINTWISE_CUDA_ARCHS help",
+        driver.describe(),
+        facts.name,
+        driver::Code(code),
+        env!("POINTWISE_BUILT_NVCC"),
+        env!("POINTWISE_BUILT_ARCHS"),
+    )
+}
+
+impl Facts {
+    fn of(context: &Arc<CudaContext>) -> Result<Facts> {
+        let needed = |attribute| {
+            let value = context.attribute(attribute).map_err(failed("cuDeviceGetAttribute"))?;
+            Ok::<u32, Error>(u32::try_from(value).unwrap_or(0))
+        };
+        // Of use for estimates only.
+        let optional = |attribute| context.attribute(attribute).map_or(0.0, f64::from);
+        let compute_capability = (
+            needed(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            needed(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        );
+        let multiprocessors = needed(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
+        let clock = optional(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE) * 1e3;
+        let memory_clock = optional(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE) * 1e3;
+        let bus = optional(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
+        Ok(Facts {
+            name: context.name().map_err(failed("cuDeviceGetName"))?,
+            compute_capability,
+            multiprocessors,
+            l2_bytes: optional(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) as u64,
+            memory_bytes: context.total_mem().map_err(failed("cuDeviceTotalMem"))? as u64,
+            roof: roof(compute_capability, multiprocessors, clock, memory_clock, bus),
+        })
+    }
+}
+
+/// The ceilings that a data sheet would give. Where the driver does not tell a clock, one that is
+/// usual for the chips in question stands in.
+fn roof(chip: (u32, u32), multiprocessors: u32, clock: f64, memory_clock: f64, bus: f64) -> Roof {
+    let lanes = match chip {
+        (7, _) | (8, 0) => 64.0,
+        _ => 128.0,
+    };
+    let clock = if clock > 0.0 { clock } else { 1.5e9 };
+    // Two transfers per clock.
+    let bytes = 2.0 * memory_clock * bus / 8.0;
+    Roof {
+        flops_per_second: 2.0 * lanes * f64::from(multiprocessors) * clock,
+        bytes_per_second: if bytes > 0.0 { bytes } else { 1e12 },
+    }
+}
+
+/// An allocation on a device, freed in stream order.
+pub(super) struct Buffer {
+    address: u64,
+    bytes: usize,
+    device: CudaDevice,
+}
+
+impl Buffer {
+    /// Fresh memory, its contents unspecified; no bytes are no allocation.
+    pub(super) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
+        let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
+        if bytes > 0 {
+            device.bind()?;
+            // SAFETY: a plain allocation, freed in `drop` by the matching call.
+            buffer.address = unsafe {
+                if device.shared.context.has_async_alloc() {
+                    result::malloc_async(device.stream.cu_stream(), bytes)
+                        .map_err(failed("cuMemAllocAsync"))?
+                } else {
+                    result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))?
+                }
+            };
+        }
+        Ok(buffer)
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    /// Copies from the host and waits for it, so that `from` may go at once.
+    pub(super) fn upload<T: Plain>(&mut self, from: &[T]) -> Result<()> {
+        assert!(size_of_val(from) <= self.bytes, "a copy stays within its allocation");
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
+        unsafe { result::memcpy_htod_async(self.address, from, stream) }
+            .map_err(failed("cuMemcpyHtoDAsync"))?;
+        self.device.synchronize()
+    }
+
+    /// Copies to the host, after what is queued on the stream, and waits for it.
+    pub(super) fn download<T: Plain>(&self, to: &mut [T]) -> Result<()> {
+        assert!(size_of_val(to) <= self.bytes, "a copy stays within its allocation");
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
+        // and any bits are a value of a plain type.
+        unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
+            .map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.device.synchronize()
+    }
+
+    /// Sets every byte, in stream order.
+    pub(super) fn fill(&mut self, byte: u8) -> Result<()> {
+        if self.bytes == 0 {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: the whole allocation and no more.
+        unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
+            .map_err(failed("cuMemsetD8Async"))
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.address == 0 {
+            return;
+        }
+        // A failure here is the echo of an earlier one, and there is nobody to tell: the next call
+        // on the context reports it again.
+        if self.device.bind().is_err() {
+            return;
+        }
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: allocated by the matching call in `new`, and not used by anyone after work that
+        // is already queued.
+        let _ = unsafe {
+            if self.device.shared.context.has_async_alloc() {
+                result::free_async(self.address, stream)
+            } else {
+                result::stream::synchronize(stream).and_then(|()| result::free_sync(self.address))
+            }
+        };
+    }
+}
+
+/// Types whose every bit pattern is a value and that hold no references: safe to copy as bytes.
+///
+/// # Safety
+/// As said.
+pub(super) unsafe trait Plain: Copy + Send + Sync + 'static {}
+
+// SAFETY: plain numbers.
+unsafe impl Plain for u8 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for f32 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for half::f16 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for half::bf16 {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_roof_is_positive_whatever_the_driver_tells() {
+        let known = roof((9, 0), 132, 1.98e9, 3.201e9, 6144.0);
+        assert!((known.flops_per_second / 66.9e12 - 1.0).abs() < 0.01, "{known:?}");
+        assert!((known.bytes_per_second / 4.92e12 - 1.0).abs() < 0.01, "{known:?}");
+        let unknown = roof((7, 5), 1, 0.0, 0.0, 0.0);
+        assert!(unknown.flops_per_second > 0.0 && unknown.bytes_per_second > 0.0);
+    }
+
+    #[test]
+    fn an_ordinal_that_is_not_there_is_an_error_with_a_reason() {
+        let error = CudaDevice::open(usize::MAX).unwrap_err();
+        assert!(matches!(&error, Error::NoDevice { reason, .. } if !reason.is_empty()), "{error}");
+    }
+}

@@ -1,0 +1,499 @@
+//! A prepared layer on a CUDA device: packed, uploaded, and its calls.
+
+use std::sync::Arc;
+
+use super::device::{Buffer, CudaDevice};
+use super::launch::{Call, Tensor, launch};
+use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
+use super::plan::{self, KERNELS};
+use super::tensor::Staged;
+use crate::cost::Roof;
+use crate::epilogue::{Lowered, Step};
+use crate::error::{Error, Result};
+use crate::plan::{Candidate, forced_kernel};
+use crate::prepared::PrepareOptions;
+use crate::problem::{LayerShape, Operand, Problem};
+use crate::stages::Activation;
+use crate::tensor::Place;
+
+const INLINE_STEPS: usize = PW_INLINE_STEPS as usize;
+
+/// A layer on one stream of a device.
+#[derive(Clone)]
+pub(crate) struct Layer {
+    device: CudaDevice,
+    weights: Arc<Weights>,
+    forced: Option<&'static str>,
+}
+
+/// What a layer keeps on the device, shared by all its streams.
+struct Weights {
+    /// Holds everything that `params` points to.
+    memory: Buffer,
+    /// A launch's parameters, the call's part still empty.
+    params: pw_fprop,
+    groups: u32,
+    rows: u32,
+    depth: u32,
+}
+
+// SAFETY: the pointers in `params` are device addresses; nothing is dereferenced on the host.
+unsafe impl Send for Weights {}
+// SAFETY: as above, and nothing is changed after the upload.
+unsafe impl Sync for Weights {}
+
+impl Layer {
+    /// Packs and uploads; the device is ready to run when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] for a forced kernel that does not exist, [`Error::Unsupported`] for what
+    /// the kernels cannot do, [`Error::TooLarge`], [`Error::Cuda`].
+    pub(crate) fn new(
+        device: &CudaDevice,
+        shape: &LayerShape,
+        lowered: Lowered,
+        options: &PrepareOptions,
+    ) -> Result<Self> {
+        let names: Vec<&'static str> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        let forced = forced_kernel(options.kernel.as_deref(), &names)?;
+        if let Some(what) = missing(shape, &lowered) {
+            return Err(unsupported(device, what));
+        }
+        let weights = Arc::new(Weights::upload(device, shape, &lowered)?);
+        Ok(Layer { device: device.clone(), weights, forced })
+    }
+
+    /// The same layer on another stream of the same device.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if it is another device.
+    pub(crate) fn on(&self, device: &CudaDevice) -> Result<Self> {
+        if device.ordinal() != self.device.ordinal() {
+            return Err(Error::WrongDevice {
+                tensor: "the layer's weight",
+                expected: Place::Cuda(device.ordinal()).to_string(),
+                got: self.place().to_string(),
+            });
+        }
+        let (weights, forced) = (self.weights.clone(), self.forced);
+        Ok(Layer { device: device.clone(), weights, forced })
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        Place::Cuda(self.device.ordinal())
+    }
+
+    pub(crate) fn roof(&self) -> Roof {
+        self.device.facts().roof
+    }
+
+    /// The kernel that would run a problem, and why.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for what no kernel can do.
+    pub(crate) fn explain(&self, problem: &Problem<'_>) -> Result<(&'static str, String)> {
+        let letters = self.call(problem)?.letters();
+        let kernel = &KERNELS[plan::choose(&letters, self.device.facts(), self.forced)];
+        let forced = if self.forced.is_some() { "forced; " } else { "" };
+        let words = plan::describe(kernel, &letters, self.device.facts());
+        Ok((kernel.name, format!("{forced}{words}")))
+    }
+
+    /// Every kernel and what it says to a problem, the one that would run first.
+    pub(crate) fn plans(&self, problem: &Problem<'_>) -> Vec<Candidate> {
+        let call = match self.call(problem) {
+            Ok(call) => call,
+            Err(error) => {
+                let refused = |kernel: &plan::Kernel| Candidate {
+                    kernel: kernel.name,
+                    verdict: Err(error.to_string()),
+                };
+                return KERNELS.iter().map(refused).collect();
+            }
+        };
+        let (letters, facts) = (call.letters(), self.device.facts());
+        let first = plan::choose(&letters, facts, self.forced);
+        let mut order = plan::ranked(&letters, facts);
+        order.sort_by_key(|&kernel| kernel != first);
+        let candidate = |kernel: usize| Candidate {
+            kernel: KERNELS[kernel].name,
+            verdict: Ok(plan::describe(&KERNELS[kernel], &letters, facts)),
+        };
+        order.into_iter().map(candidate).collect()
+    }
+
+    /// Runs a call: on device tensors it is queued, on host tensors it is done when this returns.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
+    pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
+        let mut call = self.call(problem)?;
+        if problem.n == 0 || problem.positions() == 0 {
+            return Ok(());
+        }
+        match problem.place {
+            Place::Host => {
+                let extents = call.extents;
+                let source = single_source(&self.device, problem)?;
+                let src = Staged::upload(&self.device, &source, extents)?;
+                call.src = src.tensor();
+                let residual = match &problem.residual {
+                    Some(residual) => Some(Staged::upload(&self.device, residual, extents)?),
+                    None => None,
+                };
+                call.residual = residual.as_ref().map(Staged::tensor);
+                let dst_channels = problem.c_out;
+                let dst = Staged::empty(&self.device, &problem.dst, dst_channels, extents)?;
+                call.dst = dst.tensor();
+                self.launch(&call)?;
+                // SAFETY: the problem has checked that dst is writable and exclusively borrowed.
+                unsafe { dst.download(&problem.dst) }
+            }
+            Place::Cuda(ordinal) if ordinal == self.device.ordinal() => {
+                let source = single_source(&self.device, problem)?;
+                let operands = [Some(&source), Some(&problem.dst), problem.residual.as_ref()];
+                let streams = || operands.iter().flatten().filter_map(|operand| operand.stream);
+                // SAFETY: the tensors that named these streams are borrowed for the call, and keep
+                // them alive.
+                streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
+                self.launch(&call)?;
+                // SAFETY: as above.
+                streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) })
+            }
+            place => Err(Error::WrongDevice {
+                tensor: "src",
+                expected: self.place().to_string(),
+                got: place.to_string(),
+            }),
+        }
+    }
+
+    fn launch(&self, call: &Call) -> Result<()> {
+        let kernel = plan::choose(&call.letters(), self.device.facts(), self.forced);
+        // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
+        // point to, and both live until the launch is queued; what frees them is queued later.
+        unsafe { launch(&self.device, kernel, call, self.weights.params) }
+    }
+
+    /// A problem in the kernels' terms.
+    fn call(&self, problem: &Problem<'_>) -> Result<Call> {
+        let source = single_source(&self.device, problem)?;
+        let mut extents = [1; 4];
+        extents[0] = problem.n as u64;
+        for (extent, &n) in extents[1..].iter_mut().zip(&problem.spatial) {
+            *extent = n as u64;
+        }
+        Ok(Call {
+            groups: self.weights.groups,
+            rows: self.weights.rows,
+            depth: self.weights.depth,
+            extents,
+            src: on_device(&source),
+            dst: on_device(&problem.dst),
+            residual: problem.residual.as_ref().map(on_device),
+        })
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        // The weights are freed on the stream that uploaded them, after what this one still runs.
+        // An error here is the echo of an earlier one.
+        let home = self.weights.memory.device().stream().cu_stream().addr();
+        // SAFETY: the weights keep their stream alive.
+        let _ = unsafe { self.device.make_wait(home) };
+    }
+}
+
+impl std::fmt::Debug for Layer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Weights { groups, rows, depth, .. } = *self.weights;
+        write!(f, "cuda::Layer({groups} x [{rows}, {depth}] on {:?})", self.device)
+    }
+}
+
+fn on_device(operand: &Operand) -> Tensor {
+    let [d, h, w] = operand.spatial;
+    Tensor {
+        address: operand.ptr.addr() as u64,
+        channel: operand.channel as i64,
+        axes: [operand.sample as i64, d as i64, h as i64, w as i64],
+    }
+}
+
+fn unsupported(device: &CudaDevice, what: &str) -> Error {
+    Error::Unsupported { device: device.to_string(), what: what.into() }
+}
+
+/// What of a layer the kernels do not have.
+fn missing(shape: &LayerShape, lowered: &Lowered) -> Option<&'static str> {
+    [
+        (!lowered.source_steps.is_empty(), "source stages"),
+        (lowered.norm.is_some(), "layer norm"),
+        (shape.partial.is_some(), "a partial convolution"),
+    ]
+    .into_iter()
+    .find_map(|(needed, what)| needed.then_some(what))
+}
+
+fn single_source(device: &CudaDevice, problem: &Problem<'_>) -> Result<Operand> {
+    let mut sources = problem.sources();
+    match (sources.next(), sources.next()) {
+        (Some(source), None) => Ok(source),
+        _ => Err(unsupported(device, "a concatenation of several sources")),
+    }
+}
+
+impl Weights {
+    fn upload(device: &CudaDevice, shape: &LayerShape, lowered: &Lowered) -> Result<Self> {
+        let count = |what: &'static str, n: usize| {
+            // Sums of a tile and its padding stay within 31 bits too.
+            let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
+            fits.ok_or(Error::TooLarge { what, sizes: vec![n] })
+        };
+        let groups = count("groups", shape.groups)?;
+        let rows = count("output channels per group", shape.c_out / shape.groups)?;
+        let depth = count("input channels per group", shape.k())?;
+        let mut packer = Packer::new(shape);
+        let weight = packer.weight(&lowered.weight);
+        let bias = packer.rows(&lowered.bias);
+        let steps: Vec<(pw_step, [Option<usize>; 2])> =
+            lowered.steps.iter().map(|step| packer.step(step)).collect();
+        let mut map = |map: &Option<Vec<u32>>| map.as_ref().map(|map| packer.map(map));
+        let (dst_map, residual_map) = (map(&lowered.dst_map), map(&lowered.residual_map));
+
+        // Addresses are known once the memory is, and the steps that do not fit inline lie in it.
+        let more = packer.align();
+        let inline = steps.len().min(INLINE_STEPS);
+        let total = more + (steps.len() - inline) * size_of::<pw_step>();
+        let mut memory = Buffer::new(device, total)?;
+        let base = memory.address();
+        let at = |offset: usize| (base + offset as u64) as *const f32;
+        let steps: Vec<pw_step> = steps
+            .into_iter()
+            .map(|(step, [first, second])| pw_step {
+                first: first.map_or(std::ptr::null(), at),
+                second: second.map_or(std::ptr::null(), at),
+                ..step
+            })
+            .collect();
+        for step in &steps[inline..] {
+            packer.bytes.extend_from_slice(&step_bytes(step));
+        }
+        memory.upload(&packer.bytes)?;
+
+        let mut params = pw_fprop {
+            weight: at(weight),
+            bias: at(bias),
+            dst_map: dst_map.map_or(std::ptr::null(), at).cast(),
+            residual_map: residual_map.map_or(std::ptr::null(), at).cast(),
+            more_steps: at(more).cast(),
+            row_pitch: packer.pitch as u32,
+            step_count: count("steps", steps.len())?,
+            ..pw_fprop::default()
+        };
+        params.steps[..inline].copy_from_slice(&steps[..inline]);
+        (params.epilogue, params.clip_lo, params.clip_hi) = short_cut(&steps);
+        Ok(Weights { memory, params, groups, rows, depth })
+    }
+}
+
+/// The compiled short cut that does what the steps say, if there is one, and its bounds.
+fn short_cut(steps: &[pw_step]) -> (pw_epilogue, f32, f32) {
+    let (with, rest) = match steps {
+        [first, rest @ ..] if first.op == pw_op::PW_OP_RESIDUAL => {
+            (pw_epilogue::PW_EPILOGUE_RESIDUAL_CLIP, rest)
+        }
+        rest => (pw_epilogue::PW_EPILOGUE_CLIP, rest),
+    };
+    match rest {
+        [] => (with, f32::NEG_INFINITY, f32::INFINITY),
+        [clip] if clip.op == pw_op::PW_OP_CLIP => (with, clip.a, clip.b),
+        _ => (pw_epilogue::PW_EPILOGUE_STEPS, 0.0, 0.0),
+    }
+}
+
+/// Lays out what a layer keeps on the device; every array starts at a multiple of 256 bytes.
+struct Packer {
+    bytes: Vec<u8>,
+    groups: usize,
+    rows: usize,
+    depth: usize,
+    /// `rows`, padded so that vectors of four neither straddle a group nor leave the array.
+    pitch: usize,
+}
+
+impl Packer {
+    fn new(shape: &LayerShape) -> Self {
+        let rows = shape.c_out / shape.groups;
+        let pitch = rows.next_multiple_of(PW_ROW_ALIGN as usize);
+        Packer { bytes: Vec::new(), groups: shape.groups, rows, depth: shape.k(), pitch }
+    }
+
+    fn align(&mut self) -> usize {
+        self.bytes.resize(self.bytes.len().next_multiple_of(256), 0);
+        self.bytes.len()
+    }
+
+    fn extend(&mut self, values: impl Iterator<Item = f32>) {
+        self.bytes.extend(values.flat_map(f32::to_ne_bytes));
+    }
+
+    /// `[groups * rows, depth]` as `[groups][depth][pitch]`.
+    fn weight(&mut self, weight: &[f32]) -> usize {
+        let start = self.align();
+        let padding = self.pitch - self.rows;
+        for group in weight.chunks_exact(self.rows * self.depth) {
+            for k in 0..self.depth {
+                let column = group.iter().skip(k).step_by(self.depth).copied();
+                self.bytes.extend(column.flat_map(f32::to_ne_bytes));
+                self.extend(std::iter::repeat_n(0.0, padding));
+            }
+        }
+        start
+    }
+
+    /// `[groups * rows]` as `[groups][pitch]`.
+    fn rows(&mut self, values: &[f32]) -> usize {
+        let start = self.align();
+        for group in values.chunks_exact(self.rows) {
+            self.extend(group.iter().copied());
+            self.extend(std::iter::repeat_n(0.0, self.pitch - self.rows));
+        }
+        debug_assert_eq!(values.len(), self.groups * self.rows);
+        start
+    }
+
+    fn map(&mut self, map: &[u32]) -> usize {
+        let start = self.align();
+        self.bytes.extend(map.iter().flat_map(|channel| channel.to_ne_bytes()));
+        start
+    }
+
+    /// A step, and where its arrays are.
+    fn step(&mut self, step: &Step) -> (pw_step, [Option<usize>; 2]) {
+        let plain = |op, a, b| pw_step { op, a, b, ..pw_step::default() };
+        match step {
+            Step::Affine { scale, shift } => {
+                let arrays = [Some(self.rows(scale)), Some(self.rows(shift))];
+                (plain(pw_op::PW_OP_AFFINE, 0.0, 0.0), arrays)
+            }
+            Step::PRelu { slope } => {
+                (plain(pw_op::PW_OP_PRELU, 0.0, 0.0), [Some(self.rows(slope)), None])
+            }
+            Step::Residual => (plain(pw_op::PW_OP_RESIDUAL, 0.0, 0.0), [None; 2]),
+            Step::Activation(activation) => {
+                let (op, a, b) = activation_op(*activation);
+                (plain(op, a, b), [None; 2])
+            }
+        }
+    }
+}
+
+fn activation_op(activation: Activation) -> (pw_op, f32, f32) {
+    match activation {
+        Activation::Relu => (pw_op::PW_OP_CLIP, 0.0, f32::INFINITY),
+        Activation::Relu6 => (pw_op::PW_OP_CLIP, 0.0, 6.0),
+        Activation::Clip { lo, hi } => (pw_op::PW_OP_CLIP, lo, hi),
+        Activation::LeakyRelu { alpha } => (pw_op::PW_OP_LEAKY_RELU, alpha, 0.0),
+        Activation::Elu { alpha } => (pw_op::PW_OP_ELU, alpha, 0.0),
+        Activation::Sigmoid => (pw_op::PW_OP_SIGMOID, 0.0, 0.0),
+        Activation::Tanh => (pw_op::PW_OP_TANH, 0.0, 0.0),
+        Activation::Silu => (pw_op::PW_OP_SILU, 0.0, 0.0),
+        Activation::Gelu => (pw_op::PW_OP_GELU, 0.0, 0.0),
+        Activation::GeluTanh => (pw_op::PW_OP_GELU_TANH, 0.0, 0.0),
+        Activation::HardSigmoid => (pw_op::PW_OP_HARD_SIGMOID, 0.0, 0.0),
+        Activation::HardSwish => (pw_op::PW_OP_HARD_SWISH, 0.0, 0.0),
+        Activation::Softplus => (pw_op::PW_OP_SOFTPLUS, 0.0, 0.0),
+        Activation::Mish => (pw_op::PW_OP_MISH, 0.0, 0.0),
+    }
+}
+
+/// A step as the device reads it.
+fn step_bytes(step: &pw_step) -> [u8; size_of::<pw_step>()] {
+    let mut bytes = [0; size_of::<pw_step>()];
+    let mut put = |offset: usize, value: &[u8]| {
+        bytes[offset..offset + value.len()].copy_from_slice(value);
+    };
+    put(std::mem::offset_of!(pw_step, op), &step.op.0.to_ne_bytes());
+    put(std::mem::offset_of!(pw_step, a), &step.a.to_ne_bytes());
+    put(std::mem::offset_of!(pw_step, b), &step.b.to_ne_bytes());
+    put(std::mem::offset_of!(pw_step, first), &(step.first.addr() as u64).to_ne_bytes());
+    put(std::mem::offset_of!(pw_step, second), &(step.second.addr() as u64).to_ne_bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(groups: usize, rows: usize, depth: usize) -> LayerShape {
+        LayerShape {
+            c_in: groups * depth,
+            c_out: groups * rows,
+            groups,
+            stride: 1,
+            partial: None,
+            residual: false,
+            gate: false,
+            norm_over_all: false,
+        }
+    }
+
+    fn floats(packer: &Packer, start: usize, len: usize) -> Vec<f32> {
+        let bytes = packer.bytes[start..start + 4 * len].chunks_exact(4);
+        bytes.map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+
+    #[test]
+    fn weights_are_packed_by_group_and_depth_with_padded_rows() {
+        // weight[row][k] = 10 * row + k, two groups of 3 rows, depth 2.
+        let weight: Vec<f32> =
+            (0..6).flat_map(|row| [row as f32 * 10.0, row as f32 * 10.0 + 1.0]).collect();
+        let mut packer = Packer::new(&shape(2, 3, 2));
+        let start = packer.weight(&weight);
+        assert_eq!(
+            floats(&packer, start, 16),
+            [0., 10., 20., 0., 1., 11., 21., 0., 30., 40., 50., 0., 31., 41., 51., 0.]
+        );
+        let start = packer.rows(&[1., 2., 3., 4., 5., 6.]);
+        assert_eq!(start % 256, 0);
+        assert_eq!(floats(&packer, start, 8), [1., 2., 3., 0., 4., 5., 6., 0.]);
+    }
+
+    #[test]
+    fn the_usual_lists_have_a_short_cut() {
+        let mut packer = Packer::new(&shape(1, 4, 1));
+        let mut cut = |steps: &[Step]| {
+            let steps: Vec<pw_step> = steps.iter().map(|step| packer.step(step).0).collect();
+            short_cut(&steps)
+        };
+        let relu6 = Step::Activation(Activation::Relu6);
+        let inf = f32::INFINITY;
+        assert_eq!(cut(&[]), (pw_epilogue::PW_EPILOGUE_CLIP, -inf, inf));
+        assert_eq!(cut(std::slice::from_ref(&relu6)), (pw_epilogue::PW_EPILOGUE_CLIP, 0.0, 6.0));
+        let residual = pw_epilogue::PW_EPILOGUE_RESIDUAL_CLIP;
+        assert_eq!(cut(&[Step::Residual]), (residual, -inf, inf));
+        assert_eq!(cut(&[Step::Residual, relu6.clone()]), (residual, 0.0, 6.0));
+        let none = pw_epilogue::PW_EPILOGUE_STEPS;
+        assert_eq!(cut(&[relu6.clone(), Step::Residual]).0, none);
+        assert_eq!(cut(&[relu6, Step::Activation(Activation::Tanh)]).0, none);
+    }
+
+    #[test]
+    fn a_step_in_memory_is_the_struct_that_the_kernel_reads() {
+        let step = pw_step {
+            op: pw_op::PW_OP_MISH,
+            a: 1.5,
+            b: -2.0,
+            reserved: 0,
+            first: std::ptr::without_provenance(0x1234_5678_9ABC),
+            second: std::ptr::without_provenance(16),
+        };
+        let bytes = step_bytes(&step);
+        // SAFETY: as many bytes as a pw_step has, and any bits are one.
+        let back = unsafe { bytes.as_ptr().cast::<pw_step>().read_unaligned() };
+        assert_eq!((back.op, back.a, back.b), (step.op, step.a, step.b));
+        assert_eq!((back.first.addr(), back.second.addr()), (step.first.addr(), 16));
+    }
+}

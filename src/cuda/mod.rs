@@ -1,0 +1,41 @@
+//! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
+//! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
+//! where a kernel starts, `tensor` owns device memory.
+
+mod device;
+mod driver;
+mod launch;
+mod layer;
+mod plan;
+mod tensor;
+
+/// What crosses to the kernels, as bindgen makes it of `kernels/params.h`.
+#[allow(
+    missing_docs,
+    non_camel_case_types,
+    non_upper_case_globals,
+    dead_code,
+    clippy::undocumented_unsafe_blocks
+)]
+mod params {
+    include!(concat!(env!("OUT_DIR"), "/params.rs"));
+}
+
+pub use device::CudaDevice;
+pub(crate) use layer::Layer;
+pub use tensor::{CudaTensor, DeviceElement};
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_checked_in_parameters_are_those_that_bindgen_makes() {
+        // Equal by construction where libclang is missing; formatting may differ with rustfmt.
+        let squeeze = |text: &str| text.replace(|c: char| c.is_whitespace() || c == ',', "");
+        let made = include_str!(concat!(env!("OUT_DIR"), "/params.rs"));
+        assert!(
+            squeeze(made) == squeeze(include_str!("params_generated.rs")),
+            "copy {}/params.rs to src/cuda/params_generated.rs",
+            env!("OUT_DIR")
+        );
+    }
+}

@@ -1,0 +1,47 @@
+//! The CUDA backend on whatever device there is: a GPU, or the stand-in driver
+//! (`tests/emulator/run cargo test --features cuda`). Without either, every trial is listed as
+//! ignored with the reason; `POINTWISE_REQUIRE=cuda` makes that a failure.
+
+#![allow(clippy::neg_cmp_op_on_partial_ord, reason = "a comparison that NaN passes is a bug")]
+
+#[path = "cuda/cases.rs"]
+mod cases;
+#[path = "cuda/driver.rs"]
+mod driver;
+#[path = "cuda/numbers.rs"]
+mod numbers;
+#[path = "cuda/streams.rs"]
+mod streams;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use pointwise::CudaDevice;
+
+/// What a trial returns: an error is a failure.
+type Outcome = Result<(), Failed>;
+
+/// A trial that needs a device.
+type OnDevice = (&'static str, fn(&CudaDevice) -> Outcome);
+
+fn main() -> ExitCode {
+    if let Ok(what) = std::env::var(driver::CHILD) {
+        return driver::child(&what);
+    }
+    let device = CudaDevice::open(0).map_err(|error| error.to_string());
+    let required = std::env::var("POINTWISE_REQUIRE")
+        .is_ok_and(|list| list.split(',').any(|wanted| wanted.trim() == "cuda"));
+
+    let mut trials = Vec::new();
+    for (name, run) in [cases::TRIALS, numbers::TRIALS, streams::TRIALS, driver::TRIALS].concat() {
+        trials.push(match device.clone() {
+            Ok(device) => Trial::test(name, move || run(&device)),
+            Err(reason) if required => Trial::test(name, move || {
+                Err(format!("POINTWISE_REQUIRE=cuda, but: {reason}").into())
+            }),
+            Err(reason) => Trial::test(name, || Ok(())).with_kind(reason).with_ignored_flag(true),
+        });
+    }
+    trials.push(Trial::test("without_a_usable_driver_there_is_a_reason", driver::no_driver));
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}

@@ -1,0 +1,151 @@
+//! Machines on which something is missing, each in a process of its own.
+
+use std::process::{Command, ExitCode};
+
+use ndarray::{Array2, Array3};
+use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
+
+use super::{OnDevice, Outcome};
+
+/// Set in the processes that these tests start.
+pub const CHILD: &str = "POINTWISE_TEST_CHILD";
+
+pub const TRIALS: &[OnDevice] = &[
+    ("drivers_that_do_not_start_are_errors", broken_drivers),
+    ("devices_without_memory_pools_work", no_pools),
+    ("memory_that_runs_out_is_an_error", out_of_memory),
+    ("two_devices_do_not_mix", two_devices),
+    ("the_environment_steers_the_choice", environment),
+];
+
+/// What the started processes do: say what they find, on one line.
+pub fn child(what: &str) -> ExitCode {
+    let layer = Pointwise::new(Array2::from_elem((2, 3), 2.0f32)).relu();
+    let src = Array3::<f32>::ones((1, 3, 40));
+    let answer = match what {
+        "open" => CudaDevice::open(0).map(|device| device.to_string()),
+        "best" => Ok(Device::best().to_string()),
+        "forward" => layer
+            .prepare(&Device::best())
+            .and_then(|layer| layer.forward(&src))
+            .map(|dst| if dst.iter().all(|&x| x == 6.0) { "right".into() } else { "wrong".into() }),
+        "large" => Device::cuda(0).and_then(|gpu| {
+            let big = ndarray::Array2::<f32>::zeros((1 << 12, 3));
+            let layer = Pointwise::new(Array2::from_elem((1 << 12, 3), 2.0f32)).prepare(&gpu)?;
+            let failed = layer.forward(&big).err().map(|error| error.to_string());
+            let after = layer.forward(&big.slice(ndarray::s![..1, ..]))?;
+            Ok(format!("{failed:?}, then {} values", after.len()))
+        }),
+        "two" => CudaDevice::open(1).and_then(|second| {
+            let first = CudaDevice::open(0)?;
+            let on_second = layer.prepare(&second.clone().into())?;
+            let theirs = CudaTensor::from_host(&second, src.view())?;
+            let result = on_second.forward(&theirs)?.to_host()?;
+            let ours = CudaTensor::from_host(&first, src.view())?;
+            let mixed = on_second.forward(&ours).unwrap_err();
+            let moved = on_second.on(&first).unwrap_err();
+            Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
+        }),
+        other => Err(Error::Checkpoint(format!("no such child: {other}"))),
+    };
+    match answer {
+        Ok(text) => println!("{text}"),
+        Err(error) => println!("error: {error}"),
+    }
+    ExitCode::SUCCESS
+}
+
+/// One line from a process with other variables; a panic or a crash fails the test.
+fn ask(what: &str, variables: &[(&str, &str)]) -> Result<String, String> {
+    let exe = std::env::current_exe().map_err(|error| error.to_string())?;
+    let mut command = Command::new(exe);
+    command.env(CHILD, what).envs(variables.iter().copied());
+    let output = command.output().map_err(|error| error.to_string())?;
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_string();
+    if !output.status.success() {
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(format!("{what} {variables:?}: {}: {log}", output.status));
+    }
+    Ok(text)
+}
+
+fn expect(what: &str, variables: &[(&str, &str)], parts: &[&str]) -> Outcome {
+    let text = ask(what, variables)?;
+    match parts.iter().find(|part| !text.contains(**part)) {
+        Some(part) => Err(format!("{what} {variables:?}: no {part:?} in: {text}").into()),
+        None => Ok(()),
+    }
+}
+
+/// The stand-in driver plays every part; a real one plays none.
+fn is_stand_in(device: &CudaDevice) -> bool {
+    device.name().contains("emulator")
+}
+
+/// Runs with whatever this machine has, which may be nothing.
+pub fn no_driver() -> Outcome {
+    match CudaDevice::open(0) {
+        Ok(_) => expect("forward", &[("POINTWISE_DEVICE", "cpu")], &["right"]),
+        Err(Error::NoDevice { reason, .. }) if !reason.is_empty() => {
+            expect("best", &[], &["cpu"])?;
+            expect("best", &[("POINTWISE_DEVICE", "cuda")], &["cpu"])?;
+            expect("forward", &[], &["right"])
+        }
+        Err(error) => Err(format!("not NoDevice with a reason: {error}").into()),
+    }
+}
+
+fn broken_drivers(device: &CudaDevice) -> Outcome {
+    if !is_stand_in(device) {
+        return Ok(());
+    }
+    for (code, name) in
+        [("34", "stub"), ("100", "CUDA_ERROR_NO_DEVICE"), ("803", "MISMATCH"), ("7777", "7777")]
+    {
+        let variables = [("PW_EMULATOR_INIT", code)];
+        expect("open", &variables, &["error: no device cuda:0", name])?;
+        expect("forward", &variables, &["right"])?;
+    }
+    expect(
+        "open",
+        &[("PW_EMULATOR_DEVICES", "0")],
+        &["error: no device cuda:0", "CUDA_ERROR_NO_DEVICE"],
+    )?;
+    let old_chip = [("PW_EMULATOR_ARCH", "sm_70")];
+    expect("open", &old_chip, &["error: no device cuda:0", "7.0", "7.5"])?;
+    let old_driver = [("PW_EMULATOR_DRIVER", "11040")];
+    expect("open", &old_driver, &["error: no device cuda:0", "CUDA 11.4", "built by nvcc"])?;
+    expect("forward", &old_driver, &["right"])
+}
+
+fn no_pools(device: &CudaDevice) -> Outcome {
+    if is_stand_in(device) {
+        expect("forward", &[("PW_EMULATOR_POOLS", "0"), ("POINTWISE_DEVICE", "cuda")], &["right"])?;
+    }
+    Ok(())
+}
+
+fn out_of_memory(device: &CudaDevice) -> Outcome {
+    if is_stand_in(device) {
+        let variables = [("PW_EMULATOR_MEMORY", "16M")];
+        expect("large", &variables, &["CUDA_ERROR_OUT_OF_MEMORY (2)", "then 4096 values"])?;
+    }
+    Ok(())
+}
+
+fn two_devices(device: &CudaDevice) -> Outcome {
+    if is_stand_in(device) {
+        let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
+        expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
+    }
+    Ok(())
+}
+
+fn environment(device: &CudaDevice) -> Outcome {
+    let name = format!("cuda:0 ({})", device.name());
+    expect("best", &[], &[&name])?;
+    expect("best", &[("POINTWISE_DEVICE", "cuda:0")], &[&name])?;
+    expect("best", &[("POINTWISE_DEVICE", "cpu")], &["cpu ("])?;
+    expect("best", &[("POINTWISE_DEVICE", "cuda:99")], &["cpu ("])?;
+    expect("forward", &[("POINTWISE_DEVICE", "tpu")], &["error: POINTWISE_DEVICE=tpu"])
+}

@@ -1,0 +1,217 @@
+//! Streams, threads, graphs, raw pointers: what a service does around a layer.
+
+use ndarray::{Array2, Array3, s};
+use pointwise::cudarc::driver::{CudaContext, sys};
+use pointwise::{
+    CudaDevice, CudaTensor, Device, Error, LayerNorm, Place, Pointwise, TensorMut, TensorRef,
+};
+
+use super::numbers::Random;
+use super::{OnDevice, Outcome};
+
+pub const TRIALS: &[OnDevice] = &[
+    ("tensors_cross_streams_by_themselves", across_streams),
+    ("threads_share_a_layer", threads),
+    ("a_stream_of_the_callers_and_raw_pointers", raw_pointers),
+    ("a_call_can_be_captured_in_a_graph", graph),
+    ("layers_write_into_channel_ranges", channel_ranges),
+    ("plans_name_every_kernel_and_explain_the_first", plans),
+    ("what_cuda_lacks_is_named", unsupported),
+    ("tensors_of_another_device_are_refused", wrong_device),
+];
+
+fn layer(random: &mut Random, c_out: usize, c_in: usize) -> Pointwise {
+    let weight = Array2::from_shape_vec((c_out, c_in), random.integers(c_out * c_in)).unwrap();
+    Pointwise::new(weight).bias(random.integers(c_out)).relu()
+}
+
+fn source(random: &mut Random, c: usize) -> Array3<f32> {
+    Array3::from_shape_vec((2, c, 21), random.integers(42 * c)).unwrap()
+}
+
+fn across_streams(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(21);
+    let (first, second) = (layer(&mut random, 8, 12), layer(&mut random, 6, 8));
+    let src = source(&mut random, 12);
+    let expected =
+        second.prepare(&Device::cpu())?.forward(&first.prepare(&Device::cpu())?.forward(&src)?)?;
+    let other = device.with_new_stream()?;
+    let first = first.prepare(&device.clone().into())?;
+    let second = second.prepare(&device.clone().into())?.on(&other)?;
+    for _ in 0..3 {
+        let src = CudaTensor::from_host(device, src.view())?;
+        let between = first.forward(&src)?;
+        drop(src);
+        // Made on one stream, read on the other, dropped while that may still run.
+        let mut dst = CudaTensor::zeros(&other, &[2, 6, 21])?;
+        second.forward_into(&between, &mut dst)?;
+        drop(between);
+        let reused = CudaTensor::<f32>::zeros(device, &[2, 8, 21])?;
+        assert_eq!(dst.to_host()?, expected.clone().into_dyn());
+        drop(reused);
+    }
+    Ok(())
+}
+
+fn threads(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(22);
+    let layer = layer(&mut random, 10, 7);
+    let sources: Vec<_> = (0..4).map(|_| source(&mut random, 7)).collect();
+    let cpu = layer.prepare(&Device::cpu())?;
+    let gpu = layer.prepare(&device.clone().into())?;
+    std::thread::scope(|scope| {
+        for (i, src) in sources.iter().enumerate() {
+            let (cpu, gpu, device) = (&cpu, &gpu, &device);
+            scope.spawn(move || {
+                let own = device.with_new_stream().unwrap();
+                let mine = if i % 2 == 0 { gpu.clone() } else { gpu.on(&own).unwrap() };
+                for _ in 0..3 {
+                    assert_eq!(mine.forward(src).unwrap(), cpu.forward(src).unwrap());
+                }
+            });
+        }
+    });
+    Ok(())
+}
+
+fn raw_pointers(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(23);
+    let layer = layer(&mut random, 9, 5);
+    let src = source(&mut random, 5);
+    let expected = layer.prepare(&Device::cpu())?.forward(&src)?;
+
+    // A framework's context, stream and memory, as it would hand them over.
+    let context = CudaContext::new(device.ordinal()).map_err(|e| format!("{:?}", e.0))?;
+    let stream = context.new_stream().map_err(|e| format!("{:?}", e.0))?;
+    let theirs = stream.clone_htod(src.as_slice().unwrap()).map_err(|e| format!("{:?}", e.0))?;
+    let mut result = stream.alloc_zeros::<f32>(2 * 9 * 21).map_err(|e| format!("{:?}", e.0))?;
+    {
+        use pointwise::cudarc::driver::{DevicePtr, DevicePtrMut};
+        let (from, _from) = theirs.device_ptr(&stream);
+        let (to, _to) = result.device_ptr_mut(&stream);
+        let place = Place::Cuda(device.ordinal());
+        // SAFETY: the slices live to the end of the block, the stream to the end of the function.
+        let (mine, src, mut dst) = unsafe {
+            (
+                CudaDevice::from_raw_stream(device.ordinal(), stream.cu_stream())?,
+                TensorRef::<f32>::from_raw_parts(
+                    std::ptr::without_provenance(from as usize),
+                    place,
+                    &[2, 5, 21],
+                    &[105, 21, 1],
+                )?,
+                TensorMut::<f32>::from_raw_parts(
+                    std::ptr::without_provenance_mut(to as usize),
+                    place,
+                    &[2, 9, 21],
+                    &[189, 21, 1],
+                )?,
+            )
+        };
+        layer.prepare(&mine.into())?.forward_into(&src, &mut dst)?;
+    }
+    let got = stream.clone_dtoh(&result).map_err(|e| format!("{:?}", e.0))?;
+    assert_eq!(got, expected.as_slice().unwrap());
+
+    let shared = CudaDevice::from_stream(stream.clone())?;
+    assert_eq!(layer.prepare(&shared.into())?.forward(&src)?, expected);
+    Ok(())
+}
+
+fn graph(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(24);
+    let layer = layer(&mut random, 9, 5);
+    let own = device.with_new_stream()?;
+    let prepared = layer.prepare(&own.clone().into())?;
+    let expected = layer.prepare(&Device::cpu())?;
+    let src = CudaTensor::from_host(&own, source(&mut random, 5).view())?;
+    let mut dst = CudaTensor::<f32>::zeros(&own, &[2, 9, 21])?;
+    own.synchronize()?;
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    own.stream().begin_capture(mode).map_err(code)?;
+    prepared.forward_into(&src, &mut dst)?;
+    let flags = sys::CUgraphInstantiate_flags(0);
+    let graph = own.stream().end_capture(flags).map_err(code)?.ok_or("nothing was captured")?;
+    assert!(dst.to_host()?.iter().all(|&x| x == 0.0), "a captured call does not run");
+    for _ in 0..2 {
+        graph.launch().map_err(code)?;
+    }
+    let src = src.to_host()?;
+    assert_eq!(dst.to_host()?, expected.forward(&src)?);
+    Ok(())
+}
+
+fn channel_ranges(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(25);
+    let (a, b) = (layer(&mut random, 4, 6), layer(&mut random, 8, 6));
+    let src = source(&mut random, 6);
+    let on_device = CudaTensor::from_host(device, src.view())?;
+    let mut dst = CudaTensor::<f32>::zeros(device, &[2, 12, 21])?;
+    let gpu = Device::from(device.clone());
+    a.prepare(&gpu)?.forward_into(&on_device, &mut dst.channels_mut(0..4)?)?;
+    b.prepare(&gpu)?.forward_into(&on_device, &mut dst.channels_mut(4..12)?)?;
+    let dst = dst.to_host()?;
+    for (layer, range) in [(a, 0..4), (b, 4..12)] {
+        let expected = layer.prepare(&Device::cpu())?.forward(&src)?;
+        assert_eq!(dst.slice(s![.., range, ..]), expected);
+    }
+    assert!(matches!(on_device.channels(3..7), Err(Error::Shape { .. })));
+    Ok(())
+}
+
+fn plans(device: &CudaDevice) -> Outcome {
+    let gpu = Device::from(device.clone());
+    let layer = Pointwise::new(Array2::ones((256, 64))).prepare(&gpu)?;
+    let plans = layer.plans(&[32, 64, 56, 56])?;
+    assert!(plans.len() >= 8 && plans.iter().all(|plan| plan.verdict.is_ok()), "{plans:?}");
+    let explanation = layer.explain(&[32, 64, 56, 56])?;
+    assert_eq!(explanation.kernel, plans[0].kernel);
+    assert!(explanation.kernel.starts_with("fprop_f32_simt_"), "{explanation}");
+    assert!(explanation.device.starts_with("cuda:0 ("), "{explanation}");
+    for kernel in plans.iter().map(|plan| plan.kernel) {
+        let options =
+            pointwise::PrepareOptions { kernel: Some(kernel.into()), ..Default::default() };
+        let forced = Pointwise::new(Array2::ones((3, 2))).prepare_with(&gpu, options)?;
+        assert_eq!(forced.explain(&[1, 2])?.kernel, kernel);
+    }
+    let options = pointwise::PrepareOptions {
+        kernel: Some("fprop_f32_simt_1x1x1".into()),
+        ..Default::default()
+    };
+    let error = Pointwise::new(Array2::ones((3, 2))).prepare_with(&gpu, options).unwrap_err();
+    assert!(matches!(&error, Error::Kernel { kernel, .. } if kernel == "fprop_f32_simt_1x1x1"));
+    Ok(())
+}
+
+fn unsupported(device: &CudaDevice) -> Outcome {
+    let gpu = Device::from(device.clone());
+    let bare = || Pointwise::new(Array2::<f32>::ones((4, 4)));
+    for (layer, what) in [
+        (bare().source_activation(pointwise::Activation::Relu), "source stages"),
+        (bare().gate(), "source stages"),
+        (bare().layer_norm(LayerNorm::over_channels()), "layer norm"),
+        (bare().partial(2..6), "a partial convolution"),
+    ] {
+        let error = layer.prepare(&gpu).unwrap_err();
+        assert!(
+            matches!(&error, Error::Unsupported { what: named, .. } if named == what),
+            "{error}"
+        );
+    }
+    let half = Array3::<f32>::ones((1, 2, 5));
+    let error = bare().prepare(&gpu)?.call(&half).concat(&half).run().unwrap_err();
+    assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains("concatenation")));
+    Ok(())
+}
+
+fn wrong_device(device: &CudaDevice) -> Outcome {
+    let src = CudaTensor::<f32>::zeros(device, &[1, 2, 5])?;
+    let layer = Pointwise::new(Array2::ones((3, 2)));
+    let error = layer.prepare(&Device::cpu())?.forward(&src).unwrap_err();
+    assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
+    let mut host = Array3::<f32>::zeros((1, 3, 5));
+    let error = layer.prepare(&device.clone().into())?.forward_into(&src, &mut host).unwrap_err();
+    assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
+    Ok(())
+}
