@@ -4,8 +4,8 @@
 //! accumulator and rounded once. Tensor cores lose more: what they lose is not modelled.
 
 use crate::alu::{Regs, Row, Ty};
+use crate::decode::Decoder;
 use crate::float::{self, F16, Round};
-use crate::isa::Decoder;
 use crate::parse::Operand;
 
 /// A decoded `mma.sync`.

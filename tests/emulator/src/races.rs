@@ -383,6 +383,13 @@ impl Shared {
                 if settles {
                     cell.init |= mask;
                 }
+                // Whoever comes after this write comes after the readers that were before it.
+                if mask == 0xf {
+                    cell.r_warps = 0;
+                    if std::mem::take(&mut cell.more_readers) {
+                        self.readers.remove(&(index as usize));
+                    }
+                }
             } else if mode == Mode::Read {
                 let bit = 1 << who.warp();
                 if cell.r_stamp == order.now && cell.r_warps != 0 {

@@ -18,9 +18,10 @@ use std::time::Instant;
 
 pub use config::Config;
 
+use crate::decode;
 use crate::exec::{self, Launch, Machine};
 use crate::fatbin;
-use crate::isa::{self, Kernel};
+use crate::isa::Kernel;
 use crate::memory::DeviceMemory;
 use crate::parse::{self, Space};
 use crate::rng::Rng;
@@ -634,7 +635,7 @@ impl State {
         }
         let mut kernels = HashMap::new();
         for function in module.functions.iter().filter(|f| f.entry) {
-            match isa::link(&module, function, &address) {
+            match decode::link(&module, function, &address) {
                 Ok(kernel) => {
                     kernels.insert(function.name.clone(), Arc::new(kernel));
                 }

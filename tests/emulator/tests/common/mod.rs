@@ -2,8 +2,9 @@
 #![allow(dead_code)]
 
 use cuda::counters::Counters;
+use cuda::decode;
 use cuda::exec::{self, Fault, Launch, Machine};
-use cuda::isa::{self, Kernel};
+use cuda::isa::Kernel;
 use cuda::memory::DeviceMemory;
 use cuda::parse;
 
@@ -42,7 +43,7 @@ impl Gpu {
             .functions
             .iter()
             .filter(|f| f.entry)
-            .map(|f| isa::link(&module, f, &|name| globals.get(name).copied()))
+            .map(|f| decode::link(&module, f, &|name| globals.get(name).copied()))
             .collect::<Result<_, _>>()?;
         Ok(Gpu { memory, kernels, machine: Machine::default(), launches: 0, seconds: 0.0 })
     }
