@@ -64,12 +64,12 @@ impl Branches {
     ///
     /// # Errors
     /// As [`Prepared::forward`](Prepared::forward).
-    pub fn forward<S: Source>(&self, src: &S) -> Result<Vec<S::Output>> {
+    pub fn forward<S: Source + ?Sized>(&self, src: &S) -> Result<Vec<S::Output>> {
         self.call(src).run()
     }
 
     /// Starts a call that takes residuals or gates, or writes to given tensors.
-    pub fn call<'a, S: AsTensor>(&'a self, src: &'a S) -> BranchesCall<'a, S> {
+    pub fn call<'a, S: AsTensor + ?Sized>(&'a self, src: &'a S) -> BranchesCall<'a, S> {
         let extras = self.layers.iter().map(|_| Extra::default()).collect();
         BranchesCall { branches: self, src, extras }
     }
@@ -88,16 +88,16 @@ fn same_device(a: &Prepared, b: &Prepared) -> Result<()> {
 
 /// One call of [`Branches`].
 #[must_use = "a call does nothing until it is run"]
-pub struct BranchesCall<'a, S> {
+pub struct BranchesCall<'a, S: ?Sized> {
     branches: &'a Branches,
     src: &'a S,
     extras: Vec<Extra<'a>>,
 }
 
-impl<'a, S: AsTensor> BranchesCall<'a, S> {
+impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
     /// The tensor that the residual stage of layer `branch` adds; its dst's shape. A number that
     /// is no layer's is reported when the call runs.
-    pub fn residual(mut self, branch: usize, residual: &'a impl AsTensor) -> Self {
+    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor + ?Sized)) -> Self {
         match self.extras.get_mut(branch) {
             Some(extra) => extra.set_residual(residual),
             None => self.no_such_layer(branch),
@@ -107,7 +107,7 @@ impl<'a, S: AsTensor> BranchesCall<'a, S> {
 
     /// The tensor that the gate of layer `branch` multiplies by; `[n, c_in]`. A number that is no
     /// layer's is reported when the call runs.
-    pub fn gate(mut self, branch: usize, gate: &'a impl AsTensor) -> Self {
+    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor + ?Sized)) -> Self {
         match self.extras.get_mut(branch) {
             Some(extra) => extra.set_gate(gate),
             None => self.no_such_layer(branch),
@@ -244,7 +244,7 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Prepared::forward`](Prepared::forward).
-    pub fn forward<S: Source>(&self, src: &S) -> Result<S::Output> {
+    pub fn forward<S: Source + ?Sized>(&self, src: &S) -> Result<S::Output> {
         let mut shape = src.as_tensor()?.shape().to_vec();
         for layer in &self.layers {
             shape = layer.dst_shape(&shape)?;
@@ -259,7 +259,11 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Prepared::forward_into`](Prepared::forward_into).
-    pub fn forward_into<S: AsTensor>(&self, src: &S, dst: &mut impl AsTensorMut) -> Result<()> {
+    pub fn forward_into<S: AsTensor + ?Sized>(
+        &self,
+        src: &S,
+        dst: &mut (impl AsTensorMut + ?Sized),
+    ) -> Result<()> {
         let mut dst = dst.as_tensor_mut()?;
         let src = src.as_tensor()?;
         if share_memory(&src, dst.view()) {

@@ -61,8 +61,8 @@ pub(crate) fn forced_kernel(
 ) -> Result<Option<&'static str>> {
     let variable =
         std::env::var_os(KERNEL_VARIABLE).map(|name| name.to_string_lossy().into_owned());
-    let Some(wanted) = option.map(str::to_owned).or(variable).filter(|name| !name.is_empty())
-    else {
+    let option = option.map(str::to_owned).filter(|name| !name.is_empty());
+    let Some(wanted) = option.or(variable).filter(|name| !name.is_empty()) else {
         return Ok(None);
     };
     match names.iter().find(|name| **name == wanted) {

@@ -119,7 +119,7 @@ impl Prepared {
     /// # Errors
     /// Whatever does not fit, with its values; a device's own errors. A run never falls back to
     /// another device.
-    pub fn forward<S: Source>(&self, src: &S) -> Result<S::Output> {
+    pub fn forward<S: Source + ?Sized>(&self, src: &S) -> Result<S::Output> {
         self.call(src).run()
     }
 
@@ -129,7 +129,11 @@ impl Prepared {
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
     /// that is read.
-    pub fn forward_into<S: AsTensor>(&self, src: &S, dst: &mut impl AsTensorMut) -> Result<()> {
+    pub fn forward_into<S: AsTensor + ?Sized>(
+        &self,
+        src: &S,
+        dst: &mut (impl AsTensorMut + ?Sized),
+    ) -> Result<()> {
         self.call(src).run_into(dst)
     }
 
@@ -145,7 +149,7 @@ impl Prepared {
     /// assert!(dst.iter().all(|&x| x == 7.0));
     /// # Ok::<(), pointwise::Error>(())
     /// ```
-    pub fn call<'a, S: AsTensor>(&'a self, src: &'a S) -> Call<'a, S> {
+    pub fn call<'a, S: AsTensor + ?Sized>(&'a self, src: &'a S) -> Call<'a, S> {
         Call { layer: self, src, extra: Extra::default() }
     }
 
@@ -377,44 +381,44 @@ pub(crate) struct Extra<'a> {
 }
 
 impl<'a> Extra<'a> {
-    fn view(&mut self, tensor: &'a impl AsTensor) -> Option<TensorRef<'a>> {
+    fn view(&mut self, tensor: &'a (impl AsTensor + ?Sized)) -> Option<TensorRef<'a>> {
         tensor.as_tensor().map_err(|error| self.error.get_or_insert(error)).ok()
     }
 
-    pub(crate) fn set_residual(&mut self, residual: &'a impl AsTensor) {
+    pub(crate) fn set_residual(&mut self, residual: &'a (impl AsTensor + ?Sized)) {
         self.residual = self.view(residual);
     }
 
-    pub(crate) fn set_gate(&mut self, gate: &'a impl AsTensor) {
+    pub(crate) fn set_gate(&mut self, gate: &'a (impl AsTensor + ?Sized)) {
         self.gate = self.view(gate);
     }
 }
 
 /// One call of a layer, put together from its tensors.
 #[must_use = "a call does nothing until it is run"]
-pub struct Call<'a, S> {
+pub struct Call<'a, S: ?Sized> {
     layer: &'a Prepared,
     src: &'a S,
     extra: Extra<'a>,
 }
 
-impl<'a, S: AsTensor> Call<'a, S> {
+impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
     /// A further source: all of them stand for their concatenation along the channels, in the
     /// order in which they are given, and are read in place.
-    pub fn concat(mut self, src: &'a impl AsTensor) -> Self {
+    pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
         let view = self.extra.view(src);
         self.extra.more.extend(view);
         self
     }
 
     /// The tensor that a residual stage adds; dst's shape.
-    pub fn residual(mut self, residual: &'a impl AsTensor) -> Self {
+    pub fn residual(mut self, residual: &'a (impl AsTensor + ?Sized)) -> Self {
         self.extra.set_residual(residual);
         self
     }
 
     /// The tensor that a gate source stage multiplies by; `[n, c_in]`.
-    pub fn gate(mut self, gate: &'a impl AsTensor) -> Self {
+    pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
         self.extra.set_gate(gate);
         self
     }
@@ -423,7 +427,7 @@ impl<'a, S: AsTensor> Call<'a, S> {
     ///
     /// # Errors
     /// As [`Prepared::forward_into`].
-    pub fn run_into(self, dst: &mut impl AsTensorMut) -> Result<()> {
+    pub fn run_into(self, dst: &mut (impl AsTensorMut + ?Sized)) -> Result<()> {
         let Extra { more, residual, gate, error } = self.extra;
         if let Some(error) = error {
             return Err(error);

@@ -559,8 +559,9 @@ pub(crate) fn checked_product(what: &'static str, sizes: &[usize]) -> Result<usi
 
 /// Contiguous strides for `shape`, in the memory order of `like`.
 ///
-/// Axes are ordered by falling stride. Where two strides tie, the axis of length one is the inner
-/// one: that tells `[n, h, w, 1]` (channels last) from `[n, c, 1, 1]` (channels first).
+/// Axes are ordered by falling stride; a broadcast axis (stride 0) has none and counts as outer.
+/// Where two strides tie, the axis of length one is the inner one: that tells `[n, h, w, 1]`
+/// (channels last) from `[n, c, 1, 1]` (channels first).
 pub(crate) fn strides_like<T>(like: &TensorRef<'_, T>, shape: &[usize]) -> [isize; MAX_RANK] {
     let rank = like.rank();
     let mut order = [0usize; MAX_RANK];
@@ -568,7 +569,9 @@ pub(crate) fn strides_like<T>(like: &TensorRef<'_, T>, shape: &[usize]) -> [isiz
         *slot = axis;
     }
     order[..rank].sort_by_key(|&axis| {
-        (std::cmp::Reverse(like.strides()[axis].unsigned_abs()), like.shape()[axis] == 1)
+        let (stride, len) = (like.strides()[axis].unsigned_abs(), like.shape()[axis]);
+        let stride = if stride == 0 && len > 1 { usize::MAX } else { stride };
+        (std::cmp::Reverse(stride), len == 1)
     });
     let mut strides = [0isize; MAX_RANK];
     let mut next = 1isize;
@@ -716,6 +719,13 @@ mod tests {
                 assert_eq!(order(shape, true), [72, 1, 24, 6], "{shape:?} channels last");
             }
         }
+    }
+
+    #[test]
+    fn a_broadcast_batch_stays_outermost() {
+        let one = Array4::<f32>::zeros((1, 5, 3, 4));
+        let out = one.broadcast((2, 5, 3, 4)).unwrap().allocate(&[2, 6, 3, 4]).unwrap();
+        assert_eq!(out.strides(), [72, 12, 4, 1]);
     }
 
     #[test]

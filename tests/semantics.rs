@@ -854,3 +854,14 @@ fn a_description_tells_what_it_was_given() {
     assert!(prepared.device().to_string().starts_with("cpu ("));
     assert_eq!(prepared.dst_shape(&[2, 6, 5]).unwrap(), [2, 8, 5]);
 }
+
+#[test]
+fn borrowed_arrays_need_no_second_borrow() {
+    fn last_layer(x: &ndarray::ArrayRef<f32, ndarray::Ix4>) -> pointwise::Result<Array4<f32>> {
+        Pointwise::new(Array2::ones((2, 3))).prepare(&Device::cpu())?.forward(x)
+    }
+    assert_eq!(
+        last_layer(&Array4::ones((1, 3, 2, 2))).unwrap(),
+        Array4::from_elem((1, 2, 2, 2), 3.0)
+    );
+}
