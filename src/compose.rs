@@ -36,11 +36,11 @@ impl Branches {
     /// Puts layers of one device together.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] if there are no layers; [`Error::WrongDevice`] if they were
+    /// [`Error::NoLayers`] for an empty list; [`Error::WrongDevice`] if they were
     /// prepared for different kinds of device; [`Error::Unsupported`] on CUDA.
     pub fn new(layers: Vec<Prepared>) -> Result<Self> {
         let Some(first) = layers.first() else {
-            return Err(Error::MissingInput { input: "layer" });
+            return Err(Error::NoLayers);
         };
         for layer in &layers {
             same_device(first, layer)?;
@@ -213,12 +213,13 @@ impl Sequence {
     /// Chains layers of one device, none of which takes a residual or a gate.
     ///
     /// # Errors
-    /// [`Error::MissingInput`] if there are no layers, or a layer takes a second tensor;
+    /// [`Error::NoLayers`] for an empty list; [`Error::MissingInput`] if a layer takes a second tensor;
+    /// [`Error::Channels`] if a layer does not take the channels of the one before;
     /// [`Error::WrongDevice`] if they were prepared for different kinds of device;
     /// [`Error::Unsupported`] on CUDA.
     pub fn new(layers: Vec<Prepared>) -> Result<Self> {
         let Some(first) = layers.first() else {
-            return Err(Error::MissingInput { input: "layer" });
+            return Err(Error::NoLayers);
         };
         for layer in &layers {
             same_device(first, layer)?;
@@ -230,6 +231,13 @@ impl Sequence {
             }
             if let Some(input) = layer.second_input() {
                 return Err(Error::MissingInput { input });
+            }
+        }
+        // The channels between the layers, known from the first one on that convolves all of them.
+        let mut channels = None;
+        for layer in &layers {
+            if let Some(known) = channels.or(layer.src_channels()) {
+                channels = Some(layer.dst_shape_of(&[1, known])?[1]);
             }
         }
         Ok(Sequence { layers })

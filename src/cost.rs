@@ -6,6 +6,7 @@ use std::fmt;
 ///
 /// Traffic counts every tensor once: what a fused pass must move if nothing is cached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Cost {
     /// Values of the folded layer: weight, bias and what the remaining steps use per channel.
     pub parameters: usize,

@@ -131,6 +131,9 @@ pub enum Error {
         /// Which tensor.
         input: &'static str,
     },
+    /// A sequence or a set of branches without a layer in it.
+    #[error("there are no layers to put together")]
+    NoLayers,
     /// The call gave a tensor that the layer's description has no use for.
     #[error("the call gave a {input} tensor, but the layer has no {input} stage")]
     UnexpectedInput {

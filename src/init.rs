@@ -65,6 +65,7 @@ impl Nonlinearity {
 
 /// A distribution of initial weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Init {
     /// Uniform with `std = gain · √(2 / (fan_in + fan_out))` (Glorot and Bengio 2010).
     XavierUniform {

@@ -10,6 +10,7 @@ pub(crate) const KERNEL_VARIABLE: &str = "POINTWISE_KERNEL";
 
 /// What a kernel says to a problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Candidate {
     /// The kernel's name: `{pass}_{dtype}_{isa}_{tile}`.
     pub kernel: &'static str,
@@ -19,6 +20,7 @@ pub struct Candidate {
 
 /// How a call of a prepared layer would run: [`Display`](fmt::Display) is the readable form.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Explanation {
     /// The device.
     pub device: String,

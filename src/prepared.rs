@@ -196,7 +196,8 @@ impl Prepared {
     }
 
     /// How a call on a source of this shape, channels first, would run: kernel, reason, cost and
-    /// roofline. The roofline's ceilings are measured (some milliseconds, once per size class).
+    /// roofline. The roofline's ceilings are measured on
+    /// the CPU (up to a tenth of a second, once per size), and arithmetic on clocks and widths on CUDA.
     ///
     /// # Errors
     /// If the shape does not fit the layer, or a forced kernel refuses it.
@@ -314,6 +315,11 @@ impl Prepared {
         if residual { Some("residual") } else { gate.then_some("gate") }
     }
 
+    /// Channels that a source must have; a partial convolution takes any from its range's end on.
+    pub(crate) fn src_channels(&self) -> Option<usize> {
+        self.inner.shape.partial.is_none().then_some(self.inner.shape.c_in)
+    }
+
     /// As [`dst_shape`](Self::dst_shape), without allocating; ones beyond the rank.
     pub(crate) fn dst_shape_of(&self, src: &[usize]) -> Result<[usize; MAX_RANK]> {
         Ok(dst_shape(&self.inner.shape, src, std::iter::empty())?.padded())
@@ -417,7 +423,8 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
         self
     }
 
-    /// The tensor that a gate source stage multiplies by; `[n, c_in]`.
+    /// The tensor that a gate source stage multiplies by; `[n, c_in]`, or with further axes of
+    /// length 1.
     pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
         self.extra.set_gate(gate);
         self

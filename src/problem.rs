@@ -132,7 +132,7 @@ pub(crate) struct Problem<'a> {
     pub dst: Operand,
     /// Its channels are aligned with dst's.
     pub residual: Option<Operand>,
-    /// `[n, c_in]`.
+    /// `[n, c_in]`, and any further axes of length 1.
     pub gate: Option<Operand>,
 }
 
@@ -175,7 +175,7 @@ impl<'a> Problem<'a> {
         }
         let n = expected.shape[0];
         if let Some(gate) = gate {
-            expect_shape("gate", gate.shape(), &[n, layer.c_in])?;
+            expect_shape("gate", without_trailing_ones(gate.shape()), &[n, layer.c_in])?;
         }
 
         let mut spatial = [1; MAX_SPATIAL];
@@ -304,6 +304,14 @@ impl fmt::Display for Problem<'_> {
             write!(f, ", {} groups", self.groups)?;
         }
         Ok(())
+    }
+}
+
+/// `[n, c]` of `[n, c, 1, …]`, the shape that a pooled map has in PyTorch.
+pub(crate) fn without_trailing_ones(shape: &[usize]) -> &[usize] {
+    match shape.split_at_checked(2) {
+        Some((shape, rest)) if rest.iter().all(|&len| len == 1) => shape,
+        _ => shape,
     }
 }
 

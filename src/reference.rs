@@ -7,7 +7,7 @@ use ndarray::{ArrayD, ArrayViewD, Axis, IxDyn, concatenate};
 
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
-use crate::problem::{LayerShape, dst_shape};
+use crate::problem::{LayerShape, dst_shape, without_trailing_ones};
 use crate::stages::{Activation, NormOver, SourceStage, Stage};
 
 /// The tensors of one call, each `[n, c, …spatial]`.
@@ -17,7 +17,7 @@ pub struct Inputs<'a> {
     pub sources: Vec<ArrayViewD<'a, f32>>,
     /// dst's shape; needed by a residual stage.
     pub residual: Option<ArrayViewD<'a, f32>>,
-    /// `[n, c_in]`; needed by a gate source stage.
+    /// `[n, c_in]`, or with further axes of length 1; needed by a gate source stage.
     pub gate: Option<ArrayViewD<'a, f32>>,
 }
 
@@ -68,17 +68,21 @@ pub fn forward(layer: &Pointwise, inputs: &Inputs<'_>) -> Result<ArrayD<f64>> {
         ("gate", &inputs.gate, layer.has_gate(), &[n, c_in]),
     ];
     for (input, tensor, wanted, expected) in optional {
-        match tensor {
+        let got = tensor.as_ref().map(|tensor| match input {
+            "gate" => without_trailing_ones(tensor.shape()),
+            _ => tensor.shape(),
+        });
+        match got {
             None if wanted => return Err(Error::MissingInput { input }),
             Some(_) if !wanted => return Err(Error::UnexpectedInput { input }),
-            Some(tensor) if tensor.shape() != expected => {
-                let got = tensor.shape().to_vec();
-                return Err(Error::Shape { tensor: input, expected: expected.to_vec(), got });
+            Some(got) if got != expected => {
+                let (expected, got) = (expected.to_vec(), got.to_vec());
+                return Err(Error::Shape { tensor: input, expected, got });
             }
             _ => {}
         }
     }
-    let gate = inputs.gate.as_ref();
+    let gate = inputs.gate.as_ref().map(|gate| gate.to_shape((n, c_in)).expect("compared above"));
     let residual = inputs
         .residual
         .as_ref()
@@ -102,7 +106,7 @@ pub fn forward(layer: &Pointwise, inputs: &Inputs<'_>) -> Result<ArrayD<f64>> {
                         }
                         SourceStage::Activation(a) => activate(*a, *x),
                         SourceStage::Gate => {
-                            *x * gate.map_or(f64::NAN, |gate| f64::from(gate[[sample, c]]))
+                            *x * gate.as_ref().map_or(f64::NAN, |gate| f64::from(gate[[sample, c]]))
                         }
                     };
                 }

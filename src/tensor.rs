@@ -20,6 +20,7 @@ pub(crate) const MAX_SPATIAL: usize = MAX_RANK - 2;
 
 /// Where a tensor's elements are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Place {
     /// Ordinary memory.
     Host,
@@ -418,6 +419,9 @@ pub trait Source: AsTensor {
     type Output: AsTensorMut;
 
     /// A result of this shape in the memory order of `self`; its contents are unspecified.
+    ///
+    /// The order is that of the strides. Where they cannot tell (one channel, one position), a
+    /// channel stride of 1 is taken for channels last.
     ///
     /// # Errors
     /// [`Error::Rank`] unless `shape` has as many axes as `self`, [`Error::TooLarge`] if the size

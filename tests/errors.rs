@@ -485,7 +485,9 @@ fn residuals_and_gates_that_do_not_fit() {
     let flat = Array2::<f32>::ones((2, 2));
     refused!(added.call(&source).residual(&flat).run(), Error::Shape { .. }, "[2, 2]", "residual");
     gated.call(&source).gate(&gate).run().unwrap();
-    for shape in [vec![2, 2], vec![1, 3], vec![2, 3, 1], vec![2, 3, 5, 4]] {
+    let pooled = ArrayD::<f32>::ones(IxDyn(&[2, 3, 1, 1]));
+    gated.call(&source).gate(&pooled).run().unwrap();
+    for shape in [vec![2, 2], vec![1, 3], vec![2, 3, 1, 2], vec![2, 3, 5, 4]] {
         let gate = ArrayD::<f32>::ones(IxDyn(&shape));
         refused!(
             gated.call(&source).gate(&gate).run(),
@@ -739,14 +741,20 @@ fn a_device_that_was_not_built() {
 
 #[test]
 fn compositions_of_nothing_or_of_too_much() {
-    refused!(Branches::new(Vec::new()), Error::MissingInput { .. }, "layer");
-    refused!(Sequence::new(Vec::new()), Error::MissingInput { .. }, "layer");
+    refused!(Branches::new(Vec::new()), Error::NoLayers, "no layers");
+    refused!(Sequence::new(Vec::new()), Error::NoLayers, "no layers");
     let layers = |layer: Pointwise| vec![cpu(plain(3, 3)), cpu(layer)];
     refused!(Sequence::new(layers(plain(3, 3).residual())), Error::MissingInput { .. }, "residual");
     refused!(Sequence::new(layers(plain(3, 3).gate())), Error::MissingInput { .. }, "gate");
     let source = src(1, 3, 2, 2);
-    let sequence = Sequence::new(layers(plain(2, 7))).unwrap();
-    refused!(sequence.forward(&source), Error::Channels { weight: 7, src: 3, .. }, "src has 3");
+    refused!(
+        Sequence::new(layers(plain(2, 7))),
+        Error::Channels { weight: 7, src: 3, .. },
+        "src has 3"
+    );
+    let sequence = Sequence::new(layers(plain(2, 3))).unwrap();
+    let narrow = src(1, 2, 2, 2);
+    refused!(sequence.forward(&narrow), Error::Channels { weight: 3, src: 2, .. }, "src has 2");
     let branches = Branches::new(layers(plain(2, 7))).unwrap();
     refused!(branches.forward(&source), Error::Channels { .. }, "7 input channels");
     let branches = Branches::new(layers(plain(3, 3))).unwrap();

@@ -1,6 +1,7 @@
 //! Random layers on random shapes and strides, against the f64 reference.
 
 use ndarray::{Array1, Array2, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn, Slice};
+use pointwise::init::Init;
 use pointwise::{
     Activation, BatchNorm, Device, LayerNorm, Pointwise, SourceStage, Stage, TensorMut, reference,
 };
@@ -306,13 +307,11 @@ fn results_do_not_depend_on_threads_or_pool() {
     let src = Strided::random(&mut Rng(1), &[3, 70, 31, 29]);
     let pool = std::sync::Arc::new(rayon::ThreadPoolBuilder::new().num_threads(5).build().unwrap());
     let norm = LayerNorm::over_all().eps(1e-5);
+    let weight = |k: usize| Init::pytorch_default().weight(90, k, 3).unwrap();
     let layers = [
-        Pointwise::new(Array2::from_elem((90, 70), 0.1)).bias(vec![0.3; 90]).silu(),
-        Pointwise::new(Array2::from_elem((90, 70), 0.1)).gelu().layer_norm(norm).relu(),
-        Pointwise::new(Array2::from_elem((90, 35), 0.1))
-            .groups(2)
-            .source_activation(Activation::Mish)
-            .stride(2),
+        Pointwise::new(weight(70)).bias(vec![0.3; 90]).silu(),
+        Pointwise::new(weight(70)).gelu().layer_norm(norm).relu(),
+        Pointwise::new(weight(35)).groups(2).source_activation(Activation::Mish).stride(2),
     ];
     for layer in layers {
         let serial =

@@ -5,6 +5,7 @@
 //! results are bitwise the same for any number of them.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::ops::Range;
 
 use crate::cost::{Cost, Roof};
@@ -28,7 +29,6 @@ const BLOCK_VALUES: usize = 32 << 10;
 const MIN_UNITS: usize = 8;
 
 /// A prepared layer on the CPU.
-#[derive(Debug)]
 pub(crate) struct Layer {
     device: CpuDevice,
     isa: Supported,
@@ -101,17 +101,18 @@ impl Layer {
 
     /// The ceilings for a problem of this cost.
     pub(crate) fn roof(&self, cost: &Cost) -> Roof {
-        let one = roof::measure(self.isa, cost.bytes());
-        let threads = self.device.threads() as f64;
-        Roof {
-            flops_per_second: one.flops_per_second * threads,
-            bytes_per_second: one.bytes_per_second * threads,
-        }
+        roof::measure(&self.device, self.isa, cost.bytes())
     }
 
     /// Whether the whole of a position must be at hand before it is stored.
     fn norm_over(&self) -> Option<NormOver> {
         self.norm.as_ref().map(|norm| norm.over)
+    }
+}
+
+impl fmt::Debug for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cpu::Layer({} rows, {} on {})", self.bias.len(), self.kernel.name, self.device)
     }
 }
 

@@ -107,6 +107,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn required_instruction_sets_are_there() {
+        let required = std::env::var("POINTWISE_REQUIRE").unwrap_or_default();
+        for isa in required
+            .split(',')
+            .filter_map(|name| Isa::ALL.into_iter().find(|isa| isa.name() == name))
+        {
+            assert!(isa.supported().is_some(), "this CPU has no {}", isa.name());
+        }
+    }
+
+    #[test]
     fn nothing_forced_takes_the_strongest() {
         for forced in [None, Some("")] {
             assert_eq!(choose(forced).unwrap().isa(), Supported::all().last().unwrap().isa());

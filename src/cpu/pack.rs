@@ -7,12 +7,12 @@ use crate::epilogue::SourceStep;
 use crate::problem::{Operand, Positions};
 
 /// One cache line.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
 /// f32 values that start on a cache line. Grows, never shrinks.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Buffer {
     lines: Vec<Line>,
 }
@@ -38,7 +38,6 @@ impl Buffer {
 ///
 /// The one packing serves both directions of a tile: a panel is B where lanes run along the
 /// channels, and any rows of it are A where lanes run along positions.
-#[derive(Debug)]
 pub(crate) struct Weights {
     data: Buffer,
     k: usize,

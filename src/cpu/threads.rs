@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::Thread;
 
 use crate::cpu::isa::Isa;
 
@@ -44,35 +46,87 @@ impl CpuDevice {
     /// Calls `f(0), …, f(units - 1)`, each once, in any order, on the caller and on as many
     /// helpers as `work` is worth (a multiply-accumulate or a moved byte counts one).
     ///
-    /// Units are claimed in order from a counter, so a helper that wakes late costs nothing but
-    /// its share.
+    /// Units are claimed in order from a counter, and what is waited for is units, not helpers: one
+    /// that the pool starts late, or not at all while the call runs, costs nothing but its share.
+    ///
+    /// # Panics
+    /// If `f` does.
     pub(crate) fn for_each(&self, units: usize, work: usize, f: &(dyn Fn(usize) + Sync)) {
         let worth = work / (SERIAL_WORK / 2);
         let threads = if units < 2 || worth < 2 { 1 } else { self.threads().min(units).min(worth) };
         if threads <= 1 {
             return (0..units).for_each(f);
         }
-        let next = AtomicUsize::new(0);
-        let claim = || {
+        // SAFETY: only the lifetime changes. `Shared::work` calls `f` for claimed units only, and
+        // `Shared::finish` returns, on every path, when all units are claimed and nobody works any
+        // more; a helper that starts later claims nothing.
+        let f = unsafe {
+            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f)
+        };
+        let shared = Arc::new(Shared {
+            f,
+            units,
+            next: AtomicUsize::new(0),
+            working: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            caller: std::thread::current(),
+        });
+        for _ in 1..threads {
+            let shared = shared.clone();
+            let help = move || shared.work();
+            match &self.pool {
+                Some(pool) => pool.spawn(help),
+                None => rayon::spawn(help),
+            }
+        }
+        shared.work();
+        shared.finish();
+    }
+}
+
+/// One call's units, shared by the caller and its helpers.
+struct Shared {
+    f: &'static (dyn Fn(usize) + Sync),
+    units: usize,
+    /// The next unit to claim; at least `units` once all are.
+    next: AtomicUsize,
+    /// Threads that may be inside `f`.
+    working: AtomicUsize,
+    panicked: AtomicBool,
+    caller: Thread,
+}
+
+impl Shared {
+    /// Claims and runs units until there are none.
+    fn work(&self) {
+        // Counted before the first claim: whoever sees all units claimed sees who claimed them.
+        self.working.fetch_add(1, Ordering::AcqRel);
+        let run = || {
             loop {
-                let unit = next.fetch_add(1, Ordering::Relaxed);
-                if unit >= units {
+                let unit = self.next.fetch_add(1, Ordering::AcqRel);
+                if unit >= self.units {
                     break;
                 }
-                f(unit);
+                (self.f)(unit);
             }
         };
-        let claim: &(dyn Fn() + Sync) = &claim;
-        match &self.pool {
-            Some(pool) => pool.in_place_scope(|scope| {
-                (1..threads).for_each(|_| scope.spawn(move |_| claim()));
-                claim();
-            }),
-            None => rayon::in_place_scope(|scope| {
-                (1..threads).for_each(|_| scope.spawn(move |_| claim()));
-                claim();
-            }),
+        if catch_unwind(AssertUnwindSafe(run)).is_err() {
+            self.panicked.store(true, Ordering::Release);
+            self.next.fetch_max(self.units, Ordering::AcqRel);
         }
+        if self.working.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.caller.unpark();
+        }
+    }
+
+    /// Waits for the units that helpers still run.
+    fn finish(&self) {
+        let mut spins = 0;
+        while self.working.load(Ordering::Acquire) > 0 {
+            spins += 1;
+            if spins < 1000 { std::hint::spin_loop() } else { std::thread::park() }
+        }
+        assert!(!self.panicked.load(Ordering::Acquire), "a unit of work panicked");
     }
 }
 
@@ -87,6 +141,32 @@ impl fmt::Display for CpuDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_busy_pool_holds_nobody_up() {
+        let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+        let release = Arc::new(std::sync::Barrier::new(3));
+        for _ in 0..2 {
+            let release = release.clone();
+            pool.spawn(move || {
+                release.wait();
+            });
+        }
+        let count = AtomicUsize::new(0);
+        CpuDevice::with_pool(pool).for_each(100, usize::MAX, &|_| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.into_inner(), 100);
+        release.wait();
+    }
+
+    #[test]
+    fn a_panic_in_a_unit_reaches_the_caller_and_nothing_hangs() {
+        let run = || {
+            CpuDevice::default().for_each(100, usize::MAX, &|unit| assert_ne!(unit, 50));
+        };
+        assert!(catch_unwind(run).is_err());
+    }
 
     #[test]
     fn every_unit_runs_once_on_any_pool() {
