@@ -228,14 +228,7 @@ fn fail(message: &str) -> ExitCode {
 
 /// How many blocks failed.
 fn run(device: &str) -> Result<usize, Box<dyn std::error::Error>> {
-    let device = match device {
-        "cpu" => Device::cpu(),
-        "cuda" => Device::cuda(0)?,
-        _ => match device.strip_prefix("cuda:").map(str::parse) {
-            Some(Ok(ordinal)) => Device::cuda(ordinal)?,
-            _ => return Err(format!("--device {device}: expected cpu, cuda or cuda:N").into()),
-        },
-    };
+    let device: Device = device.parse()?;
     let mut out = std::io::stdout();
     writeln!(out, "on {device}")?;
     let mut failed = 0;

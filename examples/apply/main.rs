@@ -13,7 +13,7 @@ use ndarray::{ArrayD, ArrayViewD};
 use pointwise::safetensors::SafeTensors;
 use pointwise::{Device, Layout, nhwc, nhwc_mut};
 
-use options::{Options, Target};
+use options::Options;
 
 /// Whatever goes wrong is told to the user in one line.
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -54,10 +54,7 @@ fn run(options: &Options) -> Result<()> {
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
-    let device = match options.device {
-        Target::Cpu => Device::cpu(),
-        Target::Cuda(ordinal) => Device::cuda(ordinal)?,
-    };
+    let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
     let layer = layer::read(options, &file)?.prepare(&device)?;
     let gate = layer::gate(options, &file)?;

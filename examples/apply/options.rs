@@ -74,8 +74,8 @@ pub struct Options {
     pub threads: Option<usize>,
 
     /// cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu", value_parser = device)]
-    pub device: Target,
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
 }
 
 const NAMES: &str = "\
@@ -102,27 +102,11 @@ An error is one line on stderr and exit code 1.
 
   apply --weights layer.safetensors --input x.npy --output y.npy --stages batch_norm,relu";
 
-/// Where the layer runs.
-#[derive(Clone, Copy, Debug)]
-pub enum Target {
-    Cpu,
-    Cuda(usize),
-}
-
 fn layout(text: &str) -> Result<Layout, String> {
     match text {
         "nchw" => Ok(Layout::ChannelsFirst),
         "nhwc" => Ok(Layout::ChannelsLast),
         _ => Err("expected nchw or nhwc".into()),
-    }
-}
-
-fn device(text: &str) -> Result<Target, String> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("cpu", _) => Ok(Target::Cpu),
-        ("cuda", _) => Ok(Target::Cuda(0)),
-        (_, Some(Ok(ordinal))) => Ok(Target::Cuda(ordinal)),
-        _ => Err("expected cpu, cuda or cuda:N".into()),
     }
 }
 

@@ -30,8 +30,8 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
     /// Where pointwise convolutions run: cpu, cuda, or cuda:N [default: the best there is]
-    #[arg(long, value_name = "DEVICE", value_parser = parse_device)]
-    device: Option<DeviceName>,
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -44,21 +44,6 @@ struct Args {
     /// The network's weights, safetensors with PyTorch's names [default: the bundled ones]
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy)]
-enum DeviceName {
-    Cpu,
-    Cuda(usize),
-}
-
-fn parse_device(name: &str) -> std::result::Result<DeviceName, &'static str> {
-    let ordinal = |name: &str| name.strip_prefix("cuda:")?.parse().ok();
-    match name {
-        "cpu" => Ok(DeviceName::Cpu),
-        "cuda" => Ok(DeviceName::Cuda(0)),
-        name => ordinal(name).map(DeviceName::Cuda).ok_or("expected cpu, cuda or cuda:N"),
-    }
 }
 
 fn parse_layout(name: &str) -> std::result::Result<Layout, &'static str> {
@@ -127,11 +112,7 @@ fn run(args: &Args) -> Result<()> {
     let bytes = std::fs::read(&weights).map_err(about(&weights))?;
     let file = SafeTensors::deserialize(&bytes).map_err(about(&weights))?;
 
-    let device = match args.device {
-        None => Device::best(),
-        Some(DeviceName::Cpu) => Device::cpu(),
-        Some(DeviceName::Cuda(ordinal)) => Device::cuda(ordinal)?,
-    };
+    let device = args.device.as_deref().map_or_else(|| Ok(Device::best()), str::parse)?;
     let threads = args.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     pool.install(|| {
