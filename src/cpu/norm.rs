@@ -157,6 +157,8 @@ pub(crate) unsafe fn load(block: &mut [f32], channels: usize, dst: &Operand<'_, 
 
 #[cfg(test)]
 mod tests {
+    use approx::{assert_abs_diff_eq, assert_relative_eq};
+
     use super::*;
 
     #[test]
@@ -170,11 +172,8 @@ mod tests {
             let parts = values.chunks(777).map(|part| Moments::of(isa, part));
             let merged = parts.fold(Moments::default(), Moments::merge);
             for moments in [whole, merged] {
-                assert!((moments.mean - mean).abs() <= 1e-5, "{isa:?} {moments:?} {mean}");
-                assert!(
-                    (moments.deviations / 5000.0 / var - 1.0).abs() <= 1e-5,
-                    "{isa:?} {moments:?} {var}"
-                );
+                assert_abs_diff_eq!(moments.mean, mean, epsilon = 1e-5);
+                assert_relative_eq!(moments.deviations / 5000.0, var, max_relative = 1e-5);
             }
         }
     }
