@@ -488,10 +488,20 @@ macro_rules! int_compare {
     };
 }
 
-/// Comparisons of floats; `$when_nan` is the result when an operand is NaN.
+/// Comparisons of floats; `$when_nan` is the result when an operand is NaN, `$ftz` takes subnormal
+/// operands for zeros.
 macro_rules! float_compare {
-    ($ty:expr, $a:ident, $b:ident, $when_nan:expr, $body:expr) => {
+    ($ty:expr, $ftz:expr, $a:ident, $b:ident, $when_nan:expr, $body:expr) => {
         match $ty {
+            Ty::F32 if $ftz => alu::compare(|a, b| {
+                let ($a, $b) = (float::flush(f32::from_bits(a)), float::flush(f32::from_bits(b)));
+                if $a.is_nan() || $b.is_nan() { $when_nan } else { $body }
+            }),
+            Ty::F16 if $ftz => alu::compare(|a, b| {
+                let ($a, $b) = (float::flush_f16(a), float::flush_f16(b));
+                if $a.is_nan() || $b.is_nan() { $when_nan } else { $body }
+            }),
+            _ if $ftz => return Err(String::from(".ftz needs f32 or f16")),
             Ty::F32 => alu::compare(|a, b| {
                 let ($a, $b) = (f32::from_bits(a), f32::from_bits(b));
                 if $a.is_nan() || $b.is_nan() { $when_nan } else { $body }
@@ -1360,7 +1370,7 @@ impl Decoder<'_, '_, '_> {
                 return Ok(self.alu(Kind::Integer, op));
             }
             "slct" => {
-                self.mods.take("ftz");
+                let ftz = self.mods.take("ftz");
                 let ty = self.mods.ty()?;
                 let by = self.mods.ty()?;
                 let [d, a, b, c] = self.operands(s)?;
@@ -1371,10 +1381,19 @@ impl Decoder<'_, '_, '_> {
                 self.inst.a = self.src(&a, ty)?;
                 self.inst.b = self.src(&b, ty)?;
                 self.inst.c = self.src(&c, by)?;
-                let op = if by == Ty::F32 {
-                    alu::w3(|a, b, c, _| if f32::from_bits(c) >= 0.0 { a } else { b })
-                } else {
-                    alu::w3(|a, b, c, _| if c as i32 >= 0 { a } else { b })
+                let op = match (by, ftz) {
+                    (Ty::F32, true) => {
+                        alu::w3(
+                            |a, b, c, _| {
+                                if float::flush(f32::from_bits(c)) >= 0.0 { a } else { b }
+                            },
+                        )
+                    }
+                    (Ty::F32, false) => {
+                        alu::w3(|a, b, c, _| if f32::from_bits(c) >= 0.0 { a } else { b })
+                    }
+                    (Ty::S(32), false) => alu::w3(|a, b, c, _| if c as i32 >= 0 { a } else { b }),
+                    _ => return Err(format!("unsupported slct by {by:?}")),
                 };
                 return Ok(self.alu(Kind::Integer, op));
             }
@@ -1407,8 +1426,11 @@ impl Decoder<'_, '_, '_> {
         }
         let cmp = self.mods.one_of(&alu::COMPARISONS).ok_or("setp needs a comparison")?;
         let bool_op = self.mods.one_of(&["and", "or", "xor"]);
-        self.mods.take("ftz");
+        let ftz = self.mods.take("ftz");
         let ty = self.mods.ty()?;
+        if ftz && !ty.float() {
+            return Err(String::from("a float modifier on an integer"));
+        }
         let n = s.operands.len();
         if n != 3 + usize::from(bool_op.is_some()) {
             return Err(String::from("wrong number of operands"));
@@ -1430,20 +1452,20 @@ impl Decoder<'_, '_, '_> {
         }
         let op = if ty.float() {
             match cmp {
-                "eq" => float_compare!(ty, a, b, false, a == b),
-                "ne" => float_compare!(ty, a, b, false, a != b),
-                "lt" => float_compare!(ty, a, b, false, a < b),
-                "le" => float_compare!(ty, a, b, false, a <= b),
-                "gt" => float_compare!(ty, a, b, false, a > b),
-                "ge" => float_compare!(ty, a, b, false, a >= b),
-                "equ" => float_compare!(ty, a, b, true, a == b),
-                "neu" => float_compare!(ty, a, b, true, a != b),
-                "ltu" => float_compare!(ty, a, b, true, a < b),
-                "leu" => float_compare!(ty, a, b, true, a <= b),
-                "gtu" => float_compare!(ty, a, b, true, a > b),
-                "geu" => float_compare!(ty, a, b, true, a >= b),
-                "num" => float_compare!(ty, a, b, false, true),
-                "nan" => float_compare!(ty, a, b, true, false),
+                "eq" => float_compare!(ty, ftz, a, b, false, a == b),
+                "ne" => float_compare!(ty, ftz, a, b, false, a != b),
+                "lt" => float_compare!(ty, ftz, a, b, false, a < b),
+                "le" => float_compare!(ty, ftz, a, b, false, a <= b),
+                "gt" => float_compare!(ty, ftz, a, b, false, a > b),
+                "ge" => float_compare!(ty, ftz, a, b, false, a >= b),
+                "equ" => float_compare!(ty, ftz, a, b, true, a == b),
+                "neu" => float_compare!(ty, ftz, a, b, true, a != b),
+                "ltu" => float_compare!(ty, ftz, a, b, true, a < b),
+                "leu" => float_compare!(ty, ftz, a, b, true, a <= b),
+                "gtu" => float_compare!(ty, ftz, a, b, true, a > b),
+                "geu" => float_compare!(ty, ftz, a, b, true, a >= b),
+                "num" => float_compare!(ty, ftz, a, b, false, true),
+                "nan" => float_compare!(ty, ftz, a, b, true, false),
                 _ => return Err(format!("'.{cmp}' does not compare floats")),
             }
         } else {

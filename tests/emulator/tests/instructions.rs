@@ -336,6 +336,22 @@ fn minima_and_nans() {
     predicate("geu", |a, b| a >= b || a.is_nan() || b.is_nan());
     predicate("num", |a, b| !a.is_nan() && !b.is_nan());
     predicate("nan", |a, b| a.is_nan() || b.is_nan());
+    // Subnormal operands are zeros.
+    predicate("eq.ftz", |a, b| flush(a) == flush(b));
+    predicate("gt.ftz", |a, b| flush(a) > flush(b));
+    predicate("leu.ftz", |a, b| flush(a) <= flush(b) || a.is_nan() || b.is_nan());
+}
+
+#[test]
+fn comparisons_flush_subnormals_when_asked() {
+    let tiny = [1, 0x8000_0001, 0x0080_0000, 0x8080_0000].map(|a| [a, 0, 7, 9]);
+    assert_eq!(eval(80, "setp.ne.f32 outp, f0, f1;", &tiny), [1, 1, 1, 1]);
+    assert_eq!(eval(80, "setp.ne.ftz.f32 outp, f0, f1;", &tiny), [0, 0, 1, 1]);
+    assert_eq!(eval(80, "slct.f32.f32 outf, f2, f3, f0;", &tiny), [7, 9, 7, 9]);
+    assert_eq!(eval(80, "slct.ftz.f32.f32 outf, f2, f3, f0;", &tiny), [7, 7, 7, 9]);
+    let tiny = [1, 0x83ff, 0x0400, 0x8400].map(|a| [a, 0, 0, 0]);
+    assert_eq!(eval(80, "setp.ne.f16 outp, h0, h1;", &tiny), [1, 1, 1, 1]);
+    assert_eq!(eval(80, "setp.ne.ftz.f16 outp, h0, h1;", &tiny), [0, 0, 1, 1]);
 }
 
 #[test]
