@@ -213,6 +213,27 @@ fn loops_that_never_end_are_stopped() {
 }
 
 #[test]
+fn registers_that_nothing_set_are_poison_in_every_block() {
+    // Each block stores what its registers hold and then sets them.
+    let text = ".version 9.0\n.target sm_80\n.visible .entry k(.param .u64 dst) {\n\
+        .reg .b32 %w, %b, %n, %v; .reg .b16 %h; .reg .b64 %d, %l; .reg .f32 %f; .reg .pred %p;\n\
+        ld.param.u64 %d, [dst]; mov.u32 %b, %ctaid.x; mad.lo.u32 %b, %b, 32, %tid.x;\n\
+        mad.wide.u32 %d, %b, 32, %d; selp.b32 %n, 1, 0, %p; add.f32 %f, %f, 0f3F800000;\n\
+        cvt.u32.u16 %v, %h; st.global.b64 [%d], %l; st.global.b32 [%d+8], %w;\n\
+        st.global.b32 [%d+12], %n; st.global.f32 [%d+16], %f; st.global.b32 [%d+20], %v;\n\
+        mov.b32 %w, 0; mov.b64 %l, 5; setp.eq.u32 %p, %w, 0; mov.f32 %f, 0f00000000; mov.b16 %h, 3;\n\
+        ret; }";
+    let mut gpu = Gpu::new(text);
+    let dst = gpu.empty(4 * 32 * 32);
+    gpu.launch("k", [4, 1, 1], [32, 1, 1], 0, &[(8, dst)]).unwrap();
+    for (i, words) in gpu.words(dst, 4 * 32 * 8).chunks(8).enumerate() {
+        let predicate = u32::from(i % 2 == 0);
+        assert_eq!(words[..3], [0x7fff_7fff; 3], "thread {i}");
+        assert_eq!(words[3..6], [predicate, 0x7fff_ffff, 0x7fff], "thread {i}");
+    }
+}
+
+#[test]
 fn other_wild_accesses() {
     expect(small("ld.shared.u32 %b, [%a+256];"), 700, &["of 's', which has 256 bytes"]);
     expect(small("ld.global.u32 %b, [0];"), 700, &["address 0x0", "near no allocation"]);
