@@ -1654,7 +1654,10 @@ impl Decoder<'_, '_, '_> {
         self.mods.take("mmio");
         self.mods.one_of(&["cta", "cluster", "gpu", "sys"]);
         let space = self.space();
-        self.mods.take("nc");
+        let nc = self.mods.take("nc");
+        if nc && (store || space != Some(Target::Global)) {
+            return Err(String::from(".nc needs a load from global memory"));
+        }
         let hint = self.cache_modifiers();
         let count = match self.mods.one_of(&["v2", "v4"]) {
             None => 1,
@@ -1729,6 +1732,7 @@ impl Decoder<'_, '_, '_> {
             long,
             reg_bits,
             strong: volatile || ordered.is_some(),
+            nc,
         });
         Ok(if store { Op::Store(access) } else { Op::Load(access) })
     }

@@ -952,7 +952,11 @@ impl Grid<'_> {
         let size = access.size;
         let total = size * access.regs.len() as u32;
         let addresses = block.warps[w].addresses(access.address);
-        let mode = if access.strong { Mode::StrongRead } else { Mode::Read };
+        let mode = match (access.nc, access.strong) {
+            (true, _) => Mode::ReadOnly,
+            (_, true) => Mode::StrongRead,
+            _ => Mode::Read,
+        };
         if self.machine.counters {
             self.count(access.target, mask, &addresses, total, false);
         }

@@ -48,6 +48,8 @@ pub enum Mode {
     Write,
     /// A read-modify-write.
     Atomic,
+    /// A load through a cache that sees no store of the same launch (`ld.global.nc`).
+    ReadOnly,
     /// A volatile, relaxed or acquire load.
     StrongRead,
     /// A volatile, relaxed or release store.
@@ -56,7 +58,7 @@ pub enum Mode {
 
 impl Mode {
     fn reads(self) -> bool {
-        matches!(self, Mode::Read | Mode::Atomic | Mode::StrongRead)
+        matches!(self, Mode::Read | Mode::ReadOnly | Mode::Atomic | Mode::StrongRead)
     }
 
     fn writes(self) -> bool {
@@ -65,7 +67,7 @@ impl Mode {
 
     /// Strong accesses do not race with each other.
     fn strong(self) -> bool {
-        !matches!(self, Mode::Read | Mode::Write)
+        !matches!(self, Mode::Read | Mode::ReadOnly | Mode::Write)
     }
 }
 
@@ -521,7 +523,19 @@ impl GlobalCell {
                 ),
             ));
         }
-        if mode == Mode::Read {
+        if mode == Mode::ReadOnly && self.w_launch == launch && self.w_mask & mask != 0 {
+            return Err(Problem::new(
+                719,
+                format!(
+                    "ld.global.nc of bytes that this launch has written, whose result is undefined \
+                     however the two are ordered: written by block #{} thread {} at {}",
+                    self.w_block,
+                    self.w_thread,
+                    name(self.w_pc)
+                ),
+            ));
+        }
+        if matches!(mode, Mode::Read | Mode::ReadOnly) {
             let same = self.r_launch == launch;
             self.r_many =
                 same && (self.r_many || (self.r_block, self.r_thread) != (block, who.thread));

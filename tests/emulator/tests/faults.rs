@@ -128,19 +128,19 @@ fn a_wrong_wait_for_copies_is_found() {
 
 /// A kernel of 64 threads around `body`, which has `%t` = tid.x, shared `s[256]` and `dst`.
 fn small(body: &str) -> Result<(), Fault> {
-    small_at(80, body, 64)
+    small_grid(body, 1)
 }
 
-fn small_at(target: u32, body: &str, threads: u32) -> Result<(), Fault> {
+fn small_grid(body: &str, blocks: u32) -> Result<(), Fault> {
     let text = format!(
-        ".version 9.0\n.target sm_{target}\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
+        ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
          .shared .align 16 .b8 s[256];\n.reg .b32 %t, %a, %b; .reg .b64 %d, %e; .reg .pred %p, %q;\n\
          mov.u32 %t, %tid.x; ld.param.u64 %d, [dst]; shl.b32 %a, %t, 2; mov.u32 %b, s; add.u32 %a, %a, %b;\n\
          .loc 1 33 0\n{body}\nret;\n}}\n.file 1 \"small.cu\"\n"
     );
     let mut gpu = Gpu::try_new(&text).unwrap_or_else(|e| panic!("{e}"));
     let dst = gpu.upload(&[0_u32; 64]);
-    gpu.launch("k", [1; 3], [threads, 1, 1], 0, &[(8, dst)]).map(|_| ())
+    gpu.launch("k", [blocks, 1, 1], [64, 1, 1], 0, &[(8, dst)]).map(|_| ())
 }
 
 #[test]
@@ -231,6 +231,40 @@ fn registers_that_nothing_set_are_poison_in_every_block() {
         assert_eq!(words[..3], [0x7fff_7fff; 3], "thread {i}");
         assert_eq!(words[3..6], [predicate, 0x7fff_ffff, 0x7fff], "thread {i}");
     }
+}
+
+#[test]
+fn the_read_only_path_does_not_see_stores_of_the_launch() {
+    let at =
+        "mul.wide.u32 %e, %t, 4; add.u64 %d, %d, %e; mov.u32 %b, %ctaid.x; setp.eq.u32 %p, %b, 0;";
+    // Ordered, even in one thread: an ordinary load is right and one of .nc is not.
+    let body = |nc: &str| {
+        format!("{at} @%p st.global.u32 [%d], %t; bar.sync 0; @%p ld.global{nc}.u32 %b, [%d];")
+    };
+    let frame = |body: &str| small_grid(body, 3);
+    frame(&body("")).unwrap();
+    let parts = [
+        "'k'",
+        "block (0, 0, 0) thread (",
+        "small.cu:33",
+        "address 0x",
+        "ld.global.nc of bytes that this launch has written",
+        "by block #0 thread",
+        "st.global.u32 [%d], %t",
+    ];
+    expect(frame(&body(".nc")), 719, &parts);
+    // What the host wrote is fine, and so is a store by the same thread after the load.
+    frame(&format!("{at} @%p ld.global.nc.u32 %b, [%d]; @%p st.global.u32 [%d], %b;")).unwrap();
+    // What an earlier launch wrote is fine, too.
+    let text = ".version 9.0\n.target sm_80\n.visible .entry k(.param .u64 dst) {\n\
+        .reg .b64 %d; .reg .b32 %a; ld.param.u64 %d, [dst]; ld.global.nc.u32 %a, [%d];\n\
+        add.u32 %a, %a, 1; st.global.u32 [%d], %a; ret; }";
+    let mut gpu = Gpu::new(text);
+    let dst = gpu.upload(&[40_u32]);
+    for _ in 0..2 {
+        gpu.launch("k", [1; 3], [1; 3], 0, &[(8, dst)]).unwrap();
+    }
+    assert_eq!(gpu.words(dst, 1), [42]);
 }
 
 #[test]
