@@ -113,6 +113,26 @@ fn two_threads_that_write_one_word_race() {
 }
 
 #[test]
+fn a_neighbour_that_is_overwritten_in_place_is_a_race() {
+    let at = "mul.wide.u32 %e, %t, 4; add.u64 %d, %d, %e;";
+    // x[i] += x[i - 1], though each thread reads x[i] last.
+    let body = |bar: &str| {
+        format!(
+            "{at} setp.ne.u32 %p, %t, 0; mov.u32 %a, 0; @%p ld.global.u32 %a, [%d+-4];\n\
+             ld.global.u32 %b, [%d]; add.u32 %a, %a, %b; {bar} st.global.u32 [%d], %a;"
+        )
+    };
+    expect(small(&body("")), 719, &["'k'", "small.cu:33", "race: read in this launch by block #0"]);
+    small(&body("bar.sync 0;")).unwrap();
+    // Halves of a word that two threads read and write are no race.
+    small(
+        ".reg .b16 %h; mul.wide.u32 %e, %t, 2; add.u64 %d, %d, %e;\n\
+         ld.global.u16 %h, [%d]; add.u16 %h, %h, 1; st.global.u16 [%d], %h;",
+    )
+    .unwrap();
+}
+
+#[test]
 fn a_wrong_wait_for_copies_is_found() {
     for machine in machines() {
         for (from, to) in [("wait_group 1", "wait_group 2"), ("wait_group 0", "wait_group 1")] {
