@@ -259,6 +259,18 @@ alone! {
         begin(s, 2);
         assert_eq!(cuMemAlloc_v2((&mut more).into(), 4), 0);
         assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 0);
+        // Allocations in the order of the capturing stream.
+        let mut pool = 0;
+        assert_eq!(cuDeviceGetDefaultMemPool((&mut pool).into(), 0), 0);
+        for mode in 0..3 {
+            begin(s, mode);
+            assert_eq!(cuMemAllocAsync((&mut more).into(), 4, s), 900);
+            broken(s, &mut graph);
+            begin(s, mode);
+            assert_eq!(cuMemAllocFromPoolAsync((&mut more).into(), 4, pool, s), 900);
+            broken(s, &mut graph);
+        }
+        assert_eq!(cuMemAllocFromPoolAsync((&mut more).into(), 4, pool, s), 0);
         // An event from outside.
         let e = event();
         assert_eq!(cuEventRecord(e, blocking), 0);
