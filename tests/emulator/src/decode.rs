@@ -860,6 +860,14 @@ impl Decoder<'_, '_, '_> {
             if (wide || high || low || carry_out) || (approx || full) && base != "div" {
                 return Err(String::from("an integer modifier on a float"));
             }
+            let bf16 = matches!(ty, Ty::BF16 | Ty::BF16x2);
+            let least =
+                matches!(base, "min" | "max") && (nan || ty.bits() == 16 || ty == Ty::F16x2);
+            if bf16 && matches!(base, "add" | "sub" | "mul") {
+                self.need(90)?;
+            } else if bf16 || least || flags.relu {
+                self.need(80)?;
+            }
             return self.float_arithmetic(base, s, ty, flags, approx || full, nan, full);
         }
         if flags.relu || flags.ftz || flags.round != Round::Nearest || nan || approx || full {
@@ -1329,7 +1337,11 @@ impl Decoder<'_, '_, '_> {
                 _ => return Err(format!("unsupported '{base}.f64'")),
             }));
         }
+        if base == "tanh" {
+            self.need(75)?;
+        }
         if ty != Ty::F32 {
+            self.need(if matches!(ty, Ty::BF16 | Ty::BF16x2) { 90 } else { 75 })?;
             let op = match base {
                 "tanh" => HalfOp::Tanh,
                 "ex2" => HalfOp::Ex2,
@@ -1431,6 +1443,9 @@ impl Decoder<'_, '_, '_> {
         if ftz && !ty.float() {
             return Err(String::from("a float modifier on an integer"));
         }
+        if ty == Ty::BF16 {
+            self.need(90)?;
+        }
         let n = s.operands.len();
         if n != 3 + usize::from(bool_op.is_some()) {
             return Err(String::from("wrong number of operands"));
@@ -1499,6 +1514,9 @@ impl Decoder<'_, '_, '_> {
         if to.long() || from.long() {
             return Err(String::from("set is modelled on up to 32 bits"));
         }
+        if [to, from].iter().any(|ty| matches!(ty, Ty::BF16 | Ty::BF16x2)) {
+            self.need(90)?;
+        }
         let [d, a, b] = self.operands(s)?;
         self.inst.d = self.dst(&d, to)?;
         self.inst.a = self.src(&a, from)?;
@@ -1523,6 +1541,16 @@ impl Decoder<'_, '_, '_> {
                 "rmi" => Round::Down,
                 _ => Round::Up,
             };
+        }
+        // To, from, and from f32 to a short format: see "Target ISA Notes" of the instruction.
+        let brain = to == Ty::BF16 && from != Ty::F32 || from == Ty::BF16 && to != Ty::F32;
+        if brain || from == Ty::BF16 && flags.ftz || to == Ty::TF32 && flags.round != Round::Away {
+            self.need(90)?;
+        } else if matches!(to, Ty::F16x2 | Ty::BF16 | Ty::BF16x2 | Ty::TF32)
+            || from == Ty::BF16
+            || flags.relu
+        {
+            self.need(80)?;
         }
         if matches!(to, Ty::F16x2 | Ty::BF16x2) {
             if from != Ty::F32 || s.operands.len() != 3 {
@@ -1769,6 +1797,11 @@ impl Decoder<'_, '_, '_> {
         };
         if !supported {
             return Err(format!("unsupported atomic {op:?} on {ty:?}"));
+        }
+        if matches!(ty, Ty::BF16 | Ty::BF16x2) {
+            self.need(90)?;
+        } else if ty == Ty::F16 {
+            self.need(70)?;
         }
         let first = usize::from(!reduction);
         let expected = first + 2 + usize::from(op == AtomOp::Cas) + usize::from(hint);

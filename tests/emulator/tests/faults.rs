@@ -322,6 +322,47 @@ fn what_is_not_understood_is_refused_at_load() {
 }
 
 #[test]
+fn what_the_target_lacks_is_refused_at_load() {
+    for (least, body) in [
+        (90, "add.rn.bf16 h, h, h;"),
+        (90, "mul.rn.bf16x2 r, r, r;"),
+        (80, "fma.rn.bf16x2 r, r, r, r;"),
+        (80, "fma.rn.relu.f16 h, h, h, h;"),
+        (80, "max.bf16 h, h, h;"),
+        (80, "min.f16x2 r, r, r;"),
+        (80, "max.NaN.f32 f, f, f;"),
+        (80, "abs.bf16 h, h;"),
+        (90, "tanh.approx.bf16 h, h;"),
+        (90, "ex2.approx.ftz.bf16x2 r, r;"),
+        (90, "setp.lt.bf16 p, h, h;"),
+        (90, "set.lt.u32.bf16x2 r, r, r;"),
+        (80, "cvt.rn.bf16.f32 h, f;"),
+        (80, "cvt.rn.bf16x2.f32 r, f, f;"),
+        (80, "cvt.rn.f16x2.f32 r, f, f;"),
+        (80, "cvt.rn.relu.f16.f32 h, f;"),
+        (80, "cvt.rna.tf32.f32 r, f;"),
+        (90, "cvt.rn.tf32.f32 r, f;"),
+        (80, "cvt.f32.bf16 f, h;"),
+        (90, "cvt.ftz.f32.bf16 f, h;"),
+        (90, "cvt.rn.bf16.s32 h, r;"),
+        (90, "cvt.rzi.s32.bf16 r, h;"),
+        (90, "atom.global.add.noftz.bf16 h, [a], h;"),
+    ] {
+        let load = |target: u32| {
+            Gpu::try_new(&format!(
+                ".version 9.0\n.target sm_{target}\n.visible .entry k() {{ .reg .b16 h; .reg .b32 r;\n\
+                 .reg .b64 a; .reg .f32 f; .reg .pred p; {body} ret; }}"
+            ))
+            .err()
+        };
+        assert_eq!(load(least), None, "{body}");
+        let below = if least == 90 { 80 } else { 75 };
+        let error = load(below).unwrap_or_default();
+        assert!(error.contains(&format!("needs .target sm_{least}")), "{body}: {error}");
+    }
+}
+
+#[test]
 fn without_checks_wrong_kernels_run() {
     let machine = Machine { checks: false, ..Machine::default() };
     gemm(GEMM, 70, 70, 40, machine).unwrap();
