@@ -700,12 +700,18 @@ pub fn convert(x: u64, imm: u64) -> u64 {
         }
         (true, false) => {
             let mut v = from.value(x);
+            if v.is_nan() {
+                // Zero, unless one of the two types has 64 bits: then the highest bit alone.
+                let zero = from != Ty::F64 && to.bits() != 64;
+                let bits = if zero { 0 } else { 1 << (to.bits() - 1) };
+                return extend(bits, to.bits(), signed);
+            }
             if flags.ftz && from == Ty::F32 && (v as f32).is_subnormal() {
                 v = 0.0;
             }
             let v = float::integral(v, flags.round);
             let (low, high) = range(to);
-            // Casts saturate and take NaN to zero, as PTX asks.
+            // Casts saturate, as PTX asks.
             let v = (v as i128).clamp(low, high);
             extend(v as u64, to.bits(), signed)
         }

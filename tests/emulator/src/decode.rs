@@ -488,10 +488,20 @@ macro_rules! int_compare {
     };
 }
 
-/// Comparisons of floats; `$when_nan` is the result when an operand is NaN.
+/// Comparisons of floats; `$when_nan` is the result when an operand is NaN, `$ftz` takes subnormal
+/// operands for zeros.
 macro_rules! float_compare {
-    ($ty:expr, $a:ident, $b:ident, $when_nan:expr, $body:expr) => {
+    ($ty:expr, $ftz:expr, $a:ident, $b:ident, $when_nan:expr, $body:expr) => {
         match $ty {
+            Ty::F32 if $ftz => alu::compare(|a, b| {
+                let ($a, $b) = (float::flush(f32::from_bits(a)), float::flush(f32::from_bits(b)));
+                if $a.is_nan() || $b.is_nan() { $when_nan } else { $body }
+            }),
+            Ty::F16 if $ftz => alu::compare(|a, b| {
+                let ($a, $b) = (float::flush_f16(a), float::flush_f16(b));
+                if $a.is_nan() || $b.is_nan() { $when_nan } else { $body }
+            }),
+            _ if $ftz => return Err(String::from(".ftz needs f32 or f16")),
             Ty::F32 => alu::compare(|a, b| {
                 let ($a, $b) = (f32::from_bits(a), f32::from_bits(b));
                 if $a.is_nan() || $b.is_nan() { $when_nan } else { $body }
@@ -849,6 +859,14 @@ impl Decoder<'_, '_, '_> {
         if ty.float() || matches!(ty, Ty::F16x2 | Ty::BF16x2) {
             if (wide || high || low || carry_out) || (approx || full) && base != "div" {
                 return Err(String::from("an integer modifier on a float"));
+            }
+            let bf16 = matches!(ty, Ty::BF16 | Ty::BF16x2);
+            let least =
+                matches!(base, "min" | "max") && (nan || ty.bits() == 16 || ty == Ty::F16x2);
+            if bf16 && matches!(base, "add" | "sub" | "mul") {
+                self.need(90)?;
+            } else if bf16 || least || flags.relu {
+                self.need(80)?;
             }
             return self.float_arithmetic(base, s, ty, flags, approx || full, nan, full);
         }
@@ -1319,7 +1337,11 @@ impl Decoder<'_, '_, '_> {
                 _ => return Err(format!("unsupported '{base}.f64'")),
             }));
         }
+        if base == "tanh" {
+            self.need(75)?;
+        }
         if ty != Ty::F32 {
+            self.need(if matches!(ty, Ty::BF16 | Ty::BF16x2) { 90 } else { 75 })?;
             let op = match base {
                 "tanh" => HalfOp::Tanh,
                 "ex2" => HalfOp::Ex2,
@@ -1360,7 +1382,7 @@ impl Decoder<'_, '_, '_> {
                 return Ok(self.alu(Kind::Integer, op));
             }
             "slct" => {
-                self.mods.take("ftz");
+                let ftz = self.mods.take("ftz");
                 let ty = self.mods.ty()?;
                 let by = self.mods.ty()?;
                 let [d, a, b, c] = self.operands(s)?;
@@ -1371,10 +1393,19 @@ impl Decoder<'_, '_, '_> {
                 self.inst.a = self.src(&a, ty)?;
                 self.inst.b = self.src(&b, ty)?;
                 self.inst.c = self.src(&c, by)?;
-                let op = if by == Ty::F32 {
-                    alu::w3(|a, b, c, _| if f32::from_bits(c) >= 0.0 { a } else { b })
-                } else {
-                    alu::w3(|a, b, c, _| if c as i32 >= 0 { a } else { b })
+                let op = match (by, ftz) {
+                    (Ty::F32, true) => {
+                        alu::w3(
+                            |a, b, c, _| {
+                                if float::flush(f32::from_bits(c)) >= 0.0 { a } else { b }
+                            },
+                        )
+                    }
+                    (Ty::F32, false) => {
+                        alu::w3(|a, b, c, _| if f32::from_bits(c) >= 0.0 { a } else { b })
+                    }
+                    (Ty::S(32), false) => alu::w3(|a, b, c, _| if c as i32 >= 0 { a } else { b }),
+                    _ => return Err(format!("unsupported slct by {by:?}")),
                 };
                 return Ok(self.alu(Kind::Integer, op));
             }
@@ -1407,8 +1438,14 @@ impl Decoder<'_, '_, '_> {
         }
         let cmp = self.mods.one_of(&alu::COMPARISONS).ok_or("setp needs a comparison")?;
         let bool_op = self.mods.one_of(&["and", "or", "xor"]);
-        self.mods.take("ftz");
+        let ftz = self.mods.take("ftz");
         let ty = self.mods.ty()?;
+        if ftz && !ty.float() {
+            return Err(String::from("a float modifier on an integer"));
+        }
+        if ty == Ty::BF16 {
+            self.need(90)?;
+        }
         let n = s.operands.len();
         if n != 3 + usize::from(bool_op.is_some()) {
             return Err(String::from("wrong number of operands"));
@@ -1430,20 +1467,20 @@ impl Decoder<'_, '_, '_> {
         }
         let op = if ty.float() {
             match cmp {
-                "eq" => float_compare!(ty, a, b, false, a == b),
-                "ne" => float_compare!(ty, a, b, false, a != b),
-                "lt" => float_compare!(ty, a, b, false, a < b),
-                "le" => float_compare!(ty, a, b, false, a <= b),
-                "gt" => float_compare!(ty, a, b, false, a > b),
-                "ge" => float_compare!(ty, a, b, false, a >= b),
-                "equ" => float_compare!(ty, a, b, true, a == b),
-                "neu" => float_compare!(ty, a, b, true, a != b),
-                "ltu" => float_compare!(ty, a, b, true, a < b),
-                "leu" => float_compare!(ty, a, b, true, a <= b),
-                "gtu" => float_compare!(ty, a, b, true, a > b),
-                "geu" => float_compare!(ty, a, b, true, a >= b),
-                "num" => float_compare!(ty, a, b, false, true),
-                "nan" => float_compare!(ty, a, b, true, false),
+                "eq" => float_compare!(ty, ftz, a, b, false, a == b),
+                "ne" => float_compare!(ty, ftz, a, b, false, a != b),
+                "lt" => float_compare!(ty, ftz, a, b, false, a < b),
+                "le" => float_compare!(ty, ftz, a, b, false, a <= b),
+                "gt" => float_compare!(ty, ftz, a, b, false, a > b),
+                "ge" => float_compare!(ty, ftz, a, b, false, a >= b),
+                "equ" => float_compare!(ty, ftz, a, b, true, a == b),
+                "neu" => float_compare!(ty, ftz, a, b, true, a != b),
+                "ltu" => float_compare!(ty, ftz, a, b, true, a < b),
+                "leu" => float_compare!(ty, ftz, a, b, true, a <= b),
+                "gtu" => float_compare!(ty, ftz, a, b, true, a > b),
+                "geu" => float_compare!(ty, ftz, a, b, true, a >= b),
+                "num" => float_compare!(ty, ftz, a, b, false, true),
+                "nan" => float_compare!(ty, ftz, a, b, true, false),
                 _ => return Err(format!("'.{cmp}' does not compare floats")),
             }
         } else {
@@ -1477,6 +1514,9 @@ impl Decoder<'_, '_, '_> {
         if to.long() || from.long() {
             return Err(String::from("set is modelled on up to 32 bits"));
         }
+        if [to, from].iter().any(|ty| matches!(ty, Ty::BF16 | Ty::BF16x2)) {
+            self.need(90)?;
+        }
         let [d, a, b] = self.operands(s)?;
         self.inst.d = self.dst(&d, to)?;
         self.inst.a = self.src(&a, from)?;
@@ -1501,6 +1541,16 @@ impl Decoder<'_, '_, '_> {
                 "rmi" => Round::Down,
                 _ => Round::Up,
             };
+        }
+        // To, from, and from f32 to a short format: see "Target ISA Notes" of the instruction.
+        let brain = to == Ty::BF16 && from != Ty::F32 || from == Ty::BF16 && to != Ty::F32;
+        if brain || from == Ty::BF16 && flags.ftz || to == Ty::TF32 && flags.round != Round::Away {
+            self.need(90)?;
+        } else if matches!(to, Ty::F16x2 | Ty::BF16 | Ty::BF16x2 | Ty::TF32)
+            || from == Ty::BF16
+            || flags.relu
+        {
+            self.need(80)?;
         }
         if matches!(to, Ty::F16x2 | Ty::BF16x2) {
             if from != Ty::F32 || s.operands.len() != 3 {
@@ -1632,7 +1682,10 @@ impl Decoder<'_, '_, '_> {
         self.mods.take("mmio");
         self.mods.one_of(&["cta", "cluster", "gpu", "sys"]);
         let space = self.space();
-        self.mods.take("nc");
+        let nc = self.mods.take("nc");
+        if nc && (store || space != Some(Target::Global)) {
+            return Err(String::from(".nc needs a load from global memory"));
+        }
         let hint = self.cache_modifiers();
         let count = match self.mods.one_of(&["v2", "v4"]) {
             None => 1,
@@ -1707,6 +1760,7 @@ impl Decoder<'_, '_, '_> {
             long,
             reg_bits,
             strong: volatile || ordered.is_some(),
+            nc,
         });
         Ok(if store { Op::Store(access) } else { Op::Load(access) })
     }
@@ -1743,6 +1797,11 @@ impl Decoder<'_, '_, '_> {
         };
         if !supported {
             return Err(format!("unsupported atomic {op:?} on {ty:?}"));
+        }
+        if matches!(ty, Ty::BF16 | Ty::BF16x2) {
+            self.need(90)?;
+        } else if ty == Ty::F16 {
+            self.need(70)?;
         }
         let first = usize::from(!reduction);
         let expected = first + 2 + usize::from(op == AtomOp::Cas) + usize::from(hint);

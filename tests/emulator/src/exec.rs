@@ -65,6 +65,10 @@ pub struct Launch<'a> {
     pub number: u32,
 }
 
+/// What a register holds before the kernel sets it: a NaN in every floating-point type, like memory.
+const POISON: u32 = 0x7fff_7fff;
+/// The same of a predicate: neither true nor false in all lanes.
+const POISON_PREDICATE: u32 = 0x5555_5555;
 /// Warp instructions after which a block yields to another one.
 const QUANTUM: u64 = 4_000_000;
 /// Warp instructions after which a group of lanes yields to another group of its warp.
@@ -242,7 +246,7 @@ impl Grid<'_> {
         let mut block = spare.unwrap_or_else(|| Block {
             number,
             index,
-            warps: (0..warps).map(|w| self.new_warp(w)).collect(),
+            warps: (0..warps).map(|_| self.new_warp()).collect(),
             shared: Shared::default(),
             order: Order::new(warps),
             barriers: vec![BarState::default(); 16],
@@ -272,22 +276,17 @@ impl Grid<'_> {
             if !fresh {
                 warp.local_init.fill(false);
             }
-            for &(row, special) in &self.kernel.specials {
-                if let Special::Ctaid(axis) = special {
-                    warp.regs.w[row as usize] = [index[usize::from(axis)]; 32];
-                }
-            }
+            self.reset_registers(&mut warp.regs, w, index);
         }
         block
     }
 
-    fn new_warp(&self, w: usize) -> Warp {
+    /// Poisons all registers, then sets those that hold constants and special values.
+    fn reset_registers(&self, regs: &mut Regs, w: usize, index: [u32; 3]) {
         let kernel = self.kernel;
-        let mut regs = Regs {
-            w: vec![[0; 32]; kernel.rows[0] as usize],
-            l: vec![[0; 32]; kernel.rows[1] as usize],
-            p: vec![0; kernel.rows[2] as usize],
-        };
+        regs.w.fill([POISON; 32]);
+        regs.l.fill([u64::from(POISON) << 32 | u64::from(POISON); 32]);
+        regs.p.fill(POISON_PREDICATE);
         regs.p[0] = u32::MAX;
         for &(row, value) in &kernel.words {
             regs.w[row as usize] = [value; 32];
@@ -319,13 +318,22 @@ impl Grid<'_> {
                     Special::DynamicShared => self.launch.dynamic_shared,
                     Special::TotalShared => kernel.static_shared + self.launch.dynamic_shared,
                     Special::One => 1,
-                    Special::Ctaid(_) | Special::Sm | Special::Zero => 0,
+                    Special::Ctaid(axis) => index[usize::from(axis)],
+                    Special::Sm | Special::Zero => 0,
                 }
             });
         }
+    }
+
+    fn new_warp(&self) -> Warp {
+        let kernel = self.kernel;
         let local = kernel.local as usize * 32;
         Warp {
-            regs,
+            regs: Regs {
+                w: vec![[0; 32]; kernel.rows[0] as usize],
+                l: vec![[0; 32]; kernel.rows[1] as usize],
+                p: vec![0; kernel.rows[2] as usize],
+            },
             pc: 0,
             active: 0,
             groups: Vec::new(),
@@ -944,7 +952,11 @@ impl Grid<'_> {
         let size = access.size;
         let total = size * access.regs.len() as u32;
         let addresses = block.warps[w].addresses(access.address);
-        let mode = if access.strong { Mode::StrongRead } else { Mode::Read };
+        let mode = match (access.nc, access.strong) {
+            (true, _) => Mode::ReadOnly,
+            (_, true) => Mode::StrongRead,
+            _ => Mode::Read,
+        };
         if self.machine.counters {
             self.count(access.target, mask, &addresses, total, false);
         }

@@ -157,6 +157,12 @@ pub fn flush(x: f32) -> f32 {
     if x.is_subnormal() { f32::from_bits(x.to_bits() & 0x8000_0000) } else { x }
 }
 
+/// f16 bits to f32, subnormals to a zero of the same sign.
+pub fn flush_f16(bits: u32) -> f32 {
+    let subnormal = bits & 0x7c00 == 0;
+    f16_to_f32(if subnormal { bits & 0x8000 } else { bits })
+}
+
 /// `a + b` with a directed rounding.
 pub fn add_f32(a: f32, b: f32, mode: Round) -> f32 {
     directed(1.0, a, b, mode)

@@ -60,6 +60,8 @@ pub struct Access {
     pub reg_bits: u32,
     /// Volatile, relaxed, acquire or release: takes part in synchronisation.
     pub strong: bool,
+    /// `.nc`: through a cache that sees no store of the same launch.
+    pub nc: bool,
 }
 
 /// Read-modify-write operations.

@@ -48,6 +48,8 @@ pub enum Mode {
     Write,
     /// A read-modify-write.
     Atomic,
+    /// A load through a cache that sees no store of the same launch (`ld.global.nc`).
+    ReadOnly,
     /// A volatile, relaxed or acquire load.
     StrongRead,
     /// A volatile, relaxed or release store.
@@ -56,7 +58,7 @@ pub enum Mode {
 
 impl Mode {
     fn reads(self) -> bool {
-        matches!(self, Mode::Read | Mode::Atomic | Mode::StrongRead)
+        matches!(self, Mode::Read | Mode::ReadOnly | Mode::Atomic | Mode::StrongRead)
     }
 
     fn writes(self) -> bool {
@@ -65,7 +67,7 @@ impl Mode {
 
     /// Strong accesses do not race with each other.
     fn strong(self) -> bool {
-        !matches!(self, Mode::Read | Mode::Write)
+        !matches!(self, Mode::Read | Mode::ReadOnly | Mode::Write)
     }
 }
 
@@ -461,27 +463,35 @@ fn unordered_reader(
     None
 }
 
-/// Shadow of four bytes of device memory, valid for one launch.
+/// One access of a thread.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    block: u32,
+    stamp: u32,
+    sync: u32,
+    pc: u32,
+}
+
+/// Shadow of four bytes of device memory, valid for one launch: the last writer, and the last two
+/// readers, so that a thread which reads and then writes does not hide the reader before it.
 #[derive(Clone, Copy, Default)]
 pub struct GlobalCell {
     w_launch: u32,
-    w_block: u32,
-    w_stamp: u32,
-    w_sync: u32,
-    w_pc: u32,
-    w_thread: u16,
-    w_mask: u8,
-    w_strong: bool,
     r_launch: u32,
-    r_block: u32,
-    r_stamp: u32,
-    r_sync: u32,
-    r_pc: u32,
-    r_thread: u16,
-    r_mask: u8,
-    /// More than one thread has read.
-    r_many: bool,
+    writer: Seen,
+    /// The last reader, and the last one before it that was another thread.
+    readers: [Seen; 2],
+    w_thread: u16,
+    r_threads: [u16; 2],
+    /// Bytes that were written, and whether that was strong.
+    w_mask: u8,
+    /// Bytes that each reader has read, four bits each.
+    r_masks: u8,
 }
+
+/// The bit of `w_mask` that says "strong".
+const STRONG: u8 = 0x10;
+const _: () = assert!(size_of::<GlobalCell>() == 64, "one cache line");
 
 impl GlobalCell {
     /// Checks and records an access of `mask`'s bytes.
@@ -496,70 +506,91 @@ impl GlobalCell {
         mode: Mode,
         name: &dyn Fn(u32) -> String,
     ) -> Result<(), Problem> {
-        let before = |other: u32, thread: u16, stamp: u32, sync: u32| {
-            if other == block {
-                return order.before(thread, stamp, sync, who);
+        let before = |thread: u16, seen: &Seen| {
+            if seen.block == block {
+                return order.before(thread, seen.stamp, seen.sync, who);
             }
             let warp = usize::from(thread) / 32;
-            order.acquired.get(&other).is_some_and(|known| stamp < known[warp])
+            order.acquired.get(&seen.block).is_some_and(|known| seen.stamp < known[warp])
         };
         let strong = mode.strong();
-        if self.w_launch == launch
-            && self.w_mask & mask != 0
-            && !(strong && self.w_strong)
-            && !before(self.w_block, self.w_thread, self.w_stamp, self.w_sync)
+        let written = self.w_launch == launch && self.w_mask & mask != 0;
+        if written && !(strong && self.w_mask & STRONG != 0) && !before(self.w_thread, &self.writer)
         {
             let what = if mode.reads() { "written" } else { "also written" };
             return Err(Problem::new(
                 719,
                 format!(
                     "a race: {what} in this launch by block #{} thread {} without an order between \
-                 the two, at {}",
-                    self.w_block,
+                     the two, at {}",
+                    self.writer.block,
                     self.w_thread,
-                    name(self.w_pc)
+                    name(self.writer.pc)
                 ),
             ));
         }
-        if mode == Mode::Read {
-            let same = self.r_launch == launch;
-            self.r_many =
-                same && (self.r_many || (self.r_block, self.r_thread) != (block, who.thread));
-            self.r_mask = if same { self.r_mask | mask } else { mask };
-            self.r_launch = launch;
-            self.r_block = block;
-            self.r_stamp = order.now;
-            self.r_sync = order.sync[who.warp()];
-            self.r_thread = who.thread;
-            self.r_pc = who.pc;
+        if written && mode == Mode::ReadOnly {
+            return Err(Problem::new(
+                719,
+                format!(
+                    "ld.global.nc of bytes that this launch has written, whose result is undefined \
+                     however the two are ordered: written by block #{} thread {} at {}",
+                    self.writer.block,
+                    self.w_thread,
+                    name(self.writer.pc)
+                ),
+            ));
+        }
+        let now = Seen { block, stamp: order.now, sync: order.sync[who.warp()], pc: who.pc };
+        if matches!(mode, Mode::Read | Mode::ReadOnly) {
+            self.read(launch, who.thread, mask, now);
         }
         if !mode.writes() {
             return Ok(());
         }
-        if self.r_launch == launch
-            && self.r_mask & mask != 0
-            && !before(self.r_block, self.r_thread, self.r_stamp, self.r_sync)
-        {
-            return Err(Problem::new(
-                719,
-                format!(
-                    "a race: read in this launch by block #{} thread {} without an order between the \
-                 two, at {}",
-                    self.r_block,
-                    self.r_thread,
-                    name(self.r_pc)
-                ),
-            ));
+        if self.r_launch == launch {
+            for (i, (seen, &thread)) in self.readers.iter().zip(&self.r_threads).enumerate() {
+                if self.r_masks >> (4 * i) & mask != 0 && !before(thread, seen) {
+                    return Err(Problem::new(
+                        719,
+                        format!(
+                            "a race: read in this launch by block #{} thread {thread} without an \
+                             order between the two, at {}",
+                            seen.block,
+                            name(seen.pc)
+                        ),
+                    ));
+                }
+            }
         }
         self.w_launch = launch;
-        self.w_block = block;
-        self.w_stamp = order.now;
-        self.w_sync = order.sync[who.warp()];
-        self.w_pc = who.pc;
+        self.writer = now;
         self.w_thread = who.thread;
-        self.w_mask = mask;
-        self.w_strong = strong;
+        self.w_mask = mask | if strong { STRONG } else { 0 };
         Ok(())
+    }
+
+    /// Records a reader. Bytes of a word may have readers of their own, so each has its mask.
+    fn read(&mut self, launch: u32, thread: u16, mask: u8, now: Seen) {
+        if self.r_launch != launch {
+            self.r_launch = launch;
+            self.r_masks = 0;
+        }
+        let last = self.readers[0];
+        let old = self.r_masks & 0xf;
+        let own = (last.block, self.r_threads[0]) == (now.block, thread);
+        if own && (last.stamp, last.sync) == (now.stamp, now.sync) {
+            self.r_masks |= mask;
+        } else if old == 0 || own && old & !mask == 0 {
+            // A later read of the same bytes by the same thread stands for the earlier one.
+            self.r_masks = self.r_masks & 0xf0 | mask;
+        } else {
+            self.readers[1] = last;
+            self.r_threads[1] = self.r_threads[0];
+            self.r_masks = old << 4 | mask;
+        }
+        self.readers[0] = now;
+        self.r_threads[0] = thread;
     }
 }
 
@@ -618,5 +649,39 @@ mod tests {
         order.barrier(&[1], &[arrival]);
         shared.access(&order, who(32), 1024, 4, Mode::Read, true, &name).unwrap();
         assert!(shared.access(&order, who(32), 1028, 4, Mode::Read, true, &name).is_err());
+    }
+
+    #[test]
+    fn a_writer_that_has_read_does_not_hide_another_reader() {
+        let order = Order::new(1);
+        let access = |cell: &mut GlobalCell, thread: u16, mask: u8, mode: Mode| {
+            cell.access(1, 0, &order, who(thread), mask, mode, &name)
+        };
+        let mut cell = GlobalCell::default();
+        access(&mut cell, 3, 0xf, Mode::Read).unwrap();
+        access(&mut cell, 4, 0xf, Mode::Read).unwrap();
+        let problem = access(&mut cell, 4, 0xf, Mode::Write).unwrap_err();
+        assert!(problem.text.contains("read in this launch by block #0 thread 3"));
+        // A thread's own reads are no race, nor are those of an earlier launch.
+        let mut cell = GlobalCell::default();
+        access(&mut cell, 4, 0xf, Mode::Read).unwrap();
+        access(&mut cell, 4, 0x3, Mode::Read).unwrap();
+        access(&mut cell, 4, 0xf, Mode::Write).unwrap();
+        cell.access(2, 0, &order, who(9), 0xf, Mode::Write, &name).unwrap();
+    }
+
+    #[test]
+    fn bytes_of_a_word_have_readers_of_their_own() {
+        let order = Order::new(1);
+        let mut cell = GlobalCell::default();
+        for mode in [Mode::Read, Mode::Write] {
+            for thread in 0..4 {
+                cell.access(1, 0, &order, who(thread), 1 << thread, mode, &name).unwrap();
+            }
+        }
+        let mut cell = GlobalCell::default();
+        cell.access(1, 0, &order, who(0), 0x3, Mode::Read, &name).unwrap();
+        cell.access(1, 0, &order, who(1), 0xc, Mode::Read, &name).unwrap();
+        assert!(cell.access(1, 0, &order, who(1), 0x6, Mode::Write, &name).is_err());
     }
 }

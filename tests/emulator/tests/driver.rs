@@ -8,9 +8,11 @@ use std::ptr::null_mut;
 use cuda::driver::api::*;
 
 /// Runs `body` in a child process with these variables; the test fails if the child does.
-fn alone(name: &str, vars: &[(&str, &str)], body: fn()) {
+/// Gives what the child wrote to stderr, in the child itself nothing.
+fn alone(name: &str, vars: &[(&str, &str)], body: fn()) -> Option<String> {
     if std::env::var_os("PW_EMULATOR_CHILD").is_some() {
-        return body();
+        body();
+        return None;
     }
     let mut child = Command::new(std::env::current_exe().unwrap());
     child.args(["--exact", name, "--nocapture", "--test-threads=1"]);
@@ -21,6 +23,7 @@ fn alone(name: &str, vars: &[(&str, &str)], body: fn()) {
     // A test that was filtered out would succeed too.
     let out = String::from_utf8_lossy(&output.stdout);
     assert!(out.contains("1 passed"), "{out}");
+    Some(text.into_owned())
 }
 
 macro_rules! alone {
@@ -30,6 +33,19 @@ macro_rules! alone {
             alone(stringify!($test), &[$(($name, $value)),*], || $body);
         }
     )*};
+}
+
+#[test]
+fn missing_checks_are_announced() {
+    for (value, times) in [("0", 1), ("1", 0)] {
+        let vars = [("PW_EMULATOR_CHECKS", value)];
+        let text = alone("missing_checks_are_announced", &vars, || {
+            assert_eq!(cuInit(0), 0);
+            assert_eq!(cuInit(0), 0);
+        });
+        let Some(text) = text else { return };
+        assert_eq!(text.matches("PW_EMULATOR_CHECKS=0").count(), times, "{text}");
+    }
 }
 
 /// A kernel that adds `k` to `n` words, and one that stores out of bounds.
@@ -243,6 +259,18 @@ alone! {
         begin(s, 2);
         assert_eq!(cuMemAlloc_v2((&mut more).into(), 4), 0);
         assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 0);
+        // Allocations in the order of the capturing stream.
+        let mut pool = 0;
+        assert_eq!(cuDeviceGetDefaultMemPool((&mut pool).into(), 0), 0);
+        for mode in 0..3 {
+            begin(s, mode);
+            assert_eq!(cuMemAllocAsync((&mut more).into(), 4, s), 900);
+            broken(s, &mut graph);
+            begin(s, mode);
+            assert_eq!(cuMemAllocFromPoolAsync((&mut more).into(), 4, pool, s), 900);
+            broken(s, &mut graph);
+        }
+        assert_eq!(cuMemAllocFromPoolAsync((&mut more).into(), 4, pool, s), 0);
         // An event from outside.
         let e = event();
         assert_eq!(cuEventRecord(e, blocking), 0);
@@ -266,8 +294,8 @@ alone! {
         assert_eq!(add(f, at, 1, 1, blocking), 0);
         assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 904);
         assert_eq!(cuStreamBeginCapture_v2(0, 1), 900);
-        let other = std::thread::spawn(move || { context(); let mut g = 0; cuStreamEndCapture(s, (&mut g).into()) });
         begin(s, 1);
+        let other = std::thread::spawn(move || { context(); let mut g = 0; cuStreamEndCapture(s, (&mut g).into()) });
         assert_eq!(other.join().unwrap_or(0), 908);
     }
 

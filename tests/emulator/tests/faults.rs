@@ -113,6 +113,26 @@ fn two_threads_that_write_one_word_race() {
 }
 
 #[test]
+fn a_neighbour_that_is_overwritten_in_place_is_a_race() {
+    let at = "mul.wide.u32 %e, %t, 4; add.u64 %d, %d, %e;";
+    // x[i] += x[i - 1], though each thread reads x[i] last.
+    let body = |bar: &str| {
+        format!(
+            "{at} setp.ne.u32 %p, %t, 0; mov.u32 %a, 0; @%p ld.global.u32 %a, [%d+-4];\n\
+             ld.global.u32 %b, [%d]; add.u32 %a, %a, %b; {bar} st.global.u32 [%d], %a;"
+        )
+    };
+    expect(small(&body("")), 719, &["'k'", "small.cu:33", "race: read in this launch by block #0"]);
+    small(&body("bar.sync 0;")).unwrap();
+    // Halves of a word that two threads read and write are no race.
+    small(
+        ".reg .b16 %h; mul.wide.u32 %e, %t, 2; add.u64 %d, %d, %e;\n\
+         ld.global.u16 %h, [%d]; add.u16 %h, %h, 1; st.global.u16 [%d], %h;",
+    )
+    .unwrap();
+}
+
+#[test]
 fn a_wrong_wait_for_copies_is_found() {
     for machine in machines() {
         for (from, to) in [("wait_group 1", "wait_group 2"), ("wait_group 0", "wait_group 1")] {
@@ -128,19 +148,19 @@ fn a_wrong_wait_for_copies_is_found() {
 
 /// A kernel of 64 threads around `body`, which has `%t` = tid.x, shared `s[256]` and `dst`.
 fn small(body: &str) -> Result<(), Fault> {
-    small_at(80, body, 64)
+    small_grid(body, 1)
 }
 
-fn small_at(target: u32, body: &str, threads: u32) -> Result<(), Fault> {
+fn small_grid(body: &str, blocks: u32) -> Result<(), Fault> {
     let text = format!(
-        ".version 9.0\n.target sm_{target}\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
+        ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
          .shared .align 16 .b8 s[256];\n.reg .b32 %t, %a, %b; .reg .b64 %d, %e; .reg .pred %p, %q;\n\
          mov.u32 %t, %tid.x; ld.param.u64 %d, [dst]; shl.b32 %a, %t, 2; mov.u32 %b, s; add.u32 %a, %a, %b;\n\
          .loc 1 33 0\n{body}\nret;\n}}\n.file 1 \"small.cu\"\n"
     );
     let mut gpu = Gpu::try_new(&text).unwrap_or_else(|e| panic!("{e}"));
     let dst = gpu.upload(&[0_u32; 64]);
-    gpu.launch("k", [1; 3], [threads, 1, 1], 0, &[(8, dst)]).map(|_| ())
+    gpu.launch("k", [blocks, 1, 1], [64, 1, 1], 0, &[(8, dst)]).map(|_| ())
 }
 
 #[test]
@@ -213,6 +233,61 @@ fn loops_that_never_end_are_stopped() {
 }
 
 #[test]
+fn registers_that_nothing_set_are_poison_in_every_block() {
+    // Each block stores what its registers hold and then sets them.
+    let text = ".version 9.0\n.target sm_80\n.visible .entry k(.param .u64 dst) {\n\
+        .reg .b32 %w, %b, %n, %v; .reg .b16 %h; .reg .b64 %d, %l; .reg .f32 %f; .reg .pred %p;\n\
+        ld.param.u64 %d, [dst]; mov.u32 %b, %ctaid.x; mad.lo.u32 %b, %b, 32, %tid.x;\n\
+        mad.wide.u32 %d, %b, 32, %d; selp.b32 %n, 1, 0, %p; add.f32 %f, %f, 0f3F800000;\n\
+        cvt.u32.u16 %v, %h; st.global.b64 [%d], %l; st.global.b32 [%d+8], %w;\n\
+        st.global.b32 [%d+12], %n; st.global.f32 [%d+16], %f; st.global.b32 [%d+20], %v;\n\
+        mov.b32 %w, 0; mov.b64 %l, 5; setp.eq.u32 %p, %w, 0; mov.f32 %f, 0f00000000; mov.b16 %h, 3;\n\
+        ret; }";
+    let mut gpu = Gpu::new(text);
+    let dst = gpu.empty(4 * 32 * 32);
+    gpu.launch("k", [4, 1, 1], [32, 1, 1], 0, &[(8, dst)]).unwrap();
+    for (i, words) in gpu.words(dst, 4 * 32 * 8).chunks(8).enumerate() {
+        let predicate = u32::from(i % 2 == 0);
+        assert_eq!(words[..3], [0x7fff_7fff; 3], "thread {i}");
+        assert_eq!(words[3..6], [predicate, 0x7fff_ffff, 0x7fff], "thread {i}");
+    }
+}
+
+#[test]
+fn the_read_only_path_does_not_see_stores_of_the_launch() {
+    let at =
+        "mul.wide.u32 %e, %t, 4; add.u64 %d, %d, %e; mov.u32 %b, %ctaid.x; setp.eq.u32 %p, %b, 0;";
+    // Ordered, even in one thread: an ordinary load is right and one of .nc is not.
+    let body = |nc: &str| {
+        format!("{at} @%p st.global.u32 [%d], %t; bar.sync 0; @%p ld.global{nc}.u32 %b, [%d];")
+    };
+    let frame = |body: &str| small_grid(body, 3);
+    frame(&body("")).unwrap();
+    let parts = [
+        "'k'",
+        "block (0, 0, 0) thread (",
+        "small.cu:33",
+        "address 0x",
+        "ld.global.nc of bytes that this launch has written",
+        "by block #0 thread",
+        "st.global.u32 [%d], %t",
+    ];
+    expect(frame(&body(".nc")), 719, &parts);
+    // What the host wrote is fine, and so is a store by the same thread after the load.
+    frame(&format!("{at} @%p ld.global.nc.u32 %b, [%d]; @%p st.global.u32 [%d], %b;")).unwrap();
+    // What an earlier launch wrote is fine, too.
+    let text = ".version 9.0\n.target sm_80\n.visible .entry k(.param .u64 dst) {\n\
+        .reg .b64 %d; .reg .b32 %a; ld.param.u64 %d, [dst]; ld.global.nc.u32 %a, [%d];\n\
+        add.u32 %a, %a, 1; st.global.u32 [%d], %a; ret; }";
+    let mut gpu = Gpu::new(text);
+    let dst = gpu.upload(&[40_u32]);
+    for _ in 0..2 {
+        gpu.launch("k", [1; 3], [1; 3], 0, &[(8, dst)]).unwrap();
+    }
+    assert_eq!(gpu.words(dst, 1), [42]);
+}
+
+#[test]
 fn other_wild_accesses() {
     expect(small("ld.shared.u32 %b, [%a+256];"), 700, &["of 's', which has 256 bytes"]);
     expect(small("ld.global.u32 %b, [0];"), 700, &["address 0x0", "near no allocation"]);
@@ -243,6 +318,47 @@ fn what_is_not_understood_is_refused_at_load() {
     ] {
         let error = Gpu::try_new(&patch(GEMM_BF16, from, 0, to)).err().unwrap_or_default();
         assert!(error.contains(why) && error.contains("PTX line"), "{to}: {error}");
+    }
+}
+
+#[test]
+fn what_the_target_lacks_is_refused_at_load() {
+    for (least, body) in [
+        (90, "add.rn.bf16 h, h, h;"),
+        (90, "mul.rn.bf16x2 r, r, r;"),
+        (80, "fma.rn.bf16x2 r, r, r, r;"),
+        (80, "fma.rn.relu.f16 h, h, h, h;"),
+        (80, "max.bf16 h, h, h;"),
+        (80, "min.f16x2 r, r, r;"),
+        (80, "max.NaN.f32 f, f, f;"),
+        (80, "abs.bf16 h, h;"),
+        (90, "tanh.approx.bf16 h, h;"),
+        (90, "ex2.approx.ftz.bf16x2 r, r;"),
+        (90, "setp.lt.bf16 p, h, h;"),
+        (90, "set.lt.u32.bf16x2 r, r, r;"),
+        (80, "cvt.rn.bf16.f32 h, f;"),
+        (80, "cvt.rn.bf16x2.f32 r, f, f;"),
+        (80, "cvt.rn.f16x2.f32 r, f, f;"),
+        (80, "cvt.rn.relu.f16.f32 h, f;"),
+        (80, "cvt.rna.tf32.f32 r, f;"),
+        (90, "cvt.rn.tf32.f32 r, f;"),
+        (80, "cvt.f32.bf16 f, h;"),
+        (90, "cvt.ftz.f32.bf16 f, h;"),
+        (90, "cvt.rn.bf16.s32 h, r;"),
+        (90, "cvt.rzi.s32.bf16 r, h;"),
+        (90, "atom.global.add.noftz.bf16 h, [a], h;"),
+    ] {
+        let load = |target: u32| {
+            Gpu::try_new(&format!(
+                ".version 9.0\n.target sm_{target}\n.visible .entry k() {{ .reg .b16 h; .reg .b32 r;\n\
+                 .reg .b64 a; .reg .f32 f; .reg .pred p; {body} ret; }}"
+            ))
+            .err()
+        };
+        assert_eq!(load(least), None, "{body}");
+        let below = if least == 90 { 80 } else { 75 };
+        let error = load(below).unwrap_or_default();
+        assert!(error.contains(&format!("needs .target sm_{least}")), "{body}: {error}");
     }
 }
 

@@ -336,6 +336,22 @@ fn minima_and_nans() {
     predicate("geu", |a, b| a >= b || a.is_nan() || b.is_nan());
     predicate("num", |a, b| !a.is_nan() && !b.is_nan());
     predicate("nan", |a, b| a.is_nan() || b.is_nan());
+    // Subnormal operands are zeros.
+    predicate("eq.ftz", |a, b| flush(a) == flush(b));
+    predicate("gt.ftz", |a, b| flush(a) > flush(b));
+    predicate("leu.ftz", |a, b| flush(a) <= flush(b) || a.is_nan() || b.is_nan());
+}
+
+#[test]
+fn comparisons_flush_subnormals_when_asked() {
+    let tiny = [1, 0x8000_0001, 0x0080_0000, 0x8080_0000].map(|a| [a, 0, 7, 9]);
+    assert_eq!(eval(80, "setp.ne.f32 outp, f0, f1;", &tiny), [1, 1, 1, 1]);
+    assert_eq!(eval(80, "setp.ne.ftz.f32 outp, f0, f1;", &tiny), [0, 0, 1, 1]);
+    assert_eq!(eval(80, "slct.f32.f32 outf, f2, f3, f0;", &tiny), [7, 9, 7, 9]);
+    assert_eq!(eval(80, "slct.ftz.f32.f32 outf, f2, f3, f0;", &tiny), [7, 7, 7, 9]);
+    let tiny = [1, 0x83ff, 0x0400, 0x8400].map(|a| [a, 0, 0, 0]);
+    assert_eq!(eval(80, "setp.ne.f16 outp, h0, h1;", &tiny), [1, 1, 1, 1]);
+    assert_eq!(eval(80, "setp.ne.ftz.f16 outp, h0, h1;", &tiny), [0, 0, 1, 1]);
 }
 
 #[test]
@@ -384,7 +400,9 @@ fn conversions() {
     };
     from_float("cvt.rzi.s32.f32 outr, f0;", |x| u64::from(x.trunc() as i32 as u32));
     from_float("cvt.rni.u32.f32 outr, f0;", |x| u64::from(x.round_ties_even() as u32));
-    from_float("cvt.rmi.s64.f32 out, f0;", |x| x.floor() as i64 as u64);
+    from_float("cvt.rmi.s64.f32 out, f0;", |x| {
+        if x.is_nan() { 1 << 63 } else { x.floor() as i64 as u64 }
+    });
     from_float("cvt.rzi.u8.f32 outr, f0;", |x| u64::from(x as u8));
     from_float("cvt.rpi.s16.f32 outh, f0;", |x| u64::from(x.ceil() as i16 as u16));
     long("cvt.rn.f32.s32 outf, r0;", |a, _, _| u64::from((a as i32 as f32).to_bits()));
@@ -404,6 +422,36 @@ fn conversions() {
             if x.is_nan() { 7 } else { x.to_bits() }
         },
     );
+}
+
+/// PTX ISA, `cvt`: zero if the source is not `.f64` and the destination has not 64 bits, else
+/// `1 << (bits - 1)`.
+#[test]
+fn conversions_of_nan_to_integers() {
+    let nans = [[0x7fff_ffff, 0, 0, 0], [0xffc0_1234, 0, 0, 0], [0x7f80_0001, 0, 0, 0]];
+    let wide = [[0x7fff_ffff_ffff_ffff, 0, 0, 0], [0xfff8_0000_0000_0001, 0, 0, 0]];
+    for sign in ["u", "s"] {
+        for (bits, register, zero) in
+            [(8, "outh", true), (16, "outh", true), (32, "outr", true), (64, "out", false)]
+        {
+            let top = 1_u64 << (bits - 1);
+            for from in ["f16.h0", "bf16.h0", "f32.f0"].map(|f| f.split_once('.').unwrap()) {
+                let body = format!("cvt.rzi.{sign}{bits}.{} {register}, {};", from.0, from.1);
+                for mut nan in nans {
+                    if from.0 != "f32" {
+                        nan[0] = nan[0] >> 16 | 0x7c01;
+                        nan[0] |= if from.0 == "bf16" { 0x7f81 } else { 0 };
+                    }
+                    let want = if zero { 0 } else { top };
+                    assert_eq!(eval(90, &body, &[nan]), [want], "{body} of {nan:x?}");
+                }
+            }
+            // A signed byte fills its 16-bit register.
+            let want = if (sign, bits) == ("s", 8) { 0xff80 } else { top };
+            let body = format!("cvt.rni.{sign}{bits}.f64 {register}, d0;");
+            assert_eq!(eval(90, &body, &wide), [want; 2], "{body}");
+        }
+    }
 }
 
 /// Rounds to a short mantissa the slow way: by asking which of two neighbours is closer.

@@ -133,6 +133,16 @@ impl State {
         (0..self.devices.len()).find(|&d| pool(d) == handle).ok_or(400)
     }
 
+    /// Refuses an allocation in the order of `stream` while that captures.
+    fn refuse_capture(&mut self, device: usize, stream: Handle) -> Call {
+        let stream = self.stream(device, stream)?;
+        if let Some(capture) = self.streams[&stream].capture {
+            let code = self.invalidate(capture, 900);
+            return Err(self.complain(code, "allocations inside a capture are not modelled"));
+        }
+        Ok(())
+    }
+
     fn allocate(&mut self, device: usize, size: usize, place: Out<u64>) -> Call {
         if size == 0 {
             return Err(1);
@@ -802,20 +812,16 @@ api! {
 
     fn cuMemAllocAsync(address: Out<u64>, size: usize, stream: Handle) |s| {
         let device = s.current()?;
-        let stream = s.stream(device, stream)?;
-        if let Some(capture) = s.streams[&stream].capture {
-            let code = s.invalidate(capture, 900);
-            return Err(s.complain(code, "allocations inside a capture are not modelled"));
-        }
+        s.refuse_capture(device, stream)?;
         s.allocate(device, size, address)
     }
 
     fn cuMemAllocFromPoolAsync(address: Out<u64>, size: usize, pool: Handle, stream: Handle) |s| {
         let device = s.current()?;
-        s.stream(device, stream)?;
         if s.pool_device(pool)? != device {
             return Err(1);
         }
+        s.refuse_capture(device, stream)?;
         s.allocate(device, size, address)
     }
 

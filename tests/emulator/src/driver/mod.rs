@@ -244,6 +244,13 @@ impl State {
         if config.devices == 0 {
             return Err(100);
         }
+        if !config.checks {
+            // An inherited variable must not make a test of races pass.
+            eprintln!(
+                "pointwise emulator: PW_EMULATOR_CHECKS=0, races and uninitialised reads are not \
+                 reported"
+            );
+        }
         for number in 0..config.devices {
             let legacy = self.new_stream(number, false, 0, 0);
             self.devices.push(Device {
