@@ -11,12 +11,16 @@ use super::driver::{self, failed};
 use super::plan::KERNELS;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
+use crate::tensor::Place;
 
 /// The kernels' machine code and PTX, as nvcc made it.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
 
 /// `CUDA_ERROR_INVALID_IMAGE`.
 const INVALID_IMAGE: u32 = 200;
+
+/// `CU_STREAM_PER_THREAD`.
+const PER_THREAD: usize = 2;
 
 /// The oldest chip that the kernels are written for.
 const OLDEST: (u32, u32) = (7, 5);
@@ -60,7 +64,7 @@ impl CudaDevice {
     /// [`Error::NoDevice`] with the reason: no driver, one that does not start or is too old for
     /// the kernels, no such device, or a chip older than compute capability 7.5.
     pub fn open(ordinal: usize) -> Result<Self> {
-        let shared = Context::of(ordinal, None)?;
+        let shared = Context::of(ordinal)?;
         let stream = shared.stream.clone();
         Ok(CudaDevice { shared, stream })
     }
@@ -77,10 +81,22 @@ impl CudaDevice {
     /// The device of a stream that cudarc (or candle through it) made, on that stream.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream, and for
+    /// a stream of another context than the device's primary one.
     pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
         let context = stream.context();
-        let shared = Context::of(context.ordinal(), Some(context))?;
+        let ordinal = context.ordinal();
+        one_for_all_threads(ordinal, stream.cu_stream())?;
+        if !context.is_primary() {
+            return Err(Error::Unsupported {
+                device: Place::Cuda(ordinal).to_string(),
+                what: "a stream of a context other than the primary one, whose memory and kernels \
+                       the device's other handles could not use; make the stream in that of \
+                       `CudaContext::new`"
+                    .into(),
+            });
+        }
+        let shared = Context::of(ordinal)?;
         Ok(CudaDevice { shared, stream })
     }
 
@@ -92,9 +108,10 @@ impl CudaDevice {
     /// layer and tensor that was made with it.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream.
     pub unsafe fn from_raw_stream(ordinal: usize, stream: CUstream) -> Result<Self> {
-        let shared = Context::of(ordinal, None)?;
+        one_for_all_threads(ordinal, stream)?;
+        let shared = Context::of(ordinal)?;
         // SAFETY: the caller vouches for context and lifetime.
         let stream = unsafe { shared.context.wrap_borrowed_stream(stream) };
         Ok(CudaDevice { shared, stream })
@@ -176,6 +193,22 @@ impl CudaDevice {
     }
 }
 
+/// Refuses the handle that is another stream in every thread: what one thread queues, another
+/// would neither wait for nor free in order.
+fn one_for_all_threads(ordinal: usize, stream: CUstream) -> Result<()> {
+    if stream.addr() != PER_THREAD {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        device: Place::Cuda(ordinal).to_string(),
+        what: "the per-thread default stream (CU_STREAM_PER_THREAD), which is another stream in \
+               every thread, so that work of several threads would not be ordered; create a \
+               stream (`CudaContext::new_stream`, `CudaDevice::with_new_stream`), or pass the \
+               legacy default stream"
+            .into(),
+    })
+}
+
 /// `cuda:0 (NVIDIA H200)`.
 impl fmt::Display for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -190,11 +223,11 @@ impl fmt::Debug for CudaDevice {
 }
 
 impl Context {
-    /// The loaded kernels of a device's context: of the one given, or of the primary one.
+    /// The loaded kernels of a device's primary context.
     ///
     /// They stay loaded until the process ends: unloading would have to wait for every kernel in
     /// flight, on streams that may be gone.
-    fn of(ordinal: usize, context: Option<&Arc<CudaContext>>) -> Result<Arc<Context>> {
+    fn of(ordinal: usize) -> Result<Arc<Context>> {
         static LOADED: Mutex<Vec<Arc<Context>>> = Mutex::new(Vec::new());
 
         let missing =
@@ -204,28 +237,18 @@ impl Context {
             return Err(missing(format!("the driver shows {} CUDA devices", driver.devices)));
         }
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = loaded.iter().find(|known| match context {
-            Some(context) => known.context.cu_ctx() == context.cu_ctx(),
-            None => known.context.ordinal() == ordinal && known.context.is_primary(),
-        });
-        if let Some(known) = known {
+        if let Some(known) = loaded.iter().find(|known| known.context.ordinal() == ordinal) {
             return Ok(known.clone());
         }
-        let context = match context {
-            Some(context) if !context.is_primary() => context.clone(),
-            // Our own handle of the primary context, so that what we set on it is ours alone.
-            _ => {
-                let own = CudaContext::new(ordinal).map_err(|error| {
-                    let code = driver::Code(error.0 as u32);
-                    missing(format!("{} gave no context: {code}", driver.describe()))
-                })?;
-                // Events for every tensor of a launch would cost more than the launch, and end a
-                // graph capture: this crate orders its streams itself.
-                // SAFETY: nothing here relies on cudarc's tracking.
-                unsafe { own.disable_event_tracking() };
-                own
-            }
-        };
+        // Our own handle of the primary context, so that what we set on it is ours alone.
+        let context = CudaContext::new(ordinal).map_err(|error| {
+            let code = driver::Code(error.0 as u32);
+            missing(format!("{} gave no context: {code}", driver.describe()))
+        })?;
+        // Events for every tensor of a launch would cost more than the launch, and end a graph
+        // capture: this crate orders its streams itself.
+        // SAFETY: nothing here relies on cudarc's tracking.
+        unsafe { context.disable_event_tracking() };
         let facts = Facts::of(&context)?;
         if facts.compute_capability < OLDEST {
             let (major, minor) = facts.compute_capability;
