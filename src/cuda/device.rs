@@ -1,9 +1,10 @@
 //! A CUDA device as layers and tensors hold it: context, kernels, one stream.
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::sys::{CUcontext, CUdevice_attribute as Attribute, CUstream};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
@@ -50,11 +51,51 @@ struct Context {
 /// A CUDA device and the stream on which everything given this handle runs.
 ///
 /// Cheap to clone; `Send + Sync`. Handles of one device share its primary context (that of the
-/// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels.
+/// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels. Calls leave the calling
+/// thread's current context as it was.
 #[derive(Clone)]
 pub struct CudaDevice {
     shared: Arc<Context>,
-    stream: Arc<CudaStream>,
+    /// Dropped while the context is bound: cudarc binds it too, and leaves it so.
+    stream: ManuallyDrop<Arc<CudaStream>>,
+}
+
+/// A device's context as the calling thread's; when this goes, the one before is back.
+#[must_use]
+pub(super) struct Bound {
+    /// Null is none.
+    previous: CUcontext,
+    changed: bool,
+}
+
+impl Bound {
+    /// Notes the current context for code that may change it.
+    fn keep() -> Result<Self> {
+        let previous = result::ctx::get_current().map_err(failed("cuCtxGetCurrent"))?;
+        Ok(Bound { previous: previous.unwrap_or(std::ptr::null_mut()), changed: true })
+    }
+
+    fn to(context: &CudaContext) -> Result<Self> {
+        let mut bound = Bound::keep()?;
+        bound.changed = false;
+        if bound.previous != context.cu_ctx() {
+            // SAFETY: a context that its owner keeps alive.
+            unsafe { result::ctx::set_current(context.cu_ctx()) }
+                .map_err(failed("cuCtxSetCurrent"))?;
+            bound.changed = true;
+        }
+        Ok(bound)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if self.changed {
+            // SAFETY: it was this thread's context just before; whoever destroys it meanwhile
+            // gets an error, which has nobody to tell.
+            let _ = unsafe { result::ctx::set_current(self.previous) };
+        }
+    }
 }
 
 impl CudaDevice {
@@ -66,7 +107,7 @@ impl CudaDevice {
     pub fn open(ordinal: usize) -> Result<Self> {
         let shared = Context::of(ordinal)?;
         let stream = shared.stream.clone();
-        Ok(CudaDevice { shared, stream })
+        Ok(CudaDevice::on(shared, stream))
     }
 
     /// This device on a new stream of its own, for work that may overlap with other handles'.
@@ -74,8 +115,9 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] if the driver makes no stream.
     pub fn with_new_stream(&self) -> Result<Self> {
+        let _bound = self.bind()?;
         let stream = self.shared.context.new_stream().map_err(failed("cuStreamCreate"))?;
-        Ok(CudaDevice { shared: self.shared.clone(), stream })
+        Ok(CudaDevice::on(self.shared.clone(), stream))
     }
 
     /// The device of a stream that cudarc (or candle through it) made, on that stream.
@@ -97,7 +139,7 @@ impl CudaDevice {
             });
         }
         let shared = Context::of(ordinal)?;
-        Ok(CudaDevice { shared, stream })
+        Ok(CudaDevice::on(shared, stream))
     }
 
     /// The device with this ordinal on a stream that the caller owns; null is the legacy default
@@ -114,7 +156,11 @@ impl CudaDevice {
         let shared = Context::of(ordinal)?;
         // SAFETY: the caller vouches for context and lifetime.
         let stream = unsafe { shared.context.wrap_borrowed_stream(stream) };
-        Ok(CudaDevice { shared, stream })
+        Ok(CudaDevice::on(shared, stream))
+    }
+
+    fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
+        CudaDevice { shared, stream: ManuallyDrop::new(stream) }
     }
 
     /// The device's number among those that the driver shows.
@@ -142,7 +188,10 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] if any of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(failed("cuStreamSynchronize"))
+        let _bound = self.bind()?;
+        // SAFETY: this handle keeps its stream alive, or its maker does.
+        unsafe { result::stream::synchronize(self.stream.cu_stream()) }
+            .map_err(failed("cuStreamSynchronize"))
     }
 
     pub(crate) fn facts(&self) -> &Facts {
@@ -154,10 +203,9 @@ impl CudaDevice {
         &self.shared.functions[kernel]
     }
 
-    /// Makes this device's context the calling thread's.
-    pub(super) fn bind(&self) -> Result<()> {
-        // Foreign streams bring their own context object for the same context.
-        self.shared.context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    /// Makes this device's context the calling thread's for as long as the result lives.
+    pub(super) fn bind(&self) -> Result<Bound> {
+        Bound::to(&self.shared.context)
     }
 
     /// Lets this handle's stream wait for what is queued on another.
@@ -187,9 +235,18 @@ impl CudaDevice {
         if self.stream.cu_stream() == other {
             return Ok(());
         }
+        let _bound = self.bind()?;
         // SAFETY: alive, as the caller vouches, and not used after this call.
         let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
         join(&self.stream, &other).map_err(failed("cuStreamWaitEvent"))
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        let _bound = self.bind();
+        // SAFETY: nobody uses it after this.
+        unsafe { ManuallyDrop::drop(&mut self.stream) };
     }
 }
 
@@ -240,6 +297,8 @@ impl Context {
         if let Some(known) = loaded.iter().find(|known| known.context.ordinal() == ordinal) {
             return Ok(known.clone());
         }
+        // Making a context binds it.
+        let _kept = Bound::keep()?;
         // Our own handle of the primary context, so that what we set on it is ours alone.
         let context = CudaContext::new(ordinal).map_err(|error| {
             let code = driver::Code(error.0 as u32);
@@ -345,7 +404,7 @@ impl Buffer {
     pub(super) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
-            device.bind()?;
+            let _bound = device.bind()?;
             // SAFETY: a plain allocation, freed in `drop` by the matching call.
             buffer.address = unsafe {
                 if device.shared.context.has_async_alloc() {
@@ -377,7 +436,7 @@ impl Buffer {
         if from.is_empty() {
             return Ok(());
         }
-        self.device.bind()?;
+        let _bound = self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
@@ -391,7 +450,7 @@ impl Buffer {
         if to.is_empty() {
             return Ok(());
         }
-        self.device.bind()?;
+        let _bound = self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
@@ -405,7 +464,7 @@ impl Buffer {
         if self.bytes == 0 {
             return Ok(());
         }
-        self.device.bind()?;
+        let _bound = self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
@@ -420,9 +479,9 @@ impl Drop for Buffer {
         }
         // A failure here is the echo of an earlier one, and there is nobody to tell: the next call
         // on the context reports it again.
-        if self.device.bind().is_err() {
+        let Ok(_bound) = self.device.bind() else {
             return;
-        }
+        };
         let stream = self.device.stream.cu_stream();
         // SAFETY: allocated by the matching call in `new`, and not used by anyone after work that
         // is already queued.

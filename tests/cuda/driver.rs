@@ -46,6 +46,7 @@ pub fn child(what: &str) -> ExitCode {
             let moved = on_second.on(&first).unwrap_err();
             Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
         }),
+        "current" => current_contexts(&layer, &src),
         other => Err(Error::Checkpoint(format!("no such child: {other}"))),
     };
     match answer {
@@ -53,6 +54,52 @@ pub fn child(what: &str) -> ExitCode {
         Err(error) => println!("error: {error}"),
     }
     ExitCode::SUCCESS
+}
+
+/// What a thread's current context is after every kind of call on device 0.
+fn current_contexts(layer: &Pointwise, src: &Array3<f32>) -> Result<String, Error> {
+    use pointwise::cudarc::driver::{CudaContext, result::ctx};
+
+    CudaDevice::open(1)?;
+    let now = || ctx::get_current().expect("the driver has started").map(|context| context.addr());
+    let steps = || -> Result<Vec<&'static str>, Error> {
+        let before = now();
+        let mut changed = Vec::new();
+        let mut check = |what| {
+            if now() != before {
+                changed.push(what);
+            }
+        };
+        let first = CudaDevice::open(0)?;
+        check("open");
+        let own = first.with_new_stream()?;
+        check("with_new_stream");
+        let prepared = layer.prepare(&first.clone().into())?;
+        check("prepare");
+        let theirs = CudaTensor::from_host(&own, src.view())?;
+        check("from_host");
+        let result = prepared.forward(&theirs)?;
+        check("forward");
+        result.to_host()?;
+        check("to_host");
+        prepared.forward(src)?;
+        check("forward of a host array");
+        own.synchronize()?;
+        check("synchronize");
+        drop((theirs, result));
+        check("drop of tensors");
+        drop(prepared);
+        check("drop of a layer");
+        drop(own);
+        check("drop of a stream");
+        Ok(changed)
+    };
+    let none = steps()?;
+    let second = CudaContext::new(1).expect("there are two devices");
+    let bound = now();
+    let other = steps()?;
+    drop(second);
+    Ok(format!("without: {none:?}, with: {other:?}, bound: {}", bound.is_some()))
 }
 
 /// One line from a process with other variables; a panic or a crash fails the test.
@@ -137,6 +184,8 @@ fn two_devices(device: &CudaDevice) -> Outcome {
     if is_stand_in(device) {
         let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
         expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
+        let parts = ["without: [], with: [], bound: true"];
+        expect("current", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
     }
     Ok(())
 }
