@@ -158,7 +158,13 @@ impl Layer {
                 streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
                 self.launch(&call)?;
                 // SAFETY: as above.
-                streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) })
+                let ordered =
+                    streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
+                if ordered.is_err() {
+                    // The caller may free the tensors on streams that do not wait for this one.
+                    let _ = self.device.synchronize();
+                }
+                ordered
             }
             place => Err(Error::WrongDevice {
                 tensor: "src",
@@ -198,10 +204,13 @@ impl Layer {
 impl Drop for Layer {
     fn drop(&mut self) {
         // The weights are freed on the stream that uploaded them, after what this one still runs.
-        // An error here is the echo of an earlier one.
         let home = self.weights.memory.device().stream().cu_stream().addr();
         // SAFETY: the weights keep their stream alive.
-        let _ = unsafe { self.device.make_wait(home) };
+        if unsafe { self.device.make_wait(home) }.is_err() {
+            // Nothing orders the two, so this stream must be done. An error of this, too, is the
+            // echo of an earlier one.
+            let _ = self.device.synchronize();
+        }
     }
 }
 
