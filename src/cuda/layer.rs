@@ -128,6 +128,13 @@ impl Layer {
     /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
     pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
         let mut call = self.call(problem)?;
+        if problem.place != Place::Host && problem.place != self.place() {
+            return Err(Error::WrongDevice {
+                tensor: "src",
+                expected: self.place().to_string(),
+                got: problem.place.to_string(),
+            });
+        }
         if problem.n == 0 || problem.positions() == 0 {
             return Ok(());
         }
@@ -149,7 +156,7 @@ impl Layer {
                 // SAFETY: the problem has checked that dst is writable and exclusively borrowed.
                 unsafe { dst.download(&problem.dst) }
             }
-            Place::Cuda(ordinal) if ordinal == self.device.ordinal() => {
+            Place::Cuda(_) => {
                 let source = single_source(&self.device, problem)?;
                 let operands = [Some(&source), Some(&problem.dst), problem.residual.as_ref()];
                 let streams = || operands.iter().flatten().filter_map(|operand| operand.stream);
@@ -166,11 +173,6 @@ impl Layer {
                 }
                 ordered
             }
-            place => Err(Error::WrongDevice {
-                tensor: "src",
-                expected: self.place().to_string(),
-                got: place.to_string(),
-            }),
         }
     }
 

@@ -240,5 +240,16 @@ fn wrong_device(device: &CudaDevice) -> Outcome {
     let mut host = Array3::<f32>::zeros((1, 3, 5));
     let error = layer.prepare(&device.clone().into())?.forward_into(&src, &mut host).unwrap_err();
     assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
+    // Also where there is nothing to do.
+    let place = Place::Cuda(device.ordinal() + 1);
+    // SAFETY: no elements.
+    let (src, mut dst) = unsafe {
+        (
+            TensorRef::<f32>::from_raw_parts(std::ptr::null(), place, &[0, 2, 5], &[10, 5, 1])?,
+            TensorMut::<f32>::from_raw_parts(std::ptr::null_mut(), place, &[0, 3, 5], &[15, 5, 1])?,
+        )
+    };
+    let error = layer.prepare(&device.clone().into())?.forward_into(&src, &mut dst).unwrap_err();
+    assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
     Ok(())
 }
