@@ -422,10 +422,6 @@ impl Buffer {
         self.address
     }
 
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     pub(super) fn device(&self) -> &CudaDevice {
         &self.device
     }
