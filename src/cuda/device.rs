@@ -53,6 +53,21 @@ struct Context {
 /// Cheap to clone; `Send + Sync`. Handles of one device share its primary context (that of the
 /// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels. Calls leave the calling
 /// thread's current context as it was.
+///
+/// # CUDA graphs
+/// A call on device tensors can be captured in a graph by
+/// [`Prepared::forward_into`](crate::Prepared::forward_into), or by `run_into` of a call with more
+/// tensors: these allocate nothing and wait for nothing. What the graph's owner has to see to:
+///
+/// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
+///   captured calls until the graph is destroyed and its last run is done.
+/// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
+///   to be waited for, and make the capture fail ([`Error::Cuda`] with code 905).
+/// - While the stream is being captured, neither drop tensors or layers of it, nor copy to the host
+///   or from it: freeing would become part of the graph, and waiting ends the capture.
+/// - The stream of [`open`](Self::open) is shared by the whole process: another thread's call would
+///   be captured too. Capture on a stream of your own, from
+///   [`with_new_stream`](Self::with_new_stream).
 #[derive(Clone)]
 pub struct CudaDevice {
     shared: Arc<Context>,
@@ -103,7 +118,8 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::NoDevice`] with the reason: no driver, one that does not start or is too old for
-    /// the kernels, no such device, or a chip older than compute capability 7.5.
+    /// the kernels, no such device, or a chip older than compute capability 7.5. [`Error::Cuda`] if
+    /// the driver fails to describe the device or to make a stream.
     pub fn open(ordinal: usize) -> Result<Self> {
         let shared = Context::of(ordinal)?;
         let stream = shared.stream.clone();
