@@ -98,15 +98,28 @@ mod cuda {
         std::panic::set_hook(hook);
         match generated {
             Ok(Ok(bindings)) => write(to, bindings.to_string().as_bytes()),
-            Ok(Err(error)) => fail(&format!("kernels/params.h: {error}")),
-            Err(_) => {
-                println!(
-                    "cargo::warning=libclang not found: using {CHECKED_IN_PARAMS} as it is \
-                     (set LIBCLANG_PATH to have it generated)"
-                );
-                copy(Path::new(CHECKED_IN_PARAMS), to);
+            Ok(Err(error)) => {
+                checked_in_params(to, &format!("bindgen on kernels/params.h: {error}"), "");
+            }
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+                let text = text.unwrap_or("no message");
+                if text.contains("Unable to find libclang") {
+                    let hint = " (set LIBCLANG_PATH to have it generated)";
+                    checked_in_params(to, "libclang not found", hint);
+                } else {
+                    checked_in_params(to, &format!("bindgen panicked: {text}"), "");
+                }
             }
         }
+    }
+
+    fn checked_in_params(to: &Path, reason: &str, hint: &str) {
+        // A warning is one line.
+        let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+        println!("cargo::warning={reason}: using {CHECKED_IN_PARAMS} as it is{hint}");
+        copy(Path::new(CHECKED_IN_PARAMS), to);
     }
 
     /// The rows of `kernels/kernels.def` as Rust.
@@ -200,7 +213,9 @@ mod cuda {
             + &String::from_utf8_lossy(&output.stdout);
         write(&fatbin.with_file_name("ptxas.log"), log.as_bytes());
         if !output.status.success() {
-            fail(&format!("nvcc failed ({}):\n{log}", output.status));
+            let no_cxx = ["host compiler", "c++: No such file"].iter().any(|t| log.contains(t));
+            let hint = if no_cxx { "\nnvcc needs a C++ compiler (g++), or set CXX" } else { "" };
+            fail(&format!("nvcc failed ({}):\n{}{hint}", output.status, log.trim_end()));
         }
         if env::var_os("POINTWISE_STRICT_PTXAS").is_some_and(|v| v == "1") {
             let complaints = ptxas_complaints(&log);

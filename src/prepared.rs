@@ -126,6 +126,12 @@ impl Prepared {
     /// Runs the layer on one source, into any non-overlapping strides. Allocates nothing once a
     /// thread has run a problem of this size.
     ///
+    #[cfg_attr(
+        feature = "cuda",
+        doc = "On device tensors it can be captured: see",
+        doc = "[CUDA graphs](crate::CudaDevice#cuda-graphs).",
+        doc = ""
+    )]
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
     /// that is read.

@@ -586,19 +586,25 @@ pub(crate) fn strides_like<T>(like: &TensorRef<'_, T>, shape: &[usize]) -> [isiz
     strides
 }
 
+/// As many zeros as the product of `sizes`, or [`Error::TooLarge`] if memory does not hold them.
+pub(crate) fn try_zeros<T: Clone + Default>(what: &'static str, sizes: &[usize]) -> Result<Vec<T>> {
+    let len = checked_product(what, sizes)?;
+    // `vec!` aborts where memory does not suffice. It also takes pages that are zero already,
+    // which is why a large size is tried beforehand, not filled afterwards.
+    if len >= 1 << 24 {
+        Vec::<T>::new()
+            .try_reserve_exact(len)
+            .map_err(|_| Error::TooLarge { what, sizes: sizes.to_vec() })?;
+    }
+    Ok(vec![T::default(); len])
+}
+
 fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<Array<f32, D>> {
     if shape.len() != like.rank() {
         let expected = "the rank of the source";
         return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });
     }
-    let len = checked_product("dst", shape)?;
-    // `vec!` aborts where memory does not suffice. It also takes pages that are zero already,
-    // which is why a large size is tried beforehand, not filled afterwards.
-    if len >= 1 << 24 {
-        Vec::<f32>::new()
-            .try_reserve_exact(len)
-            .map_err(|_| Error::TooLarge { what: "dst", sizes: shape.to_vec() })?;
-    }
+    let values = try_zeros("dst", shape)?;
     let strides = strides_like(&like, shape);
     let mut dim = D::zeros(shape.len());
     let mut dim_strides = D::zeros(shape.len());
@@ -607,8 +613,8 @@ fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<A
         dim_strides[axis] = strides[axis] as usize;
     }
     // An empty array has no memory order, and ndarray refuses one.
-    let shaped = if len == 0 { dim.into() } else { dim.strides(dim_strides) };
-    Array::from_shape_vec(shaped, vec![0.0; len])
+    let shaped = if values.is_empty() { dim.into() } else { dim.strides(dim_strides) };
+    Array::from_shape_vec(shaped, values)
         .map_err(|_| Error::TooLarge { what: "dst", sizes: shape.to_vec() })
 }
 
@@ -723,6 +729,14 @@ mod tests {
                 assert_eq!(order(shape, true), [72, 1, 24, 6], "{shape:?} channels last");
             }
         }
+    }
+
+    #[test]
+    fn what_memory_does_not_hold_is_an_error() {
+        assert_eq!(try_zeros::<f32>("values", &[2, 3]).unwrap(), [0.0; 6]);
+        let sizes = [1 << 30, 1 << 29];
+        let error = try_zeros::<f32>("values", &sizes).unwrap_err();
+        assert!(matches!(error, Error::TooLarge { what: "values", .. }), "{error}");
     }
 
     #[test]

@@ -33,8 +33,16 @@ fn main() -> ExitCode {
         .is_ok_and(|list| list.split(',').any(|wanted| wanted.trim() == "cuda"));
 
     let mut trials = Vec::new();
-    for (name, run) in [cases::TRIALS, numbers::TRIALS, streams::TRIALS, driver::TRIALS].concat() {
+    let anywhere = [cases::TRIALS, numbers::TRIALS, streams::TRIALS, driver::TRIALS].concat();
+    let anywhere = anywhere.into_iter().map(|trial| (trial, false));
+    let stand_in = driver::STAND_IN_TRIALS.iter().map(|&trial| (trial, true));
+    for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {
+            Ok(device) if needs_stand_in && !driver::is_stand_in(&device) => {
+                Trial::test(name, || Err("needs the stand-in driver".into()))
+                    .with_kind("needs the stand-in driver")
+                    .with_ignored_flag(true)
+            }
             Ok(device) => Trial::test(name, move || run(&device)),
             Err(reason) if required => Trial::test(name, move || {
                 Err(format!("POINTWISE_REQUIRE=cuda, but: {reason}").into())

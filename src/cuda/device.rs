@@ -1,9 +1,10 @@
 //! A CUDA device as layers and tensors hold it: context, kernels, one stream.
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::sys::{CUcontext, CUdevice_attribute as Attribute, CUstream};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
@@ -11,12 +12,16 @@ use super::driver::{self, failed};
 use super::plan::KERNELS;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
+use crate::tensor::Place;
 
 /// The kernels' machine code and PTX, as nvcc made it.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
 
 /// `CUDA_ERROR_INVALID_IMAGE`.
 const INVALID_IMAGE: u32 = 200;
+
+/// `CU_STREAM_PER_THREAD`.
+const PER_THREAD: usize = 2;
 
 /// The oldest chip that the kernels are written for.
 const OLDEST: (u32, u32) = (7, 5);
@@ -46,11 +51,66 @@ struct Context {
 /// A CUDA device and the stream on which everything given this handle runs.
 ///
 /// Cheap to clone; `Send + Sync`. Handles of one device share its primary context (that of the
-/// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels.
+/// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels. Calls leave the calling
+/// thread's current context as it was.
+///
+/// # CUDA graphs
+/// A call on device tensors can be captured in a graph by
+/// [`Prepared::forward_into`](crate::Prepared::forward_into), or by `run_into` of a call with more
+/// tensors: these allocate nothing and wait for nothing. What the graph's owner has to see to:
+///
+/// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
+///   captured calls until the graph is destroyed and its last run is done.
+/// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
+///   to be waited for, and make the capture fail ([`Error::Cuda`] with code 905).
+/// - While the stream is being captured, neither drop tensors or layers of it, nor copy to the host
+///   or from it: freeing would become part of the graph, and waiting ends the capture.
+/// - The stream of [`open`](Self::open) is shared by the whole process: another thread's call would
+///   be captured too. Capture on a stream of your own, from
+///   [`with_new_stream`](Self::with_new_stream).
 #[derive(Clone)]
 pub struct CudaDevice {
     shared: Arc<Context>,
-    stream: Arc<CudaStream>,
+    /// Dropped while the context is bound: cudarc binds it too, and leaves it so.
+    stream: ManuallyDrop<Arc<CudaStream>>,
+}
+
+/// A device's context as the calling thread's; when this goes, the one before is back.
+#[must_use]
+pub(super) struct Bound {
+    /// Null is none.
+    previous: CUcontext,
+    changed: bool,
+}
+
+impl Bound {
+    /// Notes the current context for code that may change it.
+    fn keep() -> Result<Self> {
+        let previous = result::ctx::get_current().map_err(failed("cuCtxGetCurrent"))?;
+        Ok(Bound { previous: previous.unwrap_or(std::ptr::null_mut()), changed: true })
+    }
+
+    fn to(context: &CudaContext) -> Result<Self> {
+        let mut bound = Bound::keep()?;
+        bound.changed = false;
+        if bound.previous != context.cu_ctx() {
+            // SAFETY: a context that its owner keeps alive.
+            unsafe { result::ctx::set_current(context.cu_ctx()) }
+                .map_err(failed("cuCtxSetCurrent"))?;
+            bound.changed = true;
+        }
+        Ok(bound)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if self.changed {
+            // SAFETY: it was this thread's context just before; whoever destroys it meanwhile
+            // gets an error, which has nobody to tell.
+            let _ = unsafe { result::ctx::set_current(self.previous) };
+        }
+    }
 }
 
 impl CudaDevice {
@@ -58,11 +118,12 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::NoDevice`] with the reason: no driver, one that does not start or is too old for
-    /// the kernels, no such device, or a chip older than compute capability 7.5.
+    /// the kernels, no such device, or a chip older than compute capability 7.5. [`Error::Cuda`] if
+    /// the driver fails to describe the device or to make a stream.
     pub fn open(ordinal: usize) -> Result<Self> {
-        let shared = Context::of(ordinal, None)?;
+        let shared = Context::of(ordinal)?;
         let stream = shared.stream.clone();
-        Ok(CudaDevice { shared, stream })
+        Ok(CudaDevice::on(shared, stream))
     }
 
     /// This device on a new stream of its own, for work that may overlap with other handles'.
@@ -70,18 +131,31 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] if the driver makes no stream.
     pub fn with_new_stream(&self) -> Result<Self> {
+        let _bound = self.bind()?;
         let stream = self.shared.context.new_stream().map_err(failed("cuStreamCreate"))?;
-        Ok(CudaDevice { shared: self.shared.clone(), stream })
+        Ok(CudaDevice::on(self.shared.clone(), stream))
     }
 
     /// The device of a stream that cudarc (or candle through it) made, on that stream.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream, and for
+    /// a stream of another context than the device's primary one.
     pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
         let context = stream.context();
-        let shared = Context::of(context.ordinal(), Some(context))?;
-        Ok(CudaDevice { shared, stream })
+        let ordinal = context.ordinal();
+        one_for_all_threads(ordinal, stream.cu_stream())?;
+        if !context.is_primary() {
+            return Err(Error::Unsupported {
+                device: Place::Cuda(ordinal).to_string(),
+                what: "a stream of a context other than the primary one, whose memory and kernels \
+                       the device's other handles could not use; make the stream in that of \
+                       `CudaContext::new`"
+                    .into(),
+            });
+        }
+        let shared = Context::of(ordinal)?;
+        Ok(CudaDevice::on(shared, stream))
     }
 
     /// The device with this ordinal on a stream that the caller owns; null is the legacy default
@@ -92,12 +166,17 @@ impl CudaDevice {
     /// layer and tensor that was made with it.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream.
     pub unsafe fn from_raw_stream(ordinal: usize, stream: CUstream) -> Result<Self> {
-        let shared = Context::of(ordinal, None)?;
+        one_for_all_threads(ordinal, stream)?;
+        let shared = Context::of(ordinal)?;
         // SAFETY: the caller vouches for context and lifetime.
         let stream = unsafe { shared.context.wrap_borrowed_stream(stream) };
-        Ok(CudaDevice { shared, stream })
+        Ok(CudaDevice::on(shared, stream))
+    }
+
+    fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
+        CudaDevice { shared, stream: ManuallyDrop::new(stream) }
     }
 
     /// The device's number among those that the driver shows.
@@ -125,7 +204,10 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] if any of it failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(failed("cuStreamSynchronize"))
+        let _bound = self.bind()?;
+        // SAFETY: this handle keeps its stream alive, or its maker does.
+        unsafe { result::stream::synchronize(self.stream.cu_stream()) }
+            .map_err(failed("cuStreamSynchronize"))
     }
 
     pub(crate) fn facts(&self) -> &Facts {
@@ -137,10 +219,9 @@ impl CudaDevice {
         &self.shared.functions[kernel]
     }
 
-    /// Makes this device's context the calling thread's.
-    pub(super) fn bind(&self) -> Result<()> {
-        // Foreign streams bring their own context object for the same context.
-        self.shared.context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))
+    /// Makes this device's context the calling thread's for as long as the result lives.
+    pub(super) fn bind(&self) -> Result<Bound> {
+        Bound::to(&self.shared.context)
     }
 
     /// Lets this handle's stream wait for what is queued on another.
@@ -170,10 +251,35 @@ impl CudaDevice {
         if self.stream.cu_stream() == other {
             return Ok(());
         }
+        let _bound = self.bind()?;
         // SAFETY: alive, as the caller vouches, and not used after this call.
         let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
         join(&self.stream, &other).map_err(failed("cuStreamWaitEvent"))
     }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        let _bound = self.bind();
+        // SAFETY: nobody uses it after this.
+        unsafe { ManuallyDrop::drop(&mut self.stream) };
+    }
+}
+
+/// Refuses the handle that is another stream in every thread: what one thread queues, another
+/// would neither wait for nor free in order.
+fn one_for_all_threads(ordinal: usize, stream: CUstream) -> Result<()> {
+    if stream.addr() != PER_THREAD {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        device: Place::Cuda(ordinal).to_string(),
+        what: "the per-thread default stream (CU_STREAM_PER_THREAD), which is another stream in \
+               every thread, so that work of several threads would not be ordered; create a \
+               stream (`CudaContext::new_stream`, `CudaDevice::with_new_stream`), or pass the \
+               legacy default stream"
+            .into(),
+    })
 }
 
 /// `cuda:0 (NVIDIA H200)`.
@@ -190,11 +296,11 @@ impl fmt::Debug for CudaDevice {
 }
 
 impl Context {
-    /// The loaded kernels of a device's context: of the one given, or of the primary one.
+    /// The loaded kernels of a device's primary context.
     ///
     /// They stay loaded until the process ends: unloading would have to wait for every kernel in
     /// flight, on streams that may be gone.
-    fn of(ordinal: usize, context: Option<&Arc<CudaContext>>) -> Result<Arc<Context>> {
+    fn of(ordinal: usize) -> Result<Arc<Context>> {
         static LOADED: Mutex<Vec<Arc<Context>>> = Mutex::new(Vec::new());
 
         let missing =
@@ -204,28 +310,20 @@ impl Context {
             return Err(missing(format!("the driver shows {} CUDA devices", driver.devices)));
         }
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = loaded.iter().find(|known| match context {
-            Some(context) => known.context.cu_ctx() == context.cu_ctx(),
-            None => known.context.ordinal() == ordinal && known.context.is_primary(),
-        });
-        if let Some(known) = known {
+        if let Some(known) = loaded.iter().find(|known| known.context.ordinal() == ordinal) {
             return Ok(known.clone());
         }
-        let context = match context {
-            Some(context) if !context.is_primary() => context.clone(),
-            // Our own handle of the primary context, so that what we set on it is ours alone.
-            _ => {
-                let own = CudaContext::new(ordinal).map_err(|error| {
-                    let code = driver::Code(error.0 as u32);
-                    missing(format!("{} gave no context: {code}", driver.describe()))
-                })?;
-                // Events for every tensor of a launch would cost more than the launch, and end a
-                // graph capture: this crate orders its streams itself.
-                // SAFETY: nothing here relies on cudarc's tracking.
-                unsafe { own.disable_event_tracking() };
-                own
-            }
-        };
+        // Making a context binds it.
+        let _kept = Bound::keep()?;
+        // Our own handle of the primary context, so that what we set on it is ours alone.
+        let context = CudaContext::new(ordinal).map_err(|error| {
+            let code = driver::Code(error.0 as u32);
+            missing(format!("{} gave no context: {code}", driver.describe()))
+        })?;
+        // Events for every tensor of a launch would cost more than the launch, and end a graph
+        // capture: this crate orders its streams itself.
+        // SAFETY: nothing here relies on cudarc's tracking.
+        unsafe { context.disable_event_tracking() };
         let facts = Facts::of(&context)?;
         if facts.compute_capability < OLDEST {
             let (major, minor) = facts.compute_capability;
@@ -322,7 +420,7 @@ impl Buffer {
     pub(super) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
-            device.bind()?;
+            let _bound = device.bind()?;
             // SAFETY: a plain allocation, freed in `drop` by the matching call.
             buffer.address = unsafe {
                 if device.shared.context.has_async_alloc() {
@@ -340,10 +438,6 @@ impl Buffer {
         self.address
     }
 
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     pub(super) fn device(&self) -> &CudaDevice {
         &self.device
     }
@@ -354,7 +448,7 @@ impl Buffer {
         if from.is_empty() {
             return Ok(());
         }
-        self.device.bind()?;
+        let _bound = self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
@@ -368,7 +462,7 @@ impl Buffer {
         if to.is_empty() {
             return Ok(());
         }
-        self.device.bind()?;
+        let _bound = self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
@@ -382,7 +476,7 @@ impl Buffer {
         if self.bytes == 0 {
             return Ok(());
         }
-        self.device.bind()?;
+        let _bound = self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
@@ -397,9 +491,9 @@ impl Drop for Buffer {
         }
         // A failure here is the echo of an earlier one, and there is nobody to tell: the next call
         // on the context reports it again.
-        if self.device.bind().is_err() {
+        let Ok(_bound) = self.device.bind() else {
             return;
-        }
+        };
         let stream = self.device.stream.cu_stream();
         // SAFETY: allocated by the matching call in `new`, and not used by anyone after work that
         // is already queued.

@@ -192,7 +192,7 @@ pub(crate) unsafe fn launch(
         what: "the grid of a launch",
         sizes: vec![letters.groups as usize, letters.rows as usize, letters.positions as usize],
     })?;
-    device.bind()?;
+    let _bound = device.bind()?;
     let mut arguments = [(&raw mut params).cast::<c_void>()];
     // SAFETY: the kernel takes one pw_fprop by value, which the driver copies now; what it points
     // to is the caller's promise, and `describe` keeps the promises of params.h.

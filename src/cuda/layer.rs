@@ -128,6 +128,13 @@ impl Layer {
     /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
     pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
         let mut call = self.call(problem)?;
+        if problem.place != Place::Host && problem.place != self.place() {
+            return Err(Error::WrongDevice {
+                tensor: "src",
+                expected: self.place().to_string(),
+                got: problem.place.to_string(),
+            });
+        }
         if problem.n == 0 || problem.positions() == 0 {
             return Ok(());
         }
@@ -149,7 +156,7 @@ impl Layer {
                 // SAFETY: the problem has checked that dst is writable and exclusively borrowed.
                 unsafe { dst.download(&problem.dst) }
             }
-            Place::Cuda(ordinal) if ordinal == self.device.ordinal() => {
+            Place::Cuda(_) => {
                 let source = single_source(&self.device, problem)?;
                 let operands = [Some(&source), Some(&problem.dst), problem.residual.as_ref()];
                 let streams = || operands.iter().flatten().filter_map(|operand| operand.stream);
@@ -158,13 +165,14 @@ impl Layer {
                 streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
                 self.launch(&call)?;
                 // SAFETY: as above.
-                streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) })
+                let ordered =
+                    streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
+                if ordered.is_err() {
+                    // The caller may free the tensors on streams that do not wait for this one.
+                    let _ = self.device.synchronize();
+                }
+                ordered
             }
-            place => Err(Error::WrongDevice {
-                tensor: "src",
-                expected: self.place().to_string(),
-                got: place.to_string(),
-            }),
         }
     }
 
@@ -198,10 +206,13 @@ impl Layer {
 impl Drop for Layer {
     fn drop(&mut self) {
         // The weights are freed on the stream that uploaded them, after what this one still runs.
-        // An error here is the echo of an earlier one.
         let home = self.weights.memory.device().stream().cu_stream().addr();
         // SAFETY: the weights keep their stream alive.
-        let _ = unsafe { self.device.make_wait(home) };
+        if unsafe { self.device.make_wait(home) }.is_err() {
+            // Nothing orders the two, so this stream must be done. An error of this, too, is the
+            // echo of an earlier one.
+            let _ = self.device.synchronize();
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::problem::Operand;
 use crate::tensor::{
     AsTensor, AsTensorMut, MAX_RANK, MAX_SPATIAL, Place, Source, TensorMut, TensorRef,
-    checked_product, strides_like,
+    checked_product, strides_like, try_zeros,
 };
 
 /// Element types that device tensors hold: `f32`, [`half::f16`], [`half::bf16`].
@@ -98,9 +98,10 @@ impl<T: DeviceElement> CudaTensor<T> {
     /// and for the copy.
     ///
     /// # Errors
-    /// [`Error::Cuda`], also for what failed on the stream before.
+    /// [`Error::Cuda`], also for what failed on the stream before; [`Error::TooLarge`] if the
+    /// host's memory does not hold it.
     pub fn to_host(&self) -> Result<ArrayD<T>> {
-        let mut values = vec![T::default(); self.memory.bytes() / size_of::<T>()];
+        let mut values = try_zeros::<T>("a tensor", &self.shape)?;
         self.memory.download(&mut values)?;
         if values.is_empty() {
             return Ok(ArrayD::from_elem(IxDyn(&self.shape), T::default()));
@@ -244,9 +245,14 @@ impl Staged {
             let values = unsafe { std::slice::from_raw_parts(host.ptr, layout.len) };
             staged.memory.upload(values)?;
         } else {
-            let mut values = Vec::with_capacity(layout.len);
-            // SAFETY: the problem's view vouches for every element that the strides reach.
-            layout.for_each(|offset| values.push(unsafe { *host.ptr.wrapping_offset(offset) }));
+            let mut values = layout.host_values()?;
+            let mut slots = values.iter_mut();
+            layout.for_each(|offset| {
+                if let Some(slot) = slots.next() {
+                    // SAFETY: the problem's view vouches for every element that the strides reach.
+                    *slot = unsafe { *host.ptr.wrapping_offset(offset) };
+                }
+            });
             staged.memory.upload(&values)?;
         }
         Ok(staged)
@@ -274,7 +280,7 @@ impl Staged {
             let values = unsafe { std::slice::from_raw_parts_mut(to, self.layout.len) };
             return self.memory.download(values);
         }
-        let mut values = vec![0.0f32; self.layout.len];
+        let mut values = self.layout.host_values()?;
         self.memory.download(&mut values)?;
         let mut values = values.into_iter();
         self.layout.for_each(|offset| {
@@ -331,6 +337,11 @@ impl Dense {
             next *= len as isize;
             fits
         })
+    }
+
+    /// Room on the host for the dense form.
+    fn host_values(&self) -> Result<Vec<f32>> {
+        try_zeros("a tensor's dense copy", &self.axes.map(|(len, _)| len))
     }
 
     /// The host's offsets, in the dense order.

@@ -10,12 +10,14 @@ use super::{OnDevice, Outcome};
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
 
-pub const TRIALS: &[OnDevice] = &[
+pub const TRIALS: &[OnDevice] = &[("the_environment_steers_the_choice", environment)];
+
+/// For the stand-in driver, which plays every part; a real one plays none.
+pub const STAND_IN_TRIALS: &[OnDevice] = &[
     ("drivers_that_do_not_start_are_errors", broken_drivers),
     ("devices_without_memory_pools_work", no_pools),
     ("memory_that_runs_out_is_an_error", out_of_memory),
     ("two_devices_do_not_mix", two_devices),
-    ("the_environment_steers_the_choice", environment),
 ];
 
 /// What the started processes do: say what they find, on one line.
@@ -46,6 +48,7 @@ pub fn child(what: &str) -> ExitCode {
             let moved = on_second.on(&first).unwrap_err();
             Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
         }),
+        "current" => current_contexts(&layer, &src),
         other => Err(Error::Checkpoint(format!("no such child: {other}"))),
     };
     match answer {
@@ -55,10 +58,57 @@ pub fn child(what: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// What a thread's current context is after every kind of call on device 0.
+fn current_contexts(layer: &Pointwise, src: &Array3<f32>) -> Result<String, Error> {
+    use pointwise::cudarc::driver::{CudaContext, result::ctx};
+
+    CudaDevice::open(1)?;
+    let now = || ctx::get_current().expect("the driver has started").map(|context| context.addr());
+    let steps = || -> Result<Vec<&'static str>, Error> {
+        let before = now();
+        let mut changed = Vec::new();
+        let mut check = |what| {
+            if now() != before {
+                changed.push(what);
+            }
+        };
+        let first = CudaDevice::open(0)?;
+        check("open");
+        let own = first.with_new_stream()?;
+        check("with_new_stream");
+        let prepared = layer.prepare(&first.clone().into())?;
+        check("prepare");
+        let theirs = CudaTensor::from_host(&own, src.view())?;
+        check("from_host");
+        let result = prepared.forward(&theirs)?;
+        check("forward");
+        result.to_host()?;
+        check("to_host");
+        prepared.forward(src)?;
+        check("forward of a host array");
+        own.synchronize()?;
+        check("synchronize");
+        drop((theirs, result));
+        check("drop of tensors");
+        drop(prepared);
+        check("drop of a layer");
+        drop(own);
+        check("drop of a stream");
+        Ok(changed)
+    };
+    let none = steps()?;
+    let second = CudaContext::new(1).expect("there are two devices");
+    let bound = now();
+    let other = steps()?;
+    drop(second);
+    Ok(format!("without: {none:?}, with: {other:?}, bound: {}", bound.is_some()))
+}
+
 /// One line from a process with other variables; a panic or a crash fails the test.
 fn ask(what: &str, variables: &[(&str, &str)]) -> Result<String, String> {
     let exe = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut command = Command::new(exe);
+    command.env_remove("POINTWISE_DEVICE").env_remove("POINTWISE_KERNEL");
     command.env(CHILD, what).envs(variables.iter().copied());
     let output = command.output().map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&output.stdout).trim().to_string();
@@ -77,8 +127,7 @@ fn expect(what: &str, variables: &[(&str, &str)], parts: &[&str]) -> Outcome {
     }
 }
 
-/// The stand-in driver plays every part; a real one plays none.
-fn is_stand_in(device: &CudaDevice) -> bool {
+pub fn is_stand_in(device: &CudaDevice) -> bool {
     device.name().contains("emulator")
 }
 
@@ -95,10 +144,7 @@ pub fn no_driver() -> Outcome {
     }
 }
 
-fn broken_drivers(device: &CudaDevice) -> Outcome {
-    if !is_stand_in(device) {
-        return Ok(());
-    }
+fn broken_drivers(_: &CudaDevice) -> Outcome {
     for (code, name) in
         [("34", "stub"), ("100", "CUDA_ERROR_NO_DEVICE"), ("803", "MISMATCH"), ("7777", "7777")]
     {
@@ -118,27 +164,20 @@ fn broken_drivers(device: &CudaDevice) -> Outcome {
     expect("forward", &old_driver, &["right"])
 }
 
-fn no_pools(device: &CudaDevice) -> Outcome {
-    if is_stand_in(device) {
-        expect("forward", &[("PW_EMULATOR_POOLS", "0"), ("POINTWISE_DEVICE", "cuda")], &["right"])?;
-    }
-    Ok(())
+fn no_pools(_: &CudaDevice) -> Outcome {
+    expect("forward", &[("PW_EMULATOR_POOLS", "0"), ("POINTWISE_DEVICE", "cuda")], &["right"])
 }
 
-fn out_of_memory(device: &CudaDevice) -> Outcome {
-    if is_stand_in(device) {
-        let variables = [("PW_EMULATOR_MEMORY", "16M")];
-        expect("large", &variables, &["CUDA_ERROR_OUT_OF_MEMORY (2)", "then 4096 values"])?;
-    }
-    Ok(())
+fn out_of_memory(_: &CudaDevice) -> Outcome {
+    let variables = [("PW_EMULATOR_MEMORY", "16M")];
+    expect("large", &variables, &["CUDA_ERROR_OUT_OF_MEMORY (2)", "then 4096 values"])
 }
 
-fn two_devices(device: &CudaDevice) -> Outcome {
-    if is_stand_in(device) {
-        let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
-        expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
-    }
-    Ok(())
+fn two_devices(_: &CudaDevice) -> Outcome {
+    let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
+    expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
+    let parts = ["without: [], with: [], bound: true"];
+    expect("current", &[("PW_EMULATOR_DEVICES", "2")], &parts)
 }
 
 fn environment(device: &CudaDevice) -> Outcome {

@@ -13,6 +13,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("tensors_cross_streams_by_themselves", across_streams),
     ("threads_share_a_layer", threads),
     ("a_stream_of_the_callers_and_raw_pointers", raw_pointers),
+    ("streams_that_would_mix_are_refused", refused_streams),
     ("a_call_can_be_captured_in_a_graph", graph),
     ("layers_write_into_channel_ranges", channel_ranges),
     ("plans_name_every_kernel_and_explain_the_first", plans),
@@ -118,6 +119,32 @@ fn raw_pointers(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+fn refused_streams(device: &CudaDevice) -> Outcome {
+    let ordinal = device.ordinal();
+    let context = CudaContext::new(ordinal).map_err(|e| format!("{:?}", e.0))?;
+    let per_thread = context.per_thread_stream();
+    // SAFETY: it is refused before it is used.
+    let raw = unsafe { CudaDevice::from_raw_stream(ordinal, per_thread.cu_stream()) };
+    for refused in [CudaDevice::from_stream(per_thread), raw] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("per-thread") && error.contains("create a stream"), "{error}");
+    }
+    let legacy = CudaDevice::from_stream(context.default_stream())?;
+    let src = Array3::<f32>::ones((1, 2, 5));
+    let layer = Pointwise::new(Array2::from_elem((3, 2), 1.0f32)).prepare(&legacy.into())?;
+    assert!(layer.forward(&src)?.iter().all(|&x| x == 2.0));
+
+    // A context object that does not say that it is the primary one.
+    let number = context.cu_device();
+    // SAFETY: alive; never destroyed, as the next line sees to.
+    let foreign = unsafe { CudaContext::from_raw_context(ordinal, number, context.cu_ctx()) }
+        .map_err(|e| format!("{:?}", e.0))?;
+    std::mem::forget(foreign.clone());
+    let error = CudaDevice::from_stream(foreign.default_stream()).unwrap_err().to_string();
+    assert!(error.contains("primary"), "{error}");
+    Ok(())
+}
+
 fn graph(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(24);
     let layer = layer(&mut random, 9, 5);
@@ -212,6 +239,17 @@ fn wrong_device(device: &CudaDevice) -> Outcome {
     assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
     let mut host = Array3::<f32>::zeros((1, 3, 5));
     let error = layer.prepare(&device.clone().into())?.forward_into(&src, &mut host).unwrap_err();
+    assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
+    // Also where there is nothing to do.
+    let place = Place::Cuda(device.ordinal() + 1);
+    // SAFETY: no elements.
+    let (src, mut dst) = unsafe {
+        (
+            TensorRef::<f32>::from_raw_parts(std::ptr::null(), place, &[0, 2, 5], &[10, 5, 1])?,
+            TensorMut::<f32>::from_raw_parts(std::ptr::null_mut(), place, &[0, 3, 5], &[15, 5, 1])?,
+        )
+    };
+    let error = layer.prepare(&device.clone().into())?.forward_into(&src, &mut dst).unwrap_err();
     assert!(matches!(error, Error::WrongDevice { .. }), "{error}");
     Ok(())
 }
