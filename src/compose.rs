@@ -39,18 +39,7 @@ impl Branches {
     /// [`Error::NoLayers`] for an empty list; [`Error::WrongDevice`] if they were
     /// prepared for different kinds of device; [`Error::Unsupported`] on CUDA.
     pub fn new(layers: Vec<Prepared>) -> Result<Self> {
-        let Some(first) = layers.first() else {
-            return Err(Error::NoLayers);
-        };
-        for layer in &layers {
-            same_device(first, layer)?;
-            if layer.place() != Place::Host {
-                return Err(Error::Unsupported {
-                    device: layer.device().to_string(),
-                    what: "branches".into(),
-                });
-            }
-        }
+        composable(&layers, "branches")?;
         Ok(Branches { layers })
     }
 
@@ -75,15 +64,27 @@ impl Branches {
     }
 }
 
-fn same_device(a: &Prepared, b: &Prepared) -> Result<()> {
-    if a.place() == b.place() {
-        return Ok(());
+/// Whether layers can run together as `what`.
+fn composable(layers: &[Prepared], what: &str) -> Result<()> {
+    let Some(first) = layers.first() else {
+        return Err(Error::NoLayers);
+    };
+    for layer in layers {
+        if layer.place() != first.place() {
+            return Err(Error::WrongDevice {
+                tensor: "a layer",
+                expected: first.device().to_string(),
+                got: layer.device().to_string(),
+            });
+        }
+        if layer.place() != Place::Host {
+            return Err(Error::Unsupported {
+                device: layer.device().to_string(),
+                what: what.into(),
+            });
+        }
     }
-    Err(Error::WrongDevice {
-        tensor: "a layer",
-        expected: a.device().to_string(),
-        got: b.device().to_string(),
-    })
+    Ok(())
 }
 
 /// One call of [`Branches`].
@@ -218,17 +219,8 @@ impl Sequence {
     /// [`Error::WrongDevice`] if they were prepared for different kinds of device;
     /// [`Error::Unsupported`] on CUDA.
     pub fn new(layers: Vec<Prepared>) -> Result<Self> {
-        let Some(first) = layers.first() else {
-            return Err(Error::NoLayers);
-        };
+        composable(&layers, "a sequence")?;
         for layer in &layers {
-            same_device(first, layer)?;
-            if layer.place() != Place::Host {
-                return Err(Error::Unsupported {
-                    device: layer.device().to_string(),
-                    what: "a sequence".into(),
-                });
-            }
             if let Some(input) = layer.second_input() {
                 return Err(Error::MissingInput { input });
             }
