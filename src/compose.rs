@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 
+use crate::alias::share_memory;
 use crate::error::{Error, Result};
 use crate::prepared::{Extra, Prepared, run_together};
 use crate::problem::Operands;
 use crate::tensor::{
     AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, checked_product,
-    share_memory, strides_like,
+    strides_like,
 };
 
 /// Several layers that read the same source and run as one pass over it, each with its stages and

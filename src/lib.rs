@@ -40,6 +40,7 @@
 //! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod alias;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 mod compose;

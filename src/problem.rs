@@ -7,13 +7,12 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::alias::share_memory;
 use crate::cost::Cost;
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::stages::{NormOver, Stage};
-use crate::tensor::{
-    MAX_RANK, MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product, share_memory,
-};
+use crate::tensor::{MAX_RANK, MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product};
 
 /// What a call needs to know of its layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
