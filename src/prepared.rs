@@ -202,8 +202,8 @@ impl Prepared {
     }
 
     /// How a call on a source of this shape, channels first, would run: kernel, reason, cost and
-    /// roofline. The roofline's ceilings are measured on
-    /// the CPU (up to a tenth of a second, once per size), and arithmetic on clocks and widths on CUDA.
+    /// roofline. Its ceilings are measured on the CPU (up to a tenth of a second, once per size) and
+    /// computed from clocks and widths on CUDA.
     ///
     /// # Errors
     /// If the shape does not fit the layer, or a forced kernel refuses it.

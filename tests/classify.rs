@@ -1,7 +1,7 @@
 //! EfficientNet-Lite0 against PyTorch, and the command `classify` on input that it cannot use.
 
 #[path = "../examples/classify/network.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the command times layers one by one, the tests do not")]
 mod network;
 #[path = "../examples/classify/picture.rs"]
 mod picture;

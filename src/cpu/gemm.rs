@@ -151,7 +151,6 @@ struct Plan {
     splits: usize,
     /// Groups that are units of their own.
     groups: usize,
-    src_copied: &'static str,
 }
 
 impl Plan {
@@ -194,12 +193,10 @@ impl Plan {
         } else {
             ChannelAxis::Rows
         };
-        let (read, src_copied) = match (in_place, axis) {
-            (true, _) => (Read::InPlace, "read in place"),
-            (_, ChannelAxis::Lanes) if src_channels_last => {
-                (Read::ByPosition, "copied block by block, channels last")
-            }
-            _ => (Read::ByChannel, "copied block by block, channels first"),
+        let read = match (in_place, axis) {
+            (true, _) => Read::InPlace,
+            (_, ChannelAxis::Lanes) if src_channels_last => Read::ByPosition,
+            _ => Read::ByChannel,
         };
 
         let tile = match axis {
@@ -225,17 +222,7 @@ impl Plan {
         } else {
             MIN_UNITS.div_ceil(samples.max(1) * groups * blocks).min(layer.weights.panels())
         };
-        Plan {
-            axis,
-            read,
-            with_batch,
-            samples,
-            positions,
-            block: tiles * tile,
-            splits,
-            groups,
-            src_copied,
-        }
+        Plan { axis, read, with_batch, samples, positions, block: tiles * tile, splits, groups }
     }
 
     fn describe(&self) -> String {
@@ -243,7 +230,12 @@ impl Plan {
             ChannelAxis::Rows => "lanes along positions",
             ChannelAxis::Lanes => "lanes along channels",
         };
-        format!("{axis}, src {}, {} units", self.src_copied, self.blocks() * self.units_per_block())
+        let src = match self.read {
+            Read::InPlace => "read in place",
+            Read::ByChannel => "copied block by block, channels first",
+            Read::ByPosition => "copied block by block, channels last",
+        };
+        format!("{axis}, src {src}, {} units", self.blocks() * self.units_per_block())
     }
 
     /// Blocks of positions, over all samples.
