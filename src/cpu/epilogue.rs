@@ -5,6 +5,7 @@
 //! and run on the accumulators in registers; every other list, and every dst whose lanes are not
 //! contiguous, goes through a buffer of one tile that stays in L1.
 
+use crate::cpu::microkernel::{At, Grid, offset};
 use crate::cpu::simd::Simd;
 use crate::epilogue::Step;
 use crate::stages::Activation;
@@ -83,6 +84,11 @@ impl<P> Operand<'_, P> {
             Some(table) => table[position],
             None => position as isize * self.position_stride,
         }
+    }
+
+    /// Whether a map or a table places its elements.
+    pub(crate) fn is_tabled(&self) -> bool {
+        self.channels.is_some() || self.positions.is_some()
     }
 
     /// This operand for the `len` positions of the tile from `first` on.
@@ -226,7 +232,7 @@ pub(crate) struct TileEpilogue<'a> {
     pub axis: ChannelAxis,
     /// The layer's index of the tile's first channel.
     pub channel: usize,
-    /// The bias of every channel of the layer; empty for none.
+    /// The bias of every channel of the layer.
     pub bias: &'a [f32],
     /// The layer's steps; their parameters cover every channel of the layer.
     pub steps: &'a Steps,
@@ -236,7 +242,26 @@ pub(crate) struct TileEpilogue<'a> {
     pub dst: Operand<'a, *mut f32>,
 }
 
-impl TileEpilogue<'_> {
+impl<'a> TileEpilogue<'a> {
+    /// The epilogue of a tile of a grid, whose first tile's this is.
+    #[inline(always)]
+    fn of_tile(&self, grid: &Grid<'_>, at: At) -> TileEpilogue<'a> {
+        if at == [0, 0] {
+            return *self;
+        }
+        let [i, j] = at;
+        let position = i * grid.position_step[0] + j * grid.position_step[1];
+        let moved = |stride: isize| position as isize * stride;
+        TileEpilogue {
+            channel: self.channel + i * grid.channel_step[0] + j * grid.channel_step[1],
+            dst: Operand { ptr: self.dst.ptr.by(moved(self.dst.position_stride)), ..self.dst },
+            residual: self
+                .residual
+                .map(|r| Operand { ptr: r.ptr.by(moved(r.position_stride)), ..r }),
+            ..*self
+        }
+    }
+
     /// The epilogue that can run on vectors of lanes and store them straight to dst, if this one
     /// can.
     #[inline(always)]
@@ -256,7 +281,7 @@ impl TileEpilogue<'_> {
 }
 
 /// The largest tile of any kernel, its rows rounded up to whole vectors.
-const BUFFER_LEN: usize = 16 * 32;
+const BUFFER_LEN: usize = 16 * 64;
 
 /// One tile in memory, row by row.
 #[repr(align(64))]
@@ -278,58 +303,85 @@ impl Buffer {
 /// rows, lanes, the buffer that holds them, what to do.
 pub(crate) type FinishBuffered = unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_>);
 
-/// What [`finish`] looks up before the sums are computed, while no register is taken: the
-/// epilogue that runs in registers, and where the rows of dst and of the residual begin.
+/// What [`finish`] needs to know of the operands of a grid's tiles where the epilogue runs in
+/// registers, worked out before the sums are computed, while no register is taken.
 pub(crate) struct Direct<const R: usize> {
     simple: Simple,
-    dst: [*mut f32; R],
-    residual: [*const f32; R],
+    dst: Rows<*mut f32, R>,
+    residual: Rows<*const f32, R>,
 }
 
-impl<const R: usize> Direct<R> {
-    /// `None` where the tile must go through memory.
+/// The rows of an operand: the first tile's, and how far the next tile's are.
+struct Rows<P, const R: usize> {
+    ptr: P,
+    offsets: [isize; R],
+    step: [isize; 2],
+}
+
+impl<P: Copy + Offset, const R: usize> Rows<P, R> {
     #[inline(always)]
-    pub(crate) fn new(epilogue: &TileEpilogue<'_>) -> Option<Self> {
-        let simple = epilogue.direct()?;
-        let TileEpilogue { axis, channel, dst, .. } = epilogue;
-        let rows = dst.row_offsets::<R>(*axis, *channel);
-        let dst = rows.map(|offset| dst.ptr.wrapping_offset(offset));
-        let mut src = [ptr::null(); R];
-        if simple.residual.is_some() {
-            let residual = epilogue.residual();
-            let rows = residual.row_offsets::<R>(*axis, *channel);
-            src = rows.map(|offset| residual.ptr.wrapping_offset(offset));
+    fn new(operand: &Operand<'_, P>, grid: &Grid<'_>) -> Self {
+        Self {
+            ptr: operand.ptr,
+            offsets: operand.row_offsets(grid.epilogue.axis, grid.epilogue.channel),
+            step: [0, 1].map(|i| {
+                grid.channel_step[i] as isize * operand.channel_stride
+                    + grid.position_step[i] as isize * operand.position_stride
+            }),
         }
-        Some(Self { simple, dst, residual: src })
+    }
+
+    /// Lane 0 of each row of a tile.
+    #[inline(always)]
+    fn of(&self, at: At) -> impl Iterator<Item = P> {
+        let ptr = self.ptr.by(offset(at, self.step));
+        self.offsets.iter().map(move |&offset| ptr.by(offset))
     }
 }
 
-/// Applies the epilogue to the `R` rows of accumulators, of which `cols` lanes are real, and
-/// stores them.
+impl<const R: usize> Direct<R> {
+    /// `None` where tiles must go through memory.
+    #[inline(always)]
+    pub(crate) fn new(grid: &Grid<'_>) -> Option<Self> {
+        let simple = grid.epilogue.direct()?;
+        let dst = Rows::new(&grid.epilogue.dst, grid);
+        let residual = match simple.residual {
+            Some(_) => Rows::new(&grid.epilogue.residual(), grid),
+            None => Rows { ptr: ptr::null(), offsets: [0; R], step: [0; 2] },
+        };
+        Some(Self { simple, dst, residual })
+    }
+}
+
+/// Applies the epilogue to a tile of a grid: `R` rows of accumulators, of which `grid.cols`
+/// lanes are real, and stores them.
 ///
 /// # Safety
 /// The CPU has `V`'s instruction set, and `buffered` is [`finish_buffered`] for `V`;
-/// `(NV - 1) * LANES < cols <= NV * LANES`; `tail` selects the lanes of the last vector.
-/// For every row and lane of the tile, `dst` is writable, and `residual` readable if a step asks
-/// for it; the layer's parameters cover every channel of the tile. `direct` is made of this
-/// epilogue.
+/// `(NV - 1) * LANES < cols <= NV * LANES`; `tail` selects the lanes of the last vector, which is
+/// whole unless `TAIL`; `ROWS` says that channels run along the rows. For every row and lane of the tile, `dst` is writable, and `residual`
+/// readable if a step asks for it; the layer's parameters cover every channel of the tile.
+/// `direct` is made of this grid.
 #[inline(always)]
-pub(crate) unsafe fn finish<V: Simd, const R: usize, const NV: usize>(
+pub(crate) unsafe fn finish<
+    V: Simd,
+    const R: usize,
+    const NV: usize,
+    const TAIL: bool,
+    const ROWS: bool,
+>(
     acc: [[V; NV]; R],
-    cols: usize,
     tail: V::Tail,
-    epilogue: &TileEpilogue<'_>,
-    direct: Option<Direct<R>>,
+    grid: &Grid<'_>,
+    at: At,
+    direct: &Option<Direct<R>>,
     buffered: FinishBuffered,
 ) {
     // SAFETY: the caller's promises are those of the callees; the buffer has room for `R` rows
     // of `NV` vectors.
     unsafe {
         match direct {
-            Some(direct) if V::TAILS_ARE_FREE || cols < NV * V::LANES => {
-                finish_direct::<V, R, NV, true>(acc, tail, epilogue, &direct);
-            }
-            Some(direct) => finish_direct::<V, R, NV, false>(acc, tail, epilogue, &direct),
+            Some(direct) => finish_direct::<V, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct),
             None => {
                 const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
                 let mut buffer = Buffer::uninit();
@@ -337,7 +389,7 @@ pub(crate) unsafe fn finish<V: Simd, const R: usize, const NV: usize>(
                 for (i, x) in acc.as_flattened().iter().enumerate() {
                     x.store(ptr.add(i * V::LANES));
                 }
-                buffered(R, cols, ptr, epilogue);
+                buffered(R, grid.cols, ptr, &grid.epilogue.of_tile(grid, at));
             }
         }
     }
@@ -371,74 +423,80 @@ fn add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV]) -> [V; NV] {
     x
 }
 
-/// # Safety
-/// The rows of `src` are readable at every lane of the tile.
 #[inline(always)]
-unsafe fn add_rows<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
-    mut acc: [[V; NV]; R],
-    src: [*const f32; R],
-    tail: V::Tail,
-) -> [[V; NV]; R] {
-    for (sums, src) in acc.iter_mut().zip(src) {
-        // SAFETY: the caller's promise.
-        *sums = add_row(*sums, unsafe { load_row::<V, NV, TAIL>(src, tail) });
+fn max_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
+    for x in &mut x {
+        *x = x.max(bound);
     }
-    acc
+    x
+}
+
+#[inline(always)]
+fn min_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
+    for x in &mut x {
+        *x = x.min(bound);
+    }
+    x
 }
 
 /// # Safety
 /// As [`finish`].
 #[inline(always)]
-unsafe fn finish_direct<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
-    mut acc: [[V; NV]; R],
+unsafe fn finish_direct<
+    V: Simd,
+    const R: usize,
+    const NV: usize,
+    const TAIL: bool,
+    const ROWS: bool,
+>(
+    acc: [[V; NV]; R],
     tail: V::Tail,
-    epilogue: &TileEpilogue<'_>,
+    grid: &Grid<'_>,
+    at: At,
     direct: &Direct<R>,
 ) {
-    let TileEpilogue { axis, channel, bias, .. } = *epilogue;
-    let simple = direct.simple;
-    // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; the rows of dst
-    // and of the residual are valid for every lane of the tile.
-    unsafe {
-        if !bias.is_empty() {
-            let bias = bias.as_ptr().add(channel);
-            match axis {
-                ChannelAxis::Rows => {
-                    for (row, sums) in acc.iter_mut().enumerate() {
-                        *sums = add_row(*sums, [V::splat(*bias.add(row)); NV]);
+    let Simple { lower, upper, residual } = direct.simple;
+    // Bias, then what the closure-like body says, then the store, row by row: sums are complete in
+    // that order, and what waits in the CPU's queues for a sum that is not there yet keeps the next
+    // tile's multiplications out of them. Each body is straight code.
+    macro_rules! each_row {
+        (|$x:ident, $residual:ident| $body:expr) => {{
+            let [i, j] = at;
+            let channel =
+                grid.epilogue.channel + i * grid.channel_step[0] + j * grid.channel_step[1];
+            // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; the
+            // rows of dst and of the residual are valid for every lane of the tile.
+            unsafe {
+                let bias = grid.epilogue.bias.as_ptr().add(channel);
+                let lanes =
+                    if ROWS { [V::splat(0.0); NV] } else { load_row::<V, NV, TAIL>(bias, tail) };
+                let rows = acc.iter().zip(direct.dst.of(at)).zip(direct.residual.of(at));
+                for (row, ((sums, dst), $residual)) in rows.enumerate() {
+                    let bias = if ROWS { [V::splat(*bias.add(row)); NV] } else { lanes };
+                    let $x = add_row(*sums, bias);
+                    let row: [V; NV] = $body;
+                    for (v, x) in row.iter().enumerate() {
+                        let dst = dst.add(v * V::LANES);
+                        if TAIL && v == NV - 1 { x.store_tail(dst, tail) } else { x.store(dst) }
                     }
                 }
-                ChannelAxis::Lanes => {
-                    let bias = load_row::<V, NV, TAIL>(bias, tail);
-                    for sums in &mut acc {
-                        *sums = add_row(*sums, bias);
-                    }
-                }
             }
-        }
-        if simple.residual == Some(ResidualOrder::BeforeClip) {
-            acc = add_rows::<V, R, NV, TAIL>(acc, direct.residual, tail);
-        }
-        if let Some(lower) = simple.lower {
-            let lower = V::splat(lower);
-            for x in acc.as_flattened_mut() {
-                *x = x.max(lower);
-            }
-        }
-        if let Some(upper) = simple.upper {
-            let upper = V::splat(upper);
-            for x in acc.as_flattened_mut() {
-                *x = x.min(upper);
-            }
-        }
-        if simple.residual == Some(ResidualOrder::AfterClip) {
-            acc = add_rows::<V, R, NV, TAIL>(acc, direct.residual, tail);
-        }
-        for (sums, dst) in acc.iter().zip(direct.dst) {
-            for (v, x) in sums.iter().enumerate() {
-                let dst = dst.add(v * V::LANES);
-                if TAIL && v == NV - 1 { x.store_tail(dst, tail) } else { x.store(dst) }
-            }
-        }
+        }};
+    }
+    // SAFETY: the CPU has V's instruction set.
+    let splat = |bound: Option<f32>, none: f32| unsafe { V::splat(bound.unwrap_or(none)) };
+    let (low, high) = (splat(lower, f32::NEG_INFINITY), splat(upper, f32::INFINITY));
+    match (lower, upper, residual) {
+        (None, None, None) => each_row!(|x, _residual| x),
+        (Some(_), None, None) => each_row!(|x, _residual| max_row(x, low)),
+        (_, Some(_), None) => each_row!(|x, _residual| min_row(max_row(x, low), high)),
+        (_, _, Some(ResidualOrder::BeforeClip)) => each_row!(|x, residual| {
+            let x = add_row(x, load_row::<V, NV, TAIL>(residual, tail));
+            min_row(max_row(x, low), high)
+        }),
+        (_, _, Some(ResidualOrder::AfterClip)) => each_row!(|x, residual| {
+            let x = min_row(max_row(x, low), high);
+            add_row(x, load_row::<V, NV, TAIL>(residual, tail))
+        }),
     }
 }

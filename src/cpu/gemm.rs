@@ -1,8 +1,5 @@
-//! The blocked loops: a problem is cut into units (a block of positions of one sample, a group, a
-//! range of panels), a unit into tiles.
-//!
-//! No sum is ever split, and how a problem is cut does not depend on the number of threads, so
-//! results are bitwise the same for any number of them.
+//! The blocked loops: a plan cuts a problem into units (a block of positions of one sample, a
+//! group, a range of panels), a unit is covered by grids of tiles.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -11,29 +8,25 @@ use std::ops::Range;
 use crate::cost::{Cost, Roof};
 use crate::cpu::epilogue::{self, ChannelAxis, Steps, TileEpilogue};
 use crate::cpu::isa::{ISA_VARIABLE, Isa, Supported};
-use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Tile};
+use crate::cpu::microkernel::{Grid, KERNELS, Kernel, Segment, Sizes};
 use crate::cpu::norm::{self, Finish, Moments, Slot};
 use crate::cpu::pack::{self, Buffer, Part, Read, Weights};
+use crate::cpu::plan::{Facts, Order, Plan, Run, choose_isa, even, pieces_of, vectors_of};
 use crate::cpu::roof;
 use crate::cpu::threads::CpuDevice;
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
 use crate::error::{Error, Result};
-use crate::plan::{Candidate, forced_kernel};
+use crate::plan::Candidate;
 use crate::prepared::PrepareOptions;
-use crate::problem::{LayerShape, Operand, Problem};
+use crate::problem::{LayerShape, Operand, Positions, Problem};
 use crate::stages::NormOver;
-
-/// The part of src that a unit works on, in values: an eighth of a common L2.
-const BLOCK_VALUES: usize = 32 << 10;
-/// Units that a problem is cut into at least, where it has that many tiles.
-const MIN_UNITS: usize = 8;
 
 /// A prepared layer on the CPU.
 pub(crate) struct Layer {
     device: CpuDevice,
     isa: Supported,
-    kernel: &'static Kernel,
-    forced: bool,
+    /// The kernel that is forced.
+    kernel: Option<&'static Kernel>,
     weights: Weights,
     bias: Vec<f32>,
     source_steps: Vec<SourceStep>,
@@ -61,13 +54,12 @@ impl Layer {
             value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
             reason,
         })?;
-        let (isa, kernel, forced) = choose_kernel(best, options.kernel.as_deref())?;
+        let (isa, kernel) = choose_isa(best, options.kernel.as_deref())?;
         Ok(Layer {
             device: device.clone(),
             isa,
             kernel,
-            forced,
-            weights: Weights::pack(&lowered.weight, shape.groups, shape.k(), kernel.nr),
+            weights: Weights::pack(&lowered.weight, shape.groups, shape.k()),
             bias: lowered.bias,
             source_steps: lowered.source_steps,
             steps: Steps::new(lowered.steps),
@@ -80,23 +72,38 @@ impl Layer {
 
     /// The kernel that would run a problem, and how.
     pub(crate) fn explain(&self, problem: &Problem<'_>) -> (&'static str, String) {
-        let why = if self.forced { "forced" } else { "the widest instruction set of this CPU" };
-        (self.kernel.name, format!("{}; {why}", Plan::new(self, problem).describe()))
+        let plan = self.plan(problem, self.kernel);
+        let why = if self.kernel.is_some() { "; forced" } else { "" };
+        (plan.kernel.name, format!("{}{why}", plan.describe()))
     }
 
     /// Every kernel, the chosen one first.
     pub(crate) fn plans(&self, problem: &Problem<'_>) -> Vec<Candidate> {
-        let how = Plan::new(self, problem).describe();
-        let mut candidates = vec![Candidate { kernel: self.kernel.name, verdict: Ok(how) }];
-        let others = KERNELS.iter().rev().filter(|kernel| kernel.name != self.kernel.name);
-        candidates.extend(others.map(|kernel| Candidate {
-            kernel: kernel.name,
-            verdict: match kernel.isa.supported() {
-                Some(_) => Ok("accepts every problem".into()),
-                None => Err(format!("this CPU has no {}", kernel.isa.name())),
-            },
-        }));
-        candidates
+        let chosen = self.plan(problem, self.kernel).kernel;
+        let others = KERNELS.iter().rev().filter(|kernel| kernel.name != chosen.name);
+        std::iter::once(chosen)
+            .chain(others)
+            .map(|kernel| Candidate {
+                kernel: kernel.name,
+                verdict: match kernel.sizes.isa.supported() {
+                    Some(_) => Ok(self.plan(problem, Some(kernel)).describe()),
+                    None => Err(format!("this CPU has no {}", kernel.sizes.isa.name())),
+                },
+            })
+            .collect()
+    }
+
+    /// How a problem is cut, for the best kernel or a given one.
+    fn plan(&self, problem: &Problem<'_>, kernel: Option<&'static Kernel>) -> Plan {
+        let facts = Facts {
+            isa: self.isa.isa(),
+            forced: kernel,
+            weights: &self.weights,
+            source_steps: !self.source_steps.is_empty(),
+            norm_over: self.norm_over(),
+            device: &self.device,
+        };
+        Plan::new(&facts, problem)
     }
 
     /// The ceilings for a problem of this cost.
@@ -112,146 +119,7 @@ impl Layer {
 
 impl fmt::Debug for Layer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cpu::Layer({} rows, {} on {})", self.bias.len(), self.kernel.name, self.device)
-    }
-}
-
-fn choose_kernel(
-    best: Supported,
-    option: Option<&str>,
-) -> Result<(Supported, &'static Kernel, bool)> {
-    let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
-    let forced = forced_kernel(option, &names)?;
-    let wanted = |kernel: &&Kernel| match forced {
-        Some(name) => kernel.name == name,
-        None => kernel.isa == best.isa(),
-    };
-    let kernel = KERNELS.iter().find(wanted).expect("every instruction set has a kernel");
-    match kernel.isa.supported() {
-        Some(isa) => Ok((isa, kernel, forced.is_some())),
-        None => Err(Error::Kernel {
-            kernel: kernel.name.into(),
-            reason: format!("this CPU has no {}", kernel.isa.name()),
-        }),
-    }
-}
-
-/// How one problem is cut and read: a pure function of layer and problem.
-#[derive(Clone, Debug)]
-struct Plan {
-    axis: ChannelAxis,
-    read: Read,
-    /// Whether positions run over all samples.
-    with_batch: bool,
-    samples: usize,
-    positions: usize,
-    /// Positions of a unit.
-    block: usize,
-    /// Ranges that the panels of a group are cut into.
-    splits: usize,
-    /// Groups that are units of their own.
-    groups: usize,
-}
-
-impl Plan {
-    fn new(layer: &Layer, problem: &Problem<'_>) -> Self {
-        let walks = |with_batch: bool| {
-            let dst = problem.walk(&problem.dst, with_batch).uniform();
-            let residual =
-                problem.residual.map_or(Some(0), |r| problem.walk(&r, with_batch).uniform());
-            let src = problem
-                .sources()
-                .try_fold(None, |_, s| problem.walk(&s, with_batch).uniform().map(Some));
-            (src.is_some(), dst, residual.is_some())
-        };
-        // Samples that lie behind one another are one run of positions, unless something differs
-        // between them.
-        let separate = problem.gate.is_some() || layer.norm_over() == Some(NormOver::All);
-        let folds =
-            |(src, dst, residual): (bool, Option<isize>, bool)| src && dst.is_some() && residual;
-        let with_batch = !separate && problem.n > 1 && folds(walks(true));
-        let (samples, positions) = match with_batch {
-            true => (1, problem.n * problem.positions()),
-            false => (problem.n, problem.positions()),
-        };
-        let (src_uniform, dst_position, _) = walks(with_batch);
-        let src_lanes =
-            problem.sources().all(|s| problem.walk(&s, with_batch).uniform() == Some(1));
-        let src_channels_last = problem.sources().all(|s| s.channel == 1);
-
-        let (k, rows) = (problem.k(), problem.c_out / problem.groups);
-        let nr = layer.kernel.nr;
-        let in_place = layer.source_steps.is_empty() && src_uniform;
-        let lanes_filled = positions % (nr / 2) == 0 || (positions >= nr && (k < 96 || rows < nr));
-        let dst_channels_last = problem.dst.channel == 1 && dst_position != Some(1);
-        let axis = if layer.norm.is_some()
-            || dst_channels_last
-            || !lanes_filled
-            || (in_place && !src_lanes)
-        {
-            ChannelAxis::Lanes
-        } else {
-            ChannelAxis::Rows
-        };
-        let read = match (in_place, axis) {
-            (true, _) => Read::InPlace,
-            (_, ChannelAxis::Lanes) if src_channels_last => Read::ByPosition,
-            _ => Read::ByChannel,
-        };
-
-        let tile = match axis {
-            ChannelAxis::Rows => nr,
-            ChannelAxis::Lanes => layer.kernel.mr,
-        };
-        // A normalisation needs every channel of a position: one unit does all groups.
-        let (groups, per_position) = if layer.norm.is_some() {
-            (1, problem.c_in + problem.c_out)
-        } else {
-            (problem.groups, k)
-        };
-        let mut tiles = (BLOCK_VALUES / per_position.max(1) / tile).max(1);
-        let most = positions.div_ceil(tile).max(1);
-        // Moments are merged block by block, so that blocks must not depend on the batch.
-        let batch = if layer.norm_over() == Some(NormOver::All) { 1 } else { samples.max(1) };
-        let wanted = MIN_UNITS.div_ceil(batch * groups).max(1);
-        tiles = tiles.min(most.div_ceil(wanted)).max(1);
-        let blocks = most.div_ceil(tiles);
-        // What is copied serves all panels of a group, so only a single block is worth splitting.
-        let splits = if layer.norm.is_some() || (read != Read::InPlace && blocks > 1) {
-            1
-        } else {
-            MIN_UNITS.div_ceil(samples.max(1) * groups * blocks).min(layer.weights.panels())
-        };
-        Plan { axis, read, with_batch, samples, positions, block: tiles * tile, splits, groups }
-    }
-
-    fn describe(&self) -> String {
-        let axis = match self.axis {
-            ChannelAxis::Rows => "lanes along positions",
-            ChannelAxis::Lanes => "lanes along channels",
-        };
-        let src = match self.read {
-            Read::InPlace => "read in place",
-            Read::ByChannel => "copied block by block, channels first",
-            Read::ByPosition => "copied block by block, channels last",
-        };
-        format!("{axis}, src {src}, {} units", self.blocks() * self.units_per_block())
-    }
-
-    /// Blocks of positions, over all samples.
-    fn blocks(&self) -> usize {
-        self.samples * self.positions.div_ceil(self.block)
-    }
-
-    /// Sample and positions of a block.
-    fn block(&self, index: usize) -> (usize, Range<usize>) {
-        let per_sample = self.positions.div_ceil(self.block);
-        let first = index % per_sample * self.block;
-        (index / per_sample, first..self.positions.min(first + self.block))
-    }
-
-    fn units_per_block(&self) -> usize {
-        self.groups * self.splits
+        write!(f, "cpu::Layer({} on {})", self.isa.isa().name(), self.device)
     }
 }
 
@@ -378,7 +246,8 @@ fn with_scratch(f: impl FnOnce(&mut Scratch)) {
 
 impl<'a> Pass<'a> {
     fn new(layer: &'a Layer, problem: &'a Problem<'a>) -> Self {
-        Pass { layer, problem, plan: Plan::new(layer, problem), slots: Vec::new() }
+        let plan = layer.plan(problem, layer.kernel);
+        Pass { layer, problem, plan, slots: Vec::new() }
     }
 
     fn run_unit(&self, block: usize, unit: usize, scratch: &mut Scratch) {
@@ -417,6 +286,7 @@ impl<'a> Pass<'a> {
     ) -> epilogue::Operand<'t, *mut f32> {
         let at = self.operand(
             &self.problem.dst,
+            &self.plan.dst,
             self.layer.dst_map.as_deref(),
             sample,
             positions,
@@ -438,19 +308,20 @@ impl<'a> Pass<'a> {
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
     ) -> Option<epilogue::Operand<'t, *const f32>> {
-        let residual = self.problem.residual.as_ref()?;
-        Some(self.operand(residual, self.layer.residual_map.as_deref(), sample, positions, table))
+        let (residual, walk) = self.problem.residual.as_ref().zip(self.plan.residual.as_ref())?;
+        let map = self.layer.residual_map.as_deref();
+        Some(self.operand(residual, walk, map, sample, positions, table))
     }
 
     fn operand<'t>(
         &self,
         operand: &Operand,
+        walk: &Positions,
         channels: Option<&'t [u32]>,
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
     ) -> epilogue::Operand<'t, *const f32> {
-        let walk = self.problem.walk(operand, self.plan.with_batch);
         let ptr = operand.ptr.wrapping_offset(sample as isize * operand.sample);
         let channel_stride = operand.channel;
         match walk.uniform() {
@@ -535,68 +406,74 @@ impl<'a> Pass<'a> {
     ) {
         self.source(sample, positions, group, scratch);
         let Scratch { parts, segments, .. } = scratch;
-        let Layer { kernel, weights, bias, steps, .. } = self.layer;
-        let nr = kernel.nr;
-        let first_channel = group * (self.problem.c_out / self.problem.groups);
-        let count = positions.len();
-
-        // A tile at rows `r..r + rows` of a panel and positions `j..j + len` of the block.
-        let mut tile = |panel: usize, r: usize, rows: usize, j: usize, len: usize| {
-            let mut a = weights.panel(group, panel).wrapping_add(r);
-            segments.clear();
-            for part in parts.iter() {
-                let src = part.ptr.wrapping_offset(j as isize * part.position);
-                segments.push(match self.plan.axis {
-                    ChannelAxis::Rows => Segment {
-                        k: part.k,
-                        a,
-                        a_row: 1,
-                        a_k: nr as isize,
-                        b: src,
-                        b_k: part.channel,
-                    },
-                    ChannelAxis::Lanes => Segment {
-                        k: part.k,
-                        a: src,
-                        a_row: part.position,
-                        a_k: part.channel,
-                        b: a,
-                        b_k: nr as isize,
-                    },
-                });
-                a = a.wrapping_add(part.k * nr);
-            }
-            let epilogue = TileEpilogue {
-                axis: self.plan.axis,
-                channel: first_channel + panel * nr + r,
-                bias,
-                steps,
-                residual: residual.map(|residual| residual.at_positions(j, len)),
-                dst: dst.at_positions(j, len),
-            };
-            let (rows, cols) = match self.plan.axis {
-                ChannelAxis::Rows => (rows, len),
-                ChannelAxis::Lanes => (len, rows),
-            };
-            // SAFETY: the layer was prepared for an instruction set that this CPU has; the problem
-            // is validated, so that its tensors hold every channel and position of the tile; dst
-            // aliases nothing that is read, and no other unit has this tile.
-            unsafe { (kernel.run)(&Tile { rows, cols, segments, epilogue: &epilogue }) };
+        let Plan { kernel, axis, order, .. } = self.plan;
+        let weights = &self.layer.weights;
+        let mut area = Area {
+            layer: self.layer,
+            sizes: kernel.sizes,
+            group,
+            first_channel: group * (self.problem.c_out / self.problem.groups),
+            parts,
+            segments,
+            dst,
+            residual,
         };
-        match self.plan.axis {
-            ChannelAxis::Rows => {
-                for j in (0..count).step_by(nr) {
-                    for panel in panels.clone() {
-                        for rows in even(weights.rows(panel), kernel.mr) {
-                            tile(panel, rows.start, rows.len(), j, nr.min(count - j));
+        let count = positions.len();
+        // Panels of one width are computed alike.
+        let full = weights.full_panels().clamp(panels.start, panels.end);
+        let alike = [panels.start..full, full..panels.end];
+        let alike = || alike.iter().filter(|panels| !panels.is_empty()).cloned();
+        match (axis, order) {
+            (ChannelAxis::Rows, _) => {
+                let (pieces, tail) = vectors_of(count, kernel);
+                for piece in pieces {
+                    let most = kernel.rows(piece.len);
+                    match order {
+                        Order::ChannelsOuter => {
+                            for panel in panels.clone() {
+                                for rows in even(weights.rows(panel), most) {
+                                    area.grid(axis, panel..panel + 1, rows, piece);
+                                }
+                            }
+                        }
+                        Order::PositionsOuter => {
+                            for lanes in piece.each() {
+                                for panels in alike() {
+                                    for rows in even(weights.rows(panels.start), most) {
+                                        area.grid(axis, panels.clone(), rows, lanes);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+                // A few positions behind the last vector: lanes run along the channels instead.
+                if let Some(tail) = tail {
+                    let widest = kernel.sizes.widest(tail.len);
+                    for panels in alike() {
+                        for lanes in pieces_of(weights.rows(panels.start), widest) {
+                            area.grid(axis.flipped(), panels.clone(), lanes, tail);
                         }
                     }
                 }
             }
-            ChannelAxis::Lanes => {
+            (ChannelAxis::Lanes, Order::ChannelsOuter) => {
                 for panel in panels {
-                    for j in even(count, kernel.mr) {
-                        tile(panel, 0, weights.rows(panel), j.start, j.len());
+                    for lanes in pieces_of(weights.rows(panel), kernel.nr) {
+                        for rows in even(count, kernel.rows(lanes.len)) {
+                            area.grid(axis, panel..panel + 1, lanes, rows);
+                        }
+                    }
+                }
+            }
+            (ChannelAxis::Lanes, Order::PositionsOuter) => {
+                let widths = alike().flat_map(|p| pieces_of(weights.rows(p.start), kernel.nr));
+                let most = widths.map(|lanes| kernel.rows(lanes.len)).min().unwrap_or(1);
+                for rows in even(count, most).flat_map(Run::each) {
+                    for panels in alike() {
+                        for lanes in pieces_of(weights.rows(panels.start), kernel.nr) {
+                            area.grid(axis, panels.clone(), lanes, rows);
+                        }
                     }
                 }
             }
@@ -707,25 +584,110 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// Cuts `0..count` into the fewest ranges of at most `most`, as even as can be.
-fn even(count: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let parts = count.div_ceil(most);
-    (0..parts).map(move |i| count * i / parts..count * (i + 1) / parts)
+/// A group's channels at a block of positions: what grids are cut out of.
+struct Area<'a> {
+    layer: &'a Layer,
+    sizes: &'a Sizes,
+    group: usize,
+    /// The layer's index of the group's first channel.
+    first_channel: usize,
+    /// Where src is.
+    parts: &'a [Part],
+    segments: &'a mut Vec<Segment>,
+    dst: epilogue::Operand<'a, *mut f32>,
+    residual: Option<epilogue::Operand<'a, *const f32>>,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn even_ranges_cover_everything() {
-        for count in 0..100 {
-            for most in 1..20 {
-                let ranges: Vec<_> = even(count, most).collect();
-                assert!(ranges.iter().all(|r| !r.is_empty() && r.len() <= most));
-                assert_eq!(ranges.iter().map(|r| r.len()).sum::<usize>(), count);
-                assert!(ranges.windows(2).all(|w| w[0].end == w[1].start));
+impl Area<'_> {
+    /// Computes and stores the tiles of channels `channels` of each panel at positions
+    /// `positions`, which are a single tile if there are several panels.
+    fn grid(&mut self, axis: ChannelAxis, panels: Range<usize>, channels: Run, positions: Run) {
+        debug_assert!(panels.len() == 1 || positions.tiles == 1);
+        let tabled = self.dst.is_tabled() || self.residual.is_some_and(|r| r.is_tabled());
+        if tabled && panels.len() * channels.tiles * positions.tiles > 1 {
+            for panel in panels {
+                for channels in channels.each() {
+                    for positions in positions.each() {
+                        self.grid(axis, panel..panel + 1, channels, positions);
+                    }
+                }
             }
+            return;
         }
+        let weights = &self.layer.weights;
+        let panel = panels.start;
+        let stride = weights.stride(panel) as isize;
+        // How far the weight, channels and positions are from tile to tile.
+        let (tiles, weight_step, channel_step, position_step) = if panels.len() > 1 {
+            (
+                [panels.len(), channels.tiles],
+                [weights.panel_len() as isize, channels.len as isize],
+                [weights.width(), channels.len],
+                [0, 0],
+            )
+        } else {
+            (
+                [channels.tiles, positions.tiles],
+                [channels.len as isize, 0],
+                [channels.len, 0],
+                [0, positions.len],
+            )
+        };
+        let mut weight = weights.panel(self.group, panel).wrapping_add(channels.first);
+        self.segments.clear();
+        for part in self.parts {
+            let src = part.ptr.wrapping_offset(positions.first as isize * part.position);
+            let src_step = position_step.map(|step| step as isize * part.position);
+            let k = part.k;
+            self.segments.push(match axis {
+                ChannelAxis::Rows => Segment {
+                    k,
+                    a: weight,
+                    a_row: 1,
+                    a_k: stride,
+                    a_step: weight_step,
+                    b: src,
+                    b_k: part.channel,
+                    b_step: src_step,
+                },
+                ChannelAxis::Lanes => Segment {
+                    k,
+                    a: src,
+                    a_row: part.position,
+                    a_k: part.channel,
+                    a_step: src_step,
+                    b: weight,
+                    b_k: stride,
+                    b_step: weight_step,
+                },
+            });
+            weight = weight.wrapping_offset(k as isize * stride);
+        }
+        let epilogue = TileEpilogue {
+            axis,
+            channel: self.first_channel + panel * weights.width() + channels.first,
+            bias: &self.layer.bias,
+            steps: &self.layer.steps,
+            residual: self.residual.map(|r| r.at_positions(positions.first, positions.len)),
+            dst: self.dst.at_positions(positions.first, positions.len),
+        };
+        let (rows, cols, ahead) = match axis {
+            ChannelAxis::Rows => (channels.len, positions.len, positions.len as isize),
+            ChannelAxis::Lanes => (positions.len, channels.len, 0),
+        };
+        let grid = Grid {
+            rows,
+            cols,
+            tiles,
+            ahead,
+            segments: self.segments,
+            epilogue: &epilogue,
+            channel_step,
+            position_step,
+        };
+        // SAFETY: the layer was prepared for an instruction set that this CPU has; the problem
+        // is validated, so that its tensors hold every channel and position of the tiles; dst
+        // aliases nothing that is read, and no other unit has these tiles.
+        unsafe { (self.sizes.run)(&grid) };
     }
 }

@@ -1,49 +1,118 @@
-//! The register-level kernels: a tile of sums of products, and the epilogue that stores it.
+//! The register-level kernels: tiles of sums of products, and the epilogue that stores them.
 //!
 //! There is one microkernel, *broadcast A, vector B*: `sum[m, j] = Σ_k A(m, k) · B(k, j)`, where
-//! B's lanes `j` are contiguous. Channels first, A is the packed weight and B the rows of src,
-//! read in place; channels last, A is src, read in place, and B the packed weight. Either way a
-//! value is a sum strictly in the order of `k`, whatever the tile, so tilings agree bitwise.
+//! B's lanes `j` are contiguous. Lanes along positions: A is the packed weight and B the rows of
+//! src, read in place. Lanes along channels: A is src, read in place, and B the packed weight.
+//! Either way a value is a sum strictly in the order of `k`, whatever the tile, so tilings agree
+//! bitwise.
 //!
-//! A kernel is compiled for each number of rows and of vectors, so that the sums of a partial
-//! tile stay in registers too.
+//! A call is a *grid* of tiles of one size, so that what is the same for all of them is worked out
+//! once, and the stores of one tile drain while the next one's sums begin. Each size that fits
+//! into registers is compiled by itself, so that the sums of a partial tile stay in registers too.
 
-use crate::cpu::epilogue::{self, Direct, FinishBuffered, TileEpilogue};
+use crate::cpu::epilogue::{self, ChannelAxis, Direct, FinishBuffered, TileEpilogue};
 use crate::cpu::isa::Isa;
 use crate::cpu::simd::Simd;
 use std::hint::black_box;
 
 /// A range of `k` that A and B hold at fixed strides: one source of a channel concatenation.
 ///
-/// Strides are in elements. A's value for row `m` is at `a + m * a_row + k * a_k`; B's lanes
-/// start at `b + k * b_k`.
+/// Strides are in elements. In tile `(i, j)` of the grid A's value for row `m` is at
+/// `a + i * a_step[0] + j * a_step[1] + m * a_row + k * a_k`; B's lanes start at
+/// `b + i * b_step[0] + j * b_step[1] + k * b_k`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     /// Number of terms.
     pub k: usize,
     /// A at row 0, `k = 0`.
     pub a: *const f32,
-    /// Distance of A's rows.
+    /// Distance of A's rows; 1 where A is the packed weight.
     pub a_row: isize,
     /// Distance of A's terms.
     pub a_k: isize,
+    /// Distances of A from tile to tile.
+    pub a_step: [isize; 2],
     /// B at lane 0, `k = 0`.
     pub b: *const f32,
     /// Distance of B's terms.
     pub b_k: isize,
+    /// Distances of B from tile to tile.
+    pub b_step: [isize; 2],
 }
 
-/// One call of a kernel.
+/// One call of a kernel: tiles of one size, `tiles[0]` times `tiles[1]`, the second index running
+/// faster.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tile<'a> {
-    /// Rows of the tile, `1..=mr`.
+pub(crate) struct Grid<'a> {
+    /// Rows of each tile.
     pub rows: usize,
-    /// Lanes of the tile, `1..=nr`. B and dst are not touched beyond them.
+    /// Lanes of each tile. B and dst are not touched beyond them.
     pub cols: usize,
+    /// Tiles in each direction; one where the epilogue places channels or positions by a table.
+    pub tiles: [usize; 2],
+    /// Distance in elements from B to what is read next, which is fetched into cache meanwhile;
+    /// only where lanes run along positions.
+    pub ahead: isize,
     /// The terms to sum, in order.
     pub segments: &'a [Segment],
-    /// What happens to the sums.
+    /// What happens to the sums of tile `(0, 0)`.
     pub epilogue: &'a TileEpilogue<'a>,
+    /// Channels from tile to tile.
+    pub channel_step: [usize; 2],
+    /// Positions from tile to tile.
+    pub position_step: [usize; 2],
+}
+
+/// The place of a tile in its grid.
+pub(crate) type At = [usize; 2];
+
+/// `at[0] * step[0] + at[1] * step[1]`.
+#[inline(always)]
+pub(crate) fn offset(at: At, step: [isize; 2]) -> isize {
+    at[0] as isize * step[0] + at[1] as isize * step[1]
+}
+
+/// The sizes that an instruction set's registers hold, and the code for them.
+#[derive(Debug)]
+pub(crate) struct Sizes {
+    /// What the CPU must have.
+    pub isa: Isa,
+    /// Lanes of its widest vector.
+    pub vector: usize,
+    /// `(lanes, rows)`: the most rows of a tile of up to so many lanes, ascending.
+    pub most_rows: &'static [(usize, usize)],
+    /// Computes and stores a grid.
+    ///
+    /// # Safety
+    /// The CPU has `isa`; `rows` is at most what `most_rows` gives for `cols`, neither is zero; A
+    /// is readable at every row and B at every lane of each tile, for every `k` of every segment;
+    /// where lanes run along channels, B is also readable up to a whole number of
+    /// [`PANEL_QUANTUM`](crate::cpu::pack::PANEL_QUANTUM) lanes; the epilogue's `dst` is writable,
+    /// and its `residual` readable if its steps ask for it, at every row and lane of each tile;
+    /// its bias (unless empty) and its steps' parameters cover the tiles' channels, its maps and
+    /// tables the tile's channels and positions; dst overlaps nothing that is read, other than a
+    /// residual at the same place.
+    pub run: unsafe fn(&Grid<'_>),
+}
+
+impl Sizes {
+    /// Those of an instruction set.
+    pub(crate) fn of(isa: Isa) -> &'static Sizes {
+        let kernel = KERNELS.iter().find(|kernel| kernel.sizes.isa == isa);
+        kernel.expect("every instruction set has a kernel").sizes
+    }
+
+    /// The most lanes of a tile of so many rows.
+    pub(crate) fn widest(&self, rows: usize) -> usize {
+        let fits = |&&(_, most): &&(usize, usize)| rows <= most;
+        self.most_rows.iter().rev().find(fits).map_or(0, |&(lanes, _)| lanes)
+    }
+
+    /// The most rows of a tile of so many lanes.
+    pub(crate) fn rows(&self, lanes: usize) -> usize {
+        let fits = |&&(most, _): &&(usize, usize)| lanes <= most;
+        self.most_rows.iter().find(fits).map_or(0, |&(_, rows)| rows)
+    }
 }
 
 /// A microkernel: a row of [`KERNELS`].
@@ -51,238 +120,316 @@ pub(crate) struct Tile<'a> {
 pub(crate) struct Kernel {
     /// `{pass}_{dtype}_{isa}_{mr}x{nr}`.
     pub name: &'static str,
-    /// What the CPU must have.
-    pub isa: Isa,
-    /// The most rows of a tile.
+    /// The most rows of a tile of `nr` lanes.
     pub mr: usize,
     /// The most lanes of a tile.
     pub nr: usize,
-    /// Computes and stores one tile.
-    ///
-    /// # Safety
-    /// The CPU has `isa`; `rows` is in `1..=mr` and `cols` in `1..=nr`; A is readable at every
-    /// row and B at every lane of the tile, for every `k` of every segment; the epilogue's `dst`
-    /// is writable, and its `residual` readable if its steps ask for it, at every row and lane of
-    /// the tile; its bias (unless empty) and its steps' parameters cover the tile's channels, its
-    /// maps and tables the tile's channels and positions; dst overlaps nothing that is read,
-    /// other than a residual at the same place.
-    pub run: unsafe fn(&Tile<'_>),
+    /// The instruction set, and what runs.
+    pub sizes: &'static Sizes,
 }
 
-/// Computes the sums of one tile and hands them to its epilogue.
+impl Kernel {
+    /// The most rows of a tile of so many lanes.
+    pub(crate) fn rows(&self, lanes: usize) -> usize {
+        if lanes == self.nr { self.mr } else { self.sizes.rows(lanes) }
+    }
+}
+
+/// Computes a grid of tiles of `R` rows and `NV` vectors.
 ///
 /// # Safety
-/// As [`Kernel::run`], where `rows` is `R` and `cols` needs `NV` vectors.
+/// As [`Sizes::run`], where `rows` is `R` and `cols` needs `NV` vectors.
 #[inline(always)]
-unsafe fn run<V: Simd, const R: usize, const NV: usize>(tile: &Tile<'_>, buffered: FinishBuffered) {
-    let Tile { rows, cols, segments, epilogue } = *tile;
-    debug_assert!(rows == R && cols.div_ceil(V::LANES) == NV);
+unsafe fn run<V: Simd, const R: usize, const NV: usize>(grid: &Grid<'_>, buffered: FinishBuffered) {
+    debug_assert!(grid.rows == R && grid.cols.div_ceil(V::LANES) == NV);
+    let whole = !V::TAILS_ARE_FREE && grid.cols == NV * V::LANES;
     // SAFETY: the caller's promises.
     unsafe {
-        let direct = Direct::new(epilogue);
-        let tail = V::tail(cols - (NV - 1) * V::LANES);
-        let acc = if V::TAILS_ARE_FREE || cols < NV * V::LANES {
-            sums::<V, R, NV, true>(segments, tail)
-        } else {
-            sums::<V, R, NV, false>(segments, tail)
-        };
-        epilogue::finish(acc, cols, tail, epilogue, direct, buffered);
+        match (grid.epilogue.axis, whole) {
+            (ChannelAxis::Rows, false) => tiles::<V, R, NV, true, true>(grid, buffered),
+            (ChannelAxis::Rows, true) => tiles::<V, R, NV, false, true>(grid, buffered),
+            (ChannelAxis::Lanes, false) => tiles::<V, R, NV, true, false>(grid, buffered),
+            (ChannelAxis::Lanes, true) => tiles::<V, R, NV, false, false>(grid, buffered),
+        }
     }
 }
 
-/// The sums of a tile, in registers.
+/// `TAIL` says that the last vector may have fewer lanes, `PACKED` that A is the packed weight.
 ///
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
-    segments: &[Segment],
-    tail: V::Tail,
-) -> [[V; NV]; R] {
-    // SAFETY: the CPU has V's instruction set; the segments are the caller's.
+unsafe fn tiles<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const PACKED: bool>(
+    grid: &Grid<'_>,
+    buffered: FinishBuffered,
+) {
+    // SAFETY: the caller's promises.
     unsafe {
-        let mut acc = [[V::splat(0.0); NV]; R];
-        // In a loop over the segments, LLVM would keep the sums in memory between them, and so
-        // around a single one too.
-        if let [first, rest @ ..] = segments {
-            acc = add_segment::<V, R, NV, TAIL>(acc, first, tail);
-            for segment in rest {
-                acc = add_segment::<V, R, NV, TAIL>(acc, segment, tail);
+        let tail = V::tail(grid.cols - (NV - 1) * V::LANES);
+        let direct = Direct::<R>::new(grid);
+        let mut segments = grid.segments;
+        while let [Segment { k: 0, .. }, rest @ ..] = segments {
+            segments = rest;
+        }
+        let Some((first, rest)) = segments.split_first() else {
+            return empty::<V, R, NV, TAIL, PACKED>(grid, tail, &direct, buffered);
+        };
+        // Where the first terms of a tile are does not wait for anything at the tile's start: the
+        // multiplications of a tile begin while those of the last one are under way.
+        let strides = Strides::new(first);
+        let mut outer = Terms::new(first, strides, [0, 0]);
+        for i in 0..grid.tiles[0] {
+            let mut terms = outer;
+            for j in 0..grid.tiles[1] {
+                let at = [i, j];
+                let acc =
+                    sums::<V, R, NV, TAIL, PACKED>(terms, first.k, rest, at, grid.ahead, tail);
+                epilogue::finish::<V, R, NV, TAIL, PACKED>(acc, tail, grid, at, &direct, buffered);
+                terms = terms.moved(first.a_step[1], first.b_step[1]);
+            }
+            outer = outer.moved(first.a_step[0], first.b_step[0]);
+        }
+    }
+}
+
+/// As [`tiles`], where there is nothing to sum.
+///
+/// # Safety
+/// As [`run`].
+#[cold]
+#[inline(always)]
+unsafe fn empty<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const PACKED: bool>(
+    grid: &Grid<'_>,
+    tail: V::Tail,
+    direct: &Option<Direct<R>>,
+    buffered: FinishBuffered,
+) {
+    for i in 0..grid.tiles[0] {
+        for j in 0..grid.tiles[1] {
+            // SAFETY: the caller's promises.
+            unsafe {
+                let acc = [[V::splat(0.0); NV]; R];
+                epilogue::finish::<V, R, NV, TAIL, PACKED>(
+                    acc,
+                    tail,
+                    grid,
+                    [i, j],
+                    direct,
+                    buffered,
+                );
             }
         }
-        acc
     }
 }
 
-/// # Safety
-/// As [`run`].
-#[inline(always)]
-unsafe fn add_segment<V: Simd, const R: usize, const NV: usize, const TAIL: bool>(
-    acc: [[V; NV]; R],
-    segment: &Segment,
-    tail: V::Tail,
-) -> [[V; NV]; R] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if segment.a_row == 1 {
-            add_terms::<V, R, NV, TAIL, true>(acc, segment, tail)
-        } else {
-            add_terms::<V, R, NV, TAIL, false>(acc, segment, tail)
-        }
-    }
-}
-
-/// `PACKED` says that A's rows are neighbours, which saves the loop their addresses.
+/// The sums of a tile, in registers: `k` terms of the first segment, then those of `rest`.
 ///
 /// # Safety
-/// As [`run`].
+/// As [`run`]; `k` is not zero.
 #[inline(always)]
-unsafe fn add_terms<
-    V: Simd,
-    const R: usize,
-    const NV: usize,
-    const TAIL: bool,
-    const PACKED: bool,
->(
-    mut acc: [[V; NV]; R],
-    segment: &Segment,
+unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const PACKED: bool>(
+    mut terms: Terms,
+    k: usize,
+    rest: &[Segment],
+    at: At,
+    ahead: isize,
     tail: V::Tail,
 ) -> [[V; NV]; R] {
-    let mut a = RowPointers::new(segment);
-    let mut b = segment.b;
-    for _ in 0..segment.k {
-        // SAFETY: A and B are readable at every row, lane and k of the tile; the pointers past
-        // the last k are not used.
-        unsafe {
-            let lanes = epilogue::load_row::<V, NV, TAIL>(b, tail);
+    // SAFETY: the CPU has V's instruction set; A and B are readable at every row, lane and k of
+    // the tile; the pointers past the last k are not used, and fetching never faults.
+    unsafe {
+        let mut acc = [[V::splat(0.0); NV]; R];
+        let mut rest = rest.iter();
+        let mut left = k;
+        // One loop over the terms of all segments, since LLVM would keep the sums in memory
+        // between several.
+        loop {
+            let lanes = epilogue::load_row::<V, NV, TAIL>(terms.b, tail);
+            if PACKED {
+                for v in 0..NV {
+                    V::fetch(terms.b.wrapping_offset(ahead).wrapping_add(v * V::LANES));
+                }
+            }
             for (row, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(if PACKED { *a.bases[0].add(row) } else { *a.row(row) });
+                let x = V::splat(if PACKED { *terms.a[0].add(row) } else { *terms.row(row) });
                 for (sum, lanes) in sums.iter_mut().zip(lanes) {
                     *sum = x.mul_add(lanes, *sum);
                 }
             }
+            left -= 1;
+            if left > 0 {
+                terms = terms.next();
+                continue;
+            }
+            let Some(segment) = rest.find(|segment| segment.k > 0) else { return acc };
+            left = segment.k;
+            terms = Terms::new(segment, Strides::new(segment), at);
         }
-        a.advance(segment.a_k);
-        b = b.wrapping_offset(segment.b_k);
     }
-    acc
 }
 
-/// A's rows at one `k`, up to 14 of them, each reached by one address of the form
-/// `base + stride * {1, 2, 4}`.
-///
-/// Bases and strides are hidden from the optimiser: knowing that they are multiples of each
-/// other, LLVM steps one pointer from row to row, and the chain of additions is longer than the
-/// multiplications.
-struct RowPointers {
-    bases: [*const f32; 2],
+/// The distances in A and B within a segment: see [`Terms`].
+#[derive(Clone, Copy)]
+struct Strides {
+    a_k: isize,
+    b_k: isize,
+    /// Of so many rows, in bytes.
     one: isize,
     three: isize,
     five: isize,
+    seven: isize,
 }
 
-impl RowPointers {
-    const ROWS_PER_BASE: usize = 7;
-
+impl Strides {
     #[inline(always)]
     fn new(segment: &Segment) -> Self {
         let one = segment.a_row * size_of::<f32>() as isize;
-        let second = segment.a.wrapping_byte_offset(one * Self::ROWS_PER_BASE as isize);
         Self {
-            bases: [segment.a, black_box(second)],
+            a_k: segment.a_k,
+            b_k: segment.b_k,
             one,
             three: black_box(3 * one),
             five: black_box(5 * one),
+            seven: black_box(7 * one),
         }
+    }
+}
+
+/// Where A and B are at one `k`. A's rows, up to 14 of them, are each reached by one address of
+/// the form `base + stride * {1, 2, 4}`.
+///
+/// The strides are hidden from the optimiser: knowing that they are multiples of each other, LLVM
+/// steps one pointer from row to row, and the chain of additions is longer than the
+/// multiplications.
+#[derive(Clone, Copy)]
+struct Terms {
+    /// Row 0 and row 7.
+    a: [*const f32; 2],
+    b: *const f32,
+    strides: Strides,
+}
+
+impl Terms {
+    const ROWS_PER_BASE: usize = 7;
+
+    /// The first term of a tile.
+    #[inline(always)]
+    fn new(segment: &Segment, strides: Strides, at: At) -> Self {
+        let a = segment.a.wrapping_offset(offset(at, segment.a_step));
+        Self {
+            a: [a, a.wrapping_byte_offset(strides.seven)],
+            b: segment.b.wrapping_offset(offset(at, segment.b_step)),
+            strides,
+        }
+    }
+
+    #[inline(always)]
+    fn moved(self, a: isize, b: isize) -> Self {
+        Self { a: self.a.map(|ptr| ptr.wrapping_offset(a)), b: self.b.wrapping_offset(b), ..self }
+    }
+
+    /// The next term.
+    #[inline(always)]
+    fn next(self) -> Self {
+        self.moved(self.strides.a_k, self.strides.b_k)
     }
 
     /// `row` is a constant wherever this is inlined.
     #[inline(always)]
     fn row(&self, row: usize) -> *const f32 {
-        let base = self.bases[row / Self::ROWS_PER_BASE];
-        base.wrapping_byte_offset(match row % Self::ROWS_PER_BASE {
+        let Strides { one, three, five, .. } = self.strides;
+        self.a[row / Self::ROWS_PER_BASE].wrapping_byte_offset(match row % Self::ROWS_PER_BASE {
             0 => 0,
-            1 => self.one,
-            2 => self.one * 2,
-            3 => self.three,
-            4 => self.one * 4,
-            5 => self.five,
-            _ => self.three * 2,
+            1 => one,
+            2 => one * 2,
+            3 => three,
+            4 => one * 4,
+            5 => five,
+            _ => three * 2,
         })
     }
+}
 
-    #[inline(always)]
-    fn advance(&mut self, a_k: isize) {
-        self.bases = self.bases.map(|base| base.wrapping_offset(a_k));
+/// Compiles an instruction set's tiles. Each line names a number of lanes, the vector type that
+/// they fill, how many of it, and every number of rows that fits; lines ascend in lanes.
+macro_rules! sizes {
+    ($(#[$features:meta])? $table:ident = $isa:expr, $widest:literal lanes, $run:ident {
+        $($lanes:literal: $vector:ty, $nv:literal, [$($rows:literal)*];)*
+    }) => {
+        unsafe fn $run(grid: &Grid<'_>) {
+            $(#[$features])?
+            unsafe fn buffered<V: Simd>(rows: usize, cols: usize, tile: *mut f32, epilogue: &TileEpilogue<'_>) {
+                // SAFETY: the caller's promises; this function has the target features.
+                unsafe { epilogue::finish_buffered::<V>(rows, cols, tile, epilogue) }
+            }
+
+            $(#[$features])?
+            unsafe fn instance<V: Simd, const R: usize, const NV: usize>(grid: &Grid<'_>) {
+                // SAFETY: the caller's promises; this function has the target features.
+                unsafe { run::<V, R, NV>(grid, buffered::<V>) }
+            }
+
+            static INSTANCES: &[(usize, &[unsafe fn(&Grid<'_>)])] = &[
+                $(($lanes, &[$(instance::<$vector, $rows, $nv>),*])),*
+            ];
+            for &(lanes, rows) in INSTANCES {
+                if grid.cols <= lanes {
+                    // SAFETY: the caller's promises.
+                    return unsafe { rows[grid.rows - 1](grid) };
+                }
+            }
+            unreachable!("the tile has more lanes than any instance");
+        }
+
+        static $table: Sizes = Sizes {
+            isa: $isa,
+            vector: $widest,
+            most_rows: &[$(($lanes, [$($rows),*].len())),*],
+            run: $run,
+        };
+    };
+}
+
+sizes! {
+    PORTABLE = Isa::Portable, 4 lanes, run_portable {
+        4: crate::cpu::simd::Baseline, 1, [1 2 3 4];
+        8: crate::cpu::simd::Baseline, 2, [1 2 3 4];
     }
 }
 
-/// Compiles a kernel of one vector type for every number of rows and vectors.
-macro_rules! kernel {
-    ($(#[$features:meta])? $name:ident = $vector:ty, rows $rows:tt, vectors $vectors:tt) => {
-        unsafe fn $name(tile: &Tile<'_>) {
-            use crate::cpu::epilogue::{TileEpilogue, finish_buffered};
-
-            $(#[$features])?
-            unsafe fn buffered(rows: usize, cols: usize, tile: *mut f32, epilogue: &TileEpilogue<'_>) {
-                // SAFETY: the caller's promises; this function has the target features.
-                unsafe { finish_buffered::<$vector>(rows, cols, tile, epilogue) }
-            }
-
-            $(#[$features])?
-            unsafe fn instance<const R: usize, const NV: usize>(tile: &Tile<'_>) {
-                // SAFETY: the caller's promises; this function has the target features.
-                unsafe { run::<$vector, R, NV>(tile, buffered) }
-            }
-
-            static INSTANCES: &[&[unsafe fn(&Tile<'_>)]] = kernel!(@rows $rows $vectors);
-            let vectors = tile.cols.div_ceil(<$vector as Simd>::LANES);
-            // SAFETY: the caller's promises.
-            unsafe { INSTANCES[tile.rows - 1][vectors - 1](tile) }
-        }
-    };
-    (@rows [$($row:literal)*] $vectors:tt) => { &[$(kernel!(@row $row $vectors)),*] };
-    (@row $row:literal [$($vectors:literal)*]) => { &[$(instance::<$row, $vectors>),*] };
-}
-
-kernel! {
-    fprop_f32_portable_4x8 = crate::cpu::simd::Baseline,
-    rows [1 2 3 4], vectors [1 2]
-}
-
 #[cfg(target_arch = "x86_64")]
-kernel! {
+sizes! {
     #[target_feature(enable = "avx2,fma")]
-    fprop_f32_avx2_6x16 = crate::cpu::simd::avx2::F32x8,
-    rows [1 2 3 4 5 6], vectors [1 2]
+    AVX2 = Isa::Avx2, 8 lanes, run_avx2 {
+        8: crate::cpu::simd::avx2::F32x8, 1, [1 2 3 4 5 6];
+        16: crate::cpu::simd::avx2::F32x8, 2, [1 2 3 4 5 6];
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
-kernel! {
+sizes! {
     #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
-    fprop_f32_avx512_14x32 = crate::cpu::simd::avx512::F32x16,
-    rows [1 2 3 4 5 6 7 8 9 10 11 12 13 14], vectors [1 2]
+    AVX512 = Isa::Avx512, 16 lanes, run_avx512 {
+        8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+        16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+        24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
+        32: crate::cpu::simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+        48: crate::cpu::simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
+        64: crate::cpu::simd::avx512::F32x16, 4, [1 2 3 4 5 6];
+    }
 }
 
 /// Every microkernel. A new kernel is a row here; tests and benches iterate over this table.
 pub(crate) static KERNELS: &[Kernel] = &[
-    Kernel {
-        name: "fprop_f32_portable_4x8",
-        isa: Isa::Portable,
-        mr: 4,
-        nr: 8,
-        run: fprop_f32_portable_4x8,
-    },
+    Kernel { name: "fprop_f32_portable_4x8", mr: 4, nr: 8, sizes: &PORTABLE },
     #[cfg(target_arch = "x86_64")]
-    Kernel { name: "fprop_f32_avx2_6x16", isa: Isa::Avx2, mr: 6, nr: 16, run: fprop_f32_avx2_6x16 },
+    Kernel { name: "fprop_f32_avx2_6x16", mr: 6, nr: 16, sizes: &AVX2 },
     #[cfg(target_arch = "x86_64")]
-    Kernel {
-        name: "fprop_f32_avx512_14x32",
-        isa: Isa::Avx512,
-        mr: 14,
-        nr: 32,
-        run: fprop_f32_avx512_14x32,
-    },
+    Kernel { name: "fprop_f32_avx512_14x16", mr: 14, nr: 16, sizes: &AVX512 },
+    #[cfg(target_arch = "x86_64")]
+    Kernel { name: "fprop_f32_avx512_9x48", mr: 9, nr: 48, sizes: &AVX512 },
+    #[cfg(target_arch = "x86_64")]
+    Kernel { name: "fprop_f32_avx512_6x64", mr: 6, nr: 64, sizes: &AVX512 },
 ];
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The CPU backend: `gemm` cuts a problem into units and tiles, `pack` lays weights (and, where it
+//! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it, `pack` lays weights (and, where it
 //! pays, src) out for the microkernels, `norm` normalises a block of positions, `threads` spreads
 //! units over a pool. Everything that depends on the instruction set is in `microkernel`,
 //! `epilogue`, `runs` and `math`, written over one vector type in `simd`.
@@ -10,6 +10,7 @@ mod math;
 mod microkernel;
 mod norm;
 mod pack;
+mod plan;
 mod roof;
 mod runs;
 mod simd;

@@ -33,52 +33,100 @@ impl Buffer {
     }
 }
 
-/// A packed weight: per group, panels of `nr` rows, each panel `[k][nr]`, zeros beyond the last
-/// row.
+/// Panels are as wide as a whole number of so many rows, so that their lines are aligned.
+pub(crate) const PANEL_QUANTUM: usize = 8;
+
+/// A packed weight: per group, panels of [`width`](Self::width) rows, each panel `[k][rows]`; the
+/// last panel of a group holds what is left, rounded up with zeros to [`PANEL_QUANTUM`].
 ///
-/// The one packing serves both directions of a tile: a panel is B where lanes run along the
-/// channels, and any rows of it are A where lanes run along positions.
+/// The one packing serves every tile in both directions: any lanes of a panel are B where lanes run
+/// along the channels, and any rows of it are A where lanes run along positions.
 pub(crate) struct Weights {
     data: Buffer,
     k: usize,
-    nr: usize,
+    width: usize,
     rows_per_group: usize,
 }
 
 impl Weights {
     /// Packs `weight [groups * rows_per_group, k]`, row-major.
-    pub(crate) fn pack(weight: &[f32], groups: usize, k: usize, nr: usize) -> Self {
+    pub(crate) fn pack(weight: &[f32], groups: usize, k: usize) -> Self {
         let rows_per_group = weight.len() / k / groups;
-        let panels = rows_per_group.div_ceil(nr);
+        // Whole panels where either width gives them, the wider one where both do.
+        let width = match rows_per_group {
+            rows if rows > 64 && rows % 64 != 0 && rows % 48 == 0 => 48,
+            _ => 64,
+        };
+        let mut weights = Weights { data: Buffer::default(), k, width, rows_per_group };
         let mut data = Buffer::default();
-        let packed = data.get(groups * panels * nr * k);
-        for (i, panel) in packed.chunks_exact_mut(nr * k).enumerate() {
-            let (group, first) = (i / panels, i % panels * nr);
-            for row in first..rows_per_group.min(first + nr) {
-                let values = &weight[(group * rows_per_group + row) * k..][..k];
-                for (slot, &value) in panel[row - first..].iter_mut().step_by(nr).zip(values) {
-                    *slot = value;
+        let mut packed = data.get(groups * weights.group_len());
+        for group in weight.chunks_exact(rows_per_group * k) {
+            for (panel, rows) in group.chunks(width * k).enumerate() {
+                let stride = weights.stride(panel);
+                let (now, later) = packed.split_at_mut(stride * k);
+                for (row, values) in rows.chunks_exact(k).enumerate() {
+                    for (slot, &value) in now[row..].iter_mut().step_by(stride).zip(values) {
+                        *slot = value;
+                    }
                 }
+                packed = later;
             }
         }
-        Weights { data, k, nr, rows_per_group }
+        weights.data = data;
+        weights
+    }
+
+    /// Rows of the last panel.
+    pub(crate) fn last_rows(&self) -> usize {
+        self.rows(self.panels() - 1)
+    }
+
+    /// Bytes of one group.
+    pub(crate) fn group_bytes(&self) -> usize {
+        self.group_len() * size_of::<f32>()
+    }
+
+    /// Values of one group.
+    fn group_len(&self) -> usize {
+        let panels = self.panels();
+        ((panels - 1) * self.width + self.stride(panels - 1)) * self.k
+    }
+
+    /// Values of a panel that has all rows.
+    pub(crate) fn panel_len(&self) -> usize {
+        self.width * self.k
+    }
+
+    /// The most rows of a panel.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Panels of one group that have all rows.
+    pub(crate) fn full_panels(&self) -> usize {
+        self.rows_per_group / self.width
     }
 
     /// Panels of one group.
     pub(crate) fn panels(&self) -> usize {
-        self.rows_per_group.div_ceil(self.nr)
+        self.rows_per_group.div_ceil(self.width)
     }
 
     /// Rows that panel `panel` holds, without padding.
     pub(crate) fn rows(&self, panel: usize) -> usize {
-        self.nr.min(self.rows_per_group - panel * self.nr)
+        self.width.min(self.rows_per_group - panel * self.width)
+    }
+
+    /// Distance of neighbouring `k` in a panel.
+    pub(crate) fn stride(&self, panel: usize) -> usize {
+        self.rows(panel).next_multiple_of(PANEL_QUANTUM)
     }
 
     /// A panel's first value: row 0, `k` 0.
     pub(crate) fn panel(&self, group: usize, panel: usize) -> *const f32 {
         assert!(panel < self.panels());
-        let index = (group * self.panels() + panel) * self.nr * self.k;
-        debug_assert!(index + self.nr * self.k <= self.data.lines.len() * 16);
+        let index = group * self.group_len() + panel * self.width * self.k;
+        debug_assert!(index + self.stride(panel) * self.k <= self.data.lines.len() * 16);
         self.data.as_ptr().wrapping_add(index)
     }
 }
@@ -264,21 +312,22 @@ mod tests {
 
     #[test]
     fn panels_hold_every_row_once_and_zeros_beyond() {
-        let (groups, rows, k, nr) = (2, 5, 3, 4);
-        let weight: Vec<f32> = (1..=groups * rows * k).map(|i| i as f32).collect();
-        let packed = Weights::pack(&weight, groups, k, nr);
-        assert_eq!((packed.panels(), packed.rows(0), packed.rows(1)), (2, 4, 1));
-        for group in 0..groups {
-            for panel in 0..2 {
-                for i in 0..k {
-                    for lane in 0..nr {
-                        let row = panel * nr + lane;
-                        let expected =
-                            if row < rows { weight[(group * rows + row) * k + i] } else { 0.0 };
-                        // SAFETY: inside the panel.
-                        let got = unsafe { *packed.panel(group, panel).add(i * nr + lane) };
-                        assert_eq!(got, expected);
-                    }
+        for (groups, rows, k) in [(2, 5, 3), (1, 64, 2), (3, 96, 1), (2, 150, 4), (1, 48, 5)] {
+            let weight: Vec<f32> = (1..=groups * rows * k).map(|i| i as f32).collect();
+            let packed = Weights::pack(&weight, groups, k);
+            let all = (0..packed.panels()).map(|panel| packed.rows(panel)).sum::<usize>();
+            assert_eq!(all, rows);
+            for (group, panel) in
+                (0..groups).flat_map(|g| (0..packed.panels()).map(move |panel| (g, panel)))
+            {
+                let stride = packed.stride(panel);
+                for (i, lane) in (0..k).flat_map(|i| (0..stride).map(move |lane| (i, lane))) {
+                    let row = panel * packed.width() + lane;
+                    let expected =
+                        if row < rows { weight[(group * rows + row) * k + i] } else { 0.0 };
+                    // SAFETY: inside the panel.
+                    let got = unsafe { *packed.panel(group, panel).add(i * stride + lane) };
+                    assert_eq!(got, expected, "{groups} x {rows} x {k}");
                 }
             }
         }

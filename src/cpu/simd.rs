@@ -78,6 +78,12 @@ pub(crate) unsafe trait Simd:
     /// As for `load`, for the lanes of `tail` only.
     unsafe fn load_tail(src: *const f32, tail: Self::Tail) -> Self;
 
+    /// Asks for a cache line to be fetched, where the CPU can be asked; never faults.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set of this type.
+    unsafe fn fetch(src: *const f32);
+
     /// Stores `LANES` values.
     ///
     /// # Safety

@@ -1,29 +1,50 @@
 //! The threads of a call: the caller is one of them, helpers come from a rayon pool.
+//!
+//! A helper that has done its part lingers for some microseconds, ready for the next layer: handing
+//! work to a thread that spins costs a tenth of a microsecond, waking one that sleeps costs as much
+//! as a small layer. While it lingers it runs whatever else the pool has to do.
 
+use std::cell::UnsafeCell;
 use std::fmt;
 use std::num::NonZeroUsize;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread::Thread;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::cpu::isa::Isa;
 
-/// Work below which waking a helper costs more than it saves, in the units of
-/// [`CpuDevice::for_each`]: about 100 µs of one core.
-const SERIAL_WORK: usize = 4_000_000;
+/// Work below which a call stays on its caller, in the units of [`CpuDevice::for_each`]: some 15 µs
+/// of one core.
+const SERIAL_WORK: usize = 1_000_000;
+/// Work below which nobody is woken, and only helpers that are awake take part: some 50 µs.
+const WAKING_WORK: usize = 3_000_000;
+/// How long a helper waits for the next call.
+const LINGER: Duration = Duration::from_micros(200);
+/// Units beyond which claims could overflow.
+const MOST_UNITS: usize = u32::MAX as usize / 4;
+/// Calls of one team that can be helped at a time; a further one runs on its caller alone.
+const CALLS: usize = 8;
 
 /// The CPU as a device: which pool helps, and how many threads may work on a call.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CpuDevice {
-    pool: Option<Arc<rayon::ThreadPool>>,
+    pool: Option<Arc<Pool>>,
     limit: Option<NonZeroUsize>,
+}
+
+/// A caller's pool.
+#[derive(Debug)]
+struct Pool {
+    threads: Arc<rayon::ThreadPool>,
+    team: Arc<Team>,
 }
 
 impl CpuDevice {
     /// Helpers come from the caller's pool.
-    pub(crate) fn with_pool(pool: Arc<rayon::ThreadPool>) -> Self {
-        CpuDevice { pool: Some(pool), limit: None }
+    pub(crate) fn with_pool(threads: Arc<rayon::ThreadPool>) -> Self {
+        let pool = Pool { threads, team: Arc::default() };
+        CpuDevice { pool: Some(Arc::new(pool)), limit: None }
     }
 
     /// At most this many threads, the caller among them; zero counts as one.
@@ -37,97 +58,331 @@ impl CpuDevice {
             return 1;
         }
         let pool = match &self.pool {
-            Some(pool) => pool.current_num_threads(),
+            Some(pool) => pool.threads.current_num_threads(),
             None => rayon::current_num_threads(),
         };
         self.limit.map_or(pool, |limit| pool.min(limit.get()))
     }
 
+    /// Threads that so much work is worth (a multiply-accumulate or four moved bytes count one).
+    pub(crate) fn threads_for(&self, work: usize) -> usize {
+        if work < SERIAL_WORK { 1 } else { self.threads() }
+    }
+
     /// Calls `f(0), …, f(units - 1)`, each once, in any order, on the caller and on as many
-    /// helpers as `work` is worth (a multiply-accumulate or a moved byte counts one).
+    /// helpers as `work` is worth.
     ///
-    /// Units are claimed in order from a counter, and what is waited for is units, not helpers: one
-    /// that the pool starts late, or not at all while the call runs, costs nothing but its share.
+    /// The caller claims units from the front, helpers from the back, so that in a chain of layers
+    /// each tends to find in its cache what it wrote before. What is waited for is units, not
+    /// helpers: one that the pool starts late, or not at all while the call runs, costs nothing but
+    /// its share.
     ///
     /// # Panics
     /// If `f` does.
     pub(crate) fn for_each(&self, units: usize, work: usize, f: &(dyn Fn(usize) + Sync)) {
-        let worth = work / (SERIAL_WORK / 2);
-        let threads = if units < 2 || worth < 2 { 1 } else { self.threads().min(units).min(worth) };
-        if threads <= 1 {
+        let threads = if units < 2 { 1 } else { self.threads_for(work).min(units) };
+        if threads < 2 || units > MOST_UNITS {
             return (0..units).for_each(f);
         }
-        // SAFETY: only the lifetime changes. `Shared::work` calls `f` for claimed units only, and
-        // `Shared::finish` returns, on every path, when all units are claimed and nobody works any
-        // more; a helper that starts later claims nothing.
-        let f = unsafe {
-            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f)
+        let own;
+        let team = match &self.pool {
+            Some(pool) => &pool.team,
+            // Whoever is inside a pool is helped by that pool.
+            None if rayon::current_thread_index().is_some() => {
+                own = WORKERS_TEAM.with(Arc::clone);
+                &own
+            }
+            None => GLOBAL_TEAM.get_or_init(Arc::default),
         };
-        let shared = Arc::new(Shared {
-            f,
-            units,
-            next: AtomicUsize::new(0),
-            working: AtomicUsize::new(0),
-            panicked: AtomicBool::new(false),
-            caller: std::thread::current(),
-        });
-        for _ in 1..threads {
-            let shared = shared.clone();
-            let help = move || shared.work();
-            match &self.pool {
-                Some(pool) => pool.spawn(help),
+        let Some(call) = team.calls.iter().find(|call| call.reserve()) else {
+            return (0..units).for_each(f);
+        };
+        // SAFETY: this thread has reserved the call, and ends it before `f` does, on every path.
+        unsafe { call.open(f, units as u32, threads - 1) };
+        team.opened.fetch_add(1, Ordering::Release);
+        if work >= WAKING_WORK {
+            team.wake(threads - 1, self.pool.as_deref());
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| call.work(Side::Front)));
+        let panicked = call.end();
+        if let Err(panic) = outcome {
+            resume_unwind(panic);
+        }
+        assert!(!panicked, "a unit of work panicked");
+    }
+}
+
+/// Serves callers outside of any pool, with helpers from the global one.
+static GLOBAL_TEAM: OnceLock<Arc<Team>> = OnceLock::new();
+
+thread_local! {
+    /// Serves a caller that is itself a worker of a pool, with helpers from that pool.
+    static WORKERS_TEAM: Arc<Team> = Arc::default();
+}
+
+/// Where callers and the helpers of one pool meet.
+#[derive(Debug, Default)]
+struct Team {
+    calls: [Call; CALLS],
+    /// Calls that have been opened so far.
+    opened: AtomicUsize,
+    /// Helpers that wait for one.
+    lingering: AtomicUsize,
+    /// Helpers that the pool has been asked for and that have not started.
+    coming: AtomicUsize,
+    /// The CPU that the last caller who asked for them was on.
+    caller_cpu: AtomicUsize,
+}
+
+impl Team {
+    /// Asks the pool for helpers, if fewer than `wanted` are awake or on their way.
+    fn wake(self: &Arc<Self>, wanted: usize, pool: Option<&Pool>) {
+        let there = self.lingering.load(Ordering::Relaxed) + self.coming.load(Ordering::Relaxed);
+        if there >= wanted {
+            return;
+        }
+        self.caller_cpu.store(cpu::current(), Ordering::Relaxed);
+        for _ in there..wanted {
+            self.coming.fetch_add(1, Ordering::Relaxed);
+            let team = self.clone();
+            let help = move || team.help();
+            match pool {
+                Some(pool) => pool.threads.spawn(help),
                 None => rayon::spawn(help),
             }
         }
-        shared.work();
-        shared.finish();
     }
-}
 
-/// One call's units, shared by the caller and its helpers.
-struct Shared {
-    f: &'static (dyn Fn(usize) + Sync),
-    units: usize,
-    /// The next unit to claim; at least `units` once all are.
-    next: AtomicUsize,
-    /// Threads that may be inside `f`.
-    working: AtomicUsize,
-    panicked: AtomicBool,
-    caller: Thread,
-}
+    /// Works on open calls until there is none for a while.
+    fn help(&self) {
+        cpu::leave(self.caller_cpu.load(Ordering::Relaxed));
+        self.coming.fetch_sub(1, Ordering::Relaxed);
+        let mut seen = self.opened.load(Ordering::Acquire);
+        loop {
+            let mut helped = false;
+            for call in &self.calls {
+                helped |= call.help();
+            }
+            // Who finds nothing came too late, and is not needed.
+            if !helped {
+                return;
+            }
+            let now = self.opened.load(Ordering::Acquire);
+            if now == seen {
+                match self.linger(seen) {
+                    Some(opened) => seen = opened,
+                    None => return,
+                }
+            } else {
+                seen = now;
+            }
+        }
+    }
 
-impl Shared {
-    /// Claims and runs units until there are none.
-    fn work(&self) {
-        // Counted before the first claim: whoever sees all units claimed sees who claimed them.
-        self.working.fetch_add(1, Ordering::AcqRel);
-        let run = || {
-            loop {
-                let unit = self.next.fetch_add(1, Ordering::AcqRel);
-                if unit >= self.units {
+    /// Waits until more than `seen` calls have been opened; `None` if none is in time.
+    fn linger(&self, seen: usize) -> Option<usize> {
+        let begin = Instant::now();
+        self.lingering.fetch_add(1, Ordering::Relaxed);
+        let opened = loop {
+            let mut opened = seen;
+            for _ in 0..64 {
+                opened = self.opened.load(Ordering::Acquire);
+                if opened != seen {
                     break;
                 }
-                (self.f)(unit);
+                std::hint::spin_loop();
+            }
+            if opened != seen {
+                break Some(opened);
+            }
+            if begin.elapsed() > LINGER {
+                break None;
+            }
+            // The pool's other work goes first.
+            if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                break Some(self.opened.load(Ordering::Acquire));
             }
         };
-        if catch_unwind(AssertUnwindSafe(run)).is_err() {
-            self.panicked.store(true, Ordering::Release);
-            self.next.fetch_max(self.units, Ordering::AcqRel);
-        }
-        if self.working.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.caller.unpark();
-        }
+        self.lingering.fetch_sub(1, Ordering::Relaxed);
+        opened
+    }
+}
+
+/// Where units are claimed.
+#[derive(Clone, Copy)]
+enum Side {
+    Front,
+    Back,
+}
+
+/// What runs a unit, and how many units there are.
+type Task = (&'static (dyn Fn(usize) + Sync), u32);
+
+/// One call's units, shared by its caller and its helpers.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Call {
+    /// Whether a caller uses it.
+    reserved: AtomicBool,
+    /// Helpers inside (low half) and seats that are free (high half); no seats once the call is
+    /// over.
+    gate: AtomicU32,
+    /// Units claimed from the front (low half) and from the back (high half).
+    claims: AtomicU64,
+    panicked: AtomicBool,
+    /// What to do, and how many units: written by the caller while nobody is inside.
+    task: UnsafeCell<Option<Task>>,
+}
+
+// SAFETY: `task` is written between `reserve` and the release of the gate's seats, when no helper
+// is inside, and read by the caller and by helpers that have acquired a seat.
+unsafe impl Sync for Call {}
+
+const SEAT: u32 = 1 << 16;
+
+impl Call {
+    /// Takes the call for a caller, if nobody has it.
+    fn reserve(&self) -> bool {
+        !self.reserved.load(Ordering::Relaxed)
+            && self
+                .reserved
+                .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
     }
 
-    /// Waits for the units that helpers still run.
-    fn finish(&self) {
-        let mut spins = 0;
-        while self.working.load(Ordering::Acquire) > 0 {
-            spins += 1;
-            if spins < 1000 { std::hint::spin_loop() } else { std::thread::park() }
-        }
-        assert!(!self.panicked.load(Ordering::Acquire), "a unit of work panicked");
+    /// Lets up to `helpers` helpers in.
+    ///
+    /// # Safety
+    /// The caller has reserved the call, and [`end`](Self::end)s it while `f` still lives.
+    unsafe fn open(&self, f: &(dyn Fn(usize) + Sync), units: u32, helpers: usize) {
+        // SAFETY: only the lifetime changes; nobody calls `f` after `end` has returned.
+        let f = unsafe {
+            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f)
+        };
+        // SAFETY: the call is reserved and not open, so that nobody reads it.
+        unsafe { *self.task.get() = Some((f, units)) };
+        self.claims.store(0, Ordering::Relaxed);
+        self.panicked.store(false, Ordering::Relaxed);
+        let seats = helpers.min(usize::from(u16::MAX)) as u32;
+        self.gate.store(seats * SEAT, Ordering::Release);
     }
+
+    /// Closes the call, waits for the helpers inside and gives it back; whether one panicked.
+    fn end(&self) -> bool {
+        let inside = |gate: u32| gate % SEAT;
+        let mut gate = self.gate.fetch_and(SEAT - 1, Ordering::AcqRel);
+        let mut spins = 0u32;
+        while inside(gate) > 0 {
+            spins += 1;
+            // A helper's last unit takes microseconds, unless the system runs something else.
+            match spins {
+                0..2000 => std::hint::spin_loop(),
+                2000..2100 => std::thread::yield_now(),
+                _ => std::thread::sleep(Duration::from_micros(50)),
+            }
+            gate = self.gate.load(Ordering::Acquire);
+        }
+        let panicked = self.panicked.load(Ordering::Relaxed);
+        self.reserved.store(false, Ordering::Release);
+        panicked
+    }
+
+    /// Takes a seat and works, if there is one; whether there was.
+    fn help(&self) -> bool {
+        let mut gate = self.gate.load(Ordering::Relaxed);
+        loop {
+            if gate < SEAT {
+                return false;
+            }
+            let taken = gate - SEAT + 1;
+            match self.gate.compare_exchange_weak(gate, taken, Ordering::Acquire, Ordering::Relaxed)
+            {
+                Ok(_) => break,
+                Err(now) => gate = now,
+            }
+        }
+        if catch_unwind(AssertUnwindSafe(|| self.work(Side::Back))).is_err() {
+            self.panicked.store(true, Ordering::Relaxed);
+        }
+        self.gate.fetch_sub(1, Ordering::Release);
+        true
+    }
+
+    /// Claims and runs units until there are none. A panic leaves none to claim.
+    fn work(&self, side: Side) {
+        // SAFETY: the caller, or a helper with a seat; the task does not change while it is inside.
+        let Some((f, units)) = (unsafe { *self.task.get() }) else { return };
+        let step = match side {
+            Side::Front => 1u64,
+            Side::Back => 1 << 32,
+        };
+        let end = EndOnPanic(self, units);
+        loop {
+            let claims = self.claims.fetch_add(step, Ordering::Relaxed);
+            let (front, back) = (claims as u32, (claims >> 32) as u32);
+            if front.checked_add(back).is_none_or(|claimed| claimed >= units) {
+                break;
+            }
+            f(match side {
+                Side::Front => front,
+                Side::Back => units - 1 - back,
+            } as usize);
+        }
+        std::mem::forget(end);
+    }
+}
+
+/// Claims all units of a call if it is dropped.
+struct EndOnPanic<'a>(&'a Call, u32);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        self.0.claims.fetch_add(u64::from(self.1), Ordering::Relaxed);
+    }
+}
+
+/// Which CPU a thread is on. Schedulers wake a thread where its waker is, and some leave it there
+/// though other CPUs are idle: a helper that shares its caller's CPU is worse than none.
+#[cfg(target_os = "linux")]
+mod cpu {
+    use std::mem::MaybeUninit;
+
+    /// The CPU that runs this thread.
+    pub(super) fn current() -> usize {
+        // SAFETY: takes nothing.
+        usize::try_from(unsafe { libc::sched_getcpu() }).unwrap_or(usize::MAX)
+    }
+
+    /// Moves this thread to another CPU if it is on `cpu` and may run elsewhere; which CPUs it may
+    /// run on is afterwards as it was.
+    pub(super) fn leave(cpu: usize) {
+        if current() != cpu || cpu >= libc::CPU_SETSIZE as usize {
+            return;
+        }
+        let size = size_of::<libc::cpu_set_t>();
+        let mut allowed = MaybeUninit::<libc::cpu_set_t>::zeroed();
+        // SAFETY: the sets are as large as the calls are told; zero bits are a valid set.
+        unsafe {
+            if libc::sched_getaffinity(0, size, allowed.as_mut_ptr()) != 0 {
+                return;
+            }
+            let allowed = allowed.assume_init();
+            let mut others = allowed;
+            libc::CPU_CLR(cpu, &mut others);
+            if libc::CPU_COUNT(&others) > 0 && libc::sched_setaffinity(0, size, &others) == 0 {
+                libc::sched_setaffinity(0, size, &allowed);
+            }
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod cpu {
+    pub(super) fn current() -> usize {
+        usize::MAX
+    }
+
+    pub(super) fn leave(_: usize) {}
 }
 
 impl fmt::Display for CpuDevice {
@@ -161,11 +416,53 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_a_unit_reaches_the_caller_and_nothing_hangs() {
-        let run = || {
-            CpuDevice::default().for_each(100, usize::MAX, &|unit| assert_ne!(unit, 50));
+    fn a_device_is_shared_by_many_callers() {
+        let device = CpuDevice::default();
+        let sums: Vec<usize> = std::thread::scope(|scope| {
+            let run = || {
+                let mut total = 0;
+                for _ in 0..200 {
+                    let sum = AtomicUsize::new(0);
+                    device.for_each(37, usize::MAX, &|unit| {
+                        sum.fetch_add(unit, Ordering::Relaxed);
+                    });
+                    total += sum.into_inner();
+                }
+                total
+            };
+            let threads: Vec<_> = (0..2 * CALLS).map(|_| scope.spawn(run)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(sums.iter().all(|&sum| sum == 200 * 36 * 37 / 2), "{sums:?}");
+    }
+
+    #[test]
+    fn calls_inside_calls_and_pools_run() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let count = AtomicUsize::new(0);
+        let device = CpuDevice::default();
+        let nested = || {
+            device.for_each(5, usize::MAX, &|_| {
+                device.for_each(7, usize::MAX, &|_| {
+                    count.fetch_add(1, Ordering::Relaxed);
+                });
+            });
         };
-        assert!(catch_unwind(run).is_err());
+        nested();
+        pool.install(nested);
+        pool.scope(|scope| (0..4).for_each(|_| scope.spawn(|_| nested())));
+        assert_eq!(count.into_inner(), 6 * 35);
+    }
+
+    #[test]
+    fn a_panic_in_a_unit_reaches_the_caller_and_nothing_hangs() {
+        for bad in [0, 50, 99] {
+            let run = || {
+                CpuDevice::default().for_each(100, usize::MAX, &|unit| assert_ne!(unit, bad));
+            };
+            assert!(catch_unwind(run).is_err());
+        }
+        every_unit_runs_once_on_any_pool();
     }
 
     #[test]

@@ -189,9 +189,7 @@ impl<V: Simd> Tile<V> {
         let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
         // SAFETY: lanes of dst and of the residual are contiguous.
         unsafe {
-            if !bias.is_empty() {
-                x = x + self.parameter(axis, bias.as_ptr().add(channel), row, v);
-            }
+            x = x + self.parameter(axis, bias.as_ptr().add(channel), row, v);
             if simple.residual == Some(ResidualOrder::BeforeClip) {
                 x = x + self.residual_vector(row, v, epilogue);
             }
@@ -222,12 +220,10 @@ impl<V: Simd> Tile<V> {
     #[inline(always)]
     unsafe fn add_bias(&self, epilogue: &TileEpilogue<'_>) {
         let TileEpilogue { axis, channel, bias, .. } = *epilogue;
-        if !bias.is_empty() {
-            // SAFETY: the bias covers the tile's channels.
-            unsafe {
-                let bias = bias.as_ptr().add(channel);
-                update!(self, |x, row, v| x + self.parameter(axis, bias, row, v));
-            }
+        // SAFETY: the bias covers the tile's channels.
+        unsafe {
+            let bias = bias.as_ptr().add(channel);
+            update!(self, |x, row, v| x + self.parameter(axis, bias, row, v));
         }
     }
 

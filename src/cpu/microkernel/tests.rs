@@ -1,6 +1,6 @@
-//! Every kernel against a scalar loop, exactly: the sums are of small integers.
+//! Every size of tile against a scalar loop, exactly: the sums are of small integers.
 
-use super::{KERNELS, Kernel, Segment, Tile};
+use super::{Grid, KERNELS, Kernel, Segment, Sizes};
 use crate::cpu::epilogue::{ChannelAxis, Operand, Steps, TileEpilogue};
 use crate::cpu::isa::Isa;
 use crate::cpu::runs;
@@ -203,46 +203,54 @@ fn expected(mut x: f32, steps: &[Step], channel: usize, residual: f32) -> f32 {
 const SEGMENTS: [&[usize]; 8] = [&[], &[0], &[1], &[2], &[7], &[64], &[3, 5], &[0, 4, 1]];
 
 struct Case<'a> {
-    kernel: &'a Kernel,
+    sizes: &'a Sizes,
     rows: usize,
     cols: usize,
+    /// Tiles along A and along B.
+    tiles: [usize; 2],
+    /// Whether the tiles along A are the outer ones.
+    a_outer: bool,
     axis: ChannelAxis,
     dst: &'a str,
     residual: &'a str,
     steps: &'a [Step],
     segments: &'a [usize],
     strides: usize,
-    bias: bool,
 }
 
 impl Case<'_> {
     /// The layer has channels before the tile's, and none after.
     const FIRST_CHANNEL: usize = 2;
 
-    fn tile_channels(&self) -> usize {
-        if self.axis == ChannelAxis::Rows { self.rows } else { self.cols }
-    }
-
     fn check(&self, guards: &mut [Guarded]) -> Result<(), String> {
-        let (rows, cols) = (self.rows, self.cols);
-        let channels = Self::FIRST_CHANNEL + self.tile_channels();
-        let positions = rows + cols - self.tile_channels();
+        let tabled = |placement: &str| placement.contains("map") || placement.contains("table");
+        let single = tabled(self.dst) || tabled(self.residual);
+        let [along_a, along_b] = if single { [1, 1] } else { self.tiles };
+        // Rows and lanes of the whole grid.
+        let (rows, cols) = (self.rows * along_a, self.cols * along_b);
+        let along = |a: isize, b: isize| if self.a_outer { [a, b] } else { [b, a] };
+        let channels_are_rows = self.axis == ChannelAxis::Rows;
+        let channels = Self::FIRST_CHANNEL + if channels_are_rows { rows } else { cols };
+        let positions = if channels_are_rows { cols } else { rows };
         let mut dst = Placed::new(self.dst, channels, positions, |_| CANARY);
         let residual = Placed::new(self.residual, channels, positions, integer);
         let (bias_guard, mut guards) = guards.split_first_mut().unwrap();
         let bias: Vec<f32> = (0..channels).map(|c| integer(c + 1000)).collect();
-        let bias = if self.bias { bias_guard.place(&bias) } else { &[] };
+        let bias = bias_guard.place(&bias);
 
         let mut sums = vec![0.0f32; rows * cols];
         let mut segments = Vec::new();
         for (s, &k) in self.segments.iter().enumerate() {
             let a_value = |m: usize, k: usize| integer(m * 91 + k * 7 + s * 1003);
             let b_value = |k: usize, j: usize| integer(j * 57 + k * 11 + s * 2003);
-            // Packed, channels last, and both backwards; nothing follows the last value used.
-            let (a_row, a_k, b_k) = match self.strides {
-                0 => (1, self.kernel.mr as isize, self.kernel.nr as isize),
-                1 => (k as isize + 3, 1, cols as isize),
-                _ => (-(k as isize + 1), -1, -(cols as isize) - 2),
+            // Forwards and backwards; nothing follows the last value used. Where channels are
+            // rows, A is the packed weight.
+            let (a_row, a_k, b_k) = match (channels_are_rows, self.strides) {
+                (true, 0) => (1, rows as isize, cols as isize),
+                (true, _) => (1, rows as isize + 5, -(cols as isize) - 2),
+                (false, 0) => (k as isize + 3, 1, cols as isize),
+                (false, 1) => (1, rows as isize + 1, cols as isize),
+                (false, _) => (-(k as isize + 1), -1, cols as isize + 8),
             };
             let lay_out = |outer: usize,
                            outer_stride: isize,
@@ -270,8 +278,10 @@ impl Case<'_> {
                 a: a_guard.place(&a).as_ptr().wrapping_offset(a_origin),
                 a_row,
                 a_k,
+                a_step: along(self.rows as isize * a_row, 0),
                 b: b_guard.place(&b).as_ptr().wrapping_offset(b_origin),
                 b_k,
+                b_step: along(0, self.cols as isize),
             });
             for m in 0..rows {
                 for j in 0..cols {
@@ -285,10 +295,10 @@ impl Case<'_> {
         let mut want = dst.memory.clone();
         for m in 0..rows {
             for j in 0..cols {
-                let (row, position) = if self.axis == ChannelAxis::Rows { (m, j) } else { (j, m) };
+                let (row, position) = if channels_are_rows { (m, j) } else { (j, m) };
                 let channel = Self::FIRST_CHANNEL + row;
-                let sum = sums[m * cols + j] + bias.get(channel).unwrap_or(&0.0);
                 let add = residual.memory[residual.index(channel, position)];
+                let sum = sums[m * cols + j] + bias[channel];
                 want[dst.index(channel, position)] = expected(sum, self.steps, channel, add);
             }
         }
@@ -306,9 +316,20 @@ impl Case<'_> {
                 .then(|| residual.operand(residual.memory[residual.origin..].as_ptr())),
             dst: dst.operand(memory[dst.origin..].as_mut_ptr()),
         };
-        let tile = Tile { rows, cols, segments: &segments, epilogue: &epilogue };
-        // SAFETY: the test asked whether the CPU has the ISA; the operands cover the tile.
-        unsafe { (self.kernel.run)(&tile) };
+        let rows_step = along(self.rows as isize, 0).map(|step| step as usize);
+        let cols_step = along(0, self.cols as isize).map(|step| step as usize);
+        let grid = Grid {
+            rows: self.rows,
+            cols: self.cols,
+            tiles: along(along_a as isize, along_b as isize).map(|tiles| tiles as usize),
+            ahead: 64,
+            segments: &segments,
+            epilogue: &epilogue,
+            channel_step: if channels_are_rows { rows_step } else { cols_step },
+            position_step: if channels_are_rows { cols_step } else { rows_step },
+        };
+        // SAFETY: the test asked whether the CPU has the ISA; the operands cover the grid.
+        unsafe { (self.sizes.run)(&grid) };
         for (i, (got, want)) in memory.iter().zip(&want).enumerate() {
             let same = if want.is_nan() { got.to_bits() == want.to_bits() } else { got == want };
             if !same {
@@ -324,44 +345,58 @@ impl std::fmt::Debug for Case<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} {}x{} {:?}, dst {}, residual {}, {:?}, k {:?}, strides {}, bias {}",
-            self.kernel.name,
+            "{} {}x{} {:?}, {:?} tiles, A outer {}, dst {}, residual {}, {:?}, k {:?}, strides {}",
+            self.sizes.isa.name(),
             self.rows,
             self.cols,
             self.axis,
+            self.tiles,
+            self.a_outer,
             self.dst,
             self.residual,
             self.steps,
             self.segments,
             self.strides,
-            self.bias
         )
     }
 }
 
-fn supported_kernels() -> impl Iterator<Item = &'static Kernel> {
-    KERNELS.iter().filter(|kernel| {
-        let supported = kernel.isa.supported().is_some();
-        if !supported {
-            eprintln!("skipped: {} (this CPU lacks {})", kernel.name, kernel.isa.name());
+/// The sizes of each instruction set of this CPU.
+fn supported_sizes() -> impl Iterator<Item = &'static Sizes> {
+    let mut all: Vec<&Sizes> = Vec::new();
+    for kernel in KERNELS {
+        if all.iter().any(|sizes| std::ptr::eq(*sizes, kernel.sizes)) {
+            continue;
         }
-        supported
-    })
+        match kernel.sizes.isa.supported() {
+            Some(_) => all.push(kernel.sizes),
+            None => eprintln!("skipped: {} (this CPU lacks it)", kernel.sizes.isa.name()),
+        }
+    }
+    all.into_iter()
+}
+
+/// Every number of rows and lanes that fits into registers.
+fn tile_sizes(sizes: &Sizes) -> impl Iterator<Item = (usize, usize)> {
+    let most = sizes.most_rows.last().unwrap().0;
+    (1..=most).flat_map(|cols| (1..=sizes.rows(cols)).map(move |rows| (rows, cols)))
 }
 
 #[test]
-fn every_kernel_is_exact_at_every_size_with_every_epilogue_and_placement() {
+fn every_size_is_exact_with_every_epilogue_and_placement() {
     let mut guards: Vec<Guarded> = (0..7).map(|_| Guarded::new()).collect();
-    for kernel in supported_kernels() {
+    for sizes in supported_sizes() {
         let mut count = 0;
-        for (rows, cols) in (1..=kernel.mr).flat_map(|m| (1..=kernel.nr).map(move |n| (m, n))) {
+        for (rows, cols) in tile_sizes(sizes) {
             for axis in [ChannelAxis::Rows, ChannelAxis::Lanes] {
                 for dst in PLACEMENTS {
-                    for steps in step_lists(Case::FIRST_CHANNEL + rows.max(cols)) {
+                    for steps in step_lists(Case::FIRST_CHANNEL + 3 * rows.max(cols)) {
                         let case = Case {
-                            kernel,
+                            sizes,
                             rows,
                             cols,
+                            tiles: [1 + count % 11 % 3, 1 + count % 17 % 3],
+                            a_outer: count % 13 % 2 == 0,
                             axis,
                             dst,
                             residual: if count % 3 == 0 {
@@ -372,7 +407,6 @@ fn every_kernel_is_exact_at_every_size_with_every_epilogue_and_placement() {
                             steps: &steps,
                             segments: SEGMENTS[count / 2 % SEGMENTS.len()],
                             strides: count / 5 % 3,
-                            bias: count % 7 != 0,
                         };
                         case.check(&mut guards).unwrap();
                         count += 1;
@@ -380,7 +414,7 @@ fn every_kernel_is_exact_at_every_size_with_every_epilogue_and_placement() {
                 }
             }
         }
-        eprintln!("{}: {count} tiles", kernel.name);
+        eprintln!("{}: {count} grids", sizes.isa.name());
     }
 }
 
@@ -388,23 +422,24 @@ fn every_kernel_is_exact_at_every_size_with_every_epilogue_and_placement() {
 fn activations_reach_every_lane() {
     let mut guards: Vec<Guarded> = (0..7).map(|_| Guarded::new()).collect();
     let steps = [Step::Activation(Activation::HardSwish), Step::Residual];
-    for kernel in supported_kernels() {
-        for (rows, cols) in [(1, 1), (kernel.mr, kernel.nr), (kernel.mr - 1, kernel.nr - 1)] {
+    for sizes in supported_sizes() {
+        for (rows, cols) in tile_sizes(sizes).filter(|(rows, cols)| (rows + cols) % 5 == 0) {
             for (axis, dst) in [ChannelAxis::Rows, ChannelAxis::Lanes]
                 .into_iter()
                 .flat_map(|axis| PLACEMENTS.map(|dst| (axis, dst)))
             {
                 let case = Case {
-                    kernel,
+                    sizes,
                     rows,
                     cols,
+                    tiles: [1, 2],
+                    a_outer: true,
                     axis,
                     dst,
                     residual: dst,
                     steps: &steps,
                     segments: &[2],
                     strides: 0,
-                    bias: true,
                 };
                 case.check(&mut guards).unwrap();
             }
@@ -412,8 +447,7 @@ fn activations_reach_every_lane() {
     }
 }
 
-/// The order of the sum is that of k alone: every tile that covers a value computes the same
-/// bits, and so do kernels with a fused multiply-add among themselves.
+/// The order of the sum is that of k alone: every tile that covers a value computes the same bits.
 #[test]
 fn a_value_does_not_depend_on_its_tile() {
     let k = 97;
@@ -421,13 +455,13 @@ fn a_value_does_not_depend_on_its_tile() {
     let a: Vec<f32> = (0..k * 64).map(wild).collect();
     let b: Vec<f32> = (0..k * 64).map(|i| wild(i + 13)).collect();
     let steps = Steps::new(vec![]);
-    for kernel in supported_kernels() {
+    for sizes in supported_sizes() {
         let run = |rows: usize, cols: usize, first_row: usize, first_lane: usize| {
             let mut dst = vec![f32::NAN; 64 * 64];
             let epilogue = TileEpilogue {
                 axis: ChannelAxis::Rows,
                 channel: 0,
-                bias: &[],
+                bias: &[0.0; 64],
                 steps: &steps,
                 residual: None,
                 dst: Operand {
@@ -443,28 +477,39 @@ fn a_value_does_not_depend_on_its_tile() {
                 a: a[first_row..].as_ptr(),
                 a_row: 1,
                 a_k: 64,
+                a_step: [0, 0],
                 b: b[first_lane..].as_ptr(),
                 b_k: 64,
+                b_step: [0, 0],
             };
-            let tile = Tile { rows, cols, segments: &[segment], epilogue: &epilogue };
+            let grid = Grid {
+                rows,
+                cols,
+                tiles: [1, 1],
+                ahead: 0,
+                segments: &[segment],
+                epilogue: &epilogue,
+                channel_step: [0, 0],
+                position_step: [0, 0],
+            };
             // SAFETY: the ISA was checked, and the operands cover the tile.
-            unsafe { (kernel.run)(&tile) };
+            unsafe { (sizes.run)(&grid) };
             dst
         };
-        let whole = run(kernel.mr, kernel.nr, 0, 0);
-        for row in 0..kernel.mr {
-            for lane in 0..kernel.nr {
+        for &(cols, rows) in sizes.most_rows {
+            let whole = run(rows, cols, 0, 0);
+            for (row, lane) in (0..rows).flat_map(|row| (0..cols).map(move |lane| (row, lane))) {
                 let alone = run(1, 1, row, lane)[0];
-                assert_eq!(alone.to_bits(), whole[row * 64 + lane].to_bits(), "{}", kernel.name);
+                assert_eq!(alone.to_bits(), whole[row * 64 + lane].to_bits(), "{sizes:?}");
             }
         }
     }
 }
 
 #[test]
-fn names_follow_the_grammar() {
-    for kernel in KERNELS {
-        let name = format!("fprop_f32_{}_{}x{}", kernel.isa.name(), kernel.mr, kernel.nr);
-        assert_eq!(kernel.name, name);
+fn kernels_are_named_by_their_tile_which_fits_into_registers() {
+    for Kernel { name, mr, nr, sizes } in KERNELS {
+        assert_eq!(*name, format!("fprop_f32_{}_{mr}x{nr}", sizes.isa.name()));
+        assert!(*mr <= sizes.rows(*nr), "{name}");
     }
 }

@@ -1,4 +1,4 @@
-//! Sixteen lanes: AVX-512 F, VL, DQ and BW.
+//! Sixteen lanes, and eight with masks and thirty-two registers: AVX-512 F, VL, DQ and BW.
 
 use super::{Simd, operators};
 use std::arch::x86_64::*;
@@ -7,13 +7,37 @@ use std::arch::x86_64::*;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct F32x16(__m512);
 
-operators!(F32x16:
-    add |a: Self, b: Self| Self(_mm512_add_ps(a.0, b.0)),
-    sub |a: Self, b: Self| Self(_mm512_sub_ps(a.0, b.0)),
-    mul |a: Self, b: Self| Self(_mm512_mul_ps(a.0, b.0)),
-    div |a: Self, b: Self| Self(_mm512_div_ps(a.0, b.0)),
-    neg |a: Self| Self(_mm512_xor_ps(a.0, _mm512_set1_ps(-0.0)))
-);
+/// Eight f32 lanes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct F32x8(__m256);
+
+/// The instructions of [`F32x16`].
+mod wide {
+    pub(super) use std::arch::x86_64::{
+        _mm512_add_ps as add, _mm512_and_ps as and, _mm512_andnot_ps as andnot,
+        _mm512_cmp_ps_mask as cmp, _mm512_div_ps as div, _mm512_fmadd_ps as fmadd,
+        _mm512_fmsub_ps as fmsub, _mm512_loadu_ps as loadu, _mm512_mask_blend_ps as blend,
+        _mm512_mask_storeu_ps as mask_storeu, _mm512_maskz_loadu_ps as maskz_loadu,
+        _mm512_max_ps as max, _mm512_min_ps as min, _mm512_mul_ps as mul, _mm512_or_ps as or,
+        _mm512_roundscale_ps as roundscale, _mm512_scalef_ps as scalef, _mm512_set1_ps as set1,
+        _mm512_shuffle_ps as shuffle, _mm512_storeu_ps as storeu, _mm512_sub_ps as sub,
+        _mm512_unpackhi_ps as unpackhi, _mm512_unpacklo_ps as unpacklo, _mm512_xor_ps as xor,
+    };
+}
+
+/// The instructions of [`F32x8`].
+mod half {
+    pub(super) use std::arch::x86_64::{
+        _mm256_add_ps as add, _mm256_and_ps as and, _mm256_andnot_ps as andnot,
+        _mm256_cmp_ps_mask as cmp, _mm256_div_ps as div, _mm256_fmadd_ps as fmadd,
+        _mm256_fmsub_ps as fmsub, _mm256_loadu_ps as loadu, _mm256_mask_blend_ps as blend,
+        _mm256_mask_storeu_ps as mask_storeu, _mm256_maskz_loadu_ps as maskz_loadu,
+        _mm256_max_ps as max, _mm256_min_ps as min, _mm256_mul_ps as mul, _mm256_or_ps as or,
+        _mm256_roundscale_ps as roundscale, _mm256_scalef_ps as scalef, _mm256_set1_ps as set1,
+        _mm256_shuffle_ps as shuffle, _mm256_storeu_ps as storeu, _mm256_sub_ps as sub,
+        _mm256_unpackhi_ps as unpackhi, _mm256_unpacklo_ps as unpacklo, _mm256_xor_ps as xor,
+    };
+}
 
 /// Four values of a row, and of the fourth, eighth and twelfth rows after it.
 ///
@@ -30,147 +54,182 @@ unsafe fn four_rows(src: *const f32, stride: usize) -> __m512 {
     }
 }
 
-// SAFETY: masked moves touch the lanes of their mask only; safe methods are given a value.
-unsafe impl Simd for F32x16 {
-    const LANES: usize = 16;
-    const TAILS_ARE_FREE: bool = true;
-    type Mask = __mmask16;
-    type Tail = __mmask16;
-
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> Self {
-        // SAFETY: the caller has the instruction set.
-        Self(unsafe { _mm512_set1_ps(x) })
-    }
-
-    #[inline(always)]
-    unsafe fn tail(lanes: usize) -> __mmask16 {
-        debug_assert!((1..=16).contains(&lanes));
-        u16::MAX >> (16 - lanes)
-    }
-
-    #[inline(always)]
-    unsafe fn load(src: *const f32) -> Self {
-        // SAFETY: the caller has the instruction set and gives sixteen readable values.
-        Self(unsafe { _mm512_loadu_ps(src) })
-    }
-
-    #[inline(always)]
-    unsafe fn load_tail(src: *const f32, tail: __mmask16) -> Self {
-        // SAFETY: the caller has the instruction set; only the lanes of `tail` are read.
-        Self(unsafe { _mm512_maskz_loadu_ps(tail, src) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, dst: *mut f32) {
-        // SAFETY: the caller gives sixteen writable values.
-        unsafe { _mm512_storeu_ps(dst, self.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn store_tail(self, dst: *mut f32, tail: __mmask16) {
-        // SAFETY: only the lanes of `tail` are written.
-        unsafe { _mm512_mask_storeu_ps(dst, tail, self.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_columns(src: *const f32, stride: usize) -> [Self; 4] {
-        // Gathering rows 0, 4, 8, 12 into the four quarters while loading leaves only 4x4
-        // transposes inside each quarter: half the shuffles of a 16x16 transpose.
-        // SAFETY: four values of each row are readable; the instruction set is the caller's
-        // promise.
-        unsafe {
-            let r0 = four_rows(src, stride);
-            let r1 = four_rows(src.add(stride), stride);
-            let r2 = four_rows(src.add(2 * stride), stride);
-            let r3 = four_rows(src.add(3 * stride), stride);
-            let (a, b) = (_mm512_unpacklo_ps(r0, r1), _mm512_unpackhi_ps(r0, r1));
-            let (c, d) = (_mm512_unpacklo_ps(r2, r3), _mm512_unpackhi_ps(r2, r3));
-            [
-                Self(_mm512_shuffle_ps::<0b01_00_01_00>(a, c)),
-                Self(_mm512_shuffle_ps::<0b11_10_11_10>(a, c)),
-                Self(_mm512_shuffle_ps::<0b01_00_01_00>(b, d)),
-                Self(_mm512_shuffle_ps::<0b11_10_11_10>(b, d)),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    fn like(self, x: f32) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe { _mm512_set1_ps(x) })
-    }
-
-    #[inline(always)]
-    fn mul_add(self, b: Self, c: Self) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
-    }
-
-    #[inline(always)]
-    fn mul_exact(self, b: Self) -> (Self, Self) {
-        let product = self * b;
-        // SAFETY: `self` proves the instruction set.
-        (product, Self(unsafe { _mm512_fmsub_ps(self.0, b.0, product.0) }))
-    }
-
-    #[inline(always)]
-    fn max(self, bound: Self) -> Self {
-        // The instruction returns its second operand where either is NaN.
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe { _mm512_max_ps(bound.0, self.0) })
-    }
-
-    #[inline(always)]
-    fn min(self, bound: Self) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe { _mm512_min_ps(bound.0, self.0) })
-    }
-
-    #[inline(always)]
-    fn abs(self) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe { _mm512_abs_ps(self.0) })
-    }
-
-    #[inline(always)]
-    fn copysign(self, sign: Self) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe {
-            let bit = _mm512_set1_ps(-0.0);
-            _mm512_or_ps(_mm512_andnot_ps(bit, self.0), _mm512_and_ps(bit, sign.0))
-        })
-    }
-
-    #[inline(always)]
-    fn round(self) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe {
-            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)
-        })
-    }
-
-    #[inline(always)]
-    fn scale_exp2(self, n: Self) -> Self {
-        // SAFETY: `self` proves the instruction set.
-        Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
-    }
-
-    #[inline(always)]
-    fn gt(self, b: Self) -> __mmask16 {
-        // SAFETY: `self` proves the instruction set.
-        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, b.0) }
-    }
-
-    #[inline(always)]
-    fn ge(self, b: Self) -> __mmask16 {
-        // SAFETY: `self` proves the instruction set.
-        unsafe { _mm512_cmp_ps_mask::<_CMP_GE_OQ>(self.0, b.0) }
-    }
-
-    #[inline(always)]
-    fn select(mask: __mmask16, a: Self, b: Self) -> Self {
-        // SAFETY: `a` proves the instruction set.
-        Self(unsafe { _mm512_mask_blend_ps(mask, b.0, a.0) })
+/// Four values of a row, and of the fourth row after it.
+///
+/// # Safety
+/// The CPU has AVX-512; the values are readable.
+#[inline(always)]
+unsafe fn two_rows(src: *const f32, stride: usize) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm256_castps128_ps256(_mm_loadu_ps(src));
+        _mm256_insertf32x4::<1>(low, _mm_loadu_ps(src.add(4 * stride)))
     }
 }
+
+/// Implements [`Simd`] with the instructions of one width.
+macro_rules! vector {
+    ($vector:ident of $lanes:literal, $ops:ident, $mask:ty, rows $rows:ident) => {
+        operators!($vector:
+            add |a: Self, b: Self| Self($ops::add(a.0, b.0)),
+            sub |a: Self, b: Self| Self($ops::sub(a.0, b.0)),
+            mul |a: Self, b: Self| Self($ops::mul(a.0, b.0)),
+            div |a: Self, b: Self| Self($ops::div(a.0, b.0)),
+            neg |a: Self| Self($ops::xor(a.0, $ops::set1(-0.0)))
+        );
+
+        // SAFETY: masked moves touch the lanes of their mask only; safe methods are given a value.
+        unsafe impl Simd for $vector {
+            const LANES: usize = $lanes;
+            const TAILS_ARE_FREE: bool = true;
+            type Mask = $mask;
+            type Tail = $mask;
+
+            #[inline(always)]
+            unsafe fn splat(x: f32) -> Self {
+                // SAFETY: the caller has the instruction set.
+                Self(unsafe { $ops::set1(x) })
+            }
+
+            #[inline(always)]
+            unsafe fn tail(lanes: usize) -> $mask {
+                debug_assert!((1..=$lanes).contains(&lanes));
+                <$mask>::MAX >> ($lanes - lanes)
+            }
+
+            #[inline(always)]
+            unsafe fn load(src: *const f32) -> Self {
+                // SAFETY: the caller has the instruction set and gives $lanes readable values.
+                Self(unsafe { $ops::loadu(src) })
+            }
+
+            #[inline(always)]
+            unsafe fn load_tail(src: *const f32, tail: $mask) -> Self {
+                // SAFETY: the caller has the instruction set; only the lanes of `tail` are read.
+                Self(unsafe { $ops::maskz_loadu(tail, src) })
+            }
+
+            #[inline(always)]
+            unsafe fn fetch(src: *const f32) {
+                // SAFETY: every CPU of this target has the instruction, which reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(src.cast()) }
+            }
+
+            #[inline(always)]
+            unsafe fn store(self, dst: *mut f32) {
+                // SAFETY: the caller gives $lanes writable values.
+                unsafe { $ops::storeu(dst, self.0) }
+            }
+
+            #[inline(always)]
+            unsafe fn store_tail(self, dst: *mut f32, tail: $mask) {
+                // SAFETY: only the lanes of `tail` are written.
+                unsafe { $ops::mask_storeu(dst, tail, self.0) }
+            }
+
+            #[inline(always)]
+            unsafe fn load_columns(src: *const f32, stride: usize) -> [Self; 4] {
+                // Gathering every fourth row into the quarters while loading leaves only 4x4 transposes
+                // inside each quarter: half the shuffles of a whole transpose.
+                // SAFETY: four values of each row are readable; the instruction set is the caller's
+                // promise.
+                unsafe {
+                    let r0 = $rows(src, stride);
+                    let r1 = $rows(src.add(stride), stride);
+                    let r2 = $rows(src.add(2 * stride), stride);
+                    let r3 = $rows(src.add(3 * stride), stride);
+                    let (a, b) = ($ops::unpacklo(r0, r1), $ops::unpackhi(r0, r1));
+                    let (c, d) = ($ops::unpacklo(r2, r3), $ops::unpackhi(r2, r3));
+                    [
+                        Self($ops::shuffle::<0b01_00_01_00>(a, c)),
+                        Self($ops::shuffle::<0b11_10_11_10>(a, c)),
+                        Self($ops::shuffle::<0b01_00_01_00>(b, d)),
+                        Self($ops::shuffle::<0b11_10_11_10>(b, d)),
+                    ]
+                }
+            }
+
+            #[inline(always)]
+            fn like(self, x: f32) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe { $ops::set1(x) })
+            }
+
+            #[inline(always)]
+            fn mul_add(self, b: Self, c: Self) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe { $ops::fmadd(self.0, b.0, c.0) })
+            }
+
+            #[inline(always)]
+            fn mul_exact(self, b: Self) -> (Self, Self) {
+                let product = self * b;
+                // SAFETY: `self` proves the instruction set.
+                (product, Self(unsafe { $ops::fmsub(self.0, b.0, product.0) }))
+            }
+
+            #[inline(always)]
+            fn max(self, bound: Self) -> Self {
+                // The instruction returns its second operand where either is NaN.
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe { $ops::max(bound.0, self.0) })
+            }
+
+            #[inline(always)]
+            fn min(self, bound: Self) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe { $ops::min(bound.0, self.0) })
+            }
+
+            #[inline(always)]
+            fn abs(self) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe { $ops::andnot($ops::set1(-0.0), self.0) })
+            }
+
+            #[inline(always)]
+            fn copysign(self, sign: Self) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe {
+                    let bit = $ops::set1(-0.0);
+                    $ops::or($ops::andnot(bit, self.0), $ops::and(bit, sign.0))
+                })
+            }
+
+            #[inline(always)]
+            fn round(self) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe {
+                    $ops::roundscale::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)
+                })
+            }
+
+            #[inline(always)]
+            fn scale_exp2(self, n: Self) -> Self {
+                // SAFETY: `self` proves the instruction set.
+                Self(unsafe { $ops::scalef(self.0, n.0) })
+            }
+
+            #[inline(always)]
+            fn gt(self, b: Self) -> $mask {
+                // SAFETY: `self` proves the instruction set.
+                unsafe { $ops::cmp::<_CMP_GT_OQ>(self.0, b.0) }
+            }
+
+            #[inline(always)]
+            fn ge(self, b: Self) -> $mask {
+                // SAFETY: `self` proves the instruction set.
+                unsafe { $ops::cmp::<_CMP_GE_OQ>(self.0, b.0) }
+            }
+
+            #[inline(always)]
+            fn select(mask: $mask, a: Self, b: Self) -> Self {
+                // SAFETY: `a` proves the instruction set.
+                Self(unsafe { $ops::blend(mask, b.0, a.0) })
+            }
+        }
+    };
+}
+
+vector!(F32x16 of 16, wide, __mmask16, rows four_rows);
+vector!(F32x8 of 8, half, __mmask8, rows two_rows);

@@ -1,0 +1,463 @@
+//! How a problem is cut and read, and which kernel runs it: a pure function of the layer, the
+//! problem and the number of threads.
+//!
+//! No sum is ever split, and moments are merged in blocks that depend on the problem alone, so
+//! results are bitwise the same for any number of threads.
+
+use std::ops::Range;
+
+use crate::cpu::epilogue::ChannelAxis;
+use crate::cpu::isa::{Isa, Supported};
+use crate::cpu::microkernel::{KERNELS, Kernel, Sizes};
+use crate::cpu::pack::{Read, Weights};
+use crate::cpu::threads::CpuDevice;
+use crate::error::{Error, Result};
+use crate::plan::forced_kernel;
+use crate::problem::{Operand, Positions, Problem};
+use crate::stages::NormOver;
+
+/// The part of src that a unit works on, in values: an eighth of a common L2.
+const BLOCK_VALUES: usize = 32 << 10;
+/// Multiply-accumulates that are worth a unit of their own: some microseconds.
+const UNIT_MACS: usize = 200_000;
+/// Units for each thread, so that one that comes late, or is slower, finds less to do.
+const UNITS_PER_THREAD: usize = 4;
+/// Units of a problem whose result depends on how it is cut.
+const FIXED_UNITS: usize = 8;
+/// Multiply-accumulates below which choosing costs more than it gains.
+const SMALL_MACS: usize = 20_000;
+
+/// The instruction set of a layer, and the kernel that the user forces, if any.
+pub(crate) fn choose_isa(
+    best: Supported,
+    option: Option<&str>,
+) -> Result<(Supported, Option<&'static Kernel>)> {
+    let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+    let Some(name) = forced_kernel(option, &names)? else { return Ok((best, None)) };
+    let kernel = KERNELS.iter().find(|kernel| kernel.name == name).expect("it is one of the names");
+    match kernel.sizes.isa.supported() {
+        Some(isa) => Ok((isa, Some(kernel))),
+        None => Err(Error::Kernel {
+            kernel: kernel.name.into(),
+            reason: format!("this CPU has no {}", kernel.sizes.isa.name()),
+        }),
+    }
+}
+
+/// What a plan needs to know of its layer.
+pub(crate) struct Facts<'a> {
+    pub isa: Isa,
+    pub forced: Option<&'static Kernel>,
+    pub weights: &'a Weights,
+    /// Whether the source has steps of its own.
+    pub source_steps: bool,
+    pub norm_over: Option<NormOver>,
+    /// Where it runs.
+    pub device: &'a CpuDevice,
+}
+
+/// Which loop over tiles is the outer one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// A tile of channels meets all positions of a unit.
+    ChannelsOuter,
+    /// A tile of positions meets all channels of a unit.
+    PositionsOuter,
+}
+
+/// How one problem is cut and read.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub kernel: &'static Kernel,
+    pub axis: ChannelAxis,
+    pub order: Order,
+    pub read: Read,
+    /// Whether positions run over all samples.
+    pub with_batch: bool,
+    pub samples: usize,
+    pub positions: usize,
+    /// Positions of a unit.
+    pub block: usize,
+    /// Ranges that the panels of a group are cut into.
+    pub splits: usize,
+    /// Groups that are units of their own.
+    pub groups: usize,
+    /// How dst and the residual walk the positions.
+    pub dst: Positions,
+    pub residual: Option<Positions>,
+}
+
+impl Plan {
+    pub(crate) fn new(layer: &Facts<'_>, problem: &Problem<'_>) -> Self {
+        // Samples that lie behind one another are one run of positions, unless something differs
+        // between them.
+        let uniform = |operand: &Operand| problem.walk(operand, true).uniform().is_some();
+        let with_batch = problem.n > 1
+            && problem.gate.is_none()
+            && layer.norm_over != Some(NormOver::All)
+            && uniform(&problem.dst)
+            && problem.residual.as_ref().is_none_or(uniform)
+            && problem.sources().all(|source| uniform(&source));
+        let (samples, positions) = match with_batch {
+            true => (1, problem.n * problem.positions()),
+            false => (problem.n, problem.positions()),
+        };
+        let dst = problem.walk(&problem.dst, with_batch);
+        let residual = problem.residual.as_ref().map(|r| problem.walk(r, with_batch));
+        let (mut in_place, mut lanes, mut channels_last) = (!layer.source_steps, true, true);
+        let mut row_bytes = 0;
+        for source in problem.sources() {
+            let step = problem.walk(&source, with_batch).uniform();
+            in_place &= step.is_some();
+            lanes &= step == Some(1);
+            channels_last &= source.channel == 1;
+            row_bytes = step.unwrap_or(0).unsigned_abs().saturating_mul(size_of::<f32>());
+        }
+
+        let isa = layer.forced.map_or(layer.isa, |kernel| kernel.sizes.isa);
+        let vector = Sizes::of(isa).vector;
+        let dst_channels_last = problem.dst.channel == 1 && dst.uniform() != Some(1);
+        let axis = if layer.norm_over.is_some()
+            || dst_channels_last
+            || positions < vector
+            || (in_place && !lanes)
+        {
+            ChannelAxis::Lanes
+        } else {
+            ChannelAxis::Rows
+        };
+        let read = match (in_place, axis) {
+            (true, _) => Read::InPlace,
+            (_, ChannelAxis::Lanes) if channels_last => Read::ByPosition,
+            _ => Read::ByChannel,
+        };
+        let estimate = Estimate {
+            axis,
+            vector,
+            k: problem.k(),
+            positions,
+            weights: layer.weights,
+            channel_bytes: match read {
+                Read::InPlace => {
+                    problem.dst.channel.unsigned_abs().saturating_mul(size_of::<f32>())
+                }
+                _ => 0,
+            },
+            row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
+        };
+        let (kernel, order) = if problem.macs() < SMALL_MACS {
+            let smallest = KERNELS.iter().find(|kernel| kernel.sizes.isa == isa);
+            let kernel = layer.forced.or(smallest).expect("every instruction set has a kernel");
+            (kernel, Order::ChannelsOuter)
+        } else {
+            estimate.best(isa, layer.forced)
+        };
+
+        let tile = match axis {
+            // Moments are merged block by block, which must not depend on the kernel.
+            _ if layer.norm_over == Some(NormOver::All) => 1,
+            ChannelAxis::Rows => kernel.nr,
+            ChannelAxis::Lanes => kernel.mr,
+        };
+        // A normalisation needs every channel of a position: one unit does all groups.
+        let (groups, per_position) = if layer.norm_over.is_some() {
+            (1, problem.c_in + problem.c_out)
+        } else {
+            (problem.groups, problem.k())
+        };
+        let units = if layer.norm_over == Some(NormOver::All) {
+            FIXED_UNITS
+        } else {
+            let threads = layer.device.threads_for(problem.macs());
+            let most = if threads == 1 { 1 } else { threads.saturating_mul(UNITS_PER_THREAD) };
+            (problem.macs() / UNIT_MACS).clamp(1, most).div_ceil(samples.max(1) * groups)
+        };
+        let most = positions.div_ceil(tile).max(1);
+        let tiles = (BLOCK_VALUES / per_position.max(1) / tile).min(most.div_ceil(units)).max(1);
+        let blocks = most.div_ceil(tiles);
+        let panels = layer.weights.panels();
+        let splits = match read {
+            _ if layer.norm_over.is_some() => 1,
+            Read::InPlace => units.div_ceil(blocks).min(panels),
+            // Every unit copies its block of src, which must stay little beside what it computes.
+            _ => units.div_ceil(blocks).min(panels.div_ceil(8)),
+        };
+        let block = tiles * tile;
+        Plan {
+            kernel,
+            axis,
+            order,
+            read,
+            with_batch,
+            samples,
+            positions,
+            block,
+            splits,
+            groups,
+            dst,
+            residual,
+        }
+    }
+
+    pub(crate) fn describe(&self) -> String {
+        let axis = match self.axis {
+            ChannelAxis::Rows => "lanes along positions",
+            ChannelAxis::Lanes => "lanes along channels",
+        };
+        let src = match self.read {
+            Read::InPlace => "read in place",
+            Read::ByChannel => "copied block by block, channels first",
+            Read::ByPosition => "copied block by block, channels last",
+        };
+        let order = match self.order {
+            Order::ChannelsOuter => "channels outside positions",
+            Order::PositionsOuter => "positions outside channels",
+        };
+        let units = self.blocks() * self.units_per_block();
+        format!("{axis}, {order}, src {src}, {units} unit{}", if units == 1 { "" } else { "s" })
+    }
+
+    /// Blocks of positions, over all samples.
+    pub(crate) fn blocks(&self) -> usize {
+        self.samples * self.positions.div_ceil(self.block)
+    }
+
+    /// Sample and positions of a block.
+    pub(crate) fn block(&self, index: usize) -> (usize, Range<usize>) {
+        let per_sample = self.positions.div_ceil(self.block);
+        let first = index % per_sample * self.block;
+        (index / per_sample, first..self.positions.min(first + self.block))
+    }
+
+    pub(crate) fn units_per_block(&self) -> usize {
+        self.groups * self.splits
+    }
+}
+
+/// A model of what a group's channels at its positions cost, in cycles that a vector
+/// multiplication takes: sums, what each tile costs besides, and what comes from the second cache
+/// level, of which some cannot be hidden. Its constants are fitted to measurements of every tile
+/// on the layers of `benches/layers.csv` (Zen 4); only their proportions matter.
+struct Estimate<'a> {
+    axis: ChannelAxis,
+    vector: usize,
+    k: usize,
+    positions: usize,
+    weights: &'a Weights,
+    /// Distance of neighbouring channels of dst, where src has lanes along positions.
+    channel_bytes: usize,
+    /// Distance of neighbouring positions of src.
+    row_bytes: usize,
+}
+
+impl Estimate<'_> {
+    /// What of the first cache level a tile can count on.
+    const L1: f32 = 24.0 * 1024.0;
+    /// A streamed operand beyond this leaves too little of the second cache level to the other.
+    const LARGE: f32 = 200.0 * 1024.0;
+    const PAGE: usize = 4096;
+    /// As many broadcasts as multiplications slow them a little.
+    const BROADCASTS: f32 = 1.01;
+    const PER_TILE: f32 = 8.0;
+    const PER_GRID: f32 = 300.0;
+    /// Sums beyond this fill the CPU's queues while they are stored.
+    const FREE_SUMS: f32 = 12.0;
+    const PER_SUM_SQUARED: f32 = 0.3;
+    const PER_LINE: f32 = 0.06;
+    /// A row of dst on a page of its own.
+    const PER_PAGE: f32 = 4.0;
+    /// Rows of src that share a set of the first cache level, beyond its ways.
+    const PER_ALIAS: f32 = 0.03;
+
+    /// The cheapest kernel and order, of a forced kernel the cheapest order.
+    fn best(&self, isa: Isa, forced: Option<&'static Kernel>) -> (&'static Kernel, Order) {
+        let mut best = (f32::INFINITY, None);
+        for kernel in KERNELS.iter().filter(|kernel| match forced {
+            Some(forced) => std::ptr::eq(*kernel, forced),
+            None => kernel.sizes.isa == isa,
+        }) {
+            for order in [Order::ChannelsOuter, Order::PositionsOuter] {
+                let cycles = self.cycles(kernel, order);
+                if cycles < best.0 {
+                    best = (cycles, Some((kernel, order)));
+                }
+            }
+        }
+        best.1.expect("every instruction set has a kernel, and no estimate is infinite")
+    }
+
+    fn cycles(&self, kernel: &Kernel, order: Order) -> f32 {
+        let weights = self.weights;
+        let full = weights.full_panels();
+        let classes = [(full, weights.width()), (weights.panels() - full, weights.last_rows())];
+        let mut cycles = 0.0;
+        for (panels, width) in classes.into_iter().filter(|(panels, _)| *panels > 0) {
+            match self.axis {
+                ChannelAxis::Rows => {
+                    let (pieces, tail) = vectors_of(self.positions, kernel);
+                    for piece in pieces {
+                        let tiles = width.div_ceil(kernel.rows(piece.len));
+                        cycles += self.grids(piece, width, tiles, panels, order);
+                    }
+                    if let Some(tail) = tail {
+                        for lanes in pieces_of(width, kernel.sizes.widest(tail.len)) {
+                            let streamed = (lanes.len * self.k * size_of::<f32>()) as f32;
+                            let tile = self.tile(tail.len as f32, lanes.len, streamed);
+                            let turned = 5.0 * lanes.len as f32;
+                            cycles += (panels * lanes.tiles) as f32 * (tile + turned);
+                        }
+                    }
+                }
+                ChannelAxis::Lanes => {
+                    for lanes in pieces_of(width, kernel.nr) {
+                        let tiles = self.positions.div_ceil(kernel.rows(lanes.len)).max(1);
+                        cycles += self.grids(lanes, self.positions, tiles, panels, order);
+                    }
+                }
+            }
+        }
+        cycles
+    }
+
+    /// The tiles of `lanes` in each of `panels`, where `count` rows are cut into `tiles`.
+    fn grids(&self, lanes: Run, count: usize, tiles: usize, panels: usize, order: Order) -> f32 {
+        let rows = count as f32 / tiles as f32;
+        let bytes = (self.k * size_of::<f32>()) as f32;
+        let (a, b) = (rows * bytes, lanes.len as f32 * bytes);
+        let beyond = |bytes: f32| if bytes <= Self::L1 { 0.0 } else { bytes };
+        let (streamed, grids) = match (self.axis, order) {
+            (ChannelAxis::Rows, Order::ChannelsOuter) => {
+                let block =
+                    self.positions.saturating_mul(self.k).min(BLOCK_VALUES) * size_of::<f32>();
+                (if block as f32 > Self::L1 { b / 2.0 } else { 0.0 }, 1.5 * panels as f32)
+            }
+            (ChannelAxis::Rows, Order::PositionsOuter) => (a + beyond(b), 1.5 * lanes.tiles as f32),
+            (ChannelAxis::Lanes, Order::ChannelsOuter) => {
+                (a + beyond(b), 1.5 * panels as f32 * lanes.tiles as f32)
+            }
+            (ChannelAxis::Lanes, Order::PositionsOuter) => {
+                let all = self.weights.group_bytes() as f32 > Self::L1;
+                (beyond(a) + if all { b } else { 0.0 }, tiles as f32)
+            }
+        };
+        let mut tile = self.tile(rows, lanes.len, streamed);
+        if self.axis == ChannelAxis::Rows
+            && order == Order::PositionsOuter
+            && self.channel_bytes >= Self::PAGE
+        {
+            tile += rows * Self::PER_PAGE;
+        }
+        if self.axis == ChannelAxis::Lanes
+            && self.row_bytes.is_multiple_of(Self::PAGE)
+            && self.row_bytes > 0
+        {
+            let sums = rows * self.vectors(lanes.len);
+            tile += (rows - 8.0).max(0.0) * Self::PER_ALIAS * self.k as f32 * sums;
+        }
+        panels as f32 * lanes.tiles as f32 * tiles as f32 * tile + grids * Self::PER_GRID
+    }
+
+    /// One tile that reads so many bytes from beyond the first cache level.
+    fn tile(&self, rows: f32, lanes: usize, streamed: f32) -> f32 {
+        let vectors = self.vectors(lanes);
+        let sums = rows * vectors;
+        // A vector load a cycle, two broadcasts a cycle; four cycles from sum to sum.
+        let loads = if vectors == 1.0 { Self::BROADCASTS * sums } else { vectors + rows / 2.0 };
+        let term = sums.max(loads).max(4.0);
+        let crowded = lanes * self.k * size_of::<f32>();
+        let lines = streamed / 64.0 * if crowded as f32 > Self::LARGE { 2.0 } else { 1.0 };
+        let queued = (sums - Self::FREE_SUMS).max(0.0);
+        self.k as f32 * term
+            + Self::PER_TILE
+            + Self::PER_SUM_SQUARED * queued * queued
+            + Self::PER_LINE * lines
+    }
+
+    /// Vectors that so many lanes fill; half vectors count half.
+    fn vectors(&self, lanes: usize) -> f32 {
+        let half = self.vector / 2;
+        match lanes.is_multiple_of(half) {
+            true if lanes == half || lanes == 3 * half => lanes as f32 / self.vector as f32,
+            _ => lanes.div_ceil(self.vector) as f32,
+        }
+    }
+}
+
+/// Tiles of one size that follow one another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Where the first tile begins.
+    pub first: usize,
+    /// Length of each tile.
+    pub len: usize,
+    pub tiles: usize,
+}
+
+impl Run {
+    /// Each tile by itself.
+    pub(crate) fn each(self) -> impl Iterator<Item = Run> {
+        (0..self.tiles).map(move |t| Run { first: self.first + t * self.len, tiles: 1, ..self })
+    }
+
+    fn end(&self) -> usize {
+        self.first + self.len * self.tiles
+    }
+}
+
+/// Cuts `0..count` into the fewest tiles of at most `most`, as even as can be, the longer ones
+/// first.
+pub(crate) fn even(count: usize, most: usize) -> impl Iterator<Item = Run> + Clone {
+    let tiles = count.div_ceil(most).max(1);
+    let (short, long) = (count / tiles, count % tiles);
+    let long = Run { first: 0, len: short + 1, tiles: long };
+    let short = Run { first: long.end(), len: short, tiles: tiles - long.tiles };
+    [long, short].into_iter().filter(|run| run.tiles > 0 && run.len > 0)
+}
+
+/// Cuts `0..count` into tiles of `len`, and one of what is left.
+pub(crate) fn pieces_of(count: usize, len: usize) -> impl Iterator<Item = Run> + Clone {
+    let whole = Run { first: 0, len, tiles: count / len };
+    let rest = Run { first: whole.end(), len: count % len, tiles: 1 };
+    [whole, rest].into_iter().filter(|run| run.tiles > 0 && run.len > 0)
+}
+
+/// Cuts `0..count` positions into tiles that lanes run along, and those too few for a vector.
+pub(crate) fn vectors_of(
+    count: usize,
+    kernel: &Kernel,
+) -> (impl Iterator<Item = Run> + Clone, Option<Run>) {
+    let vector = kernel.sizes.vector;
+    let tail = count % vector;
+    // With more, a masked vector throws away less than a tile of so few rows costs.
+    let tail = if tail * 3 <= vector { tail } else { 0 };
+    let pieces = pieces_of(count - tail, kernel.nr);
+    (pieces, (tail > 0).then_some(Run { first: count - tail, len: tail, tiles: 1 }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_cover_everything_in_order() {
+        let check = |runs: Vec<Run>, count: usize, most: usize| {
+            let mut next = 0;
+            for run in runs {
+                assert!(run.first == next && (1..=most).contains(&run.len) && run.tiles > 0);
+                assert!(run.each().all(|tile| tile.tiles == 1 && tile.len == run.len));
+                next = run.end();
+            }
+            assert_eq!(next, count);
+        };
+        for count in 0..200 {
+            for most in 1..70 {
+                check(even(count, most).collect(), count, most);
+                check(pieces_of(count, most).collect(), count, most);
+            }
+            for kernel in KERNELS {
+                let (pieces, tail) = vectors_of(count, kernel);
+                check(pieces.chain(tail).collect(), count, kernel.nr);
+            }
+        }
+    }
+}
