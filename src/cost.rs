@@ -114,8 +114,9 @@ impl RoofMeter {
     ///
     /// On the CPU measured, on all of the device's threads at once and with the strongest
     /// instruction set of the machine, whichever is forced: multiply-adds in registers (fused where
-    /// that instruction set can), and reading the given number of bytes over and over. It takes one or two milliseconds, some tens
-    /// where no cache holds the bytes. On CUDA computed, from clocks and widths.
+    /// that instruction set can), and reading the given number of bytes over and over. It takes one
+    /// or two milliseconds; some tens where no cache holds the bytes, or where threads have to wait
+    /// for cores. On CUDA computed, from clocks and widths.
     pub fn sample(&self) -> Roof {
         match &self.kind {
             MeterKind::Cpu(meter) => meter.sample(),

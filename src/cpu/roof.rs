@@ -5,6 +5,7 @@
 
 use std::array;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::hint::{black_box, spin_loop};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -58,7 +59,6 @@ pub(crate) fn measure(device: &CpuDevice, _: Supported, bytes: usize) -> Roof {
 }
 
 /// What is needed to measure the ceilings for one size again and again.
-#[derive(Debug)]
 pub(crate) struct Meter {
     isa: Supported,
     threads: usize,
@@ -101,6 +101,14 @@ impl Meter {
         let works: [Work<'_>; 3] = [(flops, &multiply), (bytes, &two), (bytes, &eight)];
         let [flops_per_second, two, eight] = rates(threads, works);
         Roof { flops_per_second, bytes_per_second: two.max(eight) }
+    }
+}
+
+/// Without the data.
+impl fmt::Debug for Meter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.threads * self.part * size_of::<f32>();
+        write!(f, "cpu::Meter({bytes} bytes, {} threads)", self.threads)
     }
 }
 
