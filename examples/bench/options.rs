@@ -85,8 +85,8 @@ Columns of the results, beside the table's:
   fma_peak       GFLOP/s of multiply-adds in registers, the highest of five samples that were taken
                  in between the timings of this layer
   roof_bw        GB/s of reading as many bytes as the layer touches over and over, likewise
-  peak_fraction  the roof's time by the median: least of fma_peak and
-                 flops / byte x roof_bw, divided into gflops
+  peak_fraction  gflops as a fraction of the roof, the lower of fma_peak and
+                 roof_bw x gflops / gbps
   max_err        the largest error, as a multiple of the tolerance
                  max|weight| max|src| K 2^-23 + eps_out max|result|, where K is cin / groups and
                  eps_out 2^-23, four times that where act is a smooth function
