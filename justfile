@@ -27,6 +27,10 @@ emulate arch *command:
 classify *args:
     cargo run --release --example classify -- {{args}}
 
+# Times layers against the machine's roof: `just bench --threads 2 --plot roofline.svg`.
+bench *args:
+    cargo run --release --example bench -- {{args}}
+
 # The API documentation, with private items.
 doc:
     cargo doc --no-deps --features serde --document-private-items --open

@@ -1,6 +1,8 @@
-//! What a layer costs, before it runs.
+//! What a layer costs, before it runs, and what a machine could do at best.
 
 use std::fmt;
+
+use crate::cpu;
 
 /// Parameters, work and least traffic of one call in f32.
 ///
@@ -56,9 +58,71 @@ impl Roof {
         (cost.flops() / self.flops_per_second).max(cost.bytes() as f64 / self.bytes_per_second)
     }
 
+    /// The higher of two measurements, each ceiling by itself.
+    pub fn max(self, other: Roof) -> Roof {
+        Roof {
+            flops_per_second: self.flops_per_second.max(other.flops_per_second),
+            bytes_per_second: self.bytes_per_second.max(other.bytes_per_second),
+        }
+    }
+
     /// Whether arithmetic, not memory, is the ceiling.
     pub fn compute_bound(&self, cost: &Cost) -> bool {
         cost.flops() / self.flops_per_second >= cost.bytes() as f64 / self.bytes_per_second
+    }
+}
+
+/// Measures a device's ceilings, as often as one likes: [`Device::roof_meter`] makes it.
+///
+/// A machine's clock moves, and a virtual machine's neighbours come and go. A fraction of the roof
+/// means something when samples of the roof are taken in between the timings that it is compared
+/// with, and the highest of them is the roof.
+///
+/// ```
+/// use pointwise::Device;
+/// let meter = Device::cpu().threads(1).roof_meter(1 << 20)?;
+/// let roof = (1..5).fold(meter.sample(), |roof, _| roof.max(meter.sample()));
+/// println!("{:.0} GFLOP/s, {:.0} GB/s", roof.flops_per_second / 1e9, roof.bytes_per_second / 1e9);
+/// # assert!(roof.flops_per_second > 0.0 && roof.bytes_per_second > 0.0);
+/// # Ok::<(), pointwise::Error>(())
+/// ```
+///
+/// [`Device::roof_meter`]: crate::Device::roof_meter
+#[derive(Debug)]
+pub struct RoofMeter {
+    kind: MeterKind,
+}
+
+#[derive(Debug)]
+enum MeterKind {
+    Cpu(cpu::Meter),
+    #[cfg(feature = "cuda")]
+    Computed(Roof),
+}
+
+impl RoofMeter {
+    pub(crate) fn cpu(meter: cpu::Meter) -> Self {
+        RoofMeter { kind: MeterKind::Cpu(meter) }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn computed(roof: Roof) -> Self {
+        RoofMeter { kind: MeterKind::Computed(roof) }
+    }
+
+    /// The ceilings now.
+    ///
+    /// On the CPU measured, on all of the device's threads at once and with the strongest
+    /// instruction set of the machine, whichever is forced: multiply-adds in registers (fused where
+    /// that instruction set can), and reading the given number of bytes over and over. It takes one
+    /// or two milliseconds; some tens where no cache holds the bytes, or where threads have to wait
+    /// for cores. On CUDA computed, from clocks and widths.
+    pub fn sample(&self) -> Roof {
+        match &self.kind {
+            MeterKind::Cpu(meter) => meter.sample(),
+            #[cfg(feature = "cuda")]
+            MeterKind::Computed(roof) => *roof,
+        }
     }
 }
 

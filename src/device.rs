@@ -4,7 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::cpu::CpuDevice;
+use crate::cost::RoofMeter;
+use crate::cpu::{self, CpuDevice};
 #[cfg(feature = "cuda")]
 use crate::cuda::CudaDevice;
 use crate::error::{Error, Result};
@@ -81,6 +82,21 @@ impl Device {
                 reason: "pointwise was built without the feature `cuda`".into(),
             })
         }
+    }
+
+    /// What measures the device's ceilings, with its threads, for a problem that touches `bytes`
+    /// bytes ([`Cost::bytes`](crate::Cost::bytes)): the bandwidth is that of the memory level that
+    /// holds them. On the CPU it keeps as many bytes allocated, at most 256 MiB.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] if `POINTWISE_DEVICE` names no device.
+    pub fn roof_meter(&self, bytes: usize) -> Result<RoofMeter> {
+        Ok(match self.kind()? {
+            Kind::Cpu(cpu) => RoofMeter::cpu(cpu::Meter::new(cpu, bytes)),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => RoofMeter::computed(cuda.facts().roof),
+            Kind::Unknown(_) => unreachable!("Device::kind reports it"),
+        })
     }
 
     pub(crate) fn kind(&self) -> Result<&Kind> {

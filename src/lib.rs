@@ -61,7 +61,7 @@ mod stages;
 mod tensor;
 
 pub use compose::{Branches, BranchesCall, Sequence};
-pub use cost::{Cost, Roof};
+pub use cost::{Cost, Roof, RoofMeter};
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
 pub use cuda::{CudaDevice, CudaTensor, DeviceElement};

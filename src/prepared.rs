@@ -202,7 +202,7 @@ impl Prepared {
     }
 
     /// How a call on a source of this shape, channels first, would run: kernel, reason, cost and
-    /// roofline. Its ceilings are measured on the CPU (up to a tenth of a second, once per size) and
+    /// roofline. Its ceilings are measured on the CPU (up to a fifth of a second, once per size) and
     /// computed from clocks and widths on CUDA.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
 //! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it, `pack` lays weights (and, where it
 //! pays, src) out for the microkernels, `norm` normalises a block of positions, `threads` spreads
-//! units over a pool. Everything that depends on the instruction set is in `microkernel`,
-//! `epilogue`, `runs` and `math`, written over one vector type in `simd`.
+//! units over a pool, `roof` measures the machine's ceilings. Everything that depends on the
+//! instruction set is in `microkernel`, `epilogue`, `runs` and `math`, written over one vector type
+//! in `simd`.
 
 mod epilogue;
 mod gemm;
@@ -17,4 +18,5 @@ mod simd;
 mod threads;
 
 pub(crate) use gemm::{Layer, run};
+pub(crate) use roof::Meter;
 pub(crate) use threads::CpuDevice;

@@ -1,0 +1,169 @@
+//! The table of layers.
+
+use std::fmt;
+use std::path::Path;
+
+use csv::{ReaderBuilder, StringRecord, Trim};
+use pointwise::Activation;
+
+use crate::Result;
+
+/// The activations that a name says all of.
+const ACTIVATIONS: [Activation; 11] = [
+    Activation::Relu,
+    Activation::Relu6,
+    Activation::Sigmoid,
+    Activation::Tanh,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::HardSigmoid,
+    Activation::HardSwish,
+    Activation::Softplus,
+    Activation::Mish,
+];
+
+const COLUMNS: [&str; 10] =
+    ["model", "layer", "n", "cin", "cout", "h", "w", "stride", "groups", "act"];
+
+/// The layers of a file.
+pub struct Table {
+    /// The file's.
+    pub name: String,
+    pub layers: Vec<Layer>,
+}
+
+/// One line of a table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layer {
+    /// Where it stands in the file, from 1.
+    pub line: u64,
+    pub model: String,
+    pub layer: String,
+    pub n: usize,
+    pub c_in: usize,
+    pub c_out: usize,
+    pub h: usize,
+    pub w: usize,
+    pub stride: usize,
+    pub groups: usize,
+    pub activation: Option<Activation>,
+}
+
+impl Layer {
+    /// The activation's name.
+    pub fn act(&self) -> &'static str {
+        self.activation.map_or("none", Activation::name)
+    }
+}
+
+/// `resnet50 s1.c1a`.
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.model, self.layer)
+    }
+}
+
+impl Table {
+    /// `benches/layers.csv`, as it was when this program was built.
+    pub fn built_in(batch: Option<usize>) -> Result<Self> {
+        Self::parse("benches/layers.csv", include_bytes!("../../benches/layers.csv"), batch)
+    }
+
+    /// Every layer of a file, with another batch if one is given.
+    pub fn read(path: &Path, batch: Option<usize>) -> Result<Self> {
+        let name = path.display().to_string();
+        let bytes = std::fs::read(path).map_err(|error| format!("{name}: {error}"))?;
+        Self::parse(&name, &bytes, batch)
+    }
+
+    fn parse(name: &str, bytes: &[u8], batch: Option<usize>) -> Result<Self> {
+        let about = |error: csv::Error| format!("{name}: {error}");
+        // Lines of another length are reported below, with what they hold.
+        let mut reader = ReaderBuilder::new().trim(Trim::All).flexible(true).from_reader(bytes);
+        let header = reader.headers().map_err(about)?.clone();
+        let fields: Vec<&str> = header.iter().collect();
+        let column = |name: &str| {
+            let mut found = (0..fields.len()).filter(|&i| fields[i] == name);
+            match (found.next(), found.next()) {
+                (Some(column), None) => Ok(column),
+                (None, _) => Err(format!("no column {name} among {}", fields.join(","))),
+                _ => Err(format!("two columns {name} in {}", fields.join(","))),
+            }
+        };
+        let mut columns = [0; COLUMNS.len()];
+        for (place, wanted) in columns.iter_mut().zip(COLUMNS) {
+            *place = column(wanted).map_err(|why| format!("{name}:1: {why}"))?;
+        }
+
+        let mut layers = Vec::new();
+        for record in reader.records() {
+            let record = record.map_err(about)?;
+            let line = record.position().map_or(0, csv::Position::line);
+            let values = || record.iter().collect::<Vec<_>>().join(",");
+            let layer = if record.len() == fields.len() {
+                layer(line, &record, &columns, batch)
+            } else {
+                Err(format!("{} fields, but the header has {}", record.len(), fields.len()))
+            };
+            layers.push(layer.map_err(|why| format!("{name}:{line}: {why}: {}", values()))?);
+        }
+        if layers.is_empty() {
+            Err(format!("{name}: no layers"))?;
+        }
+        Ok(Table { name: name.to_owned(), layers })
+    }
+}
+
+fn layer(
+    line: u64,
+    record: &StringRecord,
+    columns: &[usize; COLUMNS.len()],
+    batch: Option<usize>,
+) -> Result<Layer, String> {
+    let [model, name, n, c_in, c_out, h, w, stride, groups, act] =
+        columns.map(|column| &record[column]);
+    let size = |column: &str, text: &str| match text.parse::<usize>() {
+        Ok(size) if size > 0 => Ok(size),
+        _ => Err(format!("{column} is {text:?}, expected a positive integer")),
+    };
+    let n = size("n", n)?;
+    let layer = Layer {
+        line,
+        model: model.to_owned(),
+        layer: name.to_owned(),
+        n: batch.unwrap_or(n),
+        c_in: size("cin", c_in)?,
+        c_out: size("cout", c_out)?,
+        h: size("h", h)?,
+        w: size("w", w)?,
+        stride: size("stride", stride)?,
+        groups: size("groups", groups)?,
+        activation: activation(act)?,
+    };
+    let Layer { n, c_in, c_out, h, w, groups, .. } = layer;
+    for (column, channels) in [("cin", c_in), ("cout", c_out)] {
+        if channels % groups != 0 {
+            Err(format!("{groups} groups do not divide {column} {channels}"))?;
+        }
+    }
+    // What fits is also addressable in bytes of f64, which the reference needs.
+    let fits = |sizes: &[usize]| {
+        let product = sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
+        product.is_some_and(|product| product <= isize::MAX as usize / 8)
+    };
+    if !fits(&[n, c_in, h, w]) || !fits(&[n, c_out, h, w]) || !fits(&[c_in, c_out]) {
+        Err("a tensor too large for any memory")?;
+    }
+    Ok(layer)
+}
+
+fn activation(name: &str) -> Result<Option<Activation>, String> {
+    if name == "none" {
+        return Ok(None);
+    }
+    ACTIVATIONS.into_iter().find(|a| a.name() == name).map(Some).ok_or_else(|| {
+        let known = ACTIVATIONS.map(Activation::name).join(", ");
+        format!("act is {name:?}, expected none, {known}")
+    })
+}

@@ -1,0 +1,370 @@
+//! Verifies and times one layer in every layout and with every kernel that was asked for.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ndarray::{Array4, ArrayD, ArrayView4, Axis};
+use pointwise::init::{self, Init};
+use pointwise::reference::{self, Inputs};
+use pointwise::{Cost, Device, Layout, Pointwise, PrepareOptions, Prepared, Roof};
+#[cfg(feature = "cuda")]
+use pointwise::{CudaDevice, CudaTensor};
+
+use crate::Result;
+use crate::layers::Layer;
+use crate::options::{Options, Order};
+use crate::verify;
+
+/// Samples of the roof per layer, each followed by two turns of every contender.
+const SAMPLES: usize = 5;
+/// How long a contender is timed in one turn.
+const TURN: Duration = Duration::from_millis(15);
+/// How long the calls last that are timed as one, so that the clock's own time does not count.
+const CALLS: Duration = Duration::from_micros(20);
+/// As [`CALLS`], where the end of the calls has to be waited for.
+#[cfg(feature = "cuda")]
+const QUEUED_CALLS: Duration = Duration::from_millis(1);
+/// Samples of a batch that differ; the others repeat them, so that a large batch is verified in
+/// the time that the reference takes for a small one.
+const DISTINCT: usize = 3;
+/// A larger fraction of the roof means that the roof is wrong.
+const MOST: f64 = 1.02;
+
+/// What all layers share.
+pub struct Bench {
+    device: Device,
+    #[cfg(feature = "cuda")]
+    cuda: Option<CudaDevice>,
+    /// `cpu` or `cuda:N`.
+    pub device_name: String,
+    pub threads: usize,
+    pub dtype: String,
+    orders: Vec<Order>,
+    /// `None` is the planner's choice.
+    kernels: Vec<Option<String>>,
+}
+
+/// What came of a layer.
+pub struct Outcome {
+    pub rows: Vec<Row>,
+    /// What was left out, and why.
+    pub notes: Vec<String>,
+}
+
+/// What was measured of a layer in one layout and with one kernel.
+pub struct Row {
+    pub order: Order,
+    pub kernel: &'static str,
+    /// Whether the kernel was asked for by name.
+    pub forced: bool,
+    /// In seconds.
+    pub median: f64,
+    pub min: f64,
+    pub cost: Cost,
+    pub roof: Roof,
+    /// A multiple of the tolerance.
+    pub max_err: f64,
+    roof_is_measured: bool,
+}
+
+impl Row {
+    /// Of the roof, in time.
+    pub fn peak_fraction(&self) -> f64 {
+        self.roof.seconds(&self.cost) / self.median
+    }
+
+    /// What is wrong with the roof, if it must be.
+    pub fn wrong_roof(&self) -> Option<String> {
+        let fraction = self.peak_fraction();
+        // A fraction that is not a number is no fit.
+        let fits = !self.roof_is_measured || fraction <= MOST;
+        let (order, kernel) = (self.order.name(), self.kernel);
+        (!fits).then(|| format!("{order} with {kernel} runs at {fraction:.3} of it"))
+    }
+}
+
+impl Bench {
+    pub fn new(options: &Options) -> Result<Self> {
+        let device: Device = options.device.parse()?;
+        let orders = options.layout.map_or(vec![Order::Nchw, Order::Nhwc], |order| vec![order]);
+        let kernels = match options.kernel.as_slice() {
+            [] => vec![None],
+            kernels => kernels.iter().cloned().map(Some).collect(),
+        };
+        let mut bench = Bench {
+            device,
+            #[cfg(feature = "cuda")]
+            cuda: None,
+            device_name: options.device.clone(),
+            threads: 1,
+            dtype: options.dtype.clone(),
+            orders,
+            kernels,
+        };
+        if options.device == "cpu" {
+            // A pool of this very size, whatever the machine and RAYON_NUM_THREADS say.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).build()?;
+            bench.device = Device::cpu_with_pool(Arc::new(pool)).threads(options.threads);
+            bench.threads = options.threads;
+        }
+        #[cfg(feature = "cuda")]
+        if options.device != "cpu" {
+            let ordinal = options.device.strip_prefix("cuda:").unwrap_or("0").parse()?;
+            let cuda = CudaDevice::open(ordinal)?;
+            bench.device_name = format!("cuda:{ordinal}");
+            bench.device = cuda.clone().into();
+            bench.cuda = Some(cuda);
+        }
+        Ok(bench)
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Verifies a layer, times it, and times it once more if it seems to beat the roof: a clock
+    /// that rose between the samples may have been to blame.
+    ///
+    /// # Errors
+    /// A result that is wrong, a kernel that the device does not have, the device's errors.
+    pub fn measure(&self, layer: &Layer) -> Result<Outcome> {
+        let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
+        let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?;
+        let bias = init::bias(c_out, c_in / groups, 2)?;
+        let mut description = Pointwise::new(weight).groups(groups).stride(stride).bias(bias);
+        if let Some(activation) = layer.activation {
+            description = description.activation(activation);
+        }
+        let distinct = values(n.min(DISTINCT), c_in, h, w);
+        let inputs = Inputs { sources: vec![distinct.view().into_dyn()], ..Inputs::default() };
+        let expected = reference::forward(&description, &inputs)?;
+        let tolerance =
+            verify::tolerance(&description, distinct.view().into_dyn(), expected.view());
+
+        let mut notes = Vec::new();
+        let mut contenders = Vec::new();
+        for kernel in &self.kernels {
+            let options = PrepareOptions { kernel: kernel.clone(), ..PrepareOptions::default() };
+            let prepared = description.prepare_with(&self.device, options)?;
+            for &order in &self.orders {
+                let plans = prepared.plans_in(&[n, c_in, h, w], layout(order))?;
+                let plan = match kernel {
+                    Some(name) => plans.into_iter().find(|plan| plan.kernel == name),
+                    None => plans.into_iter().next(),
+                };
+                let plan = plan.ok_or("no kernel")?;
+                if let Err(why) = plan.verdict {
+                    notes.push(format!("{} left out of {}: {why}", plan.kernel, order.name()));
+                    continue;
+                }
+                let prepared = prepared.clone();
+                let tensors = self.tensors(&prepared, order, n, distinct.view())?;
+                let (forced, kernel) = (kernel.is_some(), plan.kernel);
+                contenders.push(Contender { order, kernel, forced, prepared, tensors, err: 0.0 });
+            }
+        }
+
+        let mut rows = Vec::new();
+        for _ in 0..2 {
+            contenders.iter_mut().try_for_each(|c| c.verify(&expected, tolerance))?;
+            rows = self.time(&mut contenders, &[n, c_in, h, w])?;
+            // What was timed has to be right as well.
+            for (contender, row) in contenders.iter_mut().zip(&mut rows) {
+                contender.check(&expected, tolerance)?;
+                row.max_err = contender.err;
+            }
+            if rows.iter().all(|row| row.wrong_roof().is_none()) {
+                break;
+            }
+        }
+        Ok(Outcome { rows, notes })
+    }
+
+    fn time(&self, contenders: &mut [Contender], src: &[usize]) -> Result<Vec<Row>> {
+        let Some(first) = contenders.first() else {
+            return Ok(Vec::new());
+        };
+        let cost = first.prepared.cost(src)?;
+        let meter = self.device.roof_meter(cost.bytes())?;
+        let mut roof = meter.sample();
+        let mut times = vec![Vec::new(); contenders.len()];
+        for sample in 0..SAMPLES {
+            if sample > 0 {
+                roof = roof.max(meter.sample());
+            }
+            // Forth and back, so that nobody always follows the roof, or the same neighbour.
+            let forth = 0..contenders.len();
+            for i in forth.clone().chain(forth.rev()) {
+                contenders[i].turn(&mut times[i])?;
+            }
+        }
+        let row = |(contender, times): (&Contender, &mut Vec<f64>)| {
+            times.sort_by(f64::total_cmp);
+            Row {
+                order: contender.order,
+                kernel: contender.kernel,
+                forced: contender.forced,
+                median: times[times.len() / 2],
+                min: times[0],
+                cost,
+                roof,
+                max_err: contender.err,
+                roof_is_measured: self.device_name == "cpu",
+            }
+        };
+        Ok(contenders.iter().zip(&mut times).map(row).collect())
+    }
+
+    /// Source and result in a memory order, on the device.
+    fn tensors(
+        &self,
+        prepared: &Prepared,
+        order: Order,
+        n: usize,
+        distinct: ArrayView4<'_, f32>,
+    ) -> Result<Tensors> {
+        let (d, c, h, w) = distinct.dim();
+        let mut src = match order {
+            Order::Nchw => Array4::zeros((n, c, h, w)),
+            Order::Nhwc => Array4::zeros((n, h, w, c)).permuted_axes([0, 3, 1, 2]),
+        };
+        for (i, mut sample) in src.axis_iter_mut(Axis(0)).enumerate() {
+            sample.assign(&distinct.index_axis(Axis(0), i % d));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.cuda {
+            let src = CudaTensor::from_host(device, src.view())?;
+            let dst = prepared.forward(&src)?;
+            return Ok(Tensors::Cuda { src, dst });
+        }
+        let dst = prepared.forward(&src)?;
+        Ok(Tensors::Host { src, dst })
+    }
+}
+
+fn layout(order: Order) -> Layout {
+    match order {
+        Order::Nchw => Layout::ChannelsFirst,
+        Order::Nhwc => Layout::ChannelsLast,
+    }
+}
+
+/// Values in -1..1 without a pattern, always the same.
+fn values(n: usize, c: usize, h: usize, w: usize) -> Array4<f32> {
+    // Marsaglia's xorshift, "Xorshift RNGs" (2003).
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    Array4::from_shape_simple_fn((n, c, h, w), || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    })
+}
+
+/// A layer in one layout with one kernel.
+struct Contender {
+    order: Order,
+    kernel: &'static str,
+    forced: bool,
+    prepared: Prepared,
+    tensors: Tensors,
+    /// The largest error so far, as a multiple of the tolerance.
+    err: f64,
+}
+
+/// Source and result.
+enum Tensors {
+    Host {
+        src: Array4<f32>,
+        dst: Array4<f32>,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda {
+        src: CudaTensor,
+        dst: CudaTensor,
+    },
+}
+
+impl Contender {
+    /// Computes the result anew, over values that are not numbers, and checks it.
+    fn verify(&mut self, expected: &ArrayD<f64>, tolerance: f64) -> Result<()> {
+        match &mut self.tensors {
+            Tensors::Host { dst, .. } => dst.fill(f32::NAN),
+            #[cfg(feature = "cuda")]
+            Tensors::Cuda { dst, .. } => {
+                let mut blank = dst.to_host()?;
+                blank.fill(f32::NAN);
+                *dst = CudaTensor::from_host(dst.device(), blank.view())?;
+            }
+        }
+        self.run(1)?;
+        self.check(expected, tolerance)
+    }
+
+    /// Checks the result as it stands.
+    fn check(&mut self, expected: &ArrayD<f64>, tolerance: f64) -> Result<()> {
+        let err = match &self.tensors {
+            Tensors::Host { dst, .. } => {
+                verify::error(expected.view(), dst.view().into_dyn(), tolerance)
+            }
+            #[cfg(feature = "cuda")]
+            Tensors::Cuda { dst, .. } => {
+                verify::error(expected.view(), dst.to_host()?.view(), tolerance)
+            }
+        };
+        self.err = self.err.max(err);
+        // Written so that NaN fails.
+        if err <= 1.0 {
+            return Ok(());
+        }
+        let (order, kernel) = (self.order.name(), self.kernel);
+        Err(format!("{order} with {kernel} is wrong by {err:.3} times the tolerance"))?
+    }
+
+    /// Times calls for a while.
+    fn turn(&mut self, times: &mut Vec<f64>) -> Result<()> {
+        let enough = match &self.tensors {
+            Tensors::Host { .. } => CALLS,
+            #[cfg(feature = "cuda")]
+            Tensors::Cuda { .. } => QUEUED_CALLS,
+        };
+        // The roof or another contender has had the caches: calls that do not count come first,
+        // and say how many to time as one.
+        let mut calls = 1;
+        loop {
+            let time = self.run(calls)? * calls as f64;
+            if time >= enough.as_secs_f64() {
+                break;
+            }
+            calls *= 2;
+        }
+        let start = Instant::now();
+        while start.elapsed() < TURN {
+            times.push(self.run(calls)?);
+        }
+        Ok(())
+    }
+
+    /// Seconds per call of some calls, one after another.
+    fn run(&mut self, calls: usize) -> Result<f64> {
+        let prepared = &self.prepared;
+        let start = Instant::now();
+        match &mut self.tensors {
+            Tensors::Host { src, dst } => {
+                for _ in 0..calls {
+                    prepared.forward_into(black_box(&*src), dst)?;
+                }
+                black_box(dst);
+            }
+            #[cfg(feature = "cuda")]
+            Tensors::Cuda { src, dst } => {
+                for _ in 0..calls {
+                    prepared.forward_into(src, dst)?;
+                }
+                src.device().synchronize()?;
+            }
+        }
+        Ok(start.elapsed().as_secs_f64() / calls as f64)
+    }
+}

@@ -1,0 +1,98 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
+use clap::{Parser, ValueEnum};
+
+/// Times the layers of a table and compares each with the machine's roof, measured in the same run.
+///
+/// Every result is verified against the reference in f64 before it is timed, and again after.
+/// Layouts and kernels of a layer take turns.
+#[derive(Parser, Debug)]
+#[command(name = "bench", version, after_help = COLUMNS)]
+pub struct Options {
+    /// The table of layers: CSV with the columns model,layer,n,cin,cout,h,w,stride,groups,act in
+    /// any order, among others [default: benches/layers.csv]
+    #[arg(long, value_name = "FILE.csv")]
+    pub layers: Option<PathBuf>,
+
+    /// The batch of every layer, instead of the table's
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub batch: Option<usize>,
+
+    /// The type of the tensors' values
+    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32"]))]
+    pub dtype: String,
+
+    /// The memory order of the tensors [default: both]
+    #[arg(long)]
+    pub layout: Option<Order>,
+
+    /// CPU threads, of the layers and of the roof
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 1,
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024)
+    )]
+    pub threads: usize,
+
+    /// cpu, cuda or cuda:N
+    #[arg(long, value_name = "D", default_value = "cpu")]
+    pub device: String,
+
+    /// Forces a kernel; given several times: each of them. A layer that a kernel refuses is skipped
+    #[arg(long, value_name = "NAME")]
+    pub kernel: Vec<String>,
+
+    /// Where the results go [default: stdout]
+    #[arg(long, value_name = "OUT")]
+    pub csv: Option<PathBuf>,
+
+    /// A picture: the roofs, and a point for each result
+    #[arg(long, value_name = "OUT.svg")]
+    pub plot: Option<PathBuf>,
+}
+
+/// A memory order by its usual name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Order {
+    Nchw,
+    Nhwc,
+}
+
+impl Order {
+    pub fn name(self) -> &'static str {
+        match self {
+            Order::Nchw => "nchw",
+            Order::Nhwc => "nhwc",
+        }
+    }
+}
+
+const COLUMNS: &str = "\
+Activations of a table (act): none, relu, relu6, sigmoid, tanh, silu, gelu, gelu_tanh,
+hard_sigmoid, hard_swish, softplus, mish. Every layer has a bias.
+
+Columns of the results, beside the table's:
+  threads        CPU threads of the layer and of the roof; 1 on a GPU
+  kernel         the kernel that ran
+  median_us      time of a call, µs: the median of all that were timed
+  min_us         the fastest
+  gflops         GFLOP/s by the median; a multiply-add is two
+  gbps           GB/s by the median, src, weight and dst counted once
+  fma_peak       GFLOP/s of multiply-adds in registers, the highest of five samples that were taken
+                 in between the timings of this layer
+  roof_bw        GB/s of reading as many bytes as the layer touches over and over, likewise
+  peak_fraction  gflops as a fraction of the roof, the lower of fma_peak and
+                 roof_bw x gflops / gbps
+  max_err        the largest error, as a multiple of the tolerance
+                 max|weight| max|src| K 2^-23 + eps_out max|result|, where K is cin / groups and
+                 eps_out 2^-23, four times that where act is a smooth function
+
+On a GPU fma_peak and roof_bw are computed from clocks and widths. The exit code is 1 if an error is
+above 1 or, on the CPU, a fraction above 1.02 in a second measurement too: then the roof is wrong.
+
+  bench --threads 2 --plot roofline.svg > results.csv
+  (head -n 1 benches/layers.csv; grep mobilenet benches/layers.csv) | bench --layers /dev/stdin";

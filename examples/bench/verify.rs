@@ -1,0 +1,43 @@
+//! Whether a result is right.
+
+use ndarray::{ArrayViewD, Axis};
+use pointwise::{Activation, Pointwise, Stage};
+
+/// How much a result may differ from the reference: the design's bound
+/// `max|weight| · max|src| · K · eps_acc + eps_out · max|result|`, of sums of K products in f32.
+pub fn tolerance(
+    layer: &Pointwise,
+    src: ArrayViewD<'_, f32>,
+    expected: ArrayViewD<'_, f64>,
+) -> f64 {
+    let eps = f64::from(f32::EPSILON);
+    // Functions that are not made of comparisons are within 4 ulp.
+    let smooth = |stage: &Stage| {
+        let exact = [Activation::Relu, Activation::Relu6].map(Stage::Activation);
+        matches!(stage, Stage::Activation(_)) && !exact.contains(stage)
+    };
+    let eps_out = if layer.stages().iter().any(smooth) { 4.0 * eps } else { eps };
+    let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, |m, x| x.abs().max(m));
+    let weight = largest(&mut layer.weight().iter().copied().map(f64::from));
+    let src = largest(&mut src.iter().copied().map(f64::from));
+    let products = layer.weight().ncols() as f64;
+    weight * src * products * eps + eps_out * largest(&mut expected.iter().copied())
+}
+
+/// The largest error as a multiple of the tolerance; infinite where a value is not a number.
+///
+/// `expected` holds the first samples, of which the others are repetitions in the same order.
+pub fn error(expected: ArrayViewD<'_, f64>, result: ArrayViewD<'_, f32>, tolerance: f64) -> f64 {
+    let distinct = expected.len_of(Axis(0));
+    let mut largest = 0.0f64;
+    for (i, sample) in result.axis_iter(Axis(0)).enumerate() {
+        for (want, got) in expected.index_axis(Axis(0), i % distinct).iter().zip(sample) {
+            let error = (want - f64::from(*got)).abs();
+            // Equal values are right even where nothing is tolerated.
+            let error = if error == 0.0 { 0.0 } else { error / tolerance };
+            // A maximum would pass over NaN.
+            largest = if error.is_nan() { f64::INFINITY } else { error.max(largest) };
+        }
+    }
+    largest
+}
