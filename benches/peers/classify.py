@@ -233,7 +233,9 @@ def compare(threads: int, args: argparse.Namespace) -> None:
     for layout, done in answers.items():
         totals = [answer.median for answer in done]
         total = statistics.median(totals)
-        parts = [statistics.median(values) for values in zip(*((a.pointwise, a.rest) for a in done))]
+        parts = [
+            statistics.median(values) for values in zip(*((a.pointwise, a.rest) for a in done))
+        ]
         print(
             f"{f'classify, {layout}':24}{total:8.2f}{max(totals) / min(totals):8.2f}"
             f"{theirs / total:8.2f}{parts[0]:11.2f}{parts[1]:8.2f}"

@@ -146,7 +146,9 @@ def print_ratios(rows: list[Row]) -> None:
         print(f"\n{f'pointwise on {count(threads)} is so many times as fast as':48}", end="")
         print("".join(f"{title:>14}" for title, _ in values))
         for layer in index.layers:
-            cells = [f"{column[layer]:14.2f}" if layer in column else f"{'':14}" for _, column in values]
+            cells = [
+                f"{column[layer]:14.2f}" if layer in column else f"{'':14}" for _, column in values
+            ]
             print(f"{describe(layer):48}{''.join(cells)}")
         cells = [f"{geomean(column.values()):14.3f}" for _, column in values]
         print(f"{'geometric mean':48}{''.join(cells)}")
@@ -175,7 +177,8 @@ def table(rows: list[Row]) -> str:
     index = Index(rows)
     first = index.threads[0]
     order = sorted(
-        index.contenders, key=lambda c: -(index.gflops(c, first) or index.gflops(c, index.threads[-1]) or 0)
+        index.contenders,
+        key=lambda c: -(index.gflops(c, first) or index.gflops(c, index.threads[-1]) or 0),
     )
     head = ["library", "layout"]
     head += [f"GFLOP/s, {count(threads)}" for threads in index.threads]
@@ -218,12 +221,16 @@ def plot(path: Path, rows: list[Row]) -> None:
     ]
     if not peers:
         raise SystemExit("nothing to draw: no layer was measured in pointwise and in a peer")
-    peers.sort(key=lambda c: geomean(next(s for t in index.threads if (s := index.speedups(c, t))).values()))
+    peers.sort(
+        key=lambda c: geomean(
+            next(s for t in index.threads if (s := index.speedups(c, t))).values()
+        )
+    )
     labels = [f"{title(c)}, {index.layout[c].upper()}" for c in peers]
     figure, axes = pyplot.subplots(
         1,
         len(index.threads),
-        figsize=(3.2 + 3.4 * len(index.threads), 1.5 + 0.42 * len(peers)),
+        figsize=(3.2 + 3.4 * len(index.threads), 1.8 + 0.42 * len(peers)),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -265,7 +272,8 @@ def plot(path: Path, rows: list[Row]) -> None:
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     figure.suptitle(
-        f"How many times as fast pointwise is: {len(index.layers)} layers (dots) and their geometric mean (bars)",
+        "How many times as fast pointwise is\n"
+        f"{len(index.layers)} layers (dots), geometric mean (bars); colours: layouts",
         fontsize=12,
     )
     figure.savefig(path, facecolor="white", metadata={"Date": None})

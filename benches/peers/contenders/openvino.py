@@ -25,7 +25,9 @@ def contender(layout: str, threads: int):
     }
 
     def load(layer: Layer, files: Files) -> Loaded:
-        compiled = core.compile_model(model(layer, layout, files.weight(), files.bias()), "CPU", config)
+        compiled = core.compile_model(
+            model(layer, layout, files.weight(), files.bias()), "CPU", config
+        )
         src, dst = files.src(layout), files.dst(layout)
         request = compiled.create_infer_request()
         request.set_input_tensor(ov.Tensor(src, shared_memory=True))

@@ -20,6 +20,7 @@ pub trait Contender {
 pub struct Kind {
     name: &'static str,
     pub layout: &'static str,
+    /// As `Cargo.toml` pins it.
     pub version: &'static str,
     pub load: fn(Layer, Inputs, usize) -> Result<Box<dyn Contender>>,
 }
