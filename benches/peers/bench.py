@@ -202,6 +202,8 @@ def main() -> None:
     args = parse()
     if args.sources:
         rows = [row for path in args.sources for row in report.read(path)]
+        if not rows:
+            raise SystemExit(f"no layer in {', '.join(map(str, args.sources))}")
     else:
         rows = []
         try:

@@ -146,6 +146,8 @@ def print_ratios(rows: list[Row]) -> None:
         print(f"\n{f'pointwise on {count(threads)} is so many times as fast as':48}", end="")
         print("".join(f"{title:>14}" for title, _ in values))
         for layer in index.layers:
+            if not any(layer in column for _, column in values):
+                continue
             cells = [
                 f"{column[layer]:14.2f}" if layer in column else f"{'':14}" for _, column in values
             ]
