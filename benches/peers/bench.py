@@ -19,7 +19,7 @@ import layer as layers
 import report
 from contenders import CONTENDERS
 from layer import Layer
-from process import TICK, Failure, Pass, Worker, busy, numbers
+from process import Failure, Pass, Worker, busy, is_disturbed, numbers
 from report import Row
 
 HERE = Path(__file__).resolve().parent
@@ -28,9 +28,8 @@ NAMES = (*RUST, *CONTENDERS)
 
 # What idle workers may use of a CPU while another is timed.
 IDLE = 0.02
-# A pass during which other processes took this part of a CPU that is the contender's is repeated,
-# so often at most. The kernel counts in ticks, mostly of 10 ms: a smaller part would be noise.
-FOREIGN, RETAKES = 0.25, 3
+# A pass that other processes disturbed is repeated, so often at most.
+RETAKES = 3
 
 
 @dataclass
@@ -64,18 +63,18 @@ def timed_pass(worker: Worker, workers: list[Worker], seconds: float, tally: Tal
     tally.passes += 1
     for _ in range(RETAKES + 1):
         idle = sum(other.usage() for other in others)
-        ran, foreign = worker.usage(), busy(worker.cpus)
+        ran, ran_all = worker.usage(), busy(worker.cpus)
         begin = time.monotonic()
         result = worker.time(seconds)
         wall = time.monotonic() - begin
-        foreign = busy(worker.cpus) - foreign - (worker.usage() - ran)
+        foreign = busy(worker.cpus) - ran_all - (worker.usage() - ran)
         worker.settle()
         idle = sum(other.usage() for other in others) - idle
         if idle > IDLE * wall:
             raise Failure(
                 f"idle workers ran {idle:.3f} s of {wall:.3f} s while {worker.name} was timed"
             )
-        if foreign <= FOREIGN * wall + TICK:
+        if not is_disturbed(foreign, wall):
             return result
         tally.retaken += 1
     tally.retaken -= 1

@@ -10,12 +10,17 @@ import json
 import math
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from process import Failure, Worker, numbers
+from process import Failure, Worker, busy, is_disturbed, numbers
 from report import count
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,11 +211,29 @@ def check_top(answer: Answer, logits: np.ndarray, labels: list[str]) -> None:
             raise SystemExit(f"classify gives {label} {probability}, PyTorch {want:.4f}")
 
 
+def children() -> float:
+    """Seconds that ended child processes ran."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def compare(threads: int, args: argparse.Namespace) -> None:
     _, want = picture()
     labels = LABELS.read_text().splitlines()
     worker = Worker([sys.executable, __file__, SERVE], "onnxruntime", threads)
     times: list[float] = []
+    turns, disturbed = 0, 0
+
+    def watched(usage: Callable[[], float], turn: Callable[[], Any]) -> Any:
+        """Takes a turn; `usage` is the time that its process ran on CPUs."""
+        nonlocal turns, disturbed
+        ran, ran_all, begin = usage(), busy(worker.cpus), time.monotonic()
+        result = turn()
+        foreign = busy(worker.cpus) - ran_all - (usage() - ran)
+        turns += 1
+        disturbed += is_disturbed(foreign, time.monotonic() - begin)
+        return result
+
     answers: dict[str, list[Answer]] = {"nhwc": [], "nchw": []}
     try:
         worker.ask("load ", "ready")
@@ -220,11 +243,15 @@ def compare(threads: int, args: argparse.Namespace) -> None:
         for _ in range(args.rounds):
             worker.settle()
             for layout, done in answers.items():
-                done.append(example(args.binary, layout, threads, args.runs, worker.cpus))
+                turn = partial(example, args.binary, layout, threads, args.runs, worker.cpus)
+                done.append(watched(children, turn))
                 check_top(done[-1], want[0], labels)
-            times.append(worker.time(args.seconds).median * 1e3)
+            result = watched(worker.usage, partial(worker.time, args.seconds))
+            times.append(result.median * 1e3)
     finally:
         worker.close()
+    if disturbed:
+        print(f"other processes disturbed {disturbed} of {turns} turns", file=sys.stderr)
     theirs = statistics.median(times)
     print(f"\n{count(threads)}, ms per picture")
     print(f"{'':24}{'median':>8}{'spread':>8}{'speed':>8}{'pointwise':>11}{'rest':>8}")

@@ -18,8 +18,9 @@ TIMEOUT = 120.0
 # After a call, threads of some pools look for more work before they sleep. The next contender
 # starts when they do; one that never does would falsify everybody else's times.
 SETTLED, SETTLE_TIMEOUT = 0.002, 2.0
-# The kernel's unit of time, in seconds, where it counts what CPUs did.
-TICK = 1 / os.sysconf("SC_CLK_TCK")
+# What other processes may take of a CPU while something is timed there. The kernel counts in
+# ticks, mostly of 10 ms: a smaller part of a short time would be noise.
+FOREIGN, TICK = 0.25, 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Failure(Exception):
@@ -144,6 +145,11 @@ def busy(cpus: list[int]) -> float:
             user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
             ticks += user + nice + system + irq + softirq + steal
     return ticks * TICK
+
+
+def is_disturbed(foreign: float, wall: float) -> bool:
+    """Whether other processes ran for too many of these seconds."""
+    return foreign > FOREIGN * wall + TICK
 
 
 def numbers(text: str) -> list[int]:

@@ -4,7 +4,14 @@ In the NHWC model a transposition stands before and after the convolution; the p
 into the layout in which it runs the convolution, so that nothing is moved.
 """
 
+import sys
+
 import numpy as np
+
+# Its import would report usage over the network, in a process of its own that can outlive this one.
+# openvino does without where the package is missing.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
 import openvino as ov
 from openvino import opset13 as ops
 
