@@ -58,15 +58,24 @@ impl Kernel {
     /// The time that the busiest multiprocessor needs, in units that compare kernels.
     ///
     /// A tile costs its products, padding included, and they run the slower, the more operands a
-    /// thread reads from shared memory per product. Storing across the memory order touches a
-    /// sector per element.
+    /// thread reads from shared memory per product; then come its first reads, which nothing hides,
+    /// and its stores, which touch a sector per element if they go across the memory order. A
+    /// multiprocessor works on `blocks_per_sm` tiles at a time, and a last round of fewer leaves it
+    /// waiting: that takes three quarters of a full one at least. The weights are those that lose
+    /// least over the layers of `benches/layers.csv` on an H100.
     fn estimate(&self, problem: &Letters, facts: &Facts) -> f64 {
-        let rounds = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
+        let tiles = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
+        let at_once = u64::from(self.blocks_per_sm);
+        let last = match tiles % at_once {
+            0 => 0.0,
+            tiles => (tiles as f64).max(0.75 * at_once as f64),
+        };
+        let tiles = (tiles / at_once * at_once) as f64 + last;
         let (slow, fast) = (f64::from(self.slow), f64::from(self.fast));
-        let product = 1.0 + 1.5 * (slow + fast) / (slow * fast);
+        let product = 1.0 + (slow + fast) / (slow * fast);
         let depth = f64::from(problem.depth.div_ceil(self.depth) * self.depth);
-        let store = if self.channels_fast == problem.channels_fast { 8.0 } else { 64.0 };
-        rounds as f64 * f64::from(self.rows * self.positions) * (depth * product + store)
+        let ends = if self.channels_fast == problem.channels_fast { 72.0 } else { 128.0 };
+        tiles * f64::from(self.rows * self.positions) * (depth * product + ends)
     }
 }
 

@@ -1,0 +1,183 @@
+//! Times every layer of `layers.csv` on a GPU, in both layouts, and prints CSV. `peers/gpu.py`
+//! times PyTorch in the same way.
+//!
+//! `cargo bench --features cuda --bench gpu -- [--batch N] [--only TEXT] [--chosen]`. Each kernel's
+//! result is verified against the CPU's before it is timed; `--chosen` times only the kernel that
+//! the planner takes. Times are the GPU's own, between events, and L2 is flushed before each call.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use ndarray::{Array4, ArrayD};
+use pointwise::cudarc::driver::{CudaEvent, DriverError, result, sys};
+use pointwise::init::{Init, bias};
+use pointwise::{CudaDevice, CudaTensor, Device, Layout, Pointwise, PrepareOptions, nhwc};
+
+/// A product large and square enough that only arithmetic counts.
+const SQUARE: &str = "square,4096,1,4096,4096,64,64,1,1,none";
+const RUNS: usize = 30;
+/// Overwriting this many times L2 leaves nothing of the tensors in it. It also keeps the GPU busy
+/// for longer than the host needs to queue the call.
+const FLUSH: i32 = 8;
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Outcome<bool> {
+    let args: Vec<String> = std::env::args().collect();
+    let option = |name: &str| args.iter().skip_while(|arg| *arg != name).nth(1).cloned();
+    let batch: usize = option("--batch").map_or(Ok(32), |n| n.parse())?;
+    let only = option("--only").unwrap_or_default();
+    let chosen = args.iter().any(|arg| arg == "--chosen");
+    let timer = Timer::new(&CudaDevice::open(0)?)?;
+    eprintln!("{}, an empty call takes {:.2} us", timer.device, timer.time(|| Ok(()))?.0);
+
+    println!(
+        "model,layer,n,cin,cout,h,w,stride,groups,act,layout,contender,kernel,median_us,min_us,gflops"
+    );
+    let mut all_right = true;
+    for line in include_str!("layers.csv").lines().skip(1).chain([SQUARE]) {
+        if line.contains(&only)
+            && let Err(error) = layer(line, batch, chosen, &timer)
+        {
+            eprintln!("{line}: {error}");
+            all_right = false;
+        }
+    }
+    Ok(all_right)
+}
+
+fn layer(line: &str, batch: usize, chosen: bool, timer: &Timer) -> Outcome {
+    let fields: Vec<_> = line.split(',').collect();
+    let [model, name, sizes @ .., act] = fields.as_slice() else {
+        return Err("not a layer".into());
+    };
+    let sizes: Vec<usize> = sizes.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
+    let &[_, c_in, c_out, h, w, stride, groups] = sizes.as_slice() else {
+        return Err("not a layer".into());
+    };
+    let n = if *model == "square" { 1 } else { batch };
+    let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?;
+    let mut layer = Pointwise::new(weight).groups(groups).stride(stride);
+    layer = layer.bias(bias(c_out, c_in / groups, 2)?);
+    if *act == "relu" {
+        layer = layer.relu();
+    }
+    let mut state = 3u32;
+    let last = Array4::from_shape_simple_fn((n, h, w, c_in), || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / 8_388_608.0 - 1.0
+    });
+    let last = nhwc(last.view());
+    let first = last.as_standard_layout();
+    let cpu = layer.prepare(&Device::cpu())?;
+    let flops = cpu.cost(last.shape())?.flops();
+    let gpu = Device::from(timer.device.clone());
+
+    for (layout, src) in [("nchw", first.view()), ("nhwc", last)] {
+        let expected = cpu.forward(&src)?.into_dyn();
+        let src = CudaTensor::from_host(&timer.device, src)?;
+        let order = match layout {
+            "nchw" => Layout::ChannelsFirst,
+            _ => Layout::ChannelsLast,
+        };
+        let plans = layer.prepare(&gpu)?.plans_in(src.shape(), order)?;
+        let limit = if chosen { 1 } else { plans.len() };
+        for (rank, plan) in plans.iter().take(limit).enumerate() {
+            let options =
+                PrepareOptions { kernel: Some(plan.kernel.into()), ..PrepareOptions::default() };
+            let prepared = layer.prepare_with(&gpu, options)?;
+            let mut dst = prepared.forward(&src)?;
+            verify(&dst.to_host()?, &expected).map_err(|why| format!("{}: {why}", plan.kernel))?;
+            let (median, min) = timer.time(|| Ok(prepared.forward_into(&src, &mut dst)?))?;
+            let contender = if rank == 0 { "pointwise" } else { "pointwise_forced" };
+            println!(
+                "{model},{name},{n},{c_in},{c_out},{h},{w},{stride},{groups},{act},{layout},\
+                 {contender},{},{median:.2},{min:.2},{:.1}",
+                plan.kernel,
+                flops / median / 1e3
+            );
+        }
+    }
+    Ok(())
+}
+
+fn verify(got: &ArrayD<f32>, expected: &ArrayD<f32>) -> Result<(), String> {
+    let layout = |array: &ArrayD<f32>| (array.shape().to_vec(), array.strides().to_vec());
+    // Both follow the source, so memory can be compared as it lies.
+    let (Some(values), Some(right)) =
+        (got.as_slice_memory_order(), expected.as_slice_memory_order())
+    else {
+        return Err("the result has gaps".into());
+    };
+    if layout(got) != layout(expected) {
+        return Err(format!("laid out as {:?}, expected {:?}", layout(got), layout(expected)));
+    }
+    let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-4;
+    match values.iter().zip(right).find(|&pair| !close(pair)) {
+        Some((got, expected)) => Err(format!("{got}, expected {expected}")),
+        None => Ok(()),
+    }
+}
+
+/// Times calls on a device's stream.
+struct Timer {
+    device: CudaDevice,
+    flush: CudaTensor<f32>,
+}
+
+impl Timer {
+    fn new(device: &CudaDevice) -> Outcome<Self> {
+        let l2 = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
+        let l2 = device.stream().context().attribute(l2).map_err(code)?;
+        let flush = CudaTensor::zeros(device, &[(FLUSH * l2) as usize / size_of::<f32>()])?;
+        Ok(Timer { device: device.clone(), flush })
+    }
+
+    /// Median and minimum in microseconds.
+    fn time(&self, mut call: impl FnMut() -> Outcome) -> Outcome<(f64, f64)> {
+        let stream = self.device.stream();
+        let event = || {
+            let timed = sys::CUevent_flags::CU_EVENT_DEFAULT;
+            stream.context().new_event(Some(timed)).map_err(code)
+        };
+        (0..3).try_for_each(|_| call())?;
+        let mut pairs = Vec::new();
+        for _ in 0..RUNS {
+            pairs.push((event()?, event()?));
+        }
+        for (begin, end) in &pairs {
+            // SAFETY: the whole of a tensor that nobody reads.
+            unsafe {
+                result::memset_d8_async(
+                    self.flush.address(),
+                    0,
+                    size_of::<f32>() * self.flush.shape()[0],
+                    stream.cu_stream(),
+                )
+            }
+            .map_err(code)?;
+            begin.record(stream).map_err(code)?;
+            call()?;
+            end.record(stream).map_err(code)?;
+        }
+        let elapsed = |(begin, end): &(_, _)| CudaEvent::elapsed_ms(begin, end).map_err(code);
+        let mut times = pairs.iter().map(elapsed).collect::<Result<Vec<f32>, _>>()?;
+        times.sort_by(f32::total_cmp);
+        Ok((f64::from(times[RUNS / 2]) * 1e3, f64::from(times[0]) * 1e3))
+    }
+}
+
+fn code(error: DriverError) -> String {
+    format!("{:?}", error.0)
+}
