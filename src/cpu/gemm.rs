@@ -108,7 +108,7 @@ impl Layer {
 
     /// The ceilings for a problem of this cost.
     pub(crate) fn roof(&self, cost: &Cost) -> Roof {
-        roof::measure(&self.device, self.isa, cost.bytes())
+        roof::measure(&self.device, cost.bytes())
     }
 
     /// Whether the whole of a position must be at hand before it is stored.

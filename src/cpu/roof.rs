@@ -35,7 +35,7 @@ const PASSES: usize = 3;
 
 /// The ceilings of a device for a problem of `bytes` bytes; measured once per size, in steps of a
 /// quarter of an octave.
-pub(crate) fn measure(device: &CpuDevice, _: Supported, bytes: usize) -> Roof {
+pub(crate) fn measure(device: &CpuDevice, bytes: usize) -> Roof {
     static KNOWN: Mutex<BTreeMap<(usize, usize), Roof>> = Mutex::new(BTreeMap::new());
     let size = bytes.clamp(16 << 10, 128 << 20);
     let size = size.next_multiple_of(size.next_power_of_two() / 8);
