@@ -450,6 +450,27 @@ impl Positions {
         offset
     }
 
+    /// Positions `first..first + count` as runs of evenly spaced ones: offset of the first,
+    /// distance, number.
+    pub(crate) fn runs(
+        &self,
+        first: usize,
+        count: usize,
+    ) -> impl Iterator<Item = (isize, isize, usize)> {
+        let (inner, stride) = match self.rank {
+            0 => (count.max(1), 0),
+            rank => self.axes[rank - 1],
+        };
+        let outer = Positions { rank: self.rank.saturating_sub(1), axes: self.axes };
+        let mut next = first;
+        std::iter::from_fn(move || {
+            let (row, column) = (next / inner, next % inner);
+            let len = (first + count - next).min(inner - column);
+            next += len;
+            (len > 0).then(|| (outer.offset(row) + column as isize * stride, stride, len))
+        })
+    }
+
     /// The offsets of positions `first..`, one per element of `offsets`, relative to `base`.
     pub(crate) fn fill(&self, first: usize, base: isize, offsets: &mut [isize]) {
         let Some((&(inner, stride), outer)) = self.axes[..self.rank].split_last() else {
@@ -495,6 +516,10 @@ mod tests {
         for first in 0..24 {
             let mut offsets = vec![0; 24 - first];
             positions.fill(first, 7, &mut offsets);
+            let runs = positions.runs(first, 24 - first).flat_map(|(offset, stride, len)| {
+                (0..len as isize).map(move |i| offset + i * stride)
+            });
+            assert_eq!(runs.collect::<Vec<_>>(), expected[first..], "from {first}");
             let shifted: Vec<isize> = expected[first..].iter().map(|o| o - 7).collect();
             assert_eq!(offsets, shifted, "from {first}");
         }

@@ -59,7 +59,12 @@ impl Layer {
             device: device.clone(),
             isa,
             kernel,
-            weights: Weights::pack(&lowered.weight, shape.groups, shape.k()),
+            weights: Weights::pack(
+                &lowered.weight,
+                shape.groups,
+                shape.k(),
+                Sizes::of(isa.isa()).panel_widths,
+            ),
             bias: lowered.bias,
             source_steps: lowered.source_steps,
             steps: Steps::new(lowered.steps),
@@ -142,7 +147,6 @@ struct Scratch {
     packed: Buffer,
     rows: Buffer,
     spare: Vec<f32>,
-    offsets: Vec<isize>,
     dst_offsets: Vec<isize>,
     residual_offsets: Vec<isize>,
     parts: Vec<Part>,
@@ -366,11 +370,9 @@ impl<'a> Pass<'a> {
                 channels: (start, k),
                 positions: positions.len(),
             };
-            let out = scratch.packed.get(k * positions.len());
+            let out = scratch.packed.get(block.len(self.plan.read));
             // SAFETY: the problem is validated, and the block lies inside it.
-            let part = unsafe {
-                block.pack(self.plan.read, positions.start, sources, &mut scratch.offsets, out)
-            };
+            let part = unsafe { block.pack(self.plan.read, positions.start, sources, out) };
             scratch.parts.push(part);
             return;
         }
@@ -636,9 +638,9 @@ impl Area<'_> {
         let mut weight = weights.panel(self.group, panel).wrapping_add(channels.first);
         self.segments.clear();
         for part in self.parts {
-            let src = part.ptr.wrapping_offset(positions.first as isize * part.position);
-            let src_step = position_step.map(|step| step as isize * part.position);
             let k = part.k;
+            let src = part.ptr.wrapping_offset(positions.first as isize * part.position);
+            let src_step = position_step.map(|positions| positions as isize * part.position);
             self.segments.push(match axis {
                 ChannelAxis::Rows => Segment {
                     k,

@@ -79,6 +79,8 @@ pub(crate) struct Sizes {
     pub isa: Isa,
     /// Lanes of its widest vector.
     pub vector: usize,
+    /// How many rows of the weight a panel may have, the best first.
+    pub panel_widths: &'static [usize],
     /// `(lanes, rows)`: the most rows of a tile of up to so many lanes, ascending.
     pub most_rows: &'static [(usize, usize)],
     /// Computes and stores a grid.
@@ -245,7 +247,7 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
         // between several.
         loop {
             let lanes = epilogue::load_row::<V, NV, TAIL>(terms.b, tail);
-            if PACKED {
+            if PACKED && V::LANES == 16 {
                 for v in 0..NV {
                     V::fetch(terms.b.wrapping_offset(ahead).wrapping_add(v * V::LANES));
                 }
@@ -353,7 +355,7 @@ impl Terms {
 /// Compiles an instruction set's tiles. Each line names a number of lanes, the vector type that
 /// they fill, how many of it, and every number of rows that fits; lines ascend in lanes.
 macro_rules! sizes {
-    ($(#[$features:meta])? $table:ident = $isa:expr, $widest:literal lanes, $run:ident {
+    ($(#[$features:meta])? $table:ident = $isa:expr, $widest:literal lanes, panels of $widths:expr, $run:ident {
         $($lanes:literal: $vector:ty, $nv:literal, [$($rows:literal)*];)*
     }) => {
         unsafe fn $run(grid: &Grid<'_>) {
@@ -384,6 +386,7 @@ macro_rules! sizes {
         static $table: Sizes = Sizes {
             isa: $isa,
             vector: $widest,
+            panel_widths: &$widths,
             most_rows: &[$(($lanes, [$($rows),*].len())),*],
             run: $run,
         };
@@ -391,7 +394,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    PORTABLE = Isa::Portable, 4 lanes, run_portable {
+    PORTABLE = Isa::Portable, 4 lanes, panels of [8], run_portable {
         4: crate::cpu::simd::Baseline, 1, [1 2 3 4];
         8: crate::cpu::simd::Baseline, 2, [1 2 3 4];
     }
@@ -400,16 +403,17 @@ sizes! {
 #[cfg(target_arch = "x86_64")]
 sizes! {
     #[target_feature(enable = "avx2,fma")]
-    AVX2 = Isa::Avx2, 8 lanes, run_avx2 {
+    AVX2 = Isa::Avx2, 8 lanes, panels of [24, 16], run_avx2 {
         8: crate::cpu::simd::avx2::F32x8, 1, [1 2 3 4 5 6];
         16: crate::cpu::simd::avx2::F32x8, 2, [1 2 3 4 5 6];
+        24: crate::cpu::simd::avx2::F32x8, 3, [1 2 3 4];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 sizes! {
     #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
-    AVX512 = Isa::Avx512, 16 lanes, run_avx512 {
+    AVX512 = Isa::Avx512, 16 lanes, panels of [64, 48], run_avx512 {
         8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
         16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
         24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
@@ -424,6 +428,8 @@ pub(crate) static KERNELS: &[Kernel] = &[
     Kernel { name: "fprop_f32_portable_4x8", mr: 4, nr: 8, sizes: &PORTABLE },
     #[cfg(target_arch = "x86_64")]
     Kernel { name: "fprop_f32_avx2_6x16", mr: 6, nr: 16, sizes: &AVX2 },
+    #[cfg(target_arch = "x86_64")]
+    Kernel { name: "fprop_f32_avx2_4x24", mr: 4, nr: 24, sizes: &AVX2 },
     #[cfg(target_arch = "x86_64")]
     Kernel { name: "fprop_f32_avx512_14x16", mr: 14, nr: 16, sizes: &AVX512 },
     #[cfg(target_arch = "x86_64")]

@@ -49,14 +49,13 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Packs `weight [groups * rows_per_group, k]`, row-major.
-    pub(crate) fn pack(weight: &[f32], groups: usize, k: usize) -> Self {
+    /// Packs `weight [groups * rows_per_group, k]`, row-major, into panels of one of `widths`, the
+    /// first one if there are rows left whichever is taken.
+    pub(crate) fn pack(weight: &[f32], groups: usize, k: usize, widths: &[usize]) -> Self {
         let rows_per_group = weight.len() / k / groups;
-        // Whole panels where either width gives them, the wider one where both do.
-        let width = match rows_per_group {
-            rows if rows > 64 && rows % 64 != 0 && rows % 48 == 0 => 48,
-            _ => 64,
-        };
+        // Whole panels where a width gives them.
+        let whole = widths.iter().find(|&&width| rows_per_group.is_multiple_of(width));
+        let width = *whole.unwrap_or(&widths[0]);
         let mut weights = Weights { data: Buffer::default(), k, width, rows_per_group };
         let mut data = Buffer::default();
         let mut packed = data.get(groups * weights.group_len());
@@ -136,7 +135,7 @@ impl Weights {
 pub(crate) enum Read {
     /// Where it is.
     InPlace,
-    /// Copied to `[k][positions]`.
+    /// Copied to `[k][positions]`, rows an odd number of cache lines apart.
     ByChannel,
     /// Copied to `[positions][k]`.
     ByPosition,
@@ -165,6 +164,17 @@ pub(crate) struct Block<'a> {
 }
 
 impl Block<'_> {
+    /// Values that a copy needs.
+    pub(crate) fn len(&self, read: Read) -> usize {
+        self.channels.1 * if read == Read::ByChannel { self.row() } else { self.positions }
+    }
+
+    /// Distance of the rows of a copy by channel: an odd number of cache lines, so that they do
+    /// not share few sets of a cache.
+    fn row(&self) -> usize {
+        (self.positions.div_ceil(16) | 1) * 16
+    }
+
     /// Copies the block out of `sources` (pairs of an operand at its sample, and its walk of
     /// positions) and applies the source steps.
     ///
@@ -176,46 +186,32 @@ impl Block<'_> {
         read: Read,
         first: usize,
         sources: impl Iterator<Item = (Operand, Positions)>,
-        offsets: &mut Vec<isize>,
         out: &mut [f32],
     ) -> Part {
-        let (k, positions) = (self.channels.1, self.positions);
-        let start = self.channels.0;
+        let ((start, k), positions) = (self.channels, self.positions);
         let mut channel = 0;
         for (source, walk) in sources {
             let (lo, hi) = (start.max(channel), (start + k).min(channel + source.channels));
             if lo < hi {
-                let ptr = source.ptr.wrapping_offset((lo - channel) as isize * source.channel);
+                let src = source.ptr.wrapping_offset((lo - channel) as isize * source.channel);
                 // SAFETY: the caller's promise; `lo..hi` lies in the source's channels.
                 unsafe {
-                    match read {
-                        Read::ByPosition => {
-                            debug_assert_eq!(source.channel, 1);
-                            for (p, row) in out.chunks_exact_mut(k).take(positions).enumerate() {
-                                let src = ptr.offset(walk.offset(first + p));
-                                let src = std::slice::from_raw_parts(src, hi - lo);
-                                row[lo - start..hi - start].copy_from_slice(src);
-                            }
+                    if read == Read::ByPosition {
+                        debug_assert_eq!(source.channel, 1);
+                        for (p, row) in out.chunks_exact_mut(k).take(positions).enumerate() {
+                            let src = src.offset(walk.offset(first + p));
+                            let src = std::slice::from_raw_parts(src, hi - lo);
+                            row[lo - start..hi - start].copy_from_slice(src);
                         }
-                        _ => {
-                            let rows = out[(lo - start) * positions..].chunks_exact_mut(positions);
-                            match walk.uniform() {
-                                Some(stride) => {
-                                    let ptr = ptr.wrapping_offset(first as isize * stride);
-                                    for (c, row) in rows.take(hi - lo).enumerate() {
-                                        copy(ptr.offset(c as isize * source.channel), stride, row);
-                                    }
-                                }
-                                None => {
-                                    offsets.resize(positions, 0);
-                                    walk.fill(first, 0, offsets);
-                                    for (c, row) in rows.take(hi - lo).enumerate() {
-                                        let ptr = ptr.offset(c as isize * source.channel);
-                                        for (value, &offset) in row.iter_mut().zip(&*offsets) {
-                                            *value = *ptr.offset(offset);
-                                        }
-                                    }
-                                }
+                    } else {
+                        let rows = out[(lo - start) * self.row()..].chunks_exact_mut(self.row());
+                        for (c, row) in rows.take(hi - lo).enumerate() {
+                            let src = src.offset(c as isize * source.channel);
+                            let mut rest = &mut row[..positions];
+                            for (offset, stride, len) in walk.runs(first, positions) {
+                                let (now, later) = rest.split_at_mut(len);
+                                runs::gather(self.isa, src.wrapping_offset(offset), stride, now);
+                                rest = later;
                             }
                         }
                     }
@@ -229,7 +225,7 @@ impl Block<'_> {
         }
         let (position, channel) = match read {
             Read::ByPosition => (k as isize, 1),
-            _ => (1, positions as isize),
+            _ => (1, self.row() as isize),
         };
         Part { k, ptr: out.as_ptr(), position, channel }
     }
@@ -243,7 +239,8 @@ impl Block<'_> {
     fn apply_by_channel(&self, out: &mut [f32]) {
         let (start, k) = self.channels;
         for step in self.steps {
-            for (channel, row) in (start..start + k).zip(out.chunks_exact_mut(self.positions)) {
+            for (channel, row) in (start..start + k).zip(out.chunks_exact_mut(self.row())) {
+                let row = &mut row[..self.positions];
                 match step {
                     SourceStep::Affine { scale, shift } => {
                         runs::apply_affine(self.isa, scale[channel], shift[channel], row);
@@ -289,23 +286,6 @@ impl Block<'_> {
     }
 }
 
-/// Copies a strided run.
-///
-/// # Safety
-/// `src` is readable at `row.len()` elements, `stride` apart.
-unsafe fn copy(src: *const f32, stride: isize, row: &mut [f32]) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if stride == 1 {
-            row.copy_from_slice(std::slice::from_raw_parts(src, row.len()));
-        } else {
-            for (p, value) in row.iter_mut().enumerate() {
-                *value = *src.offset(p as isize * stride);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -314,7 +294,7 @@ mod tests {
     fn panels_hold_every_row_once_and_zeros_beyond() {
         for (groups, rows, k) in [(2, 5, 3), (1, 64, 2), (3, 96, 1), (2, 150, 4), (1, 48, 5)] {
             let weight: Vec<f32> = (1..=groups * rows * k).map(|i| i as f32).collect();
-            let packed = Weights::pack(&weight, groups, k);
+            let packed = Weights::pack(&weight, groups, k, &[64, 48]);
             let all = (0..packed.panels()).map(|panel| packed.rows(panel)).sum::<usize>();
             assert_eq!(all, rows);
             for (group, panel) in

@@ -7,6 +7,12 @@ use crate::cpu::simd::{Simd, per_isa};
 use crate::stages::Activation;
 
 per_isa! {
+    /// Copies values that lie `stride` apart to a run.
+    ///
+    /// # Safety
+    /// `src` is readable at `x.len()` elements, `stride` apart.
+    pub(crate) [unsafe] fn gather(src: *const f32, stride: isize, x: &mut [f32]) = gather_run;
+
     /// `x = activation(x)`.
     pub(crate) fn apply_activation(activation: Activation, x: &mut [f32]) = activation_run;
 
@@ -37,6 +43,30 @@ per_isa! {
 
     /// The sum of `(x - mean)²`: f32 in short blocks, f64 across them.
     pub(crate) fn sum_squared_deviations(mean: f32, x: &[f32]) -> f64 = sum_squared_deviations_run;
+}
+
+#[inline(always)]
+unsafe fn gather_run<V: Simd>(src: *const f32, stride: isize, x: &mut [f32]) {
+    let len = x.len();
+    match stride {
+        // SAFETY: the caller's promise.
+        1 => x.copy_from_slice(unsafe { std::slice::from_raw_parts(src, len) }),
+        2 if len >= V::LANES => {
+            let starts = (0..len - V::LANES).step_by(V::LANES).chain([len - V::LANES]);
+            for at in starts {
+                // SAFETY: the CPU has V's instruction set; the first element that is read and the
+                // last one are the caller's, and so is what lies between them; LANES values of `x`
+                // follow `at`.
+                unsafe { V::load_even(src.add(2 * at)).store(x.as_mut_ptr().add(at)) }
+            }
+        }
+        _ => {
+            for (i, value) in x.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *value = unsafe { *src.offset(i as isize * stride) };
+            }
+        }
+    }
 }
 
 #[inline(always)]

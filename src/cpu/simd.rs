@@ -78,6 +78,12 @@ pub(crate) unsafe trait Simd:
     /// As for `load`, for the lanes of `tail` only.
     unsafe fn load_tail(src: *const f32, tail: Self::Tail) -> Self;
 
+    /// Every other one of `2 * LANES - 1` values, from the first to the last.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set of this type; `src` is valid for `2 * LANES - 1` reads.
+    unsafe fn load_even(src: *const f32) -> Self;
+
     /// Asks for a cache line to be fetched, where the CPU can be asked; never faults.
     ///
     /// # Safety
@@ -195,20 +201,21 @@ use operators;
 /// requirement is that the CPU has the vector's instructions.
 ///
 /// `per_isa! { pub(crate) fn scale(x: &mut [f32], by: f32) = scale_lanes; }` makes
-/// `scale(isa: Supported, x, by)`, which calls `scale_lanes::<V>(x, by)`.
+/// `scale(isa: Supported, x, by)`, which calls `scale_lanes::<V>(x, by)`. `[unsafe] fn` makes it
+/// unsafe, for what the generic one requires besides.
 macro_rules! per_isa {
-    ($($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $generic:ident;)*) => {$(
+    ($($(#[$doc:meta])* $vis:vis $([$unsafe:tt])? fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $generic:ident;)*) => {$(
         $(#[$doc])*
-        $vis fn $name(isa: $crate::cpu::isa::Supported, $($arg: $ty),*) $(-> $ret)? {
+        $vis $($unsafe)? fn $name(isa: $crate::cpu::isa::Supported, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $ty),*) $(-> $ret)? {
+            $($unsafe)? fn avx2($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function has the target features.
                 unsafe { $generic::<$crate::cpu::simd::avx2::F32x8>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
-            fn avx512($($arg: $ty),*) $(-> $ret)? {
+            $($unsafe)? fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function has the target features.
                 unsafe { $generic::<$crate::cpu::simd::avx512::F32x16>($($arg),*) }
             }

@@ -64,6 +64,17 @@ unsafe impl Simd for F32x8 {
     }
 
     #[inline(always)]
+    unsafe fn load_even(src: *const f32) -> Self {
+        // SAFETY: fifteen values are readable; the instruction set is the caller's promise.
+        unsafe {
+            let (a, b) = (_mm256_loadu_ps(src), _mm256_loadu_ps(src.add(7)));
+            // Pairs of each half of a, of b, of a, of b: the middle ones change places.
+            let pairs = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_10_00>(a, b));
+            Self(_mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn fetch(src: *const f32) {
         // SAFETY: every CPU of this target has the instruction, which reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(src.cast()) }

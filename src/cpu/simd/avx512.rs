@@ -19,9 +19,10 @@ mod wide {
         _mm512_fmsub_ps as fmsub, _mm512_loadu_ps as loadu, _mm512_mask_blend_ps as blend,
         _mm512_mask_storeu_ps as mask_storeu, _mm512_maskz_loadu_ps as maskz_loadu,
         _mm512_max_ps as max, _mm512_min_ps as min, _mm512_mul_ps as mul, _mm512_or_ps as or,
-        _mm512_roundscale_ps as roundscale, _mm512_scalef_ps as scalef, _mm512_set1_ps as set1,
-        _mm512_shuffle_ps as shuffle, _mm512_storeu_ps as storeu, _mm512_sub_ps as sub,
-        _mm512_unpackhi_ps as unpackhi, _mm512_unpacklo_ps as unpacklo, _mm512_xor_ps as xor,
+        _mm512_permutex2var_ps as permutex2var, _mm512_roundscale_ps as roundscale,
+        _mm512_scalef_ps as scalef, _mm512_set1_ps as set1, _mm512_shuffle_ps as shuffle,
+        _mm512_storeu_ps as storeu, _mm512_sub_ps as sub, _mm512_unpackhi_ps as unpackhi,
+        _mm512_unpacklo_ps as unpacklo, _mm512_xor_ps as xor,
     };
 }
 
@@ -33,9 +34,10 @@ mod half {
         _mm256_fmsub_ps as fmsub, _mm256_loadu_ps as loadu, _mm256_mask_blend_ps as blend,
         _mm256_mask_storeu_ps as mask_storeu, _mm256_maskz_loadu_ps as maskz_loadu,
         _mm256_max_ps as max, _mm256_min_ps as min, _mm256_mul_ps as mul, _mm256_or_ps as or,
-        _mm256_roundscale_ps as roundscale, _mm256_scalef_ps as scalef, _mm256_set1_ps as set1,
-        _mm256_shuffle_ps as shuffle, _mm256_storeu_ps as storeu, _mm256_sub_ps as sub,
-        _mm256_unpackhi_ps as unpackhi, _mm256_unpacklo_ps as unpacklo, _mm256_xor_ps as xor,
+        _mm256_permutex2var_ps as permutex2var, _mm256_roundscale_ps as roundscale,
+        _mm256_scalef_ps as scalef, _mm256_set1_ps as set1, _mm256_shuffle_ps as shuffle,
+        _mm256_storeu_ps as storeu, _mm256_sub_ps as sub, _mm256_unpackhi_ps as unpackhi,
+        _mm256_unpacklo_ps as unpacklo, _mm256_xor_ps as xor,
     };
 }
 
@@ -67,9 +69,30 @@ unsafe fn two_rows(src: *const f32, stride: usize) -> __m256 {
     }
 }
 
+/// Where [`Simd::load_even`] finds its values: the even ones of a first vector, the odd ones of a
+/// second.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn sixteen_evens() -> __m512i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31) }
+}
+
+/// As [`sixteen_evens`].
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn eight_evens() -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_setr_epi32(0, 2, 4, 6, 9, 11, 13, 15) }
+}
+
 /// Implements [`Simd`] with the instructions of one width.
 macro_rules! vector {
-    ($vector:ident of $lanes:literal, $ops:ident, $mask:ty, rows $rows:ident) => {
+    ($vector:ident of $lanes:literal, $ops:ident, $mask:ty, $rows:ident, $evens:ident) => {
         operators!($vector:
             add |a: Self, b: Self| Self($ops::add(a.0, b.0)),
             sub |a: Self, b: Self| Self($ops::sub(a.0, b.0)),
@@ -107,6 +130,16 @@ macro_rules! vector {
             unsafe fn load_tail(src: *const f32, tail: $mask) -> Self {
                 // SAFETY: the caller has the instruction set; only the lanes of `tail` are read.
                 Self(unsafe { $ops::maskz_loadu(tail, src) })
+            }
+
+            #[inline(always)]
+            unsafe fn load_even(src: *const f32) -> Self {
+                // SAFETY: twice as many values but one are readable; the instruction set is the
+                // caller's promise.
+                unsafe {
+                    let (a, b) = ($ops::loadu(src), $ops::loadu(src.add($lanes - 1)));
+                    Self($ops::permutex2var(a, $evens(), b))
+                }
             }
 
             #[inline(always)]
@@ -231,5 +264,5 @@ macro_rules! vector {
     };
 }
 
-vector!(F32x16 of 16, wide, __mmask16, rows four_rows);
-vector!(F32x8 of 8, half, __mmask8, rows two_rows);
+vector!(F32x16 of 16, wide, __mmask16, four_rows, sixteen_evens);
+vector!(F32x8 of 8, half, __mmask8, two_rows, eight_evens);

@@ -66,6 +66,12 @@ unsafe impl Simd for F32x4 {
     }
 
     #[inline(always)]
+    unsafe fn load_even(src: *const f32) -> Self {
+        // SAFETY: seven values are readable.
+        Self(unsafe { [0, 2, 4, 6].map(|i| *src.add(i)) })
+    }
+
+    #[inline(always)]
     unsafe fn fetch(_: *const f32) {}
 
     #[inline(always)]

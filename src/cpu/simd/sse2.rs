@@ -58,6 +58,15 @@ unsafe impl Simd for F32x4 {
     }
 
     #[inline(always)]
+    unsafe fn load_even(src: *const f32) -> Self {
+        // SAFETY: seven values are readable.
+        unsafe {
+            let (a, b) = (_mm_loadu_ps(src), _mm_loadu_ps(src.add(3)));
+            Self(_mm_shuffle_ps::<0b11_01_10_00>(a, b))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn fetch(src: *const f32) {
         // SAFETY: every CPU of this target has the instruction, which reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(src.cast()) }
