@@ -256,10 +256,11 @@ impl Estimate<'_> {
     /// A streamed operand beyond this leaves too little of the second cache level to the other.
     const LARGE: f32 = 200.0 * 1024.0;
     const PAGE: usize = 4096;
-    /// As many broadcasts as multiplications slow them a little.
+    /// As many broadcasts as multiplications slow them a little, more where there are few.
     const BROADCASTS: f32 = 1.01;
+    const FEW_BROADCASTS: f32 = 1.08;
     const PER_TILE: f32 = 8.0;
-    const PER_GRID: f32 = 300.0;
+    const PER_GRID: f32 = 120.0;
     /// Sums beyond this fill the CPU's queues while they are stored.
     const FREE_SUMS: f32 = 12.0;
     const PER_SUM_SQUARED: f32 = 0.3;
@@ -362,10 +363,14 @@ impl Estimate<'_> {
         let vectors = self.vectors(lanes);
         let sums = rows * vectors;
         // A vector load a cycle, two broadcasts a cycle; four cycles from sum to sum.
-        let loads = if vectors == 1.0 { Self::BROADCASTS * sums } else { vectors + rows / 2.0 };
+        let loads = match vectors == 1.0 {
+            true if rows < 12.0 => Self::FEW_BROADCASTS * sums,
+            true => Self::BROADCASTS * sums,
+            false => vectors + rows / 2.0,
+        };
         let term = sums.max(loads).max(4.0);
         let crowded = lanes * self.k * size_of::<f32>();
-        let lines = streamed / 64.0 * if crowded as f32 > Self::LARGE { 2.0 } else { 1.0 };
+        let lines = streamed / 64.0 * (crowded as f32 / Self::LARGE).max(1.0);
         let queued = (sums - Self::FREE_SUMS).max(0.0);
         self.k as f32 * term
             + Self::PER_TILE

@@ -126,8 +126,8 @@ struct Team {
     calls: [Call; CALLS],
     /// Calls that have been opened so far.
     opened: AtomicUsize,
-    /// Helpers that wait for one.
-    lingering: AtomicUsize,
+    /// Helpers that work on one or wait for one.
+    awake: AtomicUsize,
     /// Helpers that the pool has been asked for and that have not started.
     coming: AtomicUsize,
     /// The CPU that the last caller who asked for them was on.
@@ -137,7 +137,7 @@ struct Team {
 impl Team {
     /// Asks the pool for helpers, if fewer than `wanted` are awake or on their way.
     fn wake(self: &Arc<Self>, wanted: usize, pool: Option<&Pool>) {
-        let there = self.lingering.load(Ordering::Relaxed) + self.coming.load(Ordering::Relaxed);
+        let there = self.awake.load(Ordering::Relaxed) + self.coming.load(Ordering::Relaxed);
         if there >= wanted {
             return;
         }
@@ -155,56 +155,35 @@ impl Team {
 
     /// Works on open calls until there is none for a while.
     fn help(&self) {
-        cpu::leave(self.caller_cpu.load(Ordering::Relaxed));
+        self.awake.fetch_add(1, Ordering::Relaxed);
         self.coming.fetch_sub(1, Ordering::Relaxed);
-        let mut seen = self.opened.load(Ordering::Acquire);
-        loop {
-            let mut helped = false;
-            for call in &self.calls {
-                helped |= call.help();
-            }
-            // Who finds nothing came too late, and is not needed.
-            if !helped {
-                return;
-            }
-            let now = self.opened.load(Ordering::Acquire);
-            if now == seen {
-                match self.linger(seen) {
-                    Some(opened) => seen = opened,
-                    None => return,
-                }
-            } else {
-                seen = now;
-            }
+        cpu::leave(self.caller_cpu.load(Ordering::Relaxed));
+        // A call that is over before its helper is awake is often followed by another.
+        let mut next = Some(self.opened.load(Ordering::Acquire));
+        while let Some(opened) = next {
+            self.calls.iter().for_each(|call| call.help());
+            next = self.linger(opened);
         }
+        self.awake.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Waits until more than `seen` calls have been opened; `None` if none is in time.
     fn linger(&self, seen: usize) -> Option<usize> {
         let begin = Instant::now();
-        self.lingering.fetch_add(1, Ordering::Relaxed);
-        let opened = loop {
-            let mut opened = seen;
+        loop {
             for _ in 0..64 {
-                opened = self.opened.load(Ordering::Acquire);
+                let opened = self.opened.load(Ordering::Acquire);
                 if opened != seen {
-                    break;
+                    return Some(opened);
                 }
                 std::hint::spin_loop();
             }
-            if opened != seen {
-                break Some(opened);
-            }
             if begin.elapsed() > LINGER {
-                break None;
+                return None;
             }
             // The pool's other work goes first.
-            if rayon::yield_now() == Some(rayon::Yield::Executed) {
-                break Some(self.opened.load(Ordering::Acquire));
-            }
-        };
-        self.lingering.fetch_sub(1, Ordering::Relaxed);
-        opened
+            rayon::yield_now();
+        }
     }
 }
 
@@ -287,12 +266,12 @@ impl Call {
         panicked
     }
 
-    /// Takes a seat and works, if there is one; whether there was.
-    fn help(&self) -> bool {
+    /// Takes a seat and works, if there is one.
+    fn help(&self) {
         let mut gate = self.gate.load(Ordering::Relaxed);
         loop {
             if gate < SEAT {
-                return false;
+                return;
             }
             let taken = gate - SEAT + 1;
             match self.gate.compare_exchange_weak(gate, taken, Ordering::Acquire, Ordering::Relaxed)
@@ -305,7 +284,6 @@ impl Call {
             self.panicked.store(true, Ordering::Relaxed);
         }
         self.gate.fetch_sub(1, Ordering::Release);
-        true
     }
 
     /// Claims and runs units until there are none. A panic leaves none to claim.
