@@ -205,6 +205,16 @@ pub enum Error {
         /// The driver's name for the code.
         name: &'static str,
     },
+    /// The text of a [`Tuning`](crate::Tuning) has a line that is no entry.
+    #[error("line {line} of a tuning is {text:?}, expected {expected}")]
+    Tuning {
+        /// The line, counted from one.
+        line: usize,
+        /// What stands there.
+        text: String,
+        /// What would have been accepted.
+        expected: &'static str,
+    },
     /// A checkpoint could not be read.
     #[error("checkpoint: {0}")]
     Checkpoint(String),

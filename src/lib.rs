@@ -59,6 +59,7 @@ mod problem;
 pub mod reference;
 mod stages;
 mod tensor;
+mod tuning;
 
 pub use compose::{Branches, BranchesCall, Sequence};
 pub use cost::{Cost, Roof, RoofMeter};
@@ -78,3 +79,4 @@ pub use prepared::{Call, Layout, Math, PrepareOptions, Prepared};
 pub use safetensors;
 pub use stages::{Activation, BatchNorm, LayerNorm, NormOver, SourceStage, Stage};
 pub use tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, nhwc, nhwc_mut};
+pub use tuning::Tuning;

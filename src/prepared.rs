@@ -13,8 +13,10 @@ use crate::layer::Pointwise;
 use crate::plan::{Candidate, Explanation};
 use crate::problem::{LayerShape, Operands, Problem, dst_shape};
 use crate::tensor::{
-    AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, strides_like,
+    AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, checked_product,
+    strides_like,
 };
+use crate::tuning::Tuning;
 
 /// The arithmetic that f32 layers may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -256,6 +258,82 @@ impl Prepared {
         })
     }
 
+    /// Times every kernel that the device has, in every order of its loops, on sources of these
+    /// shapes and memory orders, and says which were the fastest: for
+    /// [`with_tuning`](Self::with_tuning), now or, saved as text, in another process. Without a
+    /// tuning a model chooses.
+    ///
+    /// It runs on the device's threads, on tensors of its own, for some 20 ms a shape, or two
+    /// calls of each candidate where they take longer. Times are those of tensors that the caches
+    /// hold as far as they can; a busy machine spoils them. Shapes without any positions are left
+    /// out.
+    ///
+    /// ```
+    /// # use ndarray::Array2;
+    /// # use pointwise::{Device, Layout, Pointwise, Tuning};
+    /// let layer = Pointwise::new(Array2::ones((32, 16))).relu().prepare(&Device::cpu())?;
+    /// let tuning = layer.tune(&[(&[1, 16, 14, 14], Layout::ChannelsFirst)])?;
+    /// let saved = tuning.to_string();
+    ///
+    /// let tuned = layer.with_tuning(&saved.parse::<Tuning>()?);
+    /// println!("{}", tuned.explain(&[1, 16, 14, 14])?);
+    /// # assert!(tuned.explain(&[1, 16, 14, 14])?.reason.ends_with("; tuned"));
+    /// # Ok::<(), pointwise::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The first shape that does not fit the layer; [`Error::TooLarge`] if its tensors do not fit
+    /// memory; [`Error::Unsupported`] on CUDA.
+    pub fn tune(&self, shapes: &[(&[usize], Layout)]) -> Result<Tuning> {
+        let layer = match &self.inner.backend {
+            Backend::Cpu(layer) => layer,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => {
+                return Err(Error::Unsupported {
+                    device: self.inner.device.to_string(),
+                    what: "tune".into(),
+                });
+            }
+        };
+        let LayerShape { c_in, residual, gate, .. } = self.inner.shape;
+        let mut tuning = Tuning::default();
+        for &(src, layout) in shapes {
+            let dst = self.dst_shape(src)?;
+            if dst.contains(&0) {
+                continue;
+            }
+            let mut src_values = ones(src)?;
+            let mut residual_values = ones(if residual { dst.as_slice() } else { &[0] })?;
+            let mut gate_values = ones(&[src[0], if gate { c_in } else { 0 }])?;
+            let mut dst_values = ones(&dst)?;
+            let memory = [&mut src_values, &mut residual_values, &mut gate_values, &mut dst_values]
+                .map(|values| values.as_mut_ptr());
+            self.with_problem_at(memory, src, layout, |problem| {
+                tuning.add(cpu::tune(layer, problem));
+                Ok(())
+            })?;
+        }
+        Ok(tuning)
+    }
+
+    /// This layer, with the kernels that were measured to be the fastest; entries about other
+    /// devices, instruction sets, numbers of threads, layers and kernels are passed over, and so
+    /// are all of them on CUDA. It replaces the tuning that the layer had. Weights are shared, so
+    /// it costs next to nothing. Results are bitwise the same with any tuning.
+    ///
+    /// A kernel that is forced by [`PrepareOptions::kernel`] or `POINTWISE_KERNEL` goes first.
+    #[must_use = "the layer itself stays as it is"]
+    pub fn with_tuning(&self, tuning: &Tuning) -> Prepared {
+        let Inner { shape, parameters, device, backend } = &*self.inner;
+        let backend = match backend {
+            Backend::Cpu(layer) => Backend::Cpu(layer.with_tuning(shape, tuning)),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => return self.clone(),
+        };
+        let (shape, parameters, device) = (shape.clone(), *parameters, device.clone());
+        Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) }
+    }
+
     fn cost_of(&self, problem: &Problem<'_>) -> Cost {
         problem.cost(self.inner.parameters)
     }
@@ -263,6 +341,20 @@ impl Prepared {
     /// A problem with contiguous tensors that nobody reads.
     fn with_problem<R>(
         &self,
+        src: &[usize],
+        layout: Layout,
+        f: impl FnOnce(&Problem<'_>) -> Result<R>,
+    ) -> Result<R> {
+        // Distinct addresses, so that nothing seems to alias; nothing is read or written.
+        let far = |i: usize| std::ptr::without_provenance_mut::<f32>(i << (usize::BITS - 3));
+        self.with_problem_at([1, 2, 3, 4].map(far), src, layout, f)
+    }
+
+    /// A problem with contiguous src, residual, gate and dst at these addresses. It may only be
+    /// run if there is as much memory.
+    fn with_problem_at<R>(
+        &self,
+        [at_src, at_residual, at_gate, at_dst]: [*mut f32; 4],
         src: &[usize],
         layout: Layout,
         f: impl FnOnce(&Problem<'_>) -> Result<R>,
@@ -282,20 +374,20 @@ impl Prepared {
             strides[order(axis)] = next;
             next *= src[order(axis)].max(1) as isize;
         }
-        // Distinct addresses, so that nothing seems to alias; nothing is read or written.
-        let far = |i: usize| std::ptr::without_provenance_mut::<f32>(i << (usize::BITS - 3));
-        // SAFETY: the views are only used for the arithmetic on shapes and addresses.
+        // SAFETY: unless the problem is run, the views are only used for the arithmetic on shapes
+        // and addresses; who runs it has the memory.
         unsafe {
-            let src = TensorRef::from_raw_parts(far(1), place, src, &strides[..rank])?;
+            let src = TensorRef::from_raw_parts(at_src, place, src, &strides[..rank])?;
             let like = strides_like(&src, dst.as_slice());
-            let residual = TensorRef::from_raw_parts(far(2), place, dst.as_slice(), &like[..rank])?;
+            let residual =
+                TensorRef::from_raw_parts(at_residual, place, dst.as_slice(), &like[..rank])?;
             let gate = TensorRef::from_raw_parts(
-                far(3),
+                at_gate,
                 place,
                 &[src.shape()[0], shape.c_in],
                 &[shape.c_in as isize, 1],
             )?;
-            let mut dst = TensorMut::from_raw_parts(far(4), place, dst.as_slice(), &like[..rank])?;
+            let mut dst = TensorMut::from_raw_parts(at_dst, place, dst.as_slice(), &like[..rank])?;
             let operands = Operands {
                 src,
                 more: &[],
@@ -370,6 +462,17 @@ pub(crate) fn run_together(
     }
     cpu::run(&calls);
     Ok(())
+}
+
+/// The values of a contiguous tensor. Ones, since pages of zeros may all be the same page.
+fn ones(shape: &[usize]) -> Result<Vec<f32>> {
+    let len = checked_product("a tensor to tune with", shape)?;
+    let mut values = Vec::new();
+    values
+        .try_reserve_exact(len)
+        .map_err(|_| Error::TooLarge { what: "a tensor to tune with", sizes: shape.to_vec() })?;
+    values.resize(len, 1.0);
+    Ok(values)
 }
 
 fn on_host(src: &TensorRef<'_>) -> Result<()> {

@@ -225,6 +225,24 @@ fn every_kernel() {
 }
 
 #[test]
+fn tuned_layers() {
+    let mut failures = Vec::new();
+    let device = Device::cpu().threads(1);
+    for (name, description) in layers() {
+        let layer = description.prepare(&device).unwrap();
+        let shape: &[usize] = &[2, C_IN, 9, 9];
+        let tuning = layer
+            .tune(&[
+                (shape, pointwise::Layout::ChannelsFirst),
+                (shape, pointwise::Layout::ChannelsLast),
+            ])
+            .unwrap();
+        check(name, &description, &layer.with_tuning(&tuning), shape, &mut failures);
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+#[test]
 fn partial_convolutions() {
     let mut failures = Vec::new();
     let device = Device::cpu().threads(1);

@@ -1,6 +1,8 @@
 //! Small integers, so that every sum is exact: each kernel must agree bitwise with integer
 //! arithmetic, on every shape of the tables, in every layout.
 
+use std::sync::{Arc, LazyLock};
+
 use ndarray::Array2;
 use pointwise::{Device, Pointwise, PrepareOptions, Prepared, TensorMut, TensorRef};
 
@@ -219,6 +221,12 @@ impl Case {
         let (before, after) = self.partial.unwrap_or_default();
         before + self.c_out * self.groups + after
     }
+
+    /// Multiply-accumulates.
+    fn macs(&self) -> usize {
+        let positions: usize = self.dst_spatial().iter().product();
+        self.n * positions * self.groups * self.c_out * self.k
+    }
 }
 
 /// Integers that look random, the same in every run.
@@ -312,20 +320,28 @@ fn layer(case: &Case) -> Pointwise {
     layer
 }
 
+/// One thread, and several on any machine: how a problem is cut depends on it.
+static DEVICES: LazyLock<[Device; 2]> = LazyLock::new(|| {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    [Device::cpu().threads(1), Device::cpu_with_pool(Arc::new(pool))]
+});
+
+/// More is worth several threads, and runs on both devices.
+const SMALL_MACS: usize = 500_000;
+
 /// The layer, once per kernel that accepts its problem.
-fn prepare(case: &Case) -> Vec<(&'static str, Prepared)> {
+fn prepare(case: &Case, device: &Device) -> Vec<(&'static str, Prepared)> {
     let layer = layer(case);
-    let device = Device::cpu();
     let src: Vec<usize> = [case.n, case.sources().iter().sum()]
         .into_iter()
         .chain(case.spatial.iter().copied())
         .collect();
-    let plans = layer.prepare(&device).unwrap().plans(&src).unwrap();
+    let plans = layer.prepare(device).unwrap().plans(&src).unwrap();
     let accepted = plans.into_iter().filter(|candidate| candidate.verdict.is_ok());
     let prepared = accepted.map(|candidate| {
         let options =
             PrepareOptions { kernel: Some(candidate.kernel.into()), ..Default::default() };
-        (candidate.kernel, layer.prepare_with(&device, options).unwrap())
+        (candidate.kernel, layer.prepare_with(device, options).unwrap())
     });
     prepared.collect()
 }
@@ -333,7 +349,11 @@ fn prepare(case: &Case) -> Vec<(&'static str, Prepared)> {
 /// Runs every kernel in every layout; says what is wrong.
 fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
     let expected = expected(case);
-    let layers = prepare(case);
+    let devices = match case.macs() {
+        ..SMALL_MACS => std::slice::from_ref(&DEVICES[round % 2]),
+        _ => &DEVICES[..],
+    };
+    let layers: Vec<_> = devices.iter().flat_map(|device| prepare(case, device)).collect();
     assert!(!layers.is_empty(), "no kernel accepts {case:?}");
     for (i, (src_order, dst_order)) in ORDERS.into_iter().enumerate() {
         // Alone in memory or in a range of channels, in turns.
@@ -492,6 +512,40 @@ fn tile_edges() {
     check_all(cases);
 }
 
+/// Panels hold 64 or 48 output channels of a group, the last one what is left of them; positions
+/// fill vectors, or leave some over; samples of a whole tensor fold into one run of positions,
+/// those of a range of channels do not.
+#[test]
+fn panel_edges() {
+    let widths = [20, 24, 40, 48, 64, 65, 72, 80, 84, 88, 96, 104, 112, 128, 129, 144];
+    let mut cases = Vec::new();
+    for positions in (1..=70).chain([196]) {
+        for c_out in widths {
+            let round = cases.len();
+            let groups = [1, 1, 3][round % 3];
+            let k = [1, 2, 5, 24][round / 3 % 4];
+            let mut case = Case {
+                groups,
+                bias: round % 5 > 1,
+                residual: round % 4 == 1,
+                relu: round % 7 > 3,
+                ..Case::plain(1 + round / 2 % 3, k, c_out, &spatial(positions, round))
+            };
+            if round % 11 == 3 && c_out % 4 == 0 {
+                case.shuffle = 4;
+            }
+            if round % 6 == 4 {
+                case.concat = Some(vec![0, 1, k * groups - 1]);
+            }
+            if round % 13 == 5 {
+                case.stride = 2;
+            }
+            cases.push(case);
+        }
+    }
+    check_all(cases);
+}
+
 #[test]
 fn long_sums() {
     let mut cases = Vec::new();
@@ -597,6 +651,10 @@ fn more_than_a_block() {
     check_all([
         Case { relu: true, bias: true, ..Case::plain(2, 96, 40, &[101, 67]) },
         Case { groups: 2, ..Case::plain(1, 257, 33, &[61, 19]) },
+        Case { groups: 3, shuffle: 3, residual: true, ..Case::plain(2, 80, 20, &[41, 43]) },
+        Case { residual: true, relu: true, ..Case::plain(4, 64, 200, &[14, 14]) },
+        Case { stride: 2, ..Case::plain(3, 40, 144, &[28, 28]) },
+        Case { n: 5, bias: true, ..Case::plain(1, 200, 168, &[7, 7]) },
         Case { stride: 2, residual: true, ..Case::plain(3, 61, 70, &[53, 41]) },
         Case { concat: Some(vec![1, 30, 69]), ..Case::plain(1, 100, 17, &[9001]) },
         Case { n: 700, bias: true, ..Case::plain(1, 300, 130, &[]) },

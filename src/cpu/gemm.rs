@@ -3,7 +3,8 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 use crate::cost::{Cost, Roof};
 use crate::cpu::epilogue::{self, ChannelAxis, Steps, TileEpilogue};
@@ -14,12 +15,14 @@ use crate::cpu::pack::{self, Buffer, Part, Read, Weights};
 use crate::cpu::plan::{Facts, Order, Plan, Run, choose_isa, even, pieces_of, vectors_of};
 use crate::cpu::roof;
 use crate::cpu::threads::CpuDevice;
+use crate::cpu::tune::Choices;
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
 use crate::error::{Error, Result};
 use crate::plan::Candidate;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Positions, Problem};
 use crate::stages::NormOver;
+use crate::tuning::Tuning;
 
 /// A prepared layer on the CPU.
 pub(crate) struct Layer {
@@ -27,6 +30,12 @@ pub(crate) struct Layer {
     isa: Supported,
     /// The kernel that is forced.
     kernel: Option<&'static Kernel>,
+    choices: Choices,
+    packed: Arc<Packed>,
+}
+
+/// What all handles of a layer share.
+pub(crate) struct Packed {
     weights: Weights,
     bias: Vec<f32>,
     source_steps: Vec<SourceStep>,
@@ -35,6 +44,14 @@ pub(crate) struct Layer {
     after_norm: Vec<Step>,
     dst_map: Option<Vec<u32>>,
     residual_map: Option<Vec<u32>>,
+}
+
+impl Deref for Layer {
+    type Target = Packed;
+
+    fn deref(&self) -> &Packed {
+        &self.packed
+    }
 }
 
 impl Layer {
@@ -59,50 +76,76 @@ impl Layer {
             device: device.clone(),
             isa,
             kernel,
-            weights: Weights::pack(
-                &lowered.weight,
-                shape.groups,
-                shape.k(),
-                Sizes::of(isa.isa()).panel_widths,
-            ),
-            bias: lowered.bias,
-            source_steps: lowered.source_steps,
-            steps: Steps::new(lowered.steps),
-            norm: lowered.norm,
-            after_norm: lowered.after_norm,
-            dst_map: lowered.dst_map,
-            residual_map: lowered.residual_map,
+            choices: Choices::default(),
+            packed: Arc::new(Packed {
+                weights: Weights::pack(
+                    &lowered.weight,
+                    shape.groups,
+                    shape.k(),
+                    Sizes::of(isa.isa()).panel_widths,
+                ),
+                bias: lowered.bias,
+                source_steps: lowered.source_steps,
+                steps: Steps::new(lowered.steps),
+                norm: lowered.norm,
+                after_norm: lowered.after_norm,
+                dst_map: lowered.dst_map,
+                residual_map: lowered.residual_map,
+            }),
         })
+    }
+
+    /// This layer, with what of a tuning is about it.
+    pub(crate) fn with_tuning(&self, shape: &LayerShape, tuning: &Tuning) -> Self {
+        self.with(self.kernel, Choices::of(self, shape, tuning))
+    }
+
+    /// This layer, with a kernel that is forced, or choices that were measured.
+    pub(crate) fn with(&self, kernel: Option<&'static Kernel>, choices: Choices) -> Self {
+        let (device, packed) = (self.device.clone(), self.packed.clone());
+        Layer { device, isa: self.isa, kernel, choices, packed }
+    }
+
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa.isa()
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.device.threads()
     }
 
     /// The kernel that would run a problem, and how.
     pub(crate) fn explain(&self, problem: &Problem<'_>) -> (&'static str, String) {
         let plan = self.plan(problem, self.kernel);
-        let why = if self.kernel.is_some() { "; forced" } else { "" };
+        let why = match self.kernel {
+            Some(_) => "; forced",
+            None if plan.tuned => "; tuned",
+            None => "",
+        };
         (plan.kernel.name, format!("{}{why}", plan.describe()))
     }
 
     /// Every kernel, the chosen one first.
     pub(crate) fn plans(&self, problem: &Problem<'_>) -> Vec<Candidate> {
-        let chosen = self.plan(problem, self.kernel).kernel;
-        let others = KERNELS.iter().rev().filter(|kernel| kernel.name != chosen.name);
-        std::iter::once(chosen)
-            .chain(others)
-            .map(|kernel| Candidate {
-                kernel: kernel.name,
-                verdict: match kernel.sizes.isa.supported() {
-                    Some(_) => Ok(self.plan(problem, Some(kernel)).describe()),
-                    None => Err(format!("this CPU has no {}", kernel.sizes.isa.name())),
-                },
-            })
-            .collect()
+        let chosen = self.plan(problem, self.kernel);
+        let others = KERNELS.iter().rev().filter(|kernel| kernel.name != chosen.kernel.name);
+        let others = others.map(|kernel| Candidate {
+            kernel: kernel.name,
+            verdict: match kernel.sizes.isa.supported() {
+                Some(_) => Ok(self.plan(problem, Some(kernel)).describe()),
+                None => Err(format!("this CPU has no {}", kernel.sizes.isa.name())),
+            },
+        });
+        let first = Candidate { kernel: chosen.kernel.name, verdict: Ok(chosen.describe()) };
+        std::iter::once(first).chain(others).collect()
     }
 
     /// How a problem is cut, for the best kernel or a given one.
-    fn plan(&self, problem: &Problem<'_>, kernel: Option<&'static Kernel>) -> Plan {
+    pub(crate) fn plan(&self, problem: &Problem<'_>, kernel: Option<&'static Kernel>) -> Plan {
         let facts = Facts {
             isa: self.isa.isa(),
             forced: kernel,
+            choices: &self.choices,
             weights: &self.weights,
             source_steps: !self.source_steps.is_empty(),
             norm_over: self.norm_over(),

@@ -1,6 +1,6 @@
 //! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it, `pack` lays weights (and, where it
 //! pays, src) out for the microkernels, `norm` normalises a block of positions, `threads` spreads
-//! units over a pool, `roof` measures the machine's ceilings. Everything that depends on the
+//! units over a pool, `roof` measures the machine's ceilings, `tune` measures kernels. Everything that depends on the
 //! instruction set is in `microkernel`, `epilogue`, `runs` and `math`, written over one vector type
 //! in `simd`.
 
@@ -16,7 +16,9 @@ mod roof;
 mod runs;
 mod simd;
 mod threads;
+mod tune;
 
 pub(crate) use gemm::{Layer, run};
 pub(crate) use roof::Meter;
 pub(crate) use threads::CpuDevice;
+pub(crate) use tune::tune;

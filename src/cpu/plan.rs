@@ -11,6 +11,7 @@ use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::microkernel::{KERNELS, Kernel, Sizes};
 use crate::cpu::pack::{Read, Weights};
 use crate::cpu::threads::CpuDevice;
+use crate::cpu::tune::Choices;
 use crate::error::{Error, Result};
 use crate::plan::forced_kernel;
 use crate::problem::{Operand, Positions, Problem};
@@ -48,6 +49,8 @@ pub(crate) fn choose_isa(
 pub(crate) struct Facts<'a> {
     pub isa: Isa,
     pub forced: Option<&'static Kernel>,
+    /// What was measured; a forced kernel goes first.
+    pub choices: &'a Choices,
     pub weights: &'a Weights,
     /// Whether the source has steps of its own.
     pub source_steps: bool,
@@ -71,6 +74,8 @@ pub(crate) struct Plan {
     pub kernel: &'static Kernel,
     pub axis: ChannelAxis,
     pub order: Order,
+    /// Whether kernel and order were measured to be the best.
+    pub tuned: bool,
     pub read: Read,
     /// Whether positions run over all samples.
     pub with_batch: bool,
@@ -145,7 +150,13 @@ impl Plan {
             },
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
         };
-        let (kernel, order) = if problem.macs() < SMALL_MACS {
+        let tuned = match layer.forced {
+            None => layer.choices.find((positions, samples, axis, read)),
+            Some(_) => None,
+        };
+        let (kernel, order) = if let Some(choice) = tuned {
+            (choice.kernel, choice.order)
+        } else if problem.macs() < SMALL_MACS {
             let smallest = KERNELS.iter().find(|kernel| kernel.sizes.isa == isa);
             let kernel = layer.forced.or(smallest).expect("every instruction set has a kernel");
             (kernel, Order::ChannelsOuter)
@@ -187,6 +198,7 @@ impl Plan {
             kernel,
             axis,
             order,
+            tuned: tuned.is_some(),
             read,
             with_batch,
             samples,
