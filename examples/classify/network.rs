@@ -136,7 +136,7 @@ impl Network {
             layout,
             times: vec![Duration::ZERO; steps.len()],
             steps,
-            buffers: sizes.map(|size| vec![0.0; size]).into(),
+            buffers: sizes.map(|size| vec![0.0; size + LINE / size_of::<f32>()]).into(),
         })
     }
 
@@ -152,23 +152,23 @@ impl Network {
 
     /// The logits of a picture, `[3, SIZE, SIZE]` or channels last.
     pub fn forward(&mut self, picture: &[f32]) -> Result<&[f32]> {
-        self.buffers[1][..picture.len()].copy_from_slice(picture);
+        aligned_mut(&mut self.buffers[1])[..picture.len()].copy_from_slice(picture);
         for (step, time) in self.steps.iter_mut().zip(&mut self.times) {
             let start = Instant::now();
             let mut dst = std::mem::take(&mut self.buffers[step.to]);
-            let result = step.run(self.layout, &self.buffers, &mut dst);
+            let result = step.run(self.layout, &self.buffers, aligned_mut(&mut dst));
             self.buffers[step.to] = dst;
             result?;
             *time = start.elapsed();
         }
-        Ok(&self.buffers[1][..CLASSES])
+        Ok(&aligned(&self.buffers[1])[..CLASSES])
     }
 }
 
 impl Step {
     fn run(&mut self, layout: Layout, buffers: &[Vec<f32>], dst: &mut [f32]) -> Result<()> {
         let Step { src: from_shape, dst: to_shape, .. } = *self;
-        let src = &buffers[self.from][..from_shape.iter().product()];
+        let src = &aligned(&buffers[self.from])[..from_shape.iter().product()];
         let dst = &mut dst[..to_shape.iter().product()];
         match &mut self.op {
             Op::Spatial(convolution) => convolution.run(src, dst),
@@ -184,7 +184,7 @@ impl Step {
                 match residual {
                     None => layer.forward_into(&src, &mut dst)?,
                     Some(buffer) => {
-                        let residual = &buffers[*buffer][..to_shape.iter().product()];
+                        let residual = &aligned(&buffers[*buffer])[..to_shape.iter().product()];
                         let residual = view(layout, to_shape, residual);
                         layer.call(&src).residual(&residual).run_into(&mut dst)?;
                     }
@@ -193,6 +193,19 @@ impl Step {
         }
         Ok(())
     }
+}
+
+/// Bytes of a cache line. A vector that lies on two costs two accesses.
+const LINE: usize = 64;
+
+/// A buffer from its first cache line on.
+fn aligned(buffer: &[f32]) -> &[f32] {
+    &buffer[buffer.as_ptr().align_offset(LINE)..]
+}
+
+fn aligned_mut(buffer: &mut [f32]) -> &mut [f32] {
+    let start = buffer.as_ptr().align_offset(LINE);
+    &mut buffer[start..]
 }
 
 const SIZES: &str = "the slice has the shape's size";

@@ -4,7 +4,7 @@
 use pointwise::Layout;
 use rayon::prelude::*;
 
-/// Values that the kernels compute at once in channels-first maps: a whole number of vectors.
+/// Values that the kernel computes at once in channels-first maps: a whole number of vectors.
 const BLOCK: usize = 32;
 
 /// Sizes of a convolution over a square map, padded with zeros as TensorFlow's "same":
@@ -46,64 +46,54 @@ impl Geometry {
 /// A convolution with the per-channel affine folded in, then ReLU6.
 pub struct Convolution {
     geometry: Geometry,
-    channels: usize,
     body: Body,
 }
 
 enum Body {
     Planes(Planes),
-    Depthwise(Pixels),
-    Full(Pixels),
+    Depthwise(Pixels<Lanes>),
+    Stem(Pixels<f32>),
 }
 
 impl Convolution {
     /// One filter per channel: `weight [channels, 1, k, k]` in C order.
     pub fn depthwise(geometry: Geometry, weight: &[f32], shift: Vec<f32>, layout: Layout) -> Self {
-        let channels = shift.len();
         let body = match layout {
             Layout::ChannelsFirst => Body::Planes(Planes::new(geometry, 1, weight, shift)),
-            Layout::ChannelsLast => {
-                let lanes =
-                    *LANES.iter().find(|&&lanes| channels.is_multiple_of(lanes)).unwrap_or(&1);
-                Body::Depthwise(Pixels::new(geometry, 1, lanes, weight, shift))
-            }
+            Layout::ChannelsLast => Body::Depthwise(Pixels::new(geometry, 1, weight, &shift)),
         };
-        Convolution { geometry, channels, body }
+        Convolution { geometry, body }
     }
 
     /// The stem: `weight [32, 3, k, k]` in C order.
     pub fn stem(geometry: Geometry, weight: &[f32], shift: Vec<f32>, layout: Layout) -> Self {
-        let channels = shift.len();
         let body = match layout {
             Layout::ChannelsFirst => Body::Planes(Planes::new(geometry, 3, weight, shift)),
-            Layout::ChannelsLast => Body::Full(Pixels::new(geometry, 3, STEM, weight, shift)),
+            Layout::ChannelsLast => Body::Stem(Pixels::new(geometry, 3, weight, &shift)),
         };
-        Convolution { geometry, channels, body }
+        Convolution { geometry, body }
     }
 
     /// `src [c_in, size, size]` to `dst [channels, out, out]`, or channels last.
     pub fn run(&mut self, src: &[f32], dst: &mut [f32]) {
-        let Convolution { geometry, channels, body } = self;
-        match body {
-            Body::Planes(planes) => planes.run(*geometry, src, dst),
-            Body::Depthwise(pixels) => {
-                let rows = dst.par_chunks_mut(geometry.out() * *channels).enumerate();
-                rows.for_each(|(y, dst)| {
-                    let row = Row { geometry: *geometry, channels: *channels, pixels, src, y, dst };
-                    match pixels.lanes {
-                        48 => dispatch(DepthwiseRow::<48>(row)),
-                        16 => dispatch(DepthwiseRow::<16>(row)),
-                        _ => dispatch(DepthwiseRow::<1>(row)),
-                    }
-                });
+        let Convolution { geometry, ref mut body } = *self;
+        match (body, geometry.kernel, geometry.stride) {
+            (Body::Planes(planes), ..) => planes.run(geometry, src, dst),
+            // Taps of a row, values from one position to the next, values under a tile.
+            (Body::Stem(stem), 3, 2) => stem.run::<9, 6, 45>(geometry, src, dst),
+            (Body::Depthwise(depthwise), 3, 1) => {
+                depthwise.run::<3, 1, 9>(geometry, src, dst);
             }
-            Body::Full(pixels) => {
-                let rows = dst.par_chunks_mut(geometry.out() * *channels).enumerate();
-                rows.for_each(|(y, dst)| {
-                    let row = Row { geometry: *geometry, channels: *channels, pixels, src, y, dst };
-                    dispatch(StemRow(row));
-                });
+            (Body::Depthwise(depthwise), 3, 2) => {
+                depthwise.run::<3, 2, 15>(geometry, src, dst);
             }
+            (Body::Depthwise(depthwise), 5, 1) => {
+                depthwise.run::<5, 1, 11>(geometry, src, dst);
+            }
+            (Body::Depthwise(depthwise), 5, 2) => {
+                depthwise.run::<5, 2, 17>(geometry, src, dst);
+            }
+            _ => unreachable!("the network has no such convolution"),
         }
     }
 }
@@ -271,99 +261,196 @@ impl Kernel for Flat<'_> {
     }
 }
 
-/// Numbers of channels that the channels-last kernels take at once, by preference.
-const LANES: [usize; 2] = [48, 16];
-/// Output channels of the stem.
-const STEM: usize = 32;
+/// Channels that the channels-last kernel computes at once.
+const LANES: usize = 16;
+/// Positions of a row of dst that it computes at once: every map's size is a multiple of it.
+const TILE: usize = 7;
+/// Bytes of src that it expects to find in cache again.
+const CACHED: usize = 384 << 10;
 
-/// Channels last: `lanes` channels of a pixel at once, taps outside the map left out.
-struct Pixels {
-    lanes: usize,
-    /// `[c_out / lanes, k, k, c_in, lanes]`.
-    weight: Vec<f32>,
-    shift: Vec<f32>,
+/// A vector that no load finds on two cache lines.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Lanes([f32; LANES]);
+
+/// What a tap reads at a position.
+trait Value: Copy + Send + Sync {
+    const ZERO: Self;
+
+    /// The factor of the lane's weight.
+    fn lane(&self, lane: usize) -> f32;
+
+    /// Takes what a block of output channels needs of a row `[size, channels]` of src.
+    fn take(row: &mut [Self], src: &[f32], channels: usize, block: usize);
 }
 
-impl Pixels {
-    fn new(g: Geometry, c_in: usize, lanes: usize, weight: &[f32], shift: Vec<f32>) -> Self {
-        let taps = g.kernel * g.kernel;
-        let mut packed = Vec::with_capacity(weight.len());
-        for first in (0..shift.len()).step_by(lanes) {
-            for tap in 0..taps {
-                for c in 0..c_in {
-                    let lane = |c_out| weight[(c_out * c_in + c) * taps + tap];
-                    packed.extend((first..first + lanes).map(lane));
-                }
-            }
-        }
-        Pixels { lanes, weight: packed, shift }
+/// Depthwise: each output channel reads the channel of its own.
+impl Value for Lanes {
+    const ZERO: Self = Lanes([0.0; LANES]);
+
+    #[inline(always)]
+    fn lane(&self, lane: usize) -> f32 {
+        self.0[lane]
+    }
+
+    #[inline(always)]
+    fn take(row: &mut [Self], src: &[f32], channels: usize, block: usize) {
+        let src = src.as_chunks::<LANES>().0[block..].iter().step_by(channels / LANES);
+        row.iter_mut().zip(src).for_each(|(row, src)| row.0 = *src);
     }
 }
 
-/// One row of dst.
-struct Row<'a> {
+/// Stem: all output channels read all channels.
+impl Value for f32 {
+    const ZERO: Self = 0.0;
+
+    #[inline(always)]
+    fn lane(&self, _: usize) -> f32 {
+        *self
+    }
+
+    #[inline(always)]
+    fn take(row: &mut [Self], src: &[f32], _: usize, _: usize) {
+        row[..src.len()].copy_from_slice(src);
+    }
+}
+
+/// Channels last. For a block of channels after the other, the rows of src that a row of dst reads
+/// are kept, padded, in a ring: they stay in the nearest cache, and there are no edges left.
+struct Pixels<V> {
+    c_in: usize,
+    /// `[c_out / LANES, k, k, c_in]`.
+    weight: Vec<Lanes>,
+    shift: Vec<Lanes>,
+    /// Rows of dst that a task computes.
+    band: usize,
+    /// Per task `[k, pitch]`. The padding is written once, here.
+    rings: Vec<V>,
+    pitch: usize,
+}
+
+impl<V: Value> Pixels<V> {
+    fn new(geometry: Geometry, c_in: usize, weight: &[f32], shift: &[f32]) -> Self {
+        let (out, taps) = (geometry.out(), geometry.kernel * geometry.kernel);
+        let (blocks, rest) = shift.as_chunks::<LANES>();
+        assert!(rest.is_empty(), "the network's numbers of channels are multiples of {LANES}");
+        let packed = (0..blocks.len() * taps * c_in).map(|i| {
+            let (block, tap, c) = (i / (taps * c_in), i / c_in % taps, i % c_in);
+            let lane = |lane| weight[((block * LANES + lane) * c_in + c) * taps + tap];
+            Lanes(std::array::from_fn(lane))
+        });
+        // A few tasks per thread even out their speeds; shorter ones would take more rows in.
+        let band = match rayon::current_num_threads() {
+            1 => out,
+            threads => out.div_ceil(4 * threads).max(out.div_ceil(threads).min(TILE)),
+        };
+        let pitch = geometry.padded() * c_in;
+        Pixels {
+            c_in,
+            weight: packed.collect(),
+            shift: blocks.iter().map(|&block| Lanes(block)).collect(),
+            band,
+            rings: vec![V::ZERO; out.div_ceil(band) * geometry.kernel * pitch],
+            pitch,
+        }
+    }
+
+    fn run<const TAPS: usize, const STEP: usize, const SPAN: usize>(
+        &mut self,
+        geometry: Geometry,
+        src: &[f32],
+        dst: &mut [f32],
+    ) {
+        let Pixels { c_in, ref weight, ref shift, band, ref mut rings, pitch } = *self;
+        let row = geometry.out() * LANES * shift.len();
+        let src_channels = src.len() / (geometry.size * geometry.size);
+        let bands = dst.par_chunks_mut(band * row);
+        let rings = rings.par_chunks_mut(geometry.kernel * pitch);
+        // Every block of channels goes through the same rows of src while they are in cache.
+        let step = geometry.stride * geometry.size * src_channels;
+        let rows = (CACHED / size_of_val(&src[..step])).clamp(1, band);
+        bands.zip(rings).enumerate().for_each(|(i, (dst, ring))| {
+            for (j, dst) in dst.chunks_mut(rows * row).enumerate() {
+                let first = i * band + j * rows;
+                dispatch(Band::<_, TAPS, STEP, SPAN> {
+                    geometry,
+                    c_in,
+                    weight,
+                    shift,
+                    ring,
+                    src,
+                    first,
+                    dst,
+                });
+            }
+        });
+    }
+}
+
+/// Rows of dst from `first` on.
+struct Band<'a, V, const TAPS: usize, const STEP: usize, const SPAN: usize> {
     geometry: Geometry,
-    channels: usize,
-    pixels: &'a Pixels,
+    c_in: usize,
+    weight: &'a [Lanes],
+    shift: &'a [Lanes],
+    ring: &'a mut [V],
     src: &'a [f32],
-    y: usize,
+    first: usize,
     dst: &'a mut [f32],
 }
 
-struct DepthwiseRow<'a, const LANES: usize>(Row<'a>);
-
-impl<const LANES: usize> Kernel for DepthwiseRow<'_, LANES> {
+impl<V: Value, const TAPS: usize, const STEP: usize, const SPAN: usize> Kernel
+    for Band<'_, V, TAPS, STEP, SPAN>
+{
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Row { geometry, channels, pixels, src, y, dst } = self.0;
+        let Band { geometry, c_in, weight, shift, ring, src, first, dst } = self;
         let Geometry { size, kernel, stride } = geometry;
-        let rows = geometry.taps(y);
-        let weight = pixels.weight.as_chunks::<LANES>().0.chunks_exact(kernel * kernel);
-        for (block, weight) in weight.enumerate() {
-            let first = block * LANES;
-            let shift = pixels.shift[first..].first_chunk::<LANES>().expect("whole blocks");
-            for (x, dst) in dst.chunks_exact_mut(channels).enumerate() {
-                let columns = geometry.taps(x);
-                let left = x * stride + columns.start - geometry.before();
-                let mut sum = *shift;
-                for ky in rows.clone() {
-                    let row = (y * stride + ky - geometry.before()) * size + left;
-                    let weight = &weight[ky * kernel + columns.start..][..columns.len()];
-                    let src = src[row * channels + first..].chunks(channels);
-                    for (weight, src) in weight.iter().zip(src) {
-                        let src = src.first_chunk::<LANES>().expect("whole blocks");
-                        multiply_add_each::<LANES, FMA>(&mut sum, src, weight);
+        let (blocks, pitch) = (shift.len(), ring.len() / kernel);
+        let (channels, before) = (src.len() / (size * size), geometry.before());
+        let dst = dst.as_chunks_mut::<LANES>().0;
+        let weight = weight.as_chunks::<TAPS>().0.chunks_exact(kernel);
+        for (block, (weight, shift)) in weight.zip(shift).enumerate() {
+            let mut taken = (first * stride).saturating_sub(before);
+            for (y, dst) in dst.chunks_exact_mut(geometry.out() * blocks).enumerate() {
+                let top = (first + y) * stride;
+                let taps = geometry.taps(first + y);
+                while taken < top + taps.end - before {
+                    let row = &mut ring[taken % kernel * pitch..][before * c_in..pitch];
+                    let src = &src[taken * size * channels..][..size * channels];
+                    V::take(row, src, channels, block);
+                    taken += 1;
+                }
+                for (tile, dst) in dst.chunks_exact_mut(TILE * blocks).enumerate() {
+                    let mut sums = [*shift; TILE];
+                    for ky in taps.clone() {
+                        let row = &ring[(top + ky - before) % kernel * pitch..][..pitch];
+                        let src = row[tile * TILE * STEP..].first_chunk().expect("a whole tile");
+                        add_row::<V, TAPS, STEP, SPAN, FMA>(&mut sums, src, &weight[ky]);
+                    }
+                    for (dst, sum) in dst[block..].iter_mut().step_by(blocks).zip(&sums) {
+                        *dst = sum.0.map(relu6);
                     }
                 }
-                dst[first..][..LANES].copy_from_slice(&sum.map(relu6));
             }
         }
     }
 }
 
-struct StemRow<'a>(Row<'a>);
-
-impl Kernel for StemRow<'_> {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let Row { geometry, channels, pixels, src, y, dst } = self.0;
-        let Geometry { size, kernel, stride } = geometry;
-        let weight = pixels.weight.as_chunks::<STEM>().0;
-        let c_in = src.len() / (size * size);
-        let shift = pixels.shift.first_chunk::<STEM>().expect("the stem's channels");
-        for (x, dst) in dst.chunks_exact_mut(channels).enumerate() {
-            let columns = geometry.taps(x);
-            let left = x * stride + columns.start - geometry.before();
-            let mut sum = *shift;
-            for ky in geometry.taps(y) {
-                let row = (y * stride + ky - geometry.before()) * size + left;
-                let src = &src[row * c_in..][..columns.len() * c_in];
-                let weight = &weight[(ky * kernel + columns.start) * c_in..];
-                for (src, weight) in src.iter().zip(weight) {
-                    multiply_add::<STEM, FMA>(&mut sum, weight, *src);
-                }
+/// Adds a row of taps at each position of a tile. This order of the loops is the one from which
+/// LLVM makes vectors of lanes, and keeps the sums in registers.
+#[inline(always)]
+fn add_row<V: Value, const TAPS: usize, const STEP: usize, const SPAN: usize, const FMA: bool>(
+    sums: &mut [Lanes; TILE],
+    src: &[V; SPAN],
+    weight: &[Lanes; TAPS],
+) {
+    for lane in 0..LANES {
+        for tap in 0..TAPS {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let value = src[i * STEP + tap].lane(lane);
+                sum.0[lane] = fused::<FMA>(value, weight[tap].0[lane], sum.0[lane]);
             }
-            dst.copy_from_slice(&sum.map(relu6));
         }
     }
 }
@@ -406,17 +493,6 @@ fn multiply_add<const N: usize, const FMA: bool>(sum: &mut [f32; N], a: &[f32; N
     }
 }
 
-#[inline(always)]
-fn multiply_add_each<const N: usize, const FMA: bool>(
-    sum: &mut [f32; N],
-    a: &[f32; N],
-    b: &[f32; N],
-) {
-    for ((sum, a), b) in sum.iter_mut().zip(a).zip(b) {
-        *sum = fused::<FMA>(*a, *b, *sum);
-    }
-}
-
 /// A loop that the compiler vectorises for the instruction set that it is inlined into.
 trait Kernel {
     fn run<const FMA: bool>(self);
@@ -425,13 +501,21 @@ trait Kernel {
 fn dispatch<K: Kernel>(kernel: K) {
     #[cfg(target_arch = "x86_64")]
     {
-        #[target_feature(enable = "avx2,fma")]
-        fn wide<K: Kernel>(kernel: K) {
+        #[target_feature(enable = "avx512f")]
+        fn avx512<K: Kernel>(kernel: K) {
             kernel.run::<true>();
         }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<K: Kernel>(kernel: K) {
+            kernel.run::<true>();
+        }
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the CPU has just said that it has the feature.
+            return unsafe { avx512(kernel) };
+        }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the CPU has just said that it has both features.
-            return unsafe { wide(kernel) };
+            // SAFETY: as above, for both features.
+            return unsafe { avx2(kernel) };
         }
     }
     kernel.run::<{ cfg!(target_arch = "aarch64") }>();
