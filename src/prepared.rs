@@ -80,6 +80,16 @@ enum Backend {
     Cuda(cuda::Layer),
 }
 
+impl Backend {
+    fn cpu(&self) -> Option<&cpu::Layer> {
+        match self {
+            Backend::Cpu(layer) => Some(layer),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => None,
+        }
+    }
+}
+
 impl Pointwise {
     /// Checks the description, folds, packs and uploads it: once.
     ///
@@ -285,16 +295,10 @@ impl Prepared {
     /// The first shape that does not fit the layer; [`Error::TooLarge`] if its tensors do not fit
     /// memory; [`Error::Unsupported`] on CUDA.
     pub fn tune(&self, shapes: &[(&[usize], Layout)]) -> Result<Tuning> {
-        let layer = match &self.inner.backend {
-            Backend::Cpu(layer) => layer,
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => {
-                return Err(Error::Unsupported {
-                    device: self.inner.device.to_string(),
-                    what: "tune".into(),
-                });
-            }
-        };
+        let layer = self.inner.backend.cpu().ok_or_else(|| Error::Unsupported {
+            device: self.inner.device.to_string(),
+            what: "tune".into(),
+        })?;
         let LayerShape { c_in, residual, gate, .. } = self.inner.shape;
         let mut tuning = Tuning::default();
         for &(src, layout) in shapes {
@@ -325,11 +329,8 @@ impl Prepared {
     #[must_use = "the layer itself stays as it is"]
     pub fn with_tuning(&self, tuning: &Tuning) -> Prepared {
         let Inner { shape, parameters, device, backend } = &*self.inner;
-        let backend = match backend {
-            Backend::Cpu(layer) => Backend::Cpu(layer.with_tuning(shape, tuning)),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return self.clone(),
-        };
+        let Some(layer) = backend.cpu() else { return self.clone() };
+        let backend = Backend::Cpu(layer.with_tuning(shape, tuning));
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone());
         Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) }
     }
