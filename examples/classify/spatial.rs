@@ -4,8 +4,11 @@
 use pointwise::Layout;
 use rayon::prelude::*;
 
-/// Values that the kernel computes at once in channels-first maps: a whole number of vectors.
-const BLOCK: usize = 32;
+/// Values of a vector: channels of a position or, channels first, positions of a row.
+const LANES: usize = 16;
+/// Vectors that a kernel computes at once: positions of a row or, channels first, rows. Every map
+/// of the network is a multiple of it high and wide.
+const TILE: usize = 7;
 
 /// Sizes of a convolution over a square map, padded with zeros as TensorFlow's "same":
 /// `out = ceil(size / stride)`, the odd one of the padding after the map.
@@ -77,208 +80,250 @@ impl Convolution {
     /// `src [c_in, size, size]` to `dst [channels, out, out]`, or channels last.
     pub fn run(&mut self, src: &[f32], dst: &mut [f32]) {
         let Convolution { geometry, ref mut body } = *self;
+        // Each pair is compiled on its own: taps, steps and spans are constants of the inner loop.
         match (body, geometry.kernel, geometry.stride) {
-            (Body::Planes(planes), ..) => planes.run(geometry, src, dst),
-            // Taps of a row, values from one position to the next, values under a tile.
-            (Body::Stem(stem), 3, 2) => stem.run::<9, 6, 45>(geometry, src, dst),
-            (Body::Depthwise(depthwise), 3, 1) => {
-                depthwise.run::<3, 1, 9>(geometry, src, dst);
+            (Body::Planes(planes), 3, 2) if planes.c_in == 3 => {
+                planes.stem::<3, 2, 15>(geometry, src, dst);
             }
-            (Body::Depthwise(depthwise), 3, 2) => {
-                depthwise.run::<3, 2, 15>(geometry, src, dst);
-            }
-            (Body::Depthwise(depthwise), 5, 1) => {
-                depthwise.run::<5, 1, 11>(geometry, src, dst);
-            }
-            (Body::Depthwise(depthwise), 5, 2) => {
-                depthwise.run::<5, 2, 17>(geometry, src, dst);
-            }
+            (Body::Planes(planes), 3, 1) => planes.depthwise::<3, 1, 9>(geometry, src, dst),
+            (Body::Planes(planes), 3, 2) => planes.depthwise::<3, 2, 15>(geometry, src, dst),
+            (Body::Planes(planes), 5, 1) => planes.depthwise::<5, 1, 11>(geometry, src, dst),
+            (Body::Planes(planes), 5, 2) => planes.depthwise::<5, 2, 17>(geometry, src, dst),
+            (Body::Stem(pixels), 3, 2) => pixels.run::<9, 6, 45>(geometry, src, dst),
+            (Body::Depthwise(pixels), 3, 1) => pixels.run::<3, 1, 9>(geometry, src, dst),
+            (Body::Depthwise(pixels), 3, 2) => pixels.run::<3, 2, 15>(geometry, src, dst),
+            (Body::Depthwise(pixels), 5, 1) => pixels.run::<5, 1, 11>(geometry, src, dst),
+            (Body::Depthwise(pixels), 5, 2) => pixels.run::<5, 2, 17>(geometry, src, dst),
             _ => unreachable!("the network has no such convolution"),
         }
     }
 }
-
-/// Channels first. A padded plane is split into `stride²` planes, one for each remainder of row
-/// and column, so that every tap reads contiguously: output `j` of a flat, pitched map is
-/// `Σ weight[t] · plane[j + offset[t]]`, a single loop without edges, whatever the map's size.
-struct Planes {
-    weight: Vec<f32>,
-    shift: Vec<f32>,
-    /// Where each tap's values start, for one input channel after the other.
-    offsets: Vec<usize>,
-    /// Elements from one row of a split plane to the next, and of the result.
-    pitch: usize,
-    /// Elements of the split planes of one input channel.
-    plane: usize,
-    /// Elements of the pitched result, in whole blocks.
-    flat: usize,
-    /// Per task: split planes (shared ones come first), then the pitched result. Padding is
-    /// written once, here.
-    scratch: Vec<f32>,
-    c_in: usize,
-}
-
-impl Planes {
-    fn new(geometry: Geometry, c_in: usize, weight: &[f32], shift: Vec<f32>) -> Self {
-        let Geometry { kernel, stride, .. } = geometry;
-        let pitch = geometry.padded().div_ceil(stride);
-        let plane = stride * stride * pitch * pitch;
-        let offset = |c: usize, y: usize, x: usize| {
-            let part = (y % stride) * stride + x % stride;
-            c * plane + part * pitch * pitch + (y / stride) * pitch + x / stride
-        };
-        let offsets = (0..c_in * kernel * kernel)
-            .map(|t| offset(t / (kernel * kernel), t / kernel % kernel, t % kernel))
-            .collect();
-        let flat = ((geometry.out() - 1) * pitch + geometry.out()).next_multiple_of(BLOCK);
-        // A few per thread even out their speeds; one thread keeps its scratch in cache.
-        let tasks = match rayon::current_num_threads() {
-            1 => 1,
-            threads => (4 * threads).min(shift.len()).max(1),
-        };
-        let scratch = if c_in == 1 { 0 } else { c_in * plane + BLOCK }
-            + tasks * Self::per_task(c_in, plane, flat);
-        Planes {
-            weight: weight.to_vec(),
-            shift,
-            offsets,
-            pitch,
-            plane,
-            flat,
-            scratch: vec![0.0; scratch],
-            c_in,
-        }
-    }
-
-    /// The last block reads up to a block past the planes.
-    fn per_task(c_in: usize, plane: usize, flat: usize) -> usize {
-        flat + if c_in == 1 { plane + BLOCK } else { 0 }
-    }
-
-    fn run(&mut self, geometry: Geometry, src: &[f32], dst: &mut [f32]) {
-        let Planes { weight, shift, offsets, pitch, plane, flat, scratch, c_in } = self;
-        let (pitch, plane, flat, c_in) = (*pitch, *plane, *flat, *c_in);
-        let (size, out) = (geometry.size, geometry.out());
-        let taps = offsets.len();
-        let shared = if c_in == 1 { 0 } else { c_in * plane + BLOCK };
-        let (shared, scratch) = scratch.split_at_mut(shared);
-        if c_in > 1 {
-            let planes = shared.par_chunks_exact_mut(plane).zip(src.par_chunks(size * size));
-            planes.for_each(|(planes, src)| dispatch(Split { geometry, pitch, src, planes }));
-        }
-        let shared = &*shared;
-        let per_task = Self::per_task(c_in, plane, flat);
-        let channels_per_task = shift.len().div_ceil(scratch.len() / per_task);
-        scratch
-            .par_chunks_mut(per_task)
-            .zip(dst.par_chunks_mut(channels_per_task * out * out))
-            .enumerate()
-            .for_each(|(task, (scratch, dst))| {
-                let (result, own) = scratch.split_at_mut(flat);
-                for (i, dst) in dst.chunks_exact_mut(out * out).enumerate() {
-                    let c = task * channels_per_task + i;
-                    let planes = if c_in == 1 {
-                        let src = &src[c * size * size..][..size * size];
-                        dispatch(Split { geometry, pitch, src, planes: own });
-                        &*own
-                    } else {
-                        shared
-                    };
-                    let weight = &weight[c * taps..][..taps];
-                    dispatch(Flat { planes, offsets, weight, shift: shift[c], dst: result });
-                    for (row, dst) in result.chunks(pitch).zip(dst.chunks_exact_mut(out)) {
-                        dst.copy_from_slice(&row[..out]);
-                    }
-                }
-            });
-    }
-}
-
-/// Writes a map into its split planes, whose padding is zero already.
-struct Split<'a> {
-    geometry: Geometry,
-    pitch: usize,
-    src: &'a [f32],
-    planes: &'a mut [f32],
-}
-
-impl Kernel for Split<'_> {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let Split { geometry, pitch, src, planes } = self;
-        let Geometry { size, stride, .. } = geometry;
-        for (y, row) in src.chunks_exact(size).enumerate() {
-            let y = y + geometry.before();
-            let part = pitch * pitch;
-            let start = (y % stride) * stride * part + y / stride * pitch;
-            if stride == 1 {
-                planes[start + geometry.before()..][..size].copy_from_slice(row);
-                continue;
-            }
-            // Even columns of the padded row go to the first part, odd ones to the second.
-            let (even, odd) = planes[start..].split_at_mut(part);
-            let (mut even, mut odd) = (&mut even[..pitch], &mut odd[..pitch]);
-            let mut row = row;
-            if geometry.before() % 2 == 1 {
-                odd[geometry.before() / 2] = row[0];
-                row = &row[1..];
-                (even, odd) = (&mut even[1..], &mut odd[1..]);
-            }
-            let column = geometry.before() / 2;
-            let (pairs, last) = row.as_chunks::<2>();
-            let columns = even[column..].iter_mut().zip(&mut odd[column..]);
-            for ((even, odd), pair) in columns.zip(pairs) {
-                (*even, *odd) = (pair[0], pair[1]);
-            }
-            if let [last] = last {
-                even[column + pairs.len()] = *last;
-            }
-        }
-    }
-}
-
-/// One output channel over a pitched map.
-struct Flat<'a> {
-    planes: &'a [f32],
-    offsets: &'a [usize],
-    weight: &'a [f32],
-    shift: f32,
-    dst: &'a mut [f32],
-}
-
-impl Kernel for Flat<'_> {
-    #[inline(always)]
-    fn run<const FMA: bool>(self) {
-        let Flat { planes, offsets, weight, shift, dst } = self;
-        for (block, dst) in dst.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
-            let mut sum = [shift; BLOCK];
-            for (&offset, &weight) in offsets.iter().zip(weight) {
-                let src = planes[offset + block * BLOCK..].first_chunk::<BLOCK>();
-                multiply_add::<BLOCK, FMA>(&mut sum, src.expect("planes end in a block"), weight);
-            }
-            *dst = sum.map(relu6);
-        }
-    }
-}
-
-/// Channels that the channels-last kernel computes at once.
-const LANES: usize = 16;
-/// Positions of a row of dst that it computes at once: every map's size is a multiple of it.
-const TILE: usize = 7;
-/// Bytes of src that it expects to find in cache again.
-const CACHED: usize = 384 << 10;
 
 /// A vector that no load finds on two cache lines.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Lanes([f32; LANES]);
 
-/// What a tap reads at a position.
-trait Value: Copy + Send + Sync {
-    const ZERO: Self;
-
-    /// The factor of the lane's weight.
+/// A factor of every lane's product.
+trait Factor {
     fn lane(&self, lane: usize) -> f32;
+}
+
+impl Factor for Lanes {
+    #[inline(always)]
+    fn lane(&self, lane: usize) -> f32 {
+        self.0[lane]
+    }
+}
+
+/// The first values of a row.
+impl<const N: usize> Factor for [f32; N] {
+    #[inline(always)]
+    fn lane(&self, lane: usize) -> f32 {
+        self[lane]
+    }
+}
+
+/// The same for all lanes.
+impl Factor for f32 {
+    #[inline(always)]
+    fn lane(&self, _: usize) -> f32 {
+        *self
+    }
+}
+
+/// Adds `TAPS` products to each sum; the first factors of one sum and the next are `STEP` apart,
+/// which makes `SPAN = (TILE - 1) * STEP + TAPS`.
+/// LLVM makes vectors of the outer loop, and keeps the sums in registers.
+#[inline(always)]
+fn add_taps<
+    A: Factor,
+    B: Factor,
+    const TAPS: usize,
+    const STEP: usize,
+    const SPAN: usize,
+    const FMA: bool,
+>(
+    sums: &mut [Lanes; TILE],
+    src: &[A; SPAN],
+    weight: &[B; TAPS],
+) {
+    for lane in 0..LANES {
+        for tap in 0..TAPS {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let (a, b) = (src[i * STEP + tap].lane(lane), weight[tap].lane(lane));
+                sum.0[lane] = fused::<FMA>(a, b, sum.0[lane]);
+            }
+        }
+    }
+}
+
+/// Values of a padded row of a map, channels first: 112 positions and what a vector reads after
+/// the last one, in an odd number of cache lines, lest rows displace one another. The stem's map
+/// is twice as wide.
+const WIDTH: usize = 9 * LANES;
+const STEM_WIDTH: usize = 17 * LANES;
+
+/// Channels first. Lanes are positions of a row, a tile is as many rows. With stride 2, the even
+/// columns of a padded row come before the odd ones, so that every tap reads contiguously.
+struct Planes {
+    c_in: usize,
+    /// `[c_out, c_in, column, row]`.
+    weight: Vec<f32>,
+    shift: Vec<f32>,
+    /// Output channels that a task computes.
+    channels: usize,
+    /// Per task, or once for the stem: `[c_in, rows, width]`. The padding is written once, here.
+    padded: Vec<f32>,
+    /// Elements of one padded map.
+    plane: usize,
+}
+
+impl Planes {
+    fn new(geometry: Geometry, c_in: usize, weight: &[f32], shift: Vec<f32>) -> Self {
+        let k = geometry.kernel;
+        let tap = |i| weight[i / (k * k) * (k * k) + i % k * k + i / k % k];
+        // A few tasks per thread even out their speeds; one thread keeps its map in cache.
+        let tasks = match rayon::current_num_threads() {
+            1 => 1,
+            threads => (4 * threads).min(shift.len()),
+        };
+        let width = if c_in == 1 { WIDTH } else { STEM_WIDTH };
+        // The last tap begins behind the first column, and reads whole rows.
+        let plane = (geometry.padded() + 1) * width;
+        Planes {
+            c_in,
+            weight: (0..weight.len()).map(tap).collect(),
+            channels: shift.len().div_ceil(tasks),
+            padded: vec![0.0; plane * if c_in == 1 { tasks } else { c_in }],
+            shift,
+            plane,
+        }
+    }
+
+    /// One filter per channel.
+    fn depthwise<const K: usize, const S: usize, const SPAN: usize>(
+        &mut self,
+        geometry: Geometry,
+        src: &[f32],
+        dst: &mut [f32],
+    ) {
+        let Planes { ref weight, ref shift, channels, ref mut padded, plane, .. } = *self;
+        let (map, out) = (geometry.size * geometry.size, geometry.out() * geometry.out());
+        let tasks = padded.par_chunks_mut(plane).zip(dst.par_chunks_mut(channels * out));
+        tasks.enumerate().for_each(|(task, (padded, dst))| {
+            for (i, dst) in dst.chunks_exact_mut(out).enumerate() {
+                let c = task * channels + i;
+                dispatch(Pad::<S, WIDTH> { geometry, src: &src[c * map..][..map], padded });
+                let (weight, shift) = (&weight[c * K * K..][..K * K], shift[c]);
+                dispatch(Map::<K, S, SPAN, WIDTH> { geometry, padded, plane, weight, shift, dst });
+            }
+        });
+    }
+
+    /// All channels of src for each of dst.
+    fn stem<const K: usize, const S: usize, const SPAN: usize>(
+        &mut self,
+        geometry: Geometry,
+        src: &[f32],
+        dst: &mut [f32],
+    ) {
+        let Planes { c_in, ref weight, ref shift, ref mut padded, plane, .. } = *self;
+        let (map, out) = (geometry.size * geometry.size, geometry.out() * geometry.out());
+        padded.par_chunks_mut(plane).zip(src.par_chunks(map)).for_each(|(padded, src)| {
+            dispatch(Pad::<S, STEM_WIDTH> { geometry, src, padded });
+        });
+        let padded = &*padded;
+        dst.par_chunks_mut(out).zip(shift).enumerate().for_each(|(c, (dst, &shift))| {
+            let weight = &weight[c * c_in * K * K..][..c_in * K * K];
+            dispatch(Map::<K, S, SPAN, STEM_WIDTH> { geometry, padded, plane, weight, shift, dst });
+        });
+    }
+}
+
+/// Writes a map between its padding, which is zero already.
+struct Pad<'a, const S: usize, const WIDTH: usize> {
+    geometry: Geometry,
+    src: &'a [f32],
+    padded: &'a mut [f32],
+}
+
+impl<const S: usize, const WIDTH: usize> Kernel for Pad<'_, S, WIDTH> {
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Pad { geometry, src, padded } = self;
+        let (size, before) = (geometry.size, geometry.before());
+        let rows = padded.as_chunks_mut::<WIDTH>().0[before..].iter_mut();
+        for (padded, src) in rows.zip(src.chunks_exact(size)) {
+            if S == 1 {
+                padded[before..][..size].copy_from_slice(src);
+                continue;
+            }
+            let (even, odd) = padded.split_at_mut(WIDTH / 2);
+            // The first column of src that is an even one of the padded row.
+            let (first, rest) = src.split_at(before % 2);
+            odd[before / 2..][..first.len()].copy_from_slice(first);
+            let even = &mut even[before.div_ceil(2)..];
+            let odd = &mut odd[before.div_ceil(2)..];
+            let (pairs, last) = rest.as_chunks::<2>();
+            for ((even, odd), pair) in even.iter_mut().zip(odd).zip(pairs) {
+                (*even, *odd) = (pair[0], pair[1]);
+            }
+            even[pairs.len()..][..last.len()].copy_from_slice(last);
+        }
+    }
+}
+
+/// One map of dst.
+struct Map<'a, const K: usize, const S: usize, const SPAN: usize, const WIDTH: usize> {
+    geometry: Geometry,
+    padded: &'a [f32],
+    plane: usize,
+    /// `[c_in, column, row]`.
+    weight: &'a [f32],
+    shift: f32,
+    dst: &'a mut [f32],
+}
+
+impl<const K: usize, const S: usize, const SPAN: usize, const WIDTH: usize> Kernel
+    for Map<'_, K, S, SPAN, WIDTH>
+{
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Map { geometry, padded, plane, weight, shift, dst } = self;
+        let out = geometry.out();
+        let weight = weight.as_chunks::<K>().0;
+        for y in (0..out).step_by(TILE) {
+            for x in (0..out).step_by(LANES) {
+                // The last vector of a row ends with it, or goes on into rows that come later.
+                let x = x.min(out.saturating_sub(LANES));
+                let mut sums = [Lanes([shift; LANES]); TILE];
+                for (i, weight) in weight.iter().enumerate() {
+                    let (c, column) = (i / K, i % K);
+                    let column = column % S * (WIDTH / S) + column / S + x;
+                    let rows = &padded[c * plane + y * S * WIDTH + column..];
+                    let rows = rows.as_chunks::<WIDTH>().0.first_chunk().expect("a whole tile");
+                    add_taps::<[f32; WIDTH], f32, K, S, SPAN, FMA>(&mut sums, rows, weight);
+                }
+                for (i, sum) in sums.iter().enumerate() {
+                    let sum = sum.0.map(relu6);
+                    let dst = &mut dst[(y + i) * out + x..];
+                    match dst.first_chunk_mut() {
+                        Some(dst) => *dst = sum,
+                        None => dst.copy_from_slice(&sum[..dst.len()]),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of src that the channels-last kernel expects to find in cache again.
+const CACHED: usize = 384 << 10;
+
+/// What a tap reads at a position, channels last.
+trait Value: Factor + Copy + Send + Sync {
+    const ZERO: Self;
 
     /// Takes what a block of output channels needs of a row `[size, channels]` of src.
     fn take(row: &mut [Self], src: &[f32], channels: usize, block: usize);
@@ -287,11 +332,6 @@ trait Value: Copy + Send + Sync {
 /// Depthwise: each output channel reads the channel of its own.
 impl Value for Lanes {
     const ZERO: Self = Lanes([0.0; LANES]);
-
-    #[inline(always)]
-    fn lane(&self, lane: usize) -> f32 {
-        self.0[lane]
-    }
 
     #[inline(always)]
     fn take(row: &mut [Self], src: &[f32], channels: usize, block: usize) {
@@ -303,11 +343,6 @@ impl Value for Lanes {
 /// Stem: all output channels read all channels.
 impl Value for f32 {
     const ZERO: Self = 0.0;
-
-    #[inline(always)]
-    fn lane(&self, _: usize) -> f32 {
-        *self
-    }
 
     #[inline(always)]
     fn take(row: &mut [Self], src: &[f32], _: usize, _: usize) {
@@ -426,30 +461,12 @@ impl<V: Value, const TAPS: usize, const STEP: usize, const SPAN: usize> Kernel
                     for ky in taps.clone() {
                         let row = &ring[(top + ky - before) % kernel * pitch..][..pitch];
                         let src = row[tile * TILE * STEP..].first_chunk().expect("a whole tile");
-                        add_row::<V, TAPS, STEP, SPAN, FMA>(&mut sums, src, &weight[ky]);
+                        add_taps::<V, Lanes, TAPS, STEP, SPAN, FMA>(&mut sums, src, &weight[ky]);
                     }
                     for (dst, sum) in dst[block..].iter_mut().step_by(blocks).zip(&sums) {
                         *dst = sum.0.map(relu6);
                     }
                 }
-            }
-        }
-    }
-}
-
-/// Adds a row of taps at each position of a tile. This order of the loops is the one from which
-/// LLVM makes vectors of lanes, and keeps the sums in registers.
-#[inline(always)]
-fn add_row<V: Value, const TAPS: usize, const STEP: usize, const SPAN: usize, const FMA: bool>(
-    sums: &mut [Lanes; TILE],
-    src: &[V; SPAN],
-    weight: &[Lanes; TAPS],
-) {
-    for lane in 0..LANES {
-        for tap in 0..TAPS {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                let value = src[i * STEP + tap].lane(lane);
-                sum.0[lane] = fused::<FMA>(value, weight[tap].0[lane], sum.0[lane]);
             }
         }
     }
@@ -484,13 +501,6 @@ fn relu6(x: f32) -> f32 {
 fn fused<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     // Without the instruction, mul_add is a call into libm.
     if FMA { a.mul_add(b, c) } else { a * b + c }
-}
-
-#[inline(always)]
-fn multiply_add<const N: usize, const FMA: bool>(sum: &mut [f32; N], a: &[f32; N], b: f32) {
-    for (sum, a) in sum.iter_mut().zip(a) {
-        *sum = fused::<FMA>(*a, b, *sum);
-    }
 }
 
 /// A loop that the compiler vectorises for the instruction set that it is inlined into.
