@@ -267,6 +267,10 @@ impl Estimate<'_> {
     const L1: f32 = 24.0 * 1024.0;
     /// A streamed operand beyond this leaves too little of the second cache level to the other.
     const LARGE: f32 = 200.0 * 1024.0;
+    /// Of a larger weight the rest has left the second cache level when it is read again, at the
+    /// latest when another layer has run in between.
+    const NEAR_WEIGHT: f32 = 128.0 * 1024.0;
+    const PER_FAR_LINE: f32 = 1.0;
     const PAGE: usize = 4096;
     /// As many broadcasts as multiplications slow them a little, more where there are few.
     const BROADCASTS: f32 = 1.01;
@@ -367,7 +371,16 @@ impl Estimate<'_> {
             let sums = rows * self.vectors(lanes.len);
             tile += (rows - 8.0).max(0.0) * Self::PER_ALIAS * self.k as f32 * sums;
         }
-        panels as f32 * lanes.tiles as f32 * tiles as f32 * tile + grids * Self::PER_GRID
+        // Positions outside read the weight once more for each further tile of positions.
+        let again = match (order, self.axis) {
+            (Order::ChannelsOuter, _) => 0,
+            (_, ChannelAxis::Rows) => lanes.tiles - 1,
+            (_, ChannelAxis::Lanes) => tiles - 1,
+        };
+        let far = (self.weights.group_bytes() as f32 - Self::NEAR_WEIGHT).max(0.0) / 64.0;
+        panels as f32 * lanes.tiles as f32 * tiles as f32 * tile
+            + grids * Self::PER_GRID
+            + again as f32 * far * Self::PER_FAR_LINE
     }
 
     /// One tile that reads so many bytes from beyond the first cache level.
