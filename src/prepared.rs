@@ -70,10 +70,6 @@ struct Inner {
 }
 
 #[derive(Debug)]
-#[cfg_attr(
-    feature = "cuda",
-    expect(clippy::large_enum_variant, reason = "one per layer, behind an Arc")
-)]
 enum Backend {
     Cpu(cpu::Layer),
     #[cfg(feature = "cuda")]
