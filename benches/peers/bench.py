@@ -203,6 +203,8 @@ def main() -> None:
         rows = [row for path in args.sources for row in report.read(path)]
         if not rows:
             raise SystemExit(f"no layer in {', '.join(map(str, args.sources))}")
+        if args.csv:
+            report.write(args.csv, rows)
     else:
         rows = []
         try:
