@@ -359,9 +359,9 @@ impl<const R: usize> Direct<R> {
 /// # Safety
 /// The CPU has `V`'s instruction set, and `buffered` is [`finish_buffered`] for `V`;
 /// `(NV - 1) * LANES < cols <= NV * LANES`; `tail` selects the lanes of the last vector, which is
-/// whole unless `TAIL`; `ROWS` says that channels run along the rows. For every row and lane of the tile, `dst` is writable, and `residual`
-/// readable if a step asks for it; the layer's parameters cover every channel of the tile.
-/// `direct` is made of this grid.
+/// whole unless `TAIL`; `ROWS` says that channels run along the rows. For every row and lane of the
+/// tile, `dst` is writable, and `residual` readable if a step asks for it; the layer's parameters
+/// cover every channel of the tile. `direct` is made of this grid.
 #[inline(always)]
 pub(crate) unsafe fn finish<
     V: Simd,
@@ -456,9 +456,9 @@ unsafe fn finish_direct<
     direct: &Direct<R>,
 ) {
     let Simple { lower, upper, residual } = direct.simple;
-    // Bias, then what the closure-like body says, then the store, row by row: sums are complete in
-    // that order, and what waits in the CPU's queues for a sum that is not there yet keeps the next
-    // tile's multiplications out of them. Each body is straight code.
+    // Bias, then the body, then the store, row by row: sums are complete in that order, and what
+    // waits in the CPU's queues for a sum that is not there yet keeps the next tile's
+    // multiplications out of them. Each body is straight code.
     macro_rules! each_row {
         (|$x:ident, $residual:ident| $body:expr) => {{
             let [i, j] = at;
