@@ -137,7 +137,7 @@ pub(crate) enum Read {
     InPlace,
     /// Copied to `[k][positions]`, rows an odd number of cache lines apart.
     ByChannel,
-    /// Copied to `[positions][k]`.
+    /// Copied to `[positions][k]`, rows not a multiple of half a page apart.
     ByPosition,
 }
 
@@ -166,13 +166,22 @@ pub(crate) struct Block<'a> {
 impl Block<'_> {
     /// Values that a copy needs.
     pub(crate) fn len(&self, read: Read) -> usize {
-        self.channels.1 * if read == Read::ByChannel { self.row() } else { self.positions }
+        match read {
+            Read::ByPosition => self.positions * self.position_row(),
+            _ => self.channels.1 * self.channel_row(),
+        }
     }
 
     /// Distance of the rows of a copy by channel: an odd number of cache lines, so that they do
     /// not share few sets of a cache.
-    fn row(&self) -> usize {
+    fn channel_row(&self) -> usize {
         (self.positions.div_ceil(16) | 1) * 16
+    }
+
+    /// Distance of the rows of a copy by position, for the same reason.
+    fn position_row(&self) -> usize {
+        let k = self.channels.1;
+        k + if k.is_multiple_of(512) { 16 } else { 0 }
     }
 
     /// Copies the block out of `sources` (pairs of an operand at its sample, and its walk of
@@ -198,13 +207,15 @@ impl Block<'_> {
                 unsafe {
                     if read == Read::ByPosition {
                         debug_assert_eq!(source.channel, 1);
-                        for (p, row) in out.chunks_exact_mut(k).take(positions).enumerate() {
+                        let rows = out.chunks_exact_mut(self.position_row());
+                        for (p, row) in rows.take(positions).enumerate() {
                             let src = src.offset(walk.offset(first + p));
                             let src = std::slice::from_raw_parts(src, hi - lo);
                             row[lo - start..hi - start].copy_from_slice(src);
                         }
                     } else {
-                        let rows = out[(lo - start) * self.row()..].chunks_exact_mut(self.row());
+                        let rows = out[(lo - start) * self.channel_row()..]
+                            .chunks_exact_mut(self.channel_row());
                         for (c, row) in rows.take(hi - lo).enumerate() {
                             let src = src.offset(c as isize * source.channel);
                             let mut rest = &mut row[..positions];
@@ -224,8 +235,8 @@ impl Block<'_> {
             _ => self.apply_by_channel(out),
         }
         let (position, channel) = match read {
-            Read::ByPosition => (k as isize, 1),
-            _ => (1, self.row() as isize),
+            Read::ByPosition => (self.position_row() as isize, 1),
+            _ => (1, self.channel_row() as isize),
         };
         Part { k, ptr: out.as_ptr(), position, channel }
     }
@@ -239,7 +250,7 @@ impl Block<'_> {
     fn apply_by_channel(&self, out: &mut [f32]) {
         let (start, k) = self.channels;
         for step in self.steps {
-            for (channel, row) in (start..start + k).zip(out.chunks_exact_mut(self.row())) {
+            for (channel, row) in (start..start + k).zip(out.chunks_exact_mut(self.channel_row())) {
                 let row = &mut row[..self.positions];
                 match step {
                     SourceStep::Affine { scale, shift } => {
@@ -255,29 +266,33 @@ impl Block<'_> {
     }
 
     fn apply_by_position(&self, out: &mut [f32]) {
-        let (start, k) = self.channels;
-        let out = &mut out[..k * self.positions];
+        let ((start, k), stride) = (self.channels, self.position_row());
+        let out = &mut out[..stride * self.positions];
         for step in self.steps {
             match step {
                 SourceStep::Affine { scale, shift } => {
                     let (scale, shift) = (&scale[start..start + k], &shift[start..start + k]);
-                    out.chunks_exact_mut(k)
-                        .for_each(|row| runs::apply_affine_lanes(self.isa, scale, shift, row));
+                    for row in out.chunks_exact_mut(stride) {
+                        runs::apply_affine_lanes(self.isa, scale, shift, &mut row[..k]);
+                    }
                 }
                 SourceStep::Activation(activation) => {
-                    runs::apply_activation(self.isa, *activation, out)
+                    for row in out.chunks_exact_mut(stride) {
+                        runs::apply_activation(self.isa, *activation, &mut row[..k]);
+                    }
                 }
                 SourceStep::Gate => match self.gate {
                     Some((gate, 1)) => {
                         // SAFETY: contiguous and readable at every channel.
                         let gate = unsafe { std::slice::from_raw_parts(gate.add(start), k) };
-                        out.chunks_exact_mut(k)
-                            .for_each(|row| runs::scale_lanes(self.isa, gate, row));
+                        for row in out.chunks_exact_mut(stride) {
+                            runs::scale_lanes(self.isa, gate, &mut row[..k]);
+                        }
                     }
                     _ => {
                         for channel in 0..k {
                             let gate = self.gate_of(start + channel);
-                            out[channel..].iter_mut().step_by(k).for_each(|x| *x *= gate);
+                            out[channel..].iter_mut().step_by(stride).for_each(|x| *x *= gate);
                         }
                     }
                 },

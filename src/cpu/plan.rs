@@ -23,6 +23,8 @@ const BLOCK_VALUES: usize = 32 << 10;
 const UNIT_MACS: usize = 200_000;
 /// Units for each thread, so that one that comes late, or is slower, finds less to do.
 const UNITS_PER_THREAD: usize = 4;
+/// What every thread may read of src, in bytes: half of a common L2.
+const MOST_SHARED_BYTES: usize = 512 << 10;
 /// Units of a problem whose result depends on how it is cut.
 const FIXED_UNITS: usize = 8;
 /// Multiply-accumulates below which choosing costs more than it gains.
@@ -184,12 +186,24 @@ impl Plan {
             (problem.macs() / UNIT_MACS).clamp(1, most).div_ceil(samples.max(1) * groups)
         };
         let most = positions.div_ceil(tile).max(1);
-        let tiles = (BLOCK_VALUES / per_position.max(1) / tile).min(most.div_ceil(units)).max(1);
-        let blocks = most.div_ceil(tiles);
         let panels = layer.weights.panels();
+        // What is larger, weight or src, is read by one thread rather than by all, if the other one
+        // stays in every thread's cache.
+        let src_bytes = positions.saturating_mul(problem.k()).saturating_mul(size_of::<f32>());
+        let by_channels = units > 1
+            && read == Read::InPlace
+            && layer.norm_over.is_none()
+            && src_bytes < layer.weights.group_bytes().min(MOST_SHARED_BYTES);
+        let first = if by_channels { units.min(panels) } else { 1 };
+        let cached = match by_channels {
+            true => most,
+            false => BLOCK_VALUES / per_position.max(1) / tile,
+        };
+        let tiles = cached.min(most.div_ceil(units.div_ceil(first))).max(1);
+        let blocks = most.div_ceil(tiles);
         let splits = match read {
             _ if layer.norm_over.is_some() => 1,
-            Read::InPlace => units.div_ceil(blocks).min(panels),
+            Read::InPlace => units.div_ceil(blocks).min(panels).max(first),
             // Every unit copies its block of src, which must stay little beside what it computes.
             _ => units.div_ceil(blocks).min(panels.div_ceil(8)),
         };

@@ -9,7 +9,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::cpu::isa::Isa;
@@ -17,7 +17,8 @@ use crate::cpu::isa::Isa;
 /// Work below which a call stays on its caller, in the units of [`CpuDevice::for_each`]: some 15 µs
 /// of one core.
 const SERIAL_WORK: usize = 1_000_000;
-/// Work below which nobody is woken, and only helpers that are awake take part: some 50 µs.
+/// Work below which nobody is woken, unless calls follow one another within [`LINGER`], and only
+/// helpers that are awake take part: some 50 µs.
 const WAKING_WORK: usize = 3_000_000;
 /// How long a helper waits for the next call.
 const LINGER: Duration = Duration::from_micros(200);
@@ -100,7 +101,7 @@ impl CpuDevice {
         // SAFETY: this thread has reserved the call, and ends it before `f` does, on every path.
         unsafe { call.open(f, units as u32, threads - 1) };
         team.opened.fetch_add(1, Ordering::Release);
-        if work >= WAKING_WORK {
+        if team.is_in_use() || work >= WAKING_WORK {
             team.wake(threads - 1, self.pool.as_deref());
         }
         let outcome = catch_unwind(AssertUnwindSafe(|| call.work(Side::Front)));
@@ -130,11 +131,21 @@ struct Team {
     awake: AtomicUsize,
     /// Helpers that the pool has been asked for and that have not started.
     coming: AtomicUsize,
+    /// When the last call began, in microseconds of this process.
+    last: AtomicU64,
     /// The CPU that the last caller who asked for them was on.
     caller_cpu: AtomicUsize,
 }
 
 impl Team {
+    /// Whether the last call began a short while ago; this one is the next call's last.
+    fn is_in_use(&self) -> bool {
+        static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+        let now = START.elapsed().as_micros() as u64;
+        let last = self.last.swap(now, Ordering::Relaxed);
+        u128::from(now.saturating_sub(last)) < LINGER.as_micros()
+    }
+
     /// Asks the pool for helpers, if fewer than `wanted` are awake or on their way.
     fn wake(self: &Arc<Self>, wanted: usize, pool: Option<&Pool>) {
         let there = self.awake.load(Ordering::Relaxed) + self.coming.load(Ordering::Relaxed);
