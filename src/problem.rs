@@ -199,6 +199,11 @@ impl<'a> Problem<'a> {
         })
     }
 
+    /// Of every how many positions of a spatial axis of src one is kept.
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
     /// Positions of one sample.
     pub(crate) fn positions(&self) -> usize {
         self.spatial.iter().product()

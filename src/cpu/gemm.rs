@@ -412,6 +412,7 @@ impl<'a> Pass<'a> {
                 }),
                 channels: (start, k),
                 positions: positions.len(),
+                gaps: self.problem.stride() == 2 && !self.plan.with_batch,
             };
             let out = scratch.packed.get(block.len(self.plan.read));
             // SAFETY: the problem is validated, and the block lies inside it.

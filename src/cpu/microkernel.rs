@@ -88,12 +88,10 @@ pub(crate) struct Sizes {
     /// # Safety
     /// The CPU has `isa`; `rows` is at most what `most_rows` gives for `cols`, neither is zero; A
     /// is readable at every row and B at every lane of each tile, for every `k` of every segment;
-    /// where lanes run along channels, B is also readable up to a whole number of
-    /// [`PANEL_QUANTUM`](crate::cpu::pack::PANEL_QUANTUM) lanes; the epilogue's `dst` is writable,
-    /// and its `residual` readable if its steps ask for it, at every row and lane of each tile;
-    /// its bias (unless empty) and its steps' parameters cover the tiles' channels, its maps and
-    /// tables the tile's channels and positions; dst overlaps nothing that is read, other than a
-    /// residual at the same place.
+    /// the epilogue's `dst` is writable, and its `residual` readable if its steps ask for it, at
+    /// every row and lane of each tile; its bias and its steps' parameters cover the tiles'
+    /// channels, its maps and tables the tile's channels and positions; dst overlaps nothing that
+    /// is read, other than a residual at the same place.
     pub run: unsafe fn(&Grid<'_>),
 }
 
@@ -247,6 +245,7 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
         // between several.
         loop {
             let lanes = epilogue::load_row::<V, NV, TAIL>(terms.b, tail);
+            // Shorter vectors leave no load to spare.
             if PACKED && V::LANES == 16 {
                 for v in 0..NV {
                     V::fetch(terms.b.wrapping_offset(ahead).wrapping_add(v * V::LANES));

@@ -161,6 +161,9 @@ pub(crate) struct Block<'a> {
     /// First input channel of the layer, and how many.
     pub channels: (usize, usize),
     pub positions: usize,
+    /// Whether what lies between positions two apart belongs to the source: the layer's stride
+    /// skips it. Otherwise somebody else may be writing it.
+    pub gaps: bool,
 }
 
 impl Block<'_> {
@@ -188,8 +191,8 @@ impl Block<'_> {
     /// positions) and applies the source steps.
     ///
     /// # Safety
-    /// The sources are readable at their channels and at positions `first..first + positions`;
-    /// the gate at every channel.
+    /// The sources are readable at their channels and at positions `first..first + positions`, in
+    /// the gaps too if there are; the gate at every channel.
     pub(crate) unsafe fn pack(
         &self,
         read: Read,
@@ -221,7 +224,8 @@ impl Block<'_> {
                             let mut rest = &mut row[..positions];
                             for (offset, stride, len) in walk.runs(first, positions) {
                                 let (now, later) = rest.split_at_mut(len);
-                                runs::gather(self.isa, src.wrapping_offset(offset), stride, now);
+                                let src = src.wrapping_offset(offset);
+                                runs::gather(self.isa, src, stride, self.gaps, now);
                                 rest = later;
                             }
                         }

@@ -7,11 +7,12 @@ use crate::cpu::simd::{Simd, per_isa};
 use crate::stages::Activation;
 
 per_isa! {
-    /// Copies values that lie `stride` apart to a run.
+    /// Copies values that lie `stride` apart to a run; `gaps` says that what lies between them may
+    /// be read too.
     ///
     /// # Safety
-    /// `src` is readable at `x.len()` elements, `stride` apart.
-    pub(crate) [unsafe] fn gather(src: *const f32, stride: isize, x: &mut [f32]) = gather_run;
+    /// `src` is readable at `x.len()` elements, `stride` apart, and between them if `gaps`.
+    pub(crate) [unsafe] fn gather(src: *const f32, stride: isize, gaps: bool, x: &mut [f32]) = gather_run;
 
     /// `x = activation(x)`.
     pub(crate) fn apply_activation(activation: Activation, x: &mut [f32]) = activation_run;
@@ -46,17 +47,16 @@ per_isa! {
 }
 
 #[inline(always)]
-unsafe fn gather_run<V: Simd>(src: *const f32, stride: isize, x: &mut [f32]) {
+unsafe fn gather_run<V: Simd>(src: *const f32, stride: isize, gaps: bool, x: &mut [f32]) {
     let len = x.len();
     match stride {
         // SAFETY: the caller's promise.
         1 => x.copy_from_slice(unsafe { std::slice::from_raw_parts(src, len) }),
-        2 if len >= V::LANES => {
+        2 if gaps && len >= V::LANES => {
             let starts = (0..len - V::LANES).step_by(V::LANES).chain([len - V::LANES]);
             for at in starts {
                 // SAFETY: the CPU has V's instruction set; the first element that is read and the
-                // last one are the caller's, and so is what lies between them; LANES values of `x`
-                // follow `at`.
+                // last one are the caller's, and so are the gaps; LANES values of `x` follow `at`.
                 unsafe { V::load_even(src.add(2 * at)).store(x.as_mut_ptr().add(at)) }
             }
         }

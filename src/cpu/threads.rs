@@ -138,7 +138,7 @@ struct Team {
 }
 
 impl Team {
-    /// Whether the last call began a short while ago; this one is the next call's last.
+    /// Whether another call began a short while ago. Remembers that one begins now.
     fn is_in_use(&self) -> bool {
         static START: LazyLock<Instant> = LazyLock::new(Instant::now);
         let now = START.elapsed().as_micros() as u64;
