@@ -351,6 +351,20 @@ impl<const R: usize> Direct<R> {
         };
         Some(Self { simple, dst, residual })
     }
+
+    /// Asks for the lines of dst that a tile of `NV` vectors will be stored to.
+    ///
+    /// # Safety
+    /// The CPU has `V`'s instruction set.
+    #[inline(always)]
+    pub(crate) unsafe fn fetch<V: Simd, const NV: usize>(&self, at: At) {
+        for row in self.dst.of(at) {
+            for v in 0..NV {
+                // SAFETY: the caller's promise.
+                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES)) }
+            }
+        }
+    }
 }
 
 /// Applies the epilogue to a tile of a grid: `R` rows of accumulators, of which `grid.cols`

@@ -462,6 +462,7 @@ impl<'a> Pass<'a> {
             parts,
             segments,
             dst,
+            far_dst: self.plan.far_dst,
             residual,
         };
         let count = positions.len();
@@ -630,6 +631,12 @@ impl<'a> Pass<'a> {
     }
 }
 
+/// Positions that src is fetched ahead, at least, where lanes run along them.
+const AHEAD: usize = 48;
+/// Values of src that are fetched ahead of a tile, at most, where lanes run along channels: more
+/// would drive the weight out of the first cache level.
+const MOST_AHEAD: usize = 4096;
+
 /// A group's channels at a block of positions: what grids are cut out of.
 struct Area<'a> {
     layer: &'a Layer,
@@ -641,6 +648,7 @@ struct Area<'a> {
     parts: &'a [Part],
     segments: &'a mut Vec<Segment>,
     dst: epilogue::Operand<'a, *mut f32>,
+    far_dst: bool,
     residual: Option<epilogue::Operand<'a, *const f32>>,
 }
 
@@ -718,14 +726,23 @@ impl Area<'_> {
             dst: self.dst.at_positions(positions.first, positions.len),
         };
         let (rows, cols, ahead) = match axis {
-            ChannelAxis::Rows => (channels.len, positions.len, positions.len as isize),
-            ChannelAxis::Lanes => (positions.len, channels.len, 0),
+            ChannelAxis::Rows => (channels.len, positions.len, positions.len.max(AHEAD) as isize),
+            ChannelAxis::Lanes => {
+                let next = self
+                    .parts
+                    .iter()
+                    .take(1)
+                    .find(|part| part.channel == 1 && positions.len * part.k <= MOST_AHEAD);
+                let ahead = next.map_or(0, |part| positions.len as isize * part.position);
+                (positions.len, channels.len, ahead)
+            }
         };
         let grid = Grid {
             rows,
             cols,
             tiles,
             ahead,
+            far_dst: self.far_dst,
             segments: self.segments,
             epilogue: &epilogue,
             channel_step,

@@ -50,9 +50,11 @@ pub(crate) struct Grid<'a> {
     pub cols: usize,
     /// Tiles in each direction; one where the epilogue places channels or positions by a table.
     pub tiles: [usize; 2],
-    /// Distance in elements from B to what is read next, which is fetched into cache meanwhile;
-    /// only where lanes run along positions.
+    /// Distance in elements from the first segment's src to what of it is fetched into cache
+    /// meanwhile, since it is read next.
     pub ahead: isize,
+    /// Whether dst is likely not in cache: its lines are fetched while the sums are computed.
+    pub far_dst: bool,
     /// The terms to sum, in order.
     pub segments: &'a [Segment],
     /// What happens to the sums of tile `(0, 0)`.
@@ -182,6 +184,9 @@ unsafe fn tiles<V: Simd, const R: usize, const NV: usize, const TAIL: bool, cons
             let mut terms = outer;
             for j in 0..grid.tiles[1] {
                 let at = [i, j];
+                if let (true, Some(direct)) = (grid.far_dst, &direct) {
+                    direct.fetch::<V, NV>(at);
+                }
                 let acc =
                     sums::<V, R, NV, TAIL, PACKED>(terms, first.k, rest, at, grid.ahead, tail);
                 epilogue::finish::<V, R, NV, TAIL, PACKED>(acc, tail, grid, at, &direct, buffered);
@@ -241,6 +246,8 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
         let mut acc = [[V::splat(0.0); NV]; R];
         let mut rest = rest.iter();
         let mut left = k;
+        // Rows of a channels-last src that follow one another are walked as one run of memory.
+        let mut next = terms.a[0].wrapping_offset(ahead);
         // One loop over the terms of all segments, since LLVM would keep the sums in memory
         // between several.
         loop {
@@ -250,6 +257,10 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
                 for v in 0..NV {
                     V::fetch(terms.b.wrapping_offset(ahead).wrapping_add(v * V::LANES));
                 }
+            }
+            if !PACKED && V::LANES * NV > 8 {
+                V::fetch(next);
+                next = next.wrapping_add(R);
             }
             for (row, sums) in acc.iter_mut().enumerate() {
                 let x = V::splat(if PACKED { *terms.a[0].add(row) } else { *terms.row(row) });

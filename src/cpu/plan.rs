@@ -19,6 +19,8 @@ use crate::stages::NormOver;
 
 /// The part of src that a unit works on, in values: an eighth of a common L2.
 const BLOCK_VALUES: usize = 32 << 10;
+/// A dst of more bytes is not in the second cache level when it is written.
+const FAR_BYTES: usize = 2 << 20;
 /// Multiply-accumulates that are worth a unit of their own: some microseconds.
 const UNIT_MACS: usize = 200_000;
 /// Units for each thread, so that one that comes late, or is slower, finds less to do.
@@ -92,6 +94,8 @@ pub(crate) struct Plan {
     /// How dst and the residual walk the positions.
     pub dst: Positions,
     pub residual: Option<Positions>,
+    /// Whether dst is too large to be in cache when it is written.
+    pub far_dst: bool,
 }
 
 impl Plan {
@@ -138,11 +142,13 @@ impl Plan {
             (_, ChannelAxis::Lanes) if channels_last => Read::ByPosition,
             _ => Read::ByChannel,
         };
+        let dst_bytes = problem.cost(0).dst_bytes;
         let estimate = Estimate {
             axis,
             vector,
             k: problem.k(),
             positions,
+            channels: problem.c_out,
             weights: layer.weights,
             channel_bytes: match read {
                 Read::InPlace => {
@@ -151,6 +157,7 @@ impl Plan {
                 _ => 0,
             },
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
+            dst_bytes,
         };
         let tuned = match layer.forced {
             None => layer.choices.find((positions, samples, axis, read)),
@@ -222,6 +229,7 @@ impl Plan {
             groups,
             dst,
             residual,
+            far_dst: dst_bytes > FAR_BYTES,
         }
     }
 
@@ -269,11 +277,14 @@ struct Estimate<'a> {
     vector: usize,
     k: usize,
     positions: usize,
+    /// Output channels of all groups.
+    channels: usize,
     weights: &'a Weights,
     /// Distance of neighbouring channels of dst, where src has lanes along positions.
     channel_bytes: usize,
     /// Distance of neighbouring positions of src.
     row_bytes: usize,
+    dst_bytes: usize,
 }
 
 impl Estimate<'_> {
@@ -299,6 +310,16 @@ impl Estimate<'_> {
     const PER_PAGE: f32 = 4.0;
     /// Rows of src that share a set of the first cache level, beyond its ways.
     const PER_ALIAS: f32 = 0.03;
+    /// So many rows of dst that share a set of the first cache level can stay there until their
+    /// lines are full; with more, a store takes so long. (From 0 to 24 were seen, depending on where
+    /// src and dst lie.)
+    const ALIASED_ROWS: f32 = 9.0;
+    const PER_ALIASED_STORE: f32 = 12.0;
+    /// A piece of a position's channels, where dst lies beyond the second cache level, or with more
+    /// than these bytes beyond the third.
+    const DISTANT_BYTES: usize = 16 << 20;
+    const PER_FAR_RUN: f32 = 3.0;
+    const PER_DISTANT_RUN: f32 = 17.0;
 
     /// The cheapest kernel and order, of a forced kernel the cheapest order.
     fn best(&self, isa: Isa, forced: Option<&'static Kernel>) -> (&'static Kernel, Order) {
@@ -384,6 +405,21 @@ impl Estimate<'_> {
         {
             let sums = rows * self.vectors(lanes.len);
             tile += (rows - 8.0).max(0.0) * Self::PER_ALIAS * self.k as f32 * sums;
+        }
+        if self.axis == ChannelAxis::Lanes && lanes.len < self.channels {
+            tile += rows
+                * match self.dst_bytes {
+                    ..=FAR_BYTES => 0.0,
+                    ..=Self::DISTANT_BYTES => Self::PER_FAR_RUN,
+                    _ => Self::PER_DISTANT_RUN,
+                };
+        }
+        if self.axis == ChannelAxis::Rows
+            && self.channel_bytes.is_multiple_of(Self::PAGE)
+            && self.channel_bytes > 0
+            && rows > Self::ALIASED_ROWS
+        {
+            tile += rows * self.vectors(lanes.len) * Self::PER_ALIASED_STORE;
         }
         // Positions outside read the weight once more for each further tile of positions.
         let again = match (order, self.axis) {

@@ -90,6 +90,12 @@ pub(crate) unsafe trait Simd:
     /// The CPU has the instruction set of this type.
     unsafe fn fetch(src: *const f32);
 
+    /// As [`fetch`](Self::fetch), for a line that will be written.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set of this type.
+    unsafe fn fetch_mut(dst: *mut f32);
+
     /// Stores `LANES` values.
     ///
     /// # Safety
@@ -233,3 +239,12 @@ macro_rules! per_isa {
     )*};
 }
 pub(crate) use per_isa;
+
+/// Asks for a cache line that will be written. (The intrinsic becomes a plain prefetch unless the
+/// whole program is compiled for a CPU that has this one; others take it for a NOP.)
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetchw(dst: *mut f32) {
+    // SAFETY: the instruction changes no value, and never faults.
+    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) dst, options(nostack, preserves_flags)) }
+}

@@ -81,6 +81,11 @@ unsafe impl Simd for F32x8 {
     }
 
     #[inline(always)]
+    unsafe fn fetch_mut(dst: *mut f32) {
+        super::prefetchw(dst)
+    }
+
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: the caller gives eight writable values.
         unsafe { _mm256_storeu_ps(dst, self.0) }

@@ -149,6 +149,11 @@ macro_rules! vector {
             }
 
             #[inline(always)]
+            unsafe fn fetch_mut(dst: *mut f32) {
+                super::prefetchw(dst)
+            }
+
+            #[inline(always)]
             unsafe fn store(self, dst: *mut f32) {
                 // SAFETY: the caller gives $lanes writable values.
                 unsafe { $ops::storeu(dst, self.0) }

@@ -75,6 +75,9 @@ unsafe impl Simd for F32x4 {
     unsafe fn fetch(_: *const f32) {}
 
     #[inline(always)]
+    unsafe fn fetch_mut(_: *mut f32) {}
+
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: the caller gives four writable values.
         unsafe { dst.cast::<[f32; 4]>().write_unaligned(self.0) }

@@ -73,6 +73,11 @@ unsafe impl Simd for F32x4 {
     }
 
     #[inline(always)]
+    unsafe fn fetch_mut(dst: *mut f32) {
+        super::prefetchw(dst)
+    }
+
+    #[inline(always)]
     unsafe fn store(self, dst: *mut f32) {
         // SAFETY: the caller gives four writable values.
         unsafe { _mm_storeu_ps(dst, self.0) }
