@@ -97,18 +97,33 @@ pub(crate) struct Operand {
 
 impl Operand {
     fn new(tensor: &TensorRef<'_>) -> Self {
-        let mut spatial = [0; MAX_SPATIAL];
-        let rank = tensor.rank() - 2;
-        spatial[MAX_SPATIAL - rank..].copy_from_slice(&tensor.strides()[2..]);
+        let strides = tensor.strides();
         Operand {
             ptr: tensor.as_ptr(),
-            sample: tensor.strides()[0],
-            channel: tensor.strides()[1],
+            sample: strides[0],
+            channel: strides[1],
             channels: tensor.shape()[1],
-            spatial,
+            spatial: spatial(strides, 0),
             stream: tensor.stream(),
         }
     }
+
+    /// Some of its channels.
+    fn cut(self, channels: Range<usize>) -> Self {
+        let first = self.channel.wrapping_mul(channels.start as isize);
+        Operand { ptr: self.ptr.wrapping_offset(first), channels: channels.len(), ..self }
+    }
+
+    /// Every `s`-th position of each spatial axis.
+    fn subsampled(self, s: usize) -> Self {
+        Operand { spatial: self.spatial.map(|stride| stride.wrapping_mul(s as isize)), ..self }
+    }
+}
+
+/// What `[n, c, …spatial]` has of each spatial axis, padded in front.
+fn spatial<T: Copy>(axes: &[T], padding: T) -> [T; MAX_SPATIAL] {
+    let missing = MAX_RANK - axes.len();
+    std::array::from_fn(|i| if i < missing { padding } else { axes[2 + i - missing] })
 }
 
 /// A validated call.
@@ -177,17 +192,14 @@ impl<'a> Problem<'a> {
             expect_shape("gate", without_trailing_ones(gate.shape()), &[n, layer.c_in])?;
         }
 
-        let mut spatial = [1; MAX_SPATIAL];
-        let rank = expected.rank - 2;
-        spatial[MAX_SPATIAL - rank..].copy_from_slice(&expected.shape[2..expected.rank]);
         let convolved = layer.partial.as_ref().map_or(0, |range| range.start);
-        let cut = |t: &TensorRef<'_>| Operand::new(&t.channels(convolved, convolved + layer.c_out));
+        let cut = |t: &TensorRef<'_>| Operand::new(t).cut(convolved..convolved + layer.c_out);
         Ok(Problem {
             n,
             c_in: layer.c_in,
             c_out: layer.c_out,
             groups: layer.groups,
-            spatial,
+            spatial: spatial(expected.as_slice(), 1),
             place,
             src: operands.src,
             more: operands.more,
@@ -224,7 +236,7 @@ impl<'a> Problem<'a> {
         let size = size_of::<f32>();
         let outputs = self.n.saturating_mul(self.positions());
         let bytes = |channels: usize| outputs.saturating_mul(channels).saturating_mul(size);
-        let passed: usize = self.passed_through().map(|(src, _)| src.channels).sum();
+        let passed = self.passed_channels();
         let gate = if self.gate.is_some() {
             self.n.saturating_mul(self.c_in).saturating_mul(size)
         } else {
@@ -250,10 +262,22 @@ impl<'a> Problem<'a> {
         self.source_ranges(start, end)
     }
 
+    /// How many channels of a partial convolution pass through.
+    pub(crate) fn passed_channels(&self) -> usize {
+        match &self.partial {
+            Some(range) => self.src_channels() - range.len(),
+            None => 0,
+        }
+    }
+
+    fn src_channels(&self) -> usize {
+        self.all_sources().map(|t| t.shape()[1]).sum()
+    }
+
     /// The parts of a partial convolution that pass through: pairs of a source range and the dst
     /// operand that receives it.
     pub(crate) fn passed_through(&self) -> impl Iterator<Item = (Operand, Operand)> + '_ {
-        let total: usize = self.all_sources().map(|t| t.shape()[1]).sum();
+        let total = self.src_channels();
         let (start, end) =
             self.partial.as_ref().map_or((0, total), |range| (range.start, range.end));
         // dst's channels move by what the convolution adds or takes away.
@@ -277,10 +301,9 @@ impl<'a> Problem<'a> {
         self.all_sources().filter_map(move |tensor| {
             let channels = tensor.shape()[1];
             let (lo, hi) = (start.max(first), end.min(first + channels));
-            let range =
-                (lo < hi).then(|| tensor.channels(lo - first, hi - first).subsampled(self.stride));
+            let range = lo.saturating_sub(first)..hi.saturating_sub(first);
             first += channels;
-            range.map(|view| Operand::new(&view))
+            (lo < hi).then(|| Operand::new(tensor).cut(range).subsampled(self.stride))
         })
     }
 

@@ -63,10 +63,10 @@ impl Extents {
             });
         }
         checked_product("a tensor's size", shape)?;
-        let mut extents = Extents { rank, shape: [1; MAX_RANK], strides: [0; MAX_RANK] };
-        extents.shape[..rank].copy_from_slice(shape);
-        extents.strides[..rank].copy_from_slice(strides);
-        Ok(extents)
+        // Not slice by slice, which is a call for a few words.
+        let shape = std::array::from_fn(|axis| shape.get(axis).copied().unwrap_or(1));
+        let strides = std::array::from_fn(|axis| strides.get(axis).copied().unwrap_or(0));
+        Ok(Extents { rank, shape, strides })
     }
 
     fn shape(&self) -> &[usize] {
@@ -131,13 +131,21 @@ impl Extents {
         if self.is_empty() {
             return false;
         }
-        let mut axes: [(usize, usize); MAX_RANK] = [(0, 1); MAX_RANK];
-        for (axis, slot) in axes.iter_mut().enumerate().take(self.rank) {
-            *slot = (self.strides[axis].unsigned_abs(), self.shape[axis]);
+        // The axes that count, the smallest stride first.
+        let mut axes = [(0usize, 1usize); MAX_RANK];
+        let mut count = 0;
+        for (&len, stride) in self.shape().iter().zip(self.strides()).filter(|(len, _)| **len > 1) {
+            let stride = stride.unsigned_abs();
+            let mut at = count;
+            while at > 0 && axes[at - 1].0 > stride {
+                axes[at] = axes[at - 1];
+                at -= 1;
+            }
+            axes[at] = (stride, len);
+            count += 1;
         }
-        axes.sort_unstable();
         let mut reach = 0usize;
-        for (stride, len) in axes.into_iter().filter(|&(_, len)| len > 1) {
+        for &(stride, len) in &axes[..count] {
             if stride <= reach {
                 return true;
             }
@@ -259,19 +267,11 @@ impl<'a, T> TensorRef<'a, T> {
     }
 
     /// This view with its channel axis cut down to `start..end`.
+    #[cfg(feature = "cuda")]
     pub(crate) fn channels(mut self, start: usize, end: usize) -> Self {
         debug_assert!(start <= end && end <= self.extents.shape[1]);
         self.ptr = self.ptr.wrapping_offset(self.extents.strides[1].wrapping_mul(start as isize));
         self.extents.shape[1] = end - start;
-        self
-    }
-
-    /// Every `s`-th position of each spatial axis.
-    pub(crate) fn subsampled(mut self, s: usize) -> Self {
-        for axis in 2..self.extents.rank {
-            self.extents.shape[axis] = self.extents.shape[axis].div_ceil(s);
-            self.extents.strides[axis] = self.extents.strides[axis].wrapping_mul(s as isize);
-        }
         self
     }
 }

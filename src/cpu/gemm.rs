@@ -273,7 +273,7 @@ fn run_units(passes: &[Pass<'_>]) {
                 with_scratch(|scratch| pass.normalise_block(block, scratch));
             });
         }
-        let passed: usize = pass.problem.passed_through().map(|(src, _)| src.channels).sum();
+        let passed = pass.problem.passed_channels();
         if passed > 0 && pass.problem.positions() > 0 {
             let work =
                 pass.problem.n.saturating_mul(passed).saturating_mul(pass.problem.positions());
