@@ -5,15 +5,17 @@ use std::cell::RefCell;
 use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cost::{Cost, Roof};
 use crate::cpu::epilogue::{self, ChannelAxis, Steps, TileEpilogue};
 use crate::cpu::isa::{ISA_VARIABLE, Isa, Supported};
 use crate::cpu::microkernel::{Grid, KERNELS, Kernel, Segment, Sizes};
 use crate::cpu::norm::{self, Finish, Moments, Slot};
-use crate::cpu::pack::{self, Buffer, Part, Read, Weights};
+use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Weights};
 use crate::cpu::plan::{Facts, Order, Plan, Run, choose_isa, even, pieces_of, vectors_of};
 use crate::cpu::roof;
+use crate::cpu::runs::Spaced;
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::tune::Choices;
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
@@ -178,16 +180,23 @@ struct Pass<'a> {
     plan: Plan,
     /// Moments of each block, for a normalisation over all positions.
     slots: Vec<Slot>,
+    /// No other pass has it.
+    id: u64,
 }
 
 // SAFETY: the pointers of a problem are to tensors that the caller of a run has borrowed for its
 // duration; units write to disjoint parts of dst.
 unsafe impl Sync for Pass<'_> {}
 
+static PASSES: AtomicU64 = AtomicU64::new(0);
+
 /// What a thread needs while it works on a unit.
 #[derive(Default)]
 struct Scratch {
     packed: Buffer,
+    /// What `packed` and `parts` hold: pass, sample, first position, group.
+    held: Option<(u64, usize, usize, usize)>,
+    runs: Vec<Spaced>,
     rows: Buffer,
     spare: Vec<f32>,
     dst_offsets: Vec<isize>,
@@ -294,7 +303,8 @@ fn with_scratch(f: impl FnOnce(&mut Scratch)) {
 impl<'a> Pass<'a> {
     fn new(layer: &'a Layer, problem: &'a Problem<'a>) -> Self {
         let plan = layer.plan(problem, layer.kernel);
-        Pass { layer, problem, plan, slots: Vec::new() }
+        let id = if plan.copies_again() { PASSES.fetch_add(1, Ordering::Relaxed) } else { 0 };
+        Pass { layer, problem, plan, slots: Vec::new(), id }
     }
 
     fn run_unit(&self, block: usize, unit: usize, scratch: &mut Scratch) {
@@ -402,6 +412,11 @@ impl<'a> Pass<'a> {
             let walk = self.problem.walk(&source, self.plan.with_batch);
             (source, walk)
         });
+        let copy = self.plan.copies_again().then_some((self.id, sample, positions.start, group));
+        if copy.is_some() && copy == scratch.held {
+            return;
+        }
+        scratch.held = copy;
         scratch.parts.clear();
         if self.plan.read != Read::InPlace {
             let block = pack::Block {
@@ -412,11 +427,14 @@ impl<'a> Pass<'a> {
                 }),
                 channels: (start, k),
                 positions: positions.len(),
+                panels: Panels::new(self.plan.panel(), positions.len()),
                 gaps: self.problem.stride() == 2 && !self.plan.with_batch,
             };
             let out = scratch.packed.get(block.len(self.plan.read));
             // SAFETY: the problem is validated, and the block lies inside it.
-            let part = unsafe { block.pack(self.plan.read, positions.start, sources, out) };
+            let part = unsafe {
+                block.pack(self.plan.read, positions.start, sources, &mut scratch.runs, out)
+            };
             scratch.parts.push(part);
             return;
         }
@@ -432,6 +450,7 @@ impl<'a> Pass<'a> {
                     ptr: source.ptr.wrapping_offset(offset),
                     position,
                     channel: source.channel,
+                    panels: None,
                 });
             }
             channel += source.channels;
@@ -633,6 +652,8 @@ impl<'a> Pass<'a> {
 
 /// Positions that src is fetched ahead, at least, where lanes run along them.
 const AHEAD: usize = 48;
+/// As many rows of a panel are fetched ahead.
+const ROWS_AHEAD: isize = 8;
 /// Values of src that are fetched ahead of a tile, at most, where lanes run along channels: more
 /// would drive the weight out of the first cache level.
 const MOST_AHEAD: usize = 4096;
@@ -689,10 +710,19 @@ impl Area<'_> {
         };
         let mut weight = weights.panel(self.group, panel).wrapping_add(channels.first);
         self.segments.clear();
+        let mut ahead = 0;
         for part in self.parts {
             let k = part.k;
-            let src = part.ptr.wrapping_offset(positions.first as isize * part.position);
-            let src_step = position_step.map(|positions| positions as isize * part.position);
+            let (src, channel, step) = part.tiles(positions.first, positions.len);
+            let src_step = position_step.map(|positions| if positions > 0 { step } else { 0 });
+            if self.segments.is_empty() {
+                ahead = match axis {
+                    ChannelAxis::Rows if part.panels.is_some() => ROWS_AHEAD * channel,
+                    ChannelAxis::Rows => positions.len.max(AHEAD) as isize,
+                    ChannelAxis::Lanes if channel != 1 || positions.len * k > MOST_AHEAD => 0,
+                    ChannelAxis::Lanes => step,
+                };
+            }
             self.segments.push(match axis {
                 ChannelAxis::Rows => Segment {
                     k,
@@ -701,14 +731,14 @@ impl Area<'_> {
                     a_k: stride,
                     a_step: weight_step,
                     b: src,
-                    b_k: part.channel,
+                    b_k: channel,
                     b_step: src_step,
                 },
                 ChannelAxis::Lanes => Segment {
                     k,
                     a: src,
                     a_row: part.position,
-                    a_k: part.channel,
+                    a_k: channel,
                     a_step: src_step,
                     b: weight,
                     b_k: stride,
@@ -725,17 +755,9 @@ impl Area<'_> {
             residual: self.residual.map(|r| r.at_positions(positions.first, positions.len)),
             dst: self.dst.at_positions(positions.first, positions.len),
         };
-        let (rows, cols, ahead) = match axis {
-            ChannelAxis::Rows => (channels.len, positions.len, positions.len.max(AHEAD) as isize),
-            ChannelAxis::Lanes => {
-                let next = self
-                    .parts
-                    .iter()
-                    .take(1)
-                    .find(|part| part.channel == 1 && positions.len * part.k <= MOST_AHEAD);
-                let ahead = next.map_or(0, |part| positions.len as isize * part.position);
-                (positions.len, channels.len, ahead)
-            }
+        let (rows, cols) = match axis {
+            ChannelAxis::Rows => (channels.len, positions.len),
+            ChannelAxis::Lanes => (positions.len, channels.len),
         };
         let grid = Grid {
             rows,

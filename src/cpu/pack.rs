@@ -2,7 +2,7 @@
 //! place.
 
 use crate::cpu::isa::Supported;
-use crate::cpu::runs;
+use crate::cpu::runs::{self, Spaced};
 use crate::epilogue::SourceStep;
 use crate::problem::{Operand, Positions};
 
@@ -135,7 +135,7 @@ impl Weights {
 pub(crate) enum Read {
     /// Where it is.
     InPlace,
-    /// Copied to `[k][positions]`, rows an odd number of cache lines apart.
+    /// Copied to panels of positions, each `[k][positions]`.
     ByChannel,
     /// Copied to `[positions][k]`, rows not a multiple of half a page apart.
     ByPosition,
@@ -146,10 +146,76 @@ pub(crate) enum Read {
 pub(crate) struct Part {
     pub k: usize,
     pub ptr: *const f32,
-    /// Distance of neighbouring positions.
+    /// Distance of neighbouring positions, of a panel if there are panels.
     pub position: isize,
-    /// Distance of neighbouring channels.
+    /// Distance of neighbouring channels, where there are no panels.
     pub channel: isize,
+    pub panels: Option<Panels>,
+}
+
+/// How positions are cut into panels `[k][positions]`: all of one length, but for the last one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Panels {
+    len: usize,
+    positions: usize,
+    /// Distance of neighbouring channels of the last panel.
+    last: usize,
+}
+
+impl Panels {
+    /// For tiles of `len` positions.
+    pub(crate) fn new(len: usize, positions: usize) -> Self {
+        let last = match positions <= len {
+            // Rows of a single panel may be long: an odd number of cache lines, so that they do not
+            // share few sets of a cache.
+            true => (positions.div_ceil(16) | 1) * 16,
+            false => len.min(((positions - 1) % len + 1).next_multiple_of(8)),
+        };
+        Panels { len, positions, last }
+    }
+
+    fn count(self) -> usize {
+        self.positions.div_ceil(self.len)
+    }
+
+    /// Distance of neighbouring channels of a panel.
+    fn stride(self, panel: usize) -> usize {
+        if panel + 1 < self.count() { self.len } else { self.last }
+    }
+
+    /// Values of a channel, of all panels.
+    fn values(self) -> usize {
+        (self.count() - 1) * self.len + self.last
+    }
+
+    /// First position of each panel, number of positions, distance of neighbouring channels.
+    fn each(self) -> impl Iterator<Item = (usize, usize, usize)> {
+        (0..self.count()).map(move |panel| {
+            let first = panel * self.len;
+            (first, self.len.min(self.positions - first), self.stride(panel))
+        })
+    }
+}
+
+impl Part {
+    /// Where tiles of `len` positions from `first` on are: channel 0 of the first one, the distance
+    /// of channels, and of tiles. If there are panels, a tile is a whole one or in one with all
+    /// others.
+    pub(crate) fn tiles(&self, first: usize, len: usize) -> (*const f32, isize, isize) {
+        match self.panels {
+            None => {
+                let ptr = self.ptr.wrapping_offset(first as isize * self.position);
+                (ptr, self.channel, len as isize * self.position)
+            }
+            Some(panels) => {
+                let (panel, at) = (first / panels.len, first % panels.len);
+                let (stride, panel_len) = (panels.stride(panel), panels.len * self.k);
+                debug_assert!(at + len <= stride, "a tile lies in one panel");
+                let step = if len == panels.len { panel_len } else { len };
+                (self.ptr.wrapping_add(panel * panel_len + at), stride as isize, step as isize)
+            }
+        }
+    }
 }
 
 /// A block of positions of one sample and a range of input channels, to be packed.
@@ -161,6 +227,8 @@ pub(crate) struct Block<'a> {
     /// First input channel of the layer, and how many.
     pub channels: (usize, usize),
     pub positions: usize,
+    /// The panels of a copy by channel.
+    pub panels: Panels,
     /// Whether what lies between positions two apart belongs to the source: the layer's stride
     /// skips it. Otherwise somebody else may be writing it.
     pub gaps: bool,
@@ -171,24 +239,18 @@ impl Block<'_> {
     pub(crate) fn len(&self, read: Read) -> usize {
         match read {
             Read::ByPosition => self.positions * self.position_row(),
-            _ => self.channels.1 * self.channel_row(),
+            _ => self.channels.1 * self.panels.values(),
         }
     }
 
-    /// Distance of the rows of a copy by channel: an odd number of cache lines, so that they do
-    /// not share few sets of a cache.
-    fn channel_row(&self) -> usize {
-        (self.positions.div_ceil(16) | 1) * 16
-    }
-
-    /// Distance of the rows of a copy by position, for the same reason.
+    /// Distance of the rows of a copy by position: such that they do not share few sets of a cache.
     fn position_row(&self) -> usize {
         let k = self.channels.1;
         k + if k.is_multiple_of(512) { 16 } else { 0 }
     }
 
     /// Copies the block out of `sources` (pairs of an operand at its sample, and its walk of
-    /// positions) and applies the source steps.
+    /// positions) and applies the source steps; `runs` is memory to work in.
     ///
     /// # Safety
     /// The sources are readable at their channels and at positions `first..first + positions`, in
@@ -198,6 +260,7 @@ impl Block<'_> {
         read: Read,
         first: usize,
         sources: impl Iterator<Item = (Operand, Positions)>,
+        runs: &mut Vec<Spaced>,
         out: &mut [f32],
     ) -> Part {
         let ((start, k), positions) = (self.channels, self.positions);
@@ -217,18 +280,18 @@ impl Block<'_> {
                             row[lo - start..hi - start].copy_from_slice(src);
                         }
                     } else {
-                        let rows = out[(lo - start) * self.channel_row()..]
-                            .chunks_exact_mut(self.channel_row());
-                        for (c, row) in rows.take(hi - lo).enumerate() {
-                            let src = src.offset(c as isize * source.channel);
-                            let mut rest = &mut row[..positions];
-                            for (offset, stride, len) in walk.runs(first, positions) {
-                                let (now, later) = rest.split_at_mut(len);
-                                let src = src.wrapping_offset(offset);
-                                runs::gather(self.isa, src, stride, self.gaps, now);
-                                rest = later;
+                        runs.clear();
+                        let mut panel = 0;
+                        for (position, count, row) in self.panels.each() {
+                            let mut to = panel + (lo - start) * row;
+                            for (offset, stride, len) in walk.runs(first + position, count) {
+                                runs.push(Spaced { offset, stride, len, to, row });
+                                to += len;
                             }
+                            panel += k * row;
                         }
+                        let (isa, channel) = (self.isa, source.channel);
+                        runs::gather(isa, src, channel, hi - lo, runs, self.gaps, out);
                     }
                 }
             }
@@ -238,11 +301,11 @@ impl Block<'_> {
             Read::ByPosition => self.apply_by_position(out),
             _ => self.apply_by_channel(out),
         }
-        let (position, channel) = match read {
-            Read::ByPosition => (self.position_row() as isize, 1),
-            _ => (1, self.channel_row() as isize),
+        let (position, channel, panels) = match read {
+            Read::ByPosition => (self.position_row() as isize, 1, None),
+            _ => (1, 0, Some(self.panels)),
         };
-        Part { k, ptr: out.as_ptr(), position, channel }
+        Part { k, ptr: out.as_ptr(), position, channel, panels }
     }
 
     fn gate_of(&self, channel: usize) -> f32 {
@@ -254,16 +317,21 @@ impl Block<'_> {
     fn apply_by_channel(&self, out: &mut [f32]) {
         let (start, k) = self.channels;
         for step in self.steps {
-            for (channel, row) in (start..start + k).zip(out.chunks_exact_mut(self.channel_row())) {
-                let row = &mut row[..self.positions];
-                match step {
-                    SourceStep::Affine { scale, shift } => {
-                        runs::apply_affine(self.isa, scale[channel], shift[channel], row);
+            let mut rest = &mut *out;
+            for (_, count, row) in self.panels.each() {
+                let (panel, later) = rest.split_at_mut(k * row);
+                rest = later;
+                for (channel, row) in (start..start + k).zip(panel.chunks_exact_mut(row)) {
+                    let row = &mut row[..count];
+                    match step {
+                        SourceStep::Affine { scale, shift } => {
+                            runs::apply_affine(self.isa, scale[channel], shift[channel], row);
+                        }
+                        SourceStep::Activation(activation) => {
+                            runs::apply_activation(self.isa, *activation, row);
+                        }
+                        SourceStep::Gate => runs::scale(self.isa, self.gate_of(channel), row),
                     }
-                    SourceStep::Activation(activation) => {
-                        runs::apply_activation(self.isa, *activation, row);
-                    }
-                    SourceStep::Gate => runs::scale(self.isa, self.gate_of(channel), row),
                 }
             }
         }

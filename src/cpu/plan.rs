@@ -27,6 +27,8 @@ const UNIT_MACS: usize = 200_000;
 const UNITS_PER_THREAD: usize = 4;
 /// What every thread may read of src, in bytes: half of a common L2.
 const MOST_SHARED_BYTES: usize = 512 << 10;
+/// Input and output channels of a group from which on a copy pays that only aligns src.
+const COPIED_DEPTH: usize = 64;
 /// Units of a problem whose result depends on how it is cut.
 const FIXED_UNITS: usize = 8;
 /// Multiply-accumulates below which choosing costs more than it gains.
@@ -137,8 +139,14 @@ impl Plan {
         } else {
             ChannelAxis::Rows
         };
+        // Rows that begin anywhere in a cache line: short tiles read up to twice the lines that they
+        // hold, more than the second cache level delivers meanwhile.
+        let aligned = axis == ChannelAxis::Rows
+            && isa == Isa::Avx2
+            && problem.k() >= COPIED_DEPTH
+            && problem.c_out / problem.groups >= COPIED_DEPTH;
         let read = match (in_place, axis) {
-            (true, _) => Read::InPlace,
+            (true, _) if !aligned => Read::InPlace,
             (_, ChannelAxis::Lanes) if channels_last => Read::ByPosition,
             _ => Read::ByChannel,
         };
@@ -211,8 +219,8 @@ impl Plan {
         let splits = match read {
             _ if layer.norm_over.is_some() => 1,
             Read::InPlace => units.div_ceil(blocks).min(panels).max(first),
-            // Every unit copies its block of src, which must stay little beside what it computes.
-            _ => units.div_ceil(blocks).min(panels.div_ceil(8)),
+            // Every thread copies a block of src, which must stay little beside what it computes.
+            _ => units.div_ceil(blocks).min(panels.div_ceil(4)),
         };
         let block = tiles * tile;
         Plan {
@@ -261,6 +269,19 @@ impl Plan {
         let per_sample = self.positions.div_ceil(self.block);
         let first = index % per_sample * self.block;
         (index / per_sample, first..self.positions.min(first + self.block))
+    }
+
+    /// Whether several units need the same copy of src.
+    pub(crate) fn copies_again(&self) -> bool {
+        self.read != Read::InPlace && self.splits > 1
+    }
+
+    /// Positions of a panel of a copy by channel: of a tile whose lanes run along them.
+    pub(crate) fn panel(&self) -> usize {
+        match self.axis {
+            ChannelAxis::Rows => self.kernel.nr,
+            ChannelAxis::Lanes => self.block,
+        }
     }
 
     pub(crate) fn units_per_block(&self) -> usize {
@@ -409,9 +430,9 @@ impl Estimate<'_> {
         if self.axis == ChannelAxis::Lanes && lanes.len < self.channels {
             tile += rows
                 * match self.dst_bytes {
-                    ..=FAR_BYTES => 0.0,
-                    ..=Self::DISTANT_BYTES => Self::PER_FAR_RUN,
-                    _ => Self::PER_DISTANT_RUN,
+                    bytes if bytes > Self::DISTANT_BYTES => Self::PER_DISTANT_RUN,
+                    bytes if bytes > FAR_BYTES => Self::PER_FAR_RUN,
+                    _ => 0.0,
                 };
         }
         if self.axis == ChannelAxis::Rows

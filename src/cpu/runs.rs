@@ -7,12 +7,12 @@ use crate::cpu::simd::{Simd, per_isa};
 use crate::stages::Activation;
 
 per_isa! {
-    /// Copies values that lie `stride` apart to a run; `gaps` says that what lies between them may
-    /// be read too.
+    /// Copies runs of positions of `channels` channels, which are `channel` apart, to where each run
+    /// belongs in `out`. `gaps` says that what lies between the positions of a run may be read too.
     ///
     /// # Safety
-    /// `src` is readable at `x.len()` elements, `stride` apart, and between them if `gaps`.
-    pub(crate) [unsafe] fn gather(src: *const f32, stride: isize, gaps: bool, x: &mut [f32]) = gather_run;
+    /// Every channel is readable at the positions of every run, and between them if `gaps`.
+    pub(crate) [unsafe] fn gather(src: *const f32, channel: isize, channels: usize, runs: &[Spaced], gaps: bool, out: &mut [f32]) = gather_runs;
 
     /// `x = activation(x)`.
     pub(crate) fn apply_activation(activation: Activation, x: &mut [f32]) = activation_run;
@@ -46,25 +46,61 @@ per_isa! {
     pub(crate) fn sum_squared_deviations(mean: f32, x: &[f32]) -> f64 = sum_squared_deviations_run;
 }
 
+/// Positions that are evenly spaced in memory, and where they are copied to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spaced {
+    /// Of the first one.
+    pub offset: isize,
+    pub stride: isize,
+    pub len: usize,
+    /// The copy of the first channel, and the distance of the next channel's.
+    pub to: usize,
+    pub row: usize,
+}
+
+#[inline(always)]
+unsafe fn gather_runs<V: Simd>(
+    src: *const f32,
+    channel: isize,
+    channels: usize,
+    runs: &[Spaced],
+    gaps: bool,
+    out: &mut [f32],
+) {
+    for c in 0..channels {
+        let src = src.wrapping_offset(c as isize * channel);
+        for run in runs {
+            let to = &mut out[run.to + c * run.row..][..run.len];
+            // SAFETY: the CPU has V's instruction set; the caller's promise.
+            unsafe { gather_run::<V>(src.wrapping_offset(run.offset), run.stride, gaps, to) };
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has `V`'s instruction set; `src` is readable at `x.len()` elements, `stride` apart, and
+/// between them if `gaps`.
 #[inline(always)]
 unsafe fn gather_run<V: Simd>(src: *const f32, stride: isize, gaps: bool, x: &mut [f32]) {
     let len = x.len();
-    match stride {
-        // SAFETY: the caller's promise.
-        1 => x.copy_from_slice(unsafe { std::slice::from_raw_parts(src, len) }),
-        2 if gaps && len >= V::LANES => {
-            let starts = (0..len - V::LANES).step_by(V::LANES).chain([len - V::LANES]);
-            for at in starts {
-                // SAFETY: the CPU has V's instruction set; the first element that is read and the
-                // last one are the caller's, and so are the gaps; LANES values of `x` follow `at`.
-                unsafe { V::load_even(src.add(2 * at)).store(x.as_mut_ptr().add(at)) }
-            }
+    let vectors = (stride == 1 || stride == 2 && gaps) && len >= V::LANES;
+    if !vectors {
+        for (i, value) in x.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *value = unsafe { *src.offset(i as isize * stride) };
         }
-        _ => {
-            for (i, value) in x.iter_mut().enumerate() {
-                // SAFETY: the caller's promise.
-                *value = unsafe { *src.offset(i as isize * stride) };
-            }
+        return;
+    }
+    // The last vector overlaps the one before.
+    for at in (0..len - V::LANES).step_by(V::LANES).chain([len - V::LANES]) {
+        // SAFETY: the CPU has V's instruction set; the first element that is read and the last one
+        // are the caller's, and so are the gaps; LANES values of `x` follow `at`.
+        unsafe {
+            let values = match stride {
+                1 => V::load(src.add(at)),
+                _ => V::load_even(src.add(2 * at)),
+            };
+            values.store(x.as_mut_ptr().add(at));
         }
     }
 }
