@@ -227,6 +227,10 @@ unsafe fn empty<V: Simd, const R: usize, const NV: usize, const TAIL: bool, cons
     }
 }
 
+/// How many terms ahead the weight is fetched where it is A: a tile takes a part of each row of its
+/// panel, which the CPU does not foresee, and in a network it comes from the third cache level.
+const WEIGHT_AHEAD: isize = 16;
+
 /// The sums of a tile, in registers: `k` terms of the first segment, then those of `rest`.
 ///
 /// # Safety
@@ -254,6 +258,9 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
             let lanes = epilogue::load_row::<V, NV, TAIL>(terms.b, tail);
             // Shorter vectors leave no load to spare.
             if PACKED && V::LANES == 16 {
+                let weight = terms.a[0].wrapping_offset(WEIGHT_AHEAD * terms.strides.a_k);
+                V::fetch(weight);
+                V::fetch(weight.wrapping_add(R - 1));
                 for v in 0..NV {
                     V::fetch(terms.b.wrapping_offset(ahead).wrapping_add(v * V::LANES));
                 }

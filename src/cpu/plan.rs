@@ -27,6 +27,9 @@ const UNIT_MACS: usize = 200_000;
 const UNITS_PER_THREAD: usize = 4;
 /// What every thread may read of src, in bytes: half of a common L2.
 const MOST_SHARED_BYTES: usize = 512 << 10;
+/// Of a weight of more bytes the rest has left the second cache level when it is read again, at the
+/// latest when another layer has run in between.
+const NEAR_WEIGHT: usize = 128 << 10;
 /// Input and output channels of a group from which on a copy pays that only aligns src.
 const COPIED_DEPTH: usize = 64;
 /// Units of a problem whose result depends on how it is cut.
@@ -166,6 +169,7 @@ impl Plan {
             },
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
             dst_bytes,
+            turned: axis == ChannelAxis::Lanes && !dst_channels_last && positions > 1,
         };
         let tuned = match layer.forced {
             None => layer.choices.find((positions, samples, axis, read)),
@@ -306,6 +310,8 @@ struct Estimate<'a> {
     /// Distance of neighbouring positions of src.
     row_bytes: usize,
     dst_bytes: usize,
+    /// Whether dst's lanes run across those of tiles.
+    turned: bool,
 }
 
 impl Estimate<'_> {
@@ -313,9 +319,6 @@ impl Estimate<'_> {
     const L1: f32 = 24.0 * 1024.0;
     /// A streamed operand beyond this leaves too little of the second cache level to the other.
     const LARGE: f32 = 200.0 * 1024.0;
-    /// Of a larger weight the rest has left the second cache level when it is read again, at the
-    /// latest when another layer has run in between.
-    const NEAR_WEIGHT: f32 = 128.0 * 1024.0;
     const PER_FAR_LINE: f32 = 1.0;
     const PAGE: usize = 4096;
     /// As many broadcasts as multiplications slow them a little, more where there are few.
@@ -327,6 +330,8 @@ impl Estimate<'_> {
     const FREE_SUMS: f32 = 12.0;
     const PER_SUM_SQUARED: f32 = 0.3;
     const PER_LINE: f32 = 0.06;
+    /// A lane of a tile that is stored across.
+    const PER_TURNED_LANE: f32 = 5.0;
     /// A row of dst on a page of its own.
     const PER_PAGE: f32 = 4.0;
     /// Rows of src that share a set of the first cache level, beyond its ways.
@@ -376,7 +381,7 @@ impl Estimate<'_> {
                         for lanes in pieces_of(width, kernel.sizes.widest(tail.len)) {
                             let streamed = (lanes.len * self.k * size_of::<f32>()) as f32;
                             let tile = self.tile(tail.len as f32, lanes.len, streamed);
-                            let turned = 5.0 * lanes.len as f32;
+                            let turned = Self::PER_TURNED_LANE * lanes.len as f32;
                             cycles += (panels * lanes.tiles) as f32 * (tile + turned);
                         }
                     }
@@ -427,7 +432,9 @@ impl Estimate<'_> {
             let sums = rows * self.vectors(lanes.len);
             tile += (rows - 8.0).max(0.0) * Self::PER_ALIAS * self.k as f32 * sums;
         }
-        if self.axis == ChannelAxis::Lanes && lanes.len < self.channels {
+        if self.axis == ChannelAxis::Lanes && self.turned {
+            tile += Self::PER_TURNED_LANE * lanes.len as f32;
+        } else if self.axis == ChannelAxis::Lanes && lanes.len < self.channels {
             tile += rows
                 * match self.dst_bytes {
                     bytes if bytes > Self::DISTANT_BYTES => Self::PER_DISTANT_RUN,
@@ -448,7 +455,7 @@ impl Estimate<'_> {
             (_, ChannelAxis::Rows) => lanes.tiles - 1,
             (_, ChannelAxis::Lanes) => tiles - 1,
         };
-        let far = (self.weights.group_bytes() as f32 - Self::NEAR_WEIGHT).max(0.0) / 64.0;
+        let far = self.weights.group_bytes().saturating_sub(NEAR_WEIGHT) as f32 / 64.0;
         panels as f32 * lanes.tiles as f32 * tiles as f32 * tile
             + grids * Self::PER_GRID
             + again as f32 * far * Self::PER_FAR_LINE
