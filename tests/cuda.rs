@@ -10,6 +10,8 @@ mod cases;
 mod driver;
 #[path = "cuda/numbers.rs"]
 mod numbers;
+#[path = "cuda/splits.rs"]
+mod splits;
 #[path = "cuda/streams.rs"]
 mod streams;
 
@@ -33,7 +35,9 @@ fn main() -> ExitCode {
         .is_ok_and(|list| list.split(',').any(|wanted| wanted.trim() == "cuda"));
 
     let mut trials = Vec::new();
-    let anywhere = [cases::TRIALS, numbers::TRIALS, streams::TRIALS, driver::TRIALS].concat();
+    let anywhere =
+        [cases::TRIALS, numbers::TRIALS, splits::TRIALS, streams::TRIALS, driver::TRIALS];
+    let anywhere = anywhere.concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
     let stand_in = driver::STAND_IN_TRIALS.iter().map(|&trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {

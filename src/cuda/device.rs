@@ -2,14 +2,17 @@
 
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{CUcontext, CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice_attribute as Attribute, CUstream, CUstreamCaptureStatus,
+};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
 use super::plan::KERNELS;
+use super::scratch::Scratch;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
 use crate::tensor::Place;
@@ -72,7 +75,15 @@ struct Context {
 pub struct CudaDevice {
     shared: Arc<Context>,
     /// Dropped while the context is bound: cudarc binds it too, and leaves it so.
-    stream: ManuallyDrop<Arc<CudaStream>>,
+    lane: ManuallyDrop<Arc<Lane>>,
+}
+
+/// A stream, and the scratch of what runs on it: calls of one stream follow one another, and so can
+/// share it.
+struct Lane {
+    // Dropped in this order: scratch is freed on the stream.
+    scratch: Mutex<Scratch>,
+    stream: Arc<CudaStream>,
 }
 
 /// A device's context as the calling thread's; when this goes, the one before is back.
@@ -176,7 +187,9 @@ impl CudaDevice {
     }
 
     fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
-        CudaDevice { shared, stream: ManuallyDrop::new(stream) }
+        let lane =
+            Arc::new(Lane { scratch: Mutex::new(Scratch::new(&shared.context, &stream)), stream });
+        CudaDevice { shared, lane: ManuallyDrop::new(lane) }
     }
 
     /// The device's number among those that the driver shows.
@@ -196,7 +209,7 @@ impl CudaDevice {
 
     /// The stream that work of this handle runs on.
     pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+        &self.lane.stream
     }
 
     /// Waits until all work on this handle's stream is done.
@@ -206,8 +219,27 @@ impl CudaDevice {
     pub fn synchronize(&self) -> Result<()> {
         let _bound = self.bind()?;
         // SAFETY: this handle keeps its stream alive, or its maker does.
-        unsafe { result::stream::synchronize(self.stream.cu_stream()) }
+        unsafe { result::stream::synchronize(self.stream().cu_stream()) }
             .map_err(failed("cuStreamSynchronize"))
+    }
+
+    /// The scratch of this handle's stream. Whoever holds it queues what uses it before letting go.
+    pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.lane.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the stream is being captured in a graph.
+    pub(super) fn is_capturing(&self) -> Result<bool> {
+        let _bound = self.bind()?;
+        // SAFETY: this handle keeps its stream alive, or its maker does.
+        let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
+            .map_err(failed("cuStreamIsCapturing"))?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Whether memory can be allocated in stream order, in a capture too.
+    pub(super) fn has_pools(&self) -> bool {
+        self.shared.context.has_async_alloc()
     }
 
     pub(crate) fn facts(&self) -> &Facts {
@@ -248,13 +280,13 @@ impl CudaDevice {
         join: impl Fn(&CudaStream, &CudaStream) -> Result<(), result::DriverError>,
     ) -> Result<()> {
         let other = std::ptr::without_provenance_mut(other);
-        if self.stream.cu_stream() == other {
+        if self.stream().cu_stream() == other {
             return Ok(());
         }
         let _bound = self.bind()?;
         // SAFETY: alive, as the caller vouches, and not used after this call.
         let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
-        join(&self.stream, &other).map_err(failed("cuStreamWaitEvent"))
+        join(self.stream(), &other).map_err(failed("cuStreamWaitEvent"))
     }
 }
 
@@ -262,7 +294,7 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         let _bound = self.bind();
         // SAFETY: nobody uses it after this.
-        unsafe { ManuallyDrop::drop(&mut self.stream) };
+        unsafe { ManuallyDrop::drop(&mut self.lane) };
     }
 }
 
@@ -291,7 +323,7 @@ impl fmt::Display for CudaDevice {
 
 impl fmt::Debug for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CudaDevice({self}, stream {:?})", self.stream.cu_stream())
+        write!(f, "CudaDevice({self}, stream {:?})", self.stream().cu_stream())
     }
 }
 
@@ -421,15 +453,7 @@ impl Buffer {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
             let _bound = device.bind()?;
-            // SAFETY: a plain allocation, freed in `drop` by the matching call.
-            buffer.address = unsafe {
-                if device.shared.context.has_async_alloc() {
-                    result::malloc_async(device.stream.cu_stream(), bytes)
-                        .map_err(failed("cuMemAllocAsync"))?
-                } else {
-                    result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))?
-                }
-            };
+            buffer.address = allocate(&device.shared.context, device.stream(), bytes)?;
         }
         Ok(buffer)
     }
@@ -449,7 +473,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
             .map_err(failed("cuMemcpyHtoDAsync"))?;
@@ -463,7 +487,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
         unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
@@ -477,7 +501,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
             .map_err(failed("cuMemsetD8Async"))
@@ -494,17 +518,38 @@ impl Drop for Buffer {
         let Ok(_bound) = self.device.bind() else {
             return;
         };
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: allocated by the matching call in `new`, and not used by anyone after work that
-        // is already queued.
-        let _ = unsafe {
-            if self.device.shared.context.has_async_alloc() {
-                result::free_async(self.address, stream)
-            } else {
-                result::stream::synchronize(stream).and_then(|()| result::free_sync(self.address))
-            }
-        };
+        // SAFETY: allocated in `new`, and not used by anyone after work that is already queued.
+        unsafe { free(&self.device.shared.context, self.device.stream(), self.address) };
     }
+}
+
+/// Fresh memory in the order of a stream of the context, which is bound.
+pub(super) fn allocate(context: &CudaContext, stream: &CudaStream, bytes: usize) -> Result<u64> {
+    // SAFETY: a plain allocation, which only `free` frees.
+    unsafe {
+        if context.has_async_alloc() {
+            result::malloc_async(stream.cu_stream(), bytes).map_err(failed("cuMemAllocAsync"))
+        } else {
+            result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))
+        }
+    }
+}
+
+/// Frees after what is queued on the stream. The context is bound. A failure is the echo of an
+/// earlier one, and there is nobody to tell: the next call on the context reports it again.
+///
+/// # Safety
+/// The address is one that [`allocate`] gave, and nobody uses it after work that is queued already.
+pub(super) unsafe fn free(context: &CudaContext, stream: &CudaStream, address: u64) {
+    let stream = stream.cu_stream();
+    // SAFETY: the caller's promise.
+    let _ = unsafe {
+        if context.has_async_alloc() {
+            result::free_async(address, stream)
+        } else {
+            result::stream::synchronize(stream).and_then(|()| result::free_sync(address))
+        }
+    };
 }
 
 /// Types whose every bit pattern is a value and that hold no references: safe to copy as bytes.

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
 use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
-use super::plan::{self, KERNELS};
+use super::plan::{self, Forced, KERNELS, Terms};
 use super::tensor::Staged;
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, Step};
 use crate::error::{Error, Result};
-use crate::plan::{Candidate, forced_kernel};
+use crate::plan::{Candidate, wanted_kernel};
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Problem};
 use crate::stages::Activation;
@@ -23,7 +23,7 @@ const INLINE_STEPS: usize = PW_INLINE_STEPS as usize;
 pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
-    forced: Option<&'static str>,
+    terms: Terms,
 }
 
 /// What a layer keeps on the device, shared by all its streams.
@@ -54,13 +54,18 @@ impl Layer {
         lowered: Lowered,
         options: &PrepareOptions,
     ) -> Result<Self> {
-        let names: Vec<&'static str> = KERNELS.iter().map(|kernel| kernel.name).collect();
-        let forced = forced_kernel(options.kernel.as_deref(), &names)?;
+        let forced = match wanted_kernel(options.kernel.as_deref()) {
+            Some(kernel) => {
+                Some(Forced::parse(&kernel).map_err(|reason| Error::Kernel { kernel, reason })?)
+            }
+            None => None,
+        };
+        let terms = Terms { batch_invariant: options.batch_invariant, forced };
         if let Some(what) = missing(shape, &lowered) {
             return Err(unsupported(device, what));
         }
         let weights = Arc::new(Weights::upload(device, shape, &lowered)?);
-        Ok(Layer { device: device.clone(), weights, forced })
+        Ok(Layer { device: device.clone(), weights, terms })
     }
 
     /// The same layer on another stream of the same device.
@@ -75,8 +80,8 @@ impl Layer {
                 got: self.place().to_string(),
             });
         }
-        let (weights, forced) = (self.weights.clone(), self.forced);
-        Ok(Layer { device: device.clone(), weights, forced })
+        let (weights, terms) = (self.weights.clone(), self.terms);
+        Ok(Layer { device: device.clone(), weights, terms })
     }
 
     pub(crate) fn place(&self) -> Place {
@@ -93,10 +98,10 @@ impl Layer {
     /// [`Error::Unsupported`] for what no kernel can do.
     pub(crate) fn explain(&self, problem: &Problem<'_>) -> Result<(&'static str, String)> {
         let letters = self.call(problem)?.letters();
-        let kernel = &KERNELS[plan::choose(&letters, self.device.facts(), self.forced)];
-        let forced = if self.forced.is_some() { "forced; " } else { "" };
-        let words = plan::describe(kernel, &letters, self.device.facts());
-        Ok((kernel.name, format!("{forced}{words}")))
+        let choice = plan::choose(&letters, self.device.facts(), &self.terms);
+        let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
+        let words = plan::describe(choice, &letters, self.device.facts());
+        Ok((KERNELS[choice.kernel].name, format!("{forced}{words}")))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
@@ -112,12 +117,12 @@ impl Layer {
             }
         };
         let (letters, facts) = (call.letters(), self.device.facts());
-        let first = plan::choose(&letters, facts, self.forced);
-        let mut order = plan::ranked(&letters, facts);
-        order.sort_by_key(|&kernel| kernel != first);
-        let candidate = |kernel: usize| Candidate {
-            kernel: KERNELS[kernel].name,
-            verdict: Ok(plan::describe(&KERNELS[kernel], &letters, facts)),
+        let first = plan::choose(&letters, facts, &self.terms);
+        let mut order = plan::ranked(&letters, facts, &self.terms);
+        order.sort_by_key(|&choice| choice != first);
+        let candidate = |choice: plan::Choice| Candidate {
+            kernel: KERNELS[choice.kernel].name,
+            verdict: Ok(plan::describe(choice, &letters, facts)),
         };
         order.into_iter().map(candidate).collect()
     }
@@ -177,10 +182,10 @@ impl Layer {
     }
 
     fn launch(&self, call: &Call) -> Result<()> {
-        let kernel = plan::choose(&call.letters(), self.device.facts(), self.forced);
+        let choice = plan::choose(&call.letters(), self.device.facts(), &self.terms);
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
-        unsafe { launch(&self.device, kernel, call, self.weights.params) }
+        unsafe { launch(&self.device, choice, call, self.weights.params) }
     }
 
     /// A problem in the kernels' terms.
