@@ -279,7 +279,7 @@ pub(crate) fn describe(choice: Choice, problem: &Letters, facts: &Facts) -> Stri
         1 => String::new(),
         splits => format!(", each shared by {splits} blocks of {} slabs", {
             let slabs = kernel.slabs(problem);
-            if slabs % splits == 0 {
+            if slabs.is_multiple_of(splits) {
                 (slabs / splits).to_string()
             } else {
                 format!("{} or {}", slabs / splits, slabs / splits + 1)
