@@ -142,7 +142,7 @@ mod cuda {
                             ("Simt", "f32_simt", c, positions, depth, slow, fast, blocks, 0)
                         }
                         (
-                            "PW_FPROP_TF32_MMA",
+                            "PW_FPROP_TF32_MMA" | "PW_FPROP_F32_MMA",
                             &[c, positions, depth, warp_c, warp_positions, _, blocks, shared],
                         ) => {
                             // A warp's 32 lanes are 8 along the channels and 4 along the positions.
@@ -150,7 +150,11 @@ mod cuda {
                                 true => (warp_positions / 4, warp_c / 8),
                                 false => (warp_c / 8, warp_positions / 4),
                             };
-                            ("Tf32", "tf32_sm80", c, positions, depth, slow, fast, blocks, shared)
+                            let (name, isa) = match family {
+                                "PW_FPROP_TF32_MMA" => ("Tf32", "tf32_sm80"),
+                                _ => ("Tf32x3", "f32_sm80"),
+                            };
+                            (name, isa, c, positions, depth, slow, fast, blocks, shared)
                         }
                         _ => fail(&format!("kernels/kernels.def: not understood: {line}")),
                     };

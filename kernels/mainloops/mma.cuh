@@ -1,4 +1,5 @@
-// Products on tensor cores: operands rounded to TF32, sums in f32. Slabs of weight and src arrive by
+// Products on tensor cores: operands rounded to TF32, or as sums of two TF32 values, which hold an
+// f32's mantissa but for its last bit; sums in f32. Slabs of weight and src arrive by
 // asynchronous copies, several ahead of the one that is multiplied.
 #pragma once
 
@@ -19,9 +20,10 @@
 //
 // So one 128-bit read gives a lane its part of four rows (or of four columns, or of four depths
 // where src lies along channels), and a thread's sums are vectors of four along either axis.
-template <int kRows_, int kPositions_, int kDepth_, int kWarpRows_, int kWarpPositions_, int kStages_,
-          bool kChannelsFast_>
+template <int kParts_, int kRows_, int kPositions_, int kDepth_, int kWarpRows_, int kWarpPositions_,
+          int kStages_, bool kChannelsFast_>
 struct MmaTile {
+    static constexpr int kParts = kParts_;  // TF32 values per operand
     static constexpr int kRows = kRows_;
     static constexpr int kPositions = kPositions_;
     static constexpr int kDepth = kDepth_;
@@ -193,74 +195,170 @@ private:
     }
 };
 
-// The columns of src of one warp: `of[s][r]` has, for step s and half r of the depth, this lane's
-// element of each group of eight columns.
-template <class Tile, bool kAlongChannels>
-struct Columns {
-    static constexpr int kCount = Tile::kWarpPositions / 8;
-    uint32_t of[2][2][kCount];
-
-    __device__ void read(const float4* slab) {
-        const int g = Tile::lane_group(), t = Tile::lane_thread();
-        const int first = Tile::warp_position() + (g & 1) * 16 + (g >> 1) * 4;
-        if (kAlongChannels) {
+// Calls put(s, r, j, x) for this lane's element x of src in group j of eight columns, at step s and in
+// half r of the depth.
+template <class Tile, bool kAlongChannels, class Put>
+__device__ void read_columns(const float4* slab, Put put) {
+    constexpr int kCount = Tile::kWarpPositions / 8;
+    const int g = Tile::lane_group(), t = Tile::lane_thread();
+    const int first = Tile::warp_position() + (g & 1) * 16 + (g >> 1) * 4;
+    if (kAlongChannels) {
 #pragma unroll
-            for (int j = 0; j < kCount; ++j) {
-                const int position = (first ^ Tile::position_swizzle(first) ^ j % 4) + j / 4 * 32;
-                const float4 v = slab[position * (Tile::kDepth / 4) + t];
-                of[0][0][j] = ptx::round_tf32(v.x), of[0][1][j] = ptx::round_tf32(v.y);
-                of[1][0][j] = ptx::round_tf32(v.z), of[1][1][j] = ptx::round_tf32(v.w);
-            }
-        } else {
+        for (int j = 0; j < kCount; ++j) {
+            const int position = (first ^ Tile::position_swizzle(first) ^ j % 4) + j / 4 * 32;
+            const float4 v = slab[position * (Tile::kDepth / 4) + t];
+            put(0, 0, j, v.x), put(0, 1, j, v.y), put(1, 0, j, v.z), put(1, 1, j, v.w);
+        }
+    } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int k = 4 * t + i;
-                const int row = k * Tile::kPositions + (first ^ Tile::src_swizzle(4 * t));
+        for (int i = 0; i < 4; ++i) {
+            const int row = (4 * t + i) * Tile::kPositions + (first ^ Tile::src_swizzle(4 * t));
 #pragma unroll
-                for (int j = 0; j < kCount; j += 4) {
-                    const float4 v = slab[row / 4 + j * 2];
-                    uint32_t(&to)[kCount] = of[i / 2][i % 2];
-                    to[j] = ptx::round_tf32(v.x), to[j + 1] = ptx::round_tf32(v.y);
-                    to[j + 2] = ptx::round_tf32(v.z), to[j + 3] = ptx::round_tf32(v.w);
-                }
+            for (int j = 0; j < kCount; j += 4) {
+                const float4 v = slab[row / 4 + j * 2];
+                put(i / 2, i % 2, j, v.x), put(i / 2, i % 2, j + 1, v.y);
+                put(i / 2, i % 2, j + 2, v.z), put(i / 2, i % 2, j + 3, v.w);
             }
         }
     }
-};
+}
 
-// acc += weight * src over one slab. The weights were rounded when they were packed.
-template <class Tile, bool kAlongChannels>
-__device__ void multiply(const float4* weight, const float4* src,
-                         float (&acc)[Tile::kSlow][Tile::kFast]) {
-    Columns<Tile, kAlongChannels> columns;
-    columns.read(src);
+// This lane's elements of the weight at step s and in half r of the depth: channels 4g + j of a block.
+template <class Tile>
+__device__ float4 read_rows(const float4* slab, int block, int s, int r) {
     const int t = Tile::lane_thread();
     const int first = Tile::row_begin() ^ Tile::weight_swizzle(4 * t);
+    return slab[((4 * t + 2 * s + r) * Tile::kRows + first) / 4 + block * 8];
+}
+
+// acc += weight * src over one slab, in TF32. The weights were rounded when they were packed.
+template <class Tile, bool kAlongChannels>
+__device__ void multiply_rounded(const float4* weight, const float4* src,
+                                 float (&acc)[Tile::kSlow][Tile::kFast]) {
+    constexpr int kCount = Tile::kWarpPositions / 8;
+    uint32_t columns[2][kCount][2];
+    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, float x) {
+        columns[s][j][r] = ptx::round_tf32(x);
+    });
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
         for (int block = 0; block < Tile::kWarpRows / 32; ++block) {
-            // [half of the depth][channel 4g + j]
-            uint32_t rows[2][4];
+            const float4 v = read_rows<Tile>(weight, block, s, 0);
+            const float4 w = read_rows<Tile>(weight, block, s, 1);
+            const uint32_t rows[2][4] = {{__float_as_uint(v.x), __float_as_uint(v.y),
+                                          __float_as_uint(w.x), __float_as_uint(w.y)},
+                                         {__float_as_uint(v.z), __float_as_uint(v.w),
+                                          __float_as_uint(w.z), __float_as_uint(w.w)}};
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int k = 4 * t + 2 * s + r;
-                const float4 v = weight[(k * Tile::kRows + first) / 4 + block * 8];
-                rows[r][0] = __float_as_uint(v.x), rows[r][1] = __float_as_uint(v.y);
-                rows[r][2] = __float_as_uint(v.z), rows[r][3] = __float_as_uint(v.w);
-            }
+            for (int pair = 0; pair < 2; ++pair) {
+                const int row = block * 4 + pair * 2;
 #pragma unroll
-            for (int pair = 0; pair < 4; pair += 2) {
-                const uint32_t a[4] = {rows[0][pair], rows[0][pair + 1], rows[1][pair],
-                                       rows[1][pair + 1]};
-                const int row = block * 4 + pair;
-#pragma unroll
-                for (int j = 0; j < columns.kCount; ++j) {
-                    const uint32_t b[2] = {columns.of[s][0][j], columns.of[s][1][j]};
+                for (int j = 0; j < kCount; ++j) {
                     const int position = j / 4 * 8 + j % 4;
                     ptx::mma_tf32(Tile::sum(acc, row, position), Tile::sum(acc, row, position + 4),
                                   Tile::sum(acc, row + 1, position),
-                                  Tile::sum(acc, row + 1, position + 4), a, b);
+                                  Tile::sum(acc, row + 1, position + 4), rows[pair], columns[s][j]);
+                }
+            }
+        }
+    }
+}
+
+// acc += weight * src over one slab: each operand is a sum of two TF32 values, of whose four products
+// the smallest is below f32's precision. Tensor cores do not round their sums to the nearest, so
+// these span one slab only and are then added as f32.
+template <class Tile, bool kAlongChannels>
+__device__ void multiply_in_parts(const float4* weight, const float4* src,
+                                  float (&acc)[Tile::kSlow][Tile::kFast]) {
+    constexpr int kCount = Tile::kWarpPositions / 8;
+    uint32_t high[2][kCount][2], low[2][kCount][2];
+    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, float x) {
+        high[s][j][r] = ptx::round_tf32(x);
+        low[s][j][r] = ptx::round_tf32(x - __uint_as_float(high[s][j][r]));
+    });
+#pragma unroll
+    for (int block = 0; block < Tile::kWarpRows / 32; ++block) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            float sums[kCount][4];
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+                sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+            }
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                const float4 v = read_rows<Tile>(weight, block, s, 0);
+                const float4 w = read_rows<Tile>(weight, block, s, 1);
+                const float rows[4] = {pair == 0 ? v.x : v.z, pair == 0 ? v.y : v.w,
+                                       pair == 0 ? w.x : w.z, pair == 0 ? w.y : w.w};
+                uint32_t row_high[4], row_low[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    row_high[i] = ptx::round_tf32(rows[i]);
+                    row_low[i] = ptx::round_tf32(rows[i] - __uint_as_float(row_high[i]));
+                }
+#pragma unroll
+                for (int j = 0; j < kCount; ++j) {
+                    float(&c)[4] = sums[j];
+                    ptx::mma_tf32(c[0], c[1], c[2], c[3], row_low, high[s][j]);
+                    ptx::mma_tf32(c[0], c[1], c[2], c[3], row_high, low[s][j]);
+                    ptx::mma_tf32(c[0], c[1], c[2], c[3], row_high, high[s][j]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    Tile::sum(acc, block * 4 + pair * 2 + i / 2,
+                              j / 4 * 8 + j % 4 + i % 2 * 4) += sums[j][i];
+                }
+            }
+        }
+    }
+}
+
+// Sums over parts are NaN where an operand is infinite, or so large that its part is: those that are
+// not finite are computed anew, one multiply-add after another.
+template <class Tile>
+__device__ void repair(const pw_fprop& p, const TileAt& tile,
+                       const PositionTable<Tile::kPositions>& at,
+                       float (&acc)[Tile::kSlow][Tile::kFast]) {
+    float zero = 0.f;
+#pragma unroll
+    for (int i = 0; i < Tile::kSlow * Tile::kFast; ++i) {
+        zero = fmaf(acc[i / Tile::kFast][i % Tile::kFast], 0.f, zero);
+    }
+    if (zero == 0.f) return;
+    const int64_t first = int64_t(tile.group) * p.depth + tile.depth_begin;
+#pragma unroll 1
+    for (int row = 0; row < Tile::kRowSums; ++row) {
+#pragma unroll 1
+        for (int position = 0; position < Tile::kPositionSums; ++position) {
+            const int channel = Tile::row_begin() + Tile::row_offset(row);
+            const int column = Tile::position_begin() + Tile::position_offset(position);
+            if (tile.row + channel >= p.rows || tile.position + column >= p.positions) continue;
+            bool fits = true;
+#pragma unroll
+            for (int i = 0; i < Tile::kRowSums; ++i) {
+#pragma unroll
+                for (int j = 0; j < Tile::kPositionSums; ++j) {
+                    if (i == row && j == position) fits = isfinite(Tile::sum(acc, i, j));
+                }
+            }
+            if (fits) continue;
+            const float* weight = p.weight + first * p.row_pitch + tile.row + channel;
+            const float* src = p.src + first * p.src_channel + at.src[column];
+            float sum = 0.f;
+#pragma unroll 1
+            for (int k = 0; k < tile.depth; ++k) {
+                sum = fmaf(weight[int64_t(k) * p.row_pitch], src[k * p.src_channel], sum);
+            }
+#pragma unroll
+            for (int i = 0; i < Tile::kRowSums; ++i) {
+#pragma unroll
+                for (int j = 0; j < Tile::kPositionSums; ++j) {
+                    if (i == row && j == position) Tile::sum(acc, i, j) = sum;
                 }
             }
         }
@@ -283,7 +381,11 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>
         ptx::wait<Tile::kStages - 2>();
         __syncthreads();
         copier.next(shared.weight[write], shared.src[write]);
-        multiply<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
+        if (Tile::kParts == 1) {
+            multiply_rounded<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
+        } else {
+            multiply_in_parts<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
+        }
         write = read;
         read = read + 1 < Tile::kStages ? read + 1 : 0;
     }
@@ -304,4 +406,5 @@ __device__ void mainloop(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>&
     } else {
         sum_slabs<Tile, false>(p, tile, shared, acc);
     }
+    if (Tile::kParts > 1) repair<Tile>(p, shared.tile, shared.at, acc);
 }

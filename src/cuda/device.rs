@@ -63,8 +63,12 @@ struct Context {
 /// # CUDA graphs
 /// A call on device tensors can be captured in a graph by
 /// [`Prepared::forward_into`](crate::Prepared::forward_into), or by `run_into` of a call with more
-/// tensors: these allocate nothing and wait for nothing. What the graph's owner has to see to:
+/// tensors: these wait for nothing, and allocate nothing of which the graph is not the owner. What
+/// the graph's owner has to see to:
 ///
+/// - Where several blocks share a sum (`explain` says so), the graph has memory nodes for the parts,
+///   with which CUDA lets a graph be instantiated once at a time, and not be cloned. A layer
+///   prepared with [`batch_invariant`](crate::PrepareOptions::batch_invariant) has none.
 /// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
 ///   captured calls until the graph is destroyed and its last run is done.
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
@@ -370,8 +374,7 @@ impl Context {
         let functions =
             load(&context, &facts).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
         let all = KERNELS.iter().zip(&functions);
-        facts.tf32 =
-            all.filter(|(kernel, _)| kernel.family == Family::Tf32).all(|(_, f)| f.is_some());
+        facts.tf32 = all.map(|(_, function)| function).all(Option::is_some);
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
         let new = Arc::new(Context { context, functions, facts, stream });
         loaded.push(new.clone());

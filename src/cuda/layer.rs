@@ -113,7 +113,7 @@ impl Layer {
         let facts = self.device.facts();
         let words = plan::describe(choice, &letters, facts);
         let products = match (self.terms.tf32, KERNELS[choice.kernel].family) {
-            (false, _) | (_, Family::Tf32) => String::new(),
+            (false, _) | (_, Family::Tf32 | Family::Tf32x3) => String::new(),
             (true, Family::Simt) if facts.tf32 => "; products in f32 cost no more here".into(),
             (true, Family::Simt) => format!("; {}", plan::no_tf32(facts)),
         };

@@ -11,6 +11,8 @@ pub(crate) enum Family {
     Simt,
     /// Tensor cores: operands rounded to TF32, f32 sums.
     Tf32,
+    /// Tensor cores: operands as sums of two TF32 values, three products for one, f32 sums.
+    Tf32x3,
 }
 
 impl Family {
@@ -18,7 +20,7 @@ impl Family {
     pub(crate) fn oldest(self) -> (u32, u32) {
         match self {
             Family::Simt => (7, 5),
-            Family::Tf32 => (8, 0),
+            Family::Tf32 | Family::Tf32x3 => (8, 0),
         }
     }
 }
@@ -143,7 +145,14 @@ impl Kernel {
             Family::Tf32 if !terms.tf32 => {
                 Some("it rounds operands to TF32, which needs Math::Tf32".into())
             }
-            Family::Tf32 if !facts.tf32 => Some(no_tf32(facts)),
+            Family::Tf32 | Family::Tf32x3 if !facts.tf32 => Some(no_tf32(facts)),
+            Family::Tf32x3 if terms.tf32 => {
+                Some("its three products gain nothing over one of weights rounded to TF32".into())
+            }
+            // Tensor cores do not say how they round.
+            Family::Tf32x3 if !forced => Some(
+                "it runs only where its name asks for it, until a GPU has shown its errors".into(),
+            ),
             Family::Simt if terms.tf32 && facts.tf32 && terms.batch_invariant && !forced => Some(
                 "its sums are not those of the tensor cores, and must not depend on the \
                       batch"
@@ -186,9 +195,10 @@ impl Kernel {
                 1.0 + (slow + fast) / (slow * fast)
             }
             // Tensor cores outrun shared memory and L2, which then set the pace.
-            Family::Tf32 => {
+            Family::Tf32 | Family::Tf32x3 => {
                 let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
-                0.2 + 16.0 * (1.0 / rows + 1.0 / positions)
+                let products = if self.family == Family::Tf32 { 0.2 } else { 0.6 };
+                products + 16.0 * (1.0 / rows + 1.0 / positions)
             }
         };
         let depth = f64::from(self.slabs(problem).div_ceil(splits) * self.depth);
@@ -359,6 +369,7 @@ mod tests {
             let isa = match kernel.family {
                 Family::Simt => "f32_simt",
                 Family::Tf32 => "tf32_sm80",
+                Family::Tf32x3 => "f32_sm80",
             };
             assert_eq!(kernel.name, format!("fprop_{isa}_{c}x{p}x{d}_{layout}"));
             assert_eq!(kernel.threads * kernel.slow * kernel.fast, c * p);
@@ -384,7 +395,8 @@ mod tests {
         let problem = Letters { groups: 1, rows: 1, depth: 1, positions: 1, channels_fast: true };
         for (index, kernel) in KERNELS.iter().enumerate() {
             let forced = Some(Forced { kernel: kernel.name, splits: None });
-            let terms = Terms { forced, tf32: true, ..Terms::default() };
+            let tf32 = kernel.family == Family::Tf32;
+            let terms = Terms { forced, tf32, ..Terms::default() };
             assert_eq!(choose(&problem, &facts(), &terms), Choice { kernel: index, splits: 1 });
         }
     }

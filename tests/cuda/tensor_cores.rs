@@ -15,6 +15,7 @@ use super::{OnDevice, Outcome};
 pub const TRIALS: &[OnDevice] = &[
     ("tf32_kernels_are_exact_on_integers", integers),
     ("tf32_operands_are_rounded_to_the_nearest", rounding),
+    ("three_products_of_tf32_are_as_accurate_as_f32", three_products),
     ("tf32_kernels_run_every_kind_of_step_and_share_sums", steps),
     ("tf32_keeps_special_values_in_their_place", special_values),
     ("tf32_results_need_not_depend_on_the_batch", batch_invariance),
@@ -38,6 +39,26 @@ fn kernels(device: &CudaDevice) -> Vec<&'static str> {
     usable.filter(|kernel| kernel.starts_with("fprop_tf32_")).collect()
 }
 
+/// Those that compute in f32, in parts; they run only by name.
+fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
+    if device.compute_capability() < (8, 0) {
+        return Vec::new();
+    }
+    let layer = Pointwise::new(Array2::ones((1, 1))).prepare(&device.clone().into()).unwrap();
+    let plans = layer.plans(&[1, 1]).unwrap().into_iter().map(|plan| plan.kernel);
+    plans.filter(|kernel| kernel.starts_with("fprop_f32_sm80_")).collect()
+}
+
+/// All of them, and what they need.
+fn all(device: &CudaDevice) -> Vec<(&'static str, Math)> {
+    let rounded = kernels(device).into_iter().map(|kernel| (kernel, Math::Tf32));
+    rounded.chain(in_parts(device).into_iter().map(|kernel| (kernel, Math::F32))).collect()
+}
+
+fn force(kernel: &str, math: Math) -> PrepareOptions {
+    PrepareOptions { math, kernel: Some(kernel.into()), ..PrepareOptions::default() }
+}
+
 fn integers(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(41);
     let cases = [
@@ -59,8 +80,8 @@ fn integers(device: &CudaDevice) -> Outcome {
         let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());
         let expected = chain(case, &weight, &bias, &src);
         let layer = case.layer(weight).bias(bias);
-        for (j, kernel) in kernels(device).into_iter().enumerate() {
-            let prepared = layer.prepare_with(&device.clone().into(), tf32(Some(kernel.into())))?;
+        for (j, (kernel, math)) in all(device).into_iter().enumerate() {
+            let prepared = layer.prepare_with(&device.clone().into(), force(kernel, math))?;
             let (first, last) = (Layout::First, Layout::Last);
             let other = (LAYOUTS[(i + j) % 8], LAYOUTS[(i + 3 * j + 1) % 8]);
             for layouts in [(first, first), (last, last), (first, last), (last, first), other] {
@@ -111,6 +132,57 @@ fn rounding(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+fn three_products(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(45);
+    for (n, c_in, c_out, positions) in [(2, 200, 70, 52), (1, 1023, 33, 97), (3, 64, 130, 64)] {
+        let weight = random.normal(c_out * c_in);
+        let case = Case::new(n, c_in, c_out, [1, 1, positions]);
+        let src = random.tensor(case.src_shape());
+        let layer = case.layer(weight.clone());
+        let inputs =
+            reference::Inputs { sources: vec![src.view().into_dyn()], ..Default::default() };
+        let expected = reference::forward(&layer, &inputs)?;
+        let worst = |got: &Array5<f32>| {
+            let errors = got.iter().zip(&expected).map(|(&x, y)| (f64::from(x) - y).abs());
+            errors.fold(0.0, |most: f64, error| if error <= most { most } else { error })
+        };
+        let naive = worst(&chain(&case, &weight, &vec![0.0; c_out], &src));
+        for kernel in in_parts(device) {
+            for layout in [Layout::First, Layout::Last] {
+                let prepared =
+                    layer.prepare_with(&device.clone().into(), force(kernel, Math::F32))?;
+                let src = Placed::filled(device, src.view(), layout);
+                let mut dst = Placed::blank(device, case.dst_shape(), layout);
+                prepared.forward_into(&src.view(), &mut dst.view_mut())?;
+                let error = worst(&dst.read());
+                if !(error <= 2.0 * naive) {
+                    return Err(format!("{kernel}: error {error:e}, a chain's {naive:e}").into());
+                }
+            }
+        }
+    }
+    // What has no finite part is computed anew, in every split.
+    for kernel in in_parts(device) {
+        for splits in ["", "/2"] {
+            let layer = Pointwise::new(Array2::from_elem((3, 40), 0.5f32));
+            let options = force(&format!("{kernel}{splits}"), Math::F32);
+            let layer = layer.prepare_with(&device.clone().into(), options)?;
+            let mut src = Array3::<f32>::ones((2, 40, 50));
+            src[[0, 7, 20]] = f32::MAX;
+            src[[1, 39, 49]] = f32::NEG_INFINITY;
+            for ((n, _, p), &value) in layer.forward(&src)?.indexed_iter() {
+                let right = match (n, p) {
+                    (0, 20) => f32::MAX * 0.5,
+                    (1, 49) => f32::NEG_INFINITY,
+                    _ => 20.0,
+                };
+                assert!(value == right, "{kernel}{splits}: {n}, {p}: {value}");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn steps(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(43);
     let case = Case::new(2, 70, 40, [1, 4, 9]);
@@ -127,9 +199,9 @@ fn steps(device: &CudaDevice) -> Outcome {
         let on_cpu = layer.prepare(&Device::cpu())?;
         let call = on_cpu.call(&src);
         let expected = if i == 1 { call.run()? } else { call.residual(&residual).run()? };
-        for kernel in kernels(device) {
+        for (kernel, math) in all(device) {
             for splits in ["", "/3"] {
-                let options = tf32(Some(format!("{kernel}{splits}")));
+                let options = force(&format!("{kernel}{splits}"), math);
                 let prepared = layer.prepare_with(&device.clone().into(), options)?;
                 for layout in [Layout::First, Layout::Last, Layout::PartOfLast] {
                     let src = Placed::filled(device, src.view(), layout);
@@ -149,9 +221,9 @@ fn steps(device: &CudaDevice) -> Outcome {
 }
 
 fn special_values(device: &CudaDevice) -> Outcome {
-    for kernel in kernels(device) {
+    for (kernel, math) in all(device) {
         let layer = Pointwise::new(Array2::ones((5, 3))).relu();
-        let layer = layer.prepare_with(&device.clone().into(), tf32(Some(kernel.into())))?;
+        let layer = layer.prepare_with(&device.clone().into(), force(kernel, math))?;
         let mut src = Array3::<f32>::ones((1, 3, 70));
         src[[0, 1, 33]] = f32::from_bits(0x7FFF_FFFF);
         src[[0, 0, 34]] = f32::from_bits(0x7F80_0001);
@@ -168,7 +240,7 @@ fn special_values(device: &CudaDevice) -> Outcome {
         let mut weight = Array2::<f32>::ones((5, 3));
         weight[[4, 1]] = f32::from_bits(0x7F80_0001);
         let layer = Pointwise::new(weight);
-        let layer = layer.prepare_with(&device.clone().into(), tf32(Some(kernel.into())))?;
+        let layer = layer.prepare_with(&device.clone().into(), force(kernel, math))?;
         for ((_, c, _), &value) in layer.forward(&Array3::<f32>::ones((1, 3, 9)))?.indexed_iter() {
             assert!(if c == 4 { value.is_nan() } else { value == 3.0 }, "{kernel}: {c}: {value}");
         }
@@ -199,12 +271,21 @@ fn permission(device: &CudaDevice) -> Outcome {
     let exact = layer.prepare(&gpu)?;
     assert!(exact.explain(&shape)?.kernel.starts_with("fprop_f32_simt_"));
     let plans = exact.plans(&shape)?;
-    let refused = plans.iter().filter(|plan| plan.verdict.is_err());
-    assert!(refused.clone().count() > 0);
+    let refused = plans.iter().filter(|plan| plan.kernel.starts_with("fprop_tf32_"));
+    assert!(refused.clone().count() > 0 && refused.clone().all(|plan| plan.verdict.is_err()));
+    for kernel in in_parts(device) {
+        let error = layer.prepare_with(&gpu, tf32(Some(kernel.into()))).unwrap_err().to_string();
+        assert!(error.contains("gain nothing"), "{error}");
+        let verdict = plans.iter().find(|plan| plan.kernel == kernel).map(|plan| &plan.verdict);
+        assert!(
+            matches!(verdict, Some(Err(why)) if why.contains("name asks for it")),
+            "{verdict:?}"
+        );
+    }
     for plan in refused {
         let options = PrepareOptions { kernel: Some(plan.kernel.into()), ..Default::default() };
         let error = layer.prepare_with(&gpu, options).unwrap_err();
-        let fits = matches!(&error, Error::Kernel { reason, .. } if reason.contains("Math::Tf32"));
+        let fits = matches!(&error, Error::Kernel { reason, .. } if reason.contains("TF32"));
         assert!(fits, "{error}");
         if device.compute_capability() < (8, 0) {
             let error = layer.prepare_with(&gpu, tf32(Some(plan.kernel.into()))).unwrap_err();
@@ -229,11 +310,11 @@ pub fn large(device: &CudaDevice) -> Result<String, Error> {
     let layer = Pointwise::new(Array2::<f32>::ones((c_out, c_in))).relu();
     let src = CudaTensor::<f32>::zeros(device, &[n, c_in, positions])?;
     let mut ran = 0;
-    for kernel in kernels(device) {
+    for (kernel, math) in all(device) {
         let order =
             if kernel.ends_with("nhwc") { Order::ChannelsLast } else { Order::ChannelsFirst };
         let prepared =
-            layer.prepare_with(&device.clone().into(), tf32(Some(format!("{kernel}/1"))))?;
+            layer.prepare_with(&device.clone().into(), force(&format!("{kernel}/1"), math))?;
         let mut dst = CudaTensor::<f32>::zeros(device, &[n, c_out, positions])?;
         match order {
             Order::ChannelsFirst => prepared.forward_into(&src, &mut dst)?,
@@ -269,7 +350,7 @@ pub fn large(device: &CudaDevice) -> Result<String, Error> {
 }
 
 fn traffic(device: &CudaDevice) -> Outcome {
-    let all = kernels(device);
+    let all = all(device);
     let report = std::env::temp_dir().join(format!("pointwise-{}.txt", std::process::id()));
     let path = report.to_string_lossy().into_owned();
     let ran = format!("{} kernels ran", all.len());
@@ -280,7 +361,7 @@ fn traffic(device: &CudaDevice) -> Outcome {
     let text = std::fs::read_to_string(&report)?;
     std::fs::remove_file(&report)?;
     let (n, c_in, c_out, positions) = LARGE;
-    for kernel in all {
+    for (kernel, _) in all {
         let line = text.lines().find(|line| line.contains(&format!("kernel={kernel} ")));
         let line = line.ok_or_else(|| format!("{kernel} is not in the report"))?;
         let count = |key: &str| -> f64 {
