@@ -221,6 +221,20 @@ fn copies_must_be_waited_for_before_the_exit() {
 }
 
 #[test]
+fn copies_of_nothing_still_need_an_aligned_address() {
+    let copy = |offset: u32| {
+        small(&format!(
+            "setp.eq.u32 %p, %t, 0; mov.u32 %a, 0; add.u64 %e, %d, {offset}; mov.u32 %b, s;\n\
+             @%p cp.async.cg.shared.global [%b], [%e], 16, %a; cp.async.wait_all;"
+        ))
+    };
+    copy(0).unwrap();
+    // Far beyond the allocation, but nothing is read there.
+    copy(1 << 20).unwrap();
+    expect(copy(4), 716, &["'k'", "small.cu:33", "16 bytes must be aligned to 16"]);
+}
+
+#[test]
 fn loops_that_never_end_are_stopped() {
     let text = ".version 9.0\n.target sm_80\n.visible .entry k() { L: bra L; }";
     let mut gpu = Gpu::new(text);
