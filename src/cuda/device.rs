@@ -51,7 +51,7 @@ struct Context {
     functions: Vec<Option<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
-    stream: Arc<CudaStream>,
+    lane: Arc<Lane>,
 }
 
 /// A CUDA device and the stream on which everything given this handle runs.
@@ -91,6 +91,12 @@ struct Lane {
     // Dropped in this order: scratch is freed on the stream.
     scratch: Mutex<Scratch>,
     stream: Arc<CudaStream>,
+}
+
+impl Lane {
+    fn new(context: &Arc<CudaContext>, stream: Arc<CudaStream>) -> Arc<Self> {
+        Arc::new(Lane { scratch: Mutex::new(Scratch::new(context, &stream)), stream })
+    }
 }
 
 /// A device's context as the calling thread's; when this goes, the one before is back.
@@ -140,8 +146,8 @@ impl CudaDevice {
     /// the driver fails to describe the device or to make a stream.
     pub fn open(ordinal: usize) -> Result<Self> {
         let shared = Context::of(ordinal)?;
-        let stream = shared.stream.clone();
-        Ok(CudaDevice::on(shared, stream))
+        let lane = ManuallyDrop::new(shared.lane.clone());
+        Ok(CudaDevice { shared, lane })
     }
 
     /// This device on a new stream of its own, for work that may overlap with other handles'.
@@ -194,9 +200,8 @@ impl CudaDevice {
     }
 
     fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
-        let lane =
-            Arc::new(Lane { scratch: Mutex::new(Scratch::new(&shared.context, &stream)), stream });
-        CudaDevice { shared, lane: ManuallyDrop::new(lane) }
+        let lane = ManuallyDrop::new(Lane::new(&shared.context, stream));
+        CudaDevice { shared, lane }
     }
 
     /// The device's number among those that the driver shows.
@@ -376,7 +381,8 @@ impl Context {
         let all = KERNELS.iter().zip(&functions);
         facts.tf32 = all.map(|(_, function)| function).all(Option::is_some);
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
-        let new = Arc::new(Context { context, functions, facts, stream });
+        let lane = Lane::new(&context, stream);
+        let new = Arc::new(Context { context, functions, facts, lane });
         loaded.push(new.clone());
         Ok(new)
     }
