@@ -25,8 +25,9 @@ pub enum Math {
     /// f32 products, f32 sums.
     #[default]
     F32,
-    /// Products of operands rounded to TF32 (10 bits of mantissa) are allowed where the device
-    /// has them; a permission, not a demand.
+    /// Products of operands rounded to TF32 (10 bits of mantissa, to the nearest) are allowed where
+    /// the device has them, CUDA from compute capability 8.0 on; sums stay f32. A permission, not a
+    /// demand: `explain` says what runs. Weights may be rounded wherever the device has TF32.
     Tf32,
 }
 
@@ -35,11 +36,13 @@ pub enum Math {
 pub struct PrepareOptions {
     /// What the arithmetic may round.
     pub math: Math,
-    /// Demands that a sample's result does not depend on the batch that it is in. Every kernel of
-    /// this version keeps that by itself.
+    /// Demands that a sample's result does not depend, in its last bits, on the batch that it is
+    /// in. On the CPU it never does; on CUDA it may, where several blocks share the channels of a
+    /// sum because the batch gives the chip too little to do, and this option forgoes that.
     pub batch_invariant: bool,
     /// Forces a kernel by its name; `None` leaves the choice to `POINTWISE_KERNEL`, then to the
-    /// planner.
+    /// planner. On CUDA, `name/4` also forces that four blocks share each sum, or as many as the
+    /// channels allow; `name/1` that none do.
     pub kernel: Option<String>,
 }
 

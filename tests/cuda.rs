@@ -10,8 +10,12 @@ mod cases;
 mod driver;
 #[path = "cuda/numbers.rs"]
 mod numbers;
+#[path = "cuda/splits.rs"]
+mod splits;
 #[path = "cuda/streams.rs"]
 mod streams;
+#[path = "cuda/tensor_cores.rs"]
+mod tensor_cores;
 
 use std::process::ExitCode;
 
@@ -33,9 +37,18 @@ fn main() -> ExitCode {
         .is_ok_and(|list| list.split(',').any(|wanted| wanted.trim() == "cuda"));
 
     let mut trials = Vec::new();
-    let anywhere = [cases::TRIALS, numbers::TRIALS, streams::TRIALS, driver::TRIALS].concat();
+    let anywhere = [
+        cases::TRIALS,
+        numbers::TRIALS,
+        splits::TRIALS,
+        streams::TRIALS,
+        tensor_cores::TRIALS,
+        driver::TRIALS,
+    ];
+    let anywhere = anywhere.concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
-    let stand_in = driver::STAND_IN_TRIALS.iter().map(|&trial| (trial, true));
+    let stand_in = [driver::STAND_IN_TRIALS, tensor_cores::STAND_IN_TRIALS].concat();
+    let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {
             Ok(device) if needs_stand_in && !driver::is_stand_in(&device) => {

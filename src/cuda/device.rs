@@ -2,14 +2,18 @@
 
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::sys::{CUcontext, CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice_attribute as Attribute, CUfunction_attribute, CUstream,
+    CUstreamCaptureStatus,
+};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::KERNELS;
+use super::plan::{Family, KERNELS, Kernel};
+use super::scratch::Scratch;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
 use crate::tensor::Place;
@@ -32,6 +36,8 @@ pub(crate) struct Facts {
     pub name: String,
     pub compute_capability: (u32, u32),
     pub multiprocessors: u32,
+    /// Whether the tensor cores take TF32, and the image has the kernels for it.
+    pub tf32: bool,
     pub l2_bytes: u64,
     pub memory_bytes: u64,
     /// Ceilings of arithmetic and memory, computed from clocks and widths.
@@ -41,11 +47,11 @@ pub(crate) struct Facts {
 /// What is loaded once per context.
 struct Context {
     context: Arc<CudaContext>,
-    /// In the order of [`KERNELS`].
-    functions: Vec<CudaFunction>,
+    /// In the order of [`KERNELS`]; `None` is for other chips.
+    functions: Vec<Option<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
-    stream: Arc<CudaStream>,
+    lane: Arc<Lane>,
 }
 
 /// A CUDA device and the stream on which everything given this handle runs.
@@ -57,8 +63,12 @@ struct Context {
 /// # CUDA graphs
 /// A call on device tensors can be captured in a graph by
 /// [`Prepared::forward_into`](crate::Prepared::forward_into), or by `run_into` of a call with more
-/// tensors: these allocate nothing and wait for nothing. What the graph's owner has to see to:
+/// tensors: these wait for nothing, and allocate nothing of which the graph is not the owner. What
+/// the graph's owner has to see to:
 ///
+/// - Where several blocks share a sum (`explain` says so), the graph has memory nodes for the parts,
+///   with which CUDA lets a graph be instantiated once at a time, and not be cloned. A layer
+///   prepared with [`batch_invariant`](crate::PrepareOptions::batch_invariant) has none.
 /// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
 ///   captured calls until the graph is destroyed and its last run is done.
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
@@ -72,7 +82,21 @@ struct Context {
 pub struct CudaDevice {
     shared: Arc<Context>,
     /// Dropped while the context is bound: cudarc binds it too, and leaves it so.
-    stream: ManuallyDrop<Arc<CudaStream>>,
+    lane: ManuallyDrop<Arc<Lane>>,
+}
+
+/// A stream, and the scratch of what runs on it: calls of one stream follow one another, and so can
+/// share it.
+struct Lane {
+    // Dropped in this order: scratch is freed on the stream.
+    scratch: Mutex<Scratch>,
+    stream: Arc<CudaStream>,
+}
+
+impl Lane {
+    fn new(context: &Arc<CudaContext>, stream: Arc<CudaStream>) -> Arc<Self> {
+        Arc::new(Lane { scratch: Mutex::new(Scratch::new(context, &stream)), stream })
+    }
 }
 
 /// A device's context as the calling thread's; when this goes, the one before is back.
@@ -122,8 +146,8 @@ impl CudaDevice {
     /// the driver fails to describe the device or to make a stream.
     pub fn open(ordinal: usize) -> Result<Self> {
         let shared = Context::of(ordinal)?;
-        let stream = shared.stream.clone();
-        Ok(CudaDevice::on(shared, stream))
+        let lane = ManuallyDrop::new(shared.lane.clone());
+        Ok(CudaDevice { shared, lane })
     }
 
     /// This device on a new stream of its own, for work that may overlap with other handles'.
@@ -176,7 +200,8 @@ impl CudaDevice {
     }
 
     fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
-        CudaDevice { shared, stream: ManuallyDrop::new(stream) }
+        let lane = ManuallyDrop::new(Lane::new(&shared.context, stream));
+        CudaDevice { shared, lane }
     }
 
     /// The device's number among those that the driver shows.
@@ -196,7 +221,7 @@ impl CudaDevice {
 
     /// The stream that work of this handle runs on.
     pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+        &self.lane.stream
     }
 
     /// Waits until all work on this handle's stream is done.
@@ -206,17 +231,36 @@ impl CudaDevice {
     pub fn synchronize(&self) -> Result<()> {
         let _bound = self.bind()?;
         // SAFETY: this handle keeps its stream alive, or its maker does.
-        unsafe { result::stream::synchronize(self.stream.cu_stream()) }
+        unsafe { result::stream::synchronize(self.stream().cu_stream()) }
             .map_err(failed("cuStreamSynchronize"))
+    }
+
+    /// The scratch of this handle's stream. Whoever holds it queues what uses it before letting go.
+    pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        self.lane.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the stream is being captured in a graph.
+    pub(super) fn is_capturing(&self) -> Result<bool> {
+        let _bound = self.bind()?;
+        // SAFETY: this handle keeps its stream alive, or its maker does.
+        let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
+            .map_err(failed("cuStreamIsCapturing"))?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Whether memory can be allocated in stream order, in a capture too.
+    pub(super) fn has_pools(&self) -> bool {
+        self.shared.context.has_async_alloc()
     }
 
     pub(crate) fn facts(&self) -> &Facts {
         &self.shared.facts
     }
 
-    /// The function of a row of [`KERNELS`].
-    pub(super) fn function(&self, kernel: usize) -> &CudaFunction {
-        &self.shared.functions[kernel]
+    /// The function of a row of [`KERNELS`], if it runs on this device.
+    pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
+        self.shared.functions.get(kernel)?.as_ref()
     }
 
     /// Makes this device's context the calling thread's for as long as the result lives.
@@ -248,13 +292,13 @@ impl CudaDevice {
         join: impl Fn(&CudaStream, &CudaStream) -> Result<(), result::DriverError>,
     ) -> Result<()> {
         let other = std::ptr::without_provenance_mut(other);
-        if self.stream.cu_stream() == other {
+        if self.stream().cu_stream() == other {
             return Ok(());
         }
         let _bound = self.bind()?;
         // SAFETY: alive, as the caller vouches, and not used after this call.
         let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
-        join(&self.stream, &other).map_err(failed("cuStreamWaitEvent"))
+        join(self.stream(), &other).map_err(failed("cuStreamWaitEvent"))
     }
 }
 
@@ -262,7 +306,7 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         let _bound = self.bind();
         // SAFETY: nobody uses it after this.
-        unsafe { ManuallyDrop::drop(&mut self.stream) };
+        unsafe { ManuallyDrop::drop(&mut self.lane) };
     }
 }
 
@@ -291,7 +335,7 @@ impl fmt::Display for CudaDevice {
 
 impl fmt::Debug for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CudaDevice({self}, stream {:?})", self.stream.cu_stream())
+        write!(f, "CudaDevice({self}, stream {:?})", self.stream().cu_stream())
     }
 }
 
@@ -324,7 +368,7 @@ impl Context {
         // capture: this crate orders its streams itself.
         // SAFETY: nothing here relies on cudarc's tracking.
         unsafe { context.disable_event_tracking() };
-        let facts = Facts::of(&context)?;
+        let mut facts = Facts::of(&context)?;
         if facts.compute_capability < OLDEST {
             let (major, minor) = facts.compute_capability;
             return Err(missing(format!(
@@ -333,15 +377,18 @@ impl Context {
             )));
         }
         let functions =
-            load(&context).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+            load(&context, &facts).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+        let all = KERNELS.iter().zip(&functions);
+        facts.tf32 = all.map(|(_, function)| function).all(Option::is_some);
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
-        let new = Arc::new(Context { context, functions, facts, stream });
+        let lane = Lane::new(&context, stream);
+        let new = Arc::new(Context { context, functions, facts, lane });
         loaded.push(new.clone());
         Ok(new)
     }
 }
 
-fn load(context: &Arc<CudaContext>) -> Result<Vec<CudaFunction>, u32> {
+fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunction>>, u32> {
     let code = |error: result::DriverError| error.0 as u32;
     if FATBIN.is_empty() {
         // Built under DOCS_RS, to be read and not to be run.
@@ -349,7 +396,22 @@ fn load(context: &Arc<CudaContext>) -> Result<Vec<CudaFunction>, u32> {
     }
     let module: Arc<CudaModule> =
         context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
-    KERNELS.iter().map(|kernel| module.load_function(kernel.name).map_err(code)).collect()
+    let function = |kernel: &Kernel| {
+        if facts.compute_capability < kernel.family.oldest() {
+            return Ok(None);
+        }
+        let function = match module.load_function(kernel.name).map_err(code) {
+            // Compiled for older chips only, which every chip since them runs.
+            Err(driver::NOT_FOUND) if kernel.family != Family::Simt => return Ok(None),
+            function => function?,
+        };
+        if kernel.shared_bytes > 0 {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(most, kernel.shared_bytes as i32).map_err(code)?;
+        }
+        Ok(Some(function))
+    };
+    KERNELS.iter().map(function).collect()
 }
 
 fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {
@@ -385,6 +447,7 @@ impl Facts {
             name: context.name().map_err(failed("cuDeviceGetName"))?,
             compute_capability,
             multiprocessors,
+            tf32: false,
             l2_bytes: optional(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) as u64,
             memory_bytes: context.total_mem().map_err(failed("cuDeviceTotalMem"))? as u64,
             roof: roof(compute_capability, multiprocessors, clock, memory_clock, bus),
@@ -421,15 +484,7 @@ impl Buffer {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
             let _bound = device.bind()?;
-            // SAFETY: a plain allocation, freed in `drop` by the matching call.
-            buffer.address = unsafe {
-                if device.shared.context.has_async_alloc() {
-                    result::malloc_async(device.stream.cu_stream(), bytes)
-                        .map_err(failed("cuMemAllocAsync"))?
-                } else {
-                    result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))?
-                }
-            };
+            buffer.address = allocate(&device.shared.context, device.stream(), bytes)?;
         }
         Ok(buffer)
     }
@@ -449,7 +504,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
             .map_err(failed("cuMemcpyHtoDAsync"))?;
@@ -463,7 +518,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
         unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
@@ -477,7 +532,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
             .map_err(failed("cuMemsetD8Async"))
@@ -494,17 +549,38 @@ impl Drop for Buffer {
         let Ok(_bound) = self.device.bind() else {
             return;
         };
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: allocated by the matching call in `new`, and not used by anyone after work that
-        // is already queued.
-        let _ = unsafe {
-            if self.device.shared.context.has_async_alloc() {
-                result::free_async(self.address, stream)
-            } else {
-                result::stream::synchronize(stream).and_then(|()| result::free_sync(self.address))
-            }
-        };
+        // SAFETY: allocated in `new`, and not used by anyone after work that is already queued.
+        unsafe { free(&self.device.shared.context, self.device.stream(), self.address) };
     }
+}
+
+/// Fresh memory in the order of a stream of the context, which is bound.
+pub(super) fn allocate(context: &CudaContext, stream: &CudaStream, bytes: usize) -> Result<u64> {
+    // SAFETY: a plain allocation, which only `free` frees.
+    unsafe {
+        if context.has_async_alloc() {
+            result::malloc_async(stream.cu_stream(), bytes).map_err(failed("cuMemAllocAsync"))
+        } else {
+            result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))
+        }
+    }
+}
+
+/// Frees after what is queued on the stream. The context is bound. A failure is the echo of an
+/// earlier one, and there is nobody to tell: the next call on the context reports it again.
+///
+/// # Safety
+/// The address is one that [`allocate`] gave, and nobody uses it after work that is queued already.
+pub(super) unsafe fn free(context: &CudaContext, stream: &CudaStream, address: u64) {
+    let stream = stream.cu_stream();
+    // SAFETY: the caller's promise.
+    let _ = unsafe {
+        if context.has_async_alloc() {
+            result::free_async(address, stream)
+        } else {
+            result::stream::synchronize(stream).and_then(|()| result::free_sync(address))
+        }
+    };
 }
 
 /// Types whose every bit pattern is a value and that hold no references: safe to copy as bytes.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
 use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
-use super::plan::{self, KERNELS};
+use super::plan::{self, Family, Forced, KERNELS, Terms};
 use super::tensor::Staged;
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, Step};
 use crate::error::{Error, Result};
-use crate::plan::{Candidate, forced_kernel};
-use crate::prepared::PrepareOptions;
+use crate::plan::{Candidate, wanted_kernel};
+use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Problem};
 use crate::stages::Activation;
 use crate::tensor::Place;
@@ -23,7 +23,7 @@ const INLINE_STEPS: usize = PW_INLINE_STEPS as usize;
 pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
-    forced: Option<&'static str>,
+    terms: Terms,
 }
 
 /// What a layer keeps on the device, shared by all its streams.
@@ -54,13 +54,28 @@ impl Layer {
         lowered: Lowered,
         options: &PrepareOptions,
     ) -> Result<Self> {
-        let names: Vec<&'static str> = KERNELS.iter().map(|kernel| kernel.name).collect();
-        let forced = forced_kernel(options.kernel.as_deref(), &names)?;
+        let forced = match wanted_kernel(options.kernel.as_deref()) {
+            Some(kernel) => {
+                Some(Forced::parse(&kernel).map_err(|reason| Error::Kernel { kernel, reason })?)
+            }
+            None => None,
+        };
+        let terms = Terms {
+            batch_invariant: options.batch_invariant,
+            tf32: options.math == Math::Tf32,
+            forced,
+        };
+        let wanted = KERNELS.iter().find(|kernel| forced.is_some_and(|f| f.kernel == kernel.name));
+        if let Some(kernel) = wanted
+            && let Some(reason) = kernel.refusal(device.facts(), &terms)
+        {
+            return Err(Error::Kernel { kernel: kernel.name.into(), reason });
+        }
         if let Some(what) = missing(shape, &lowered) {
             return Err(unsupported(device, what));
         }
-        let weights = Arc::new(Weights::upload(device, shape, &lowered)?);
-        Ok(Layer { device: device.clone(), weights, forced })
+        let weights = Arc::new(Weights::upload(device, shape, &lowered, terms.tf32)?);
+        Ok(Layer { device: device.clone(), weights, terms })
     }
 
     /// The same layer on another stream of the same device.
@@ -75,8 +90,8 @@ impl Layer {
                 got: self.place().to_string(),
             });
         }
-        let (weights, forced) = (self.weights.clone(), self.forced);
-        Ok(Layer { device: device.clone(), weights, forced })
+        let (weights, terms) = (self.weights.clone(), self.terms);
+        Ok(Layer { device: device.clone(), weights, terms })
     }
 
     pub(crate) fn place(&self) -> Place {
@@ -93,10 +108,16 @@ impl Layer {
     /// [`Error::Unsupported`] for what no kernel can do.
     pub(crate) fn explain(&self, problem: &Problem<'_>) -> Result<(&'static str, String)> {
         let letters = self.call(problem)?.letters();
-        let kernel = &KERNELS[plan::choose(&letters, self.device.facts(), self.forced)];
-        let forced = if self.forced.is_some() { "forced; " } else { "" };
-        let words = plan::describe(kernel, &letters, self.device.facts());
-        Ok((kernel.name, format!("{forced}{words}")))
+        let choice = plan::choose(&letters, self.device.facts(), &self.terms);
+        let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
+        let facts = self.device.facts();
+        let words = plan::describe(choice, &letters, facts);
+        let products = match (self.terms.tf32, KERNELS[choice.kernel].family) {
+            (false, _) | (_, Family::Tf32 | Family::Tf32x3) => String::new(),
+            (true, Family::Simt) if facts.tf32 => "; products in f32 cost no more here".into(),
+            (true, Family::Simt) => format!("; {}", plan::no_tf32(facts)),
+        };
+        Ok((KERNELS[choice.kernel].name, format!("{forced}{words}{products}")))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
@@ -112,12 +133,15 @@ impl Layer {
             }
         };
         let (letters, facts) = (call.letters(), self.device.facts());
-        let first = plan::choose(&letters, facts, self.forced);
-        let mut order = plan::ranked(&letters, facts);
-        order.sort_by_key(|&kernel| kernel != first);
-        let candidate = |kernel: usize| Candidate {
-            kernel: KERNELS[kernel].name,
-            verdict: Ok(plan::describe(&KERNELS[kernel], &letters, facts)),
+        let first = plan::choose(&letters, facts, &self.terms);
+        let mut order = plan::ranked(&letters, facts, &self.terms);
+        order.sort_by_key(|&choice| choice != first);
+        let candidate = |choice: plan::Choice| Candidate {
+            kernel: KERNELS[choice.kernel].name,
+            verdict: match KERNELS[choice.kernel].refusal(facts, &self.terms) {
+                Some(refusal) => Err(refusal),
+                None => Ok(plan::describe(choice, &letters, facts)),
+            },
         };
         order.into_iter().map(candidate).collect()
     }
@@ -177,10 +201,10 @@ impl Layer {
     }
 
     fn launch(&self, call: &Call) -> Result<()> {
-        let kernel = plan::choose(&call.letters(), self.device.facts(), self.forced);
+        let choice = plan::choose(&call.letters(), self.device.facts(), &self.terms);
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
-        unsafe { launch(&self.device, kernel, call, self.weights.params) }
+        unsafe { launch(&self.device, choice, call, self.weights.params) }
     }
 
     /// A problem in the kernels' terms.
@@ -256,7 +280,12 @@ fn single_source(device: &CudaDevice, problem: &Problem<'_>) -> Result<Operand> 
 }
 
 impl Weights {
-    fn upload(device: &CudaDevice, shape: &LayerShape, lowered: &Lowered) -> Result<Self> {
+    fn upload(
+        device: &CudaDevice,
+        shape: &LayerShape,
+        lowered: &Lowered,
+        tf32: bool,
+    ) -> Result<Self> {
         let count = |what: &'static str, n: usize| {
             // Sums of a tile and its padding stay within 31 bits too.
             let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
@@ -266,7 +295,11 @@ impl Weights {
         let rows = count("output channels per group", shape.c_out / shape.groups)?;
         let depth = count("input channels per group", shape.k())?;
         let mut packer = Packer::new(shape);
-        let weight = packer.weight(&lowered.weight);
+        let weight = match tf32 && device.facts().tf32 {
+            // Once, here, instead of each time that a kernel reads them.
+            true => packer.weight(&lowered.weight.iter().copied().map(to_tf32).collect::<Vec<_>>()),
+            false => packer.weight(&lowered.weight),
+        };
         let bias = packer.rows(&lowered.bias);
         let steps: Vec<(pw_step, [Option<usize>; 2])> =
             lowered.steps.iter().map(|step| packer.step(step)).collect();
@@ -306,6 +339,15 @@ impl Weights {
         params.steps[..inline].copy_from_slice(&steps[..inline]);
         (params.epilogue, params.clip_lo, params.clip_hi) = short_cut(&steps);
         Ok(Weights { memory, params, groups, rows, depth })
+    }
+}
+
+/// The nearest TF32, ties away from zero: as the device's instruction rounds.
+fn to_tf32(x: f32) -> f32 {
+    match x {
+        x if x.is_finite() => f32::from_bits((x.to_bits() + 0x1000) & !0x1FFF),
+        x if x.is_nan() => f32::NAN,
+        infinite => infinite,
     }
 }
 
@@ -470,6 +512,26 @@ mod tests {
         let start = packer.rows(&[1., 2., 3., 4., 5., 6.]);
         assert_eq!(start % 256, 0);
         assert_eq!(floats(&packer, start, 8), [1., 2., 3., 0., 4., 5., 6., 0.]);
+    }
+
+    #[test]
+    fn rounding_to_tf32_goes_to_the_nearest() {
+        let one = 1.0f32;
+        let step = 2f32.powi(-10);
+        for (x, rounded) in [
+            (one, one),
+            (one + 0.49 * step, one),
+            (one + 0.5 * step, one + step),
+            (-one - 0.5 * step, -one - step),
+            (2.0f32.next_down(), 2.0),
+            (f32::MAX, f32::INFINITY),
+            (-f32::INFINITY, -f32::INFINITY),
+            (-0.0, -0.0),
+        ] {
+            assert_eq!(to_tf32(x).to_bits(), rounded.to_bits(), "{x}");
+        }
+        // Payloads in the bits that do not count must not turn a NaN into an infinity.
+        assert!(f32::from_bits(to_tf32(f32::from_bits(0x7F80_0001)).to_bits() & !0x1FFF).is_nan());
     }
 
     #[test]

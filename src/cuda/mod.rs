@@ -1,12 +1,14 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
 //! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
-//! where a kernel starts, `tensor` owns device memory.
+//! where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
+//! memory.
 
 mod device;
 mod driver;
 mod launch;
 mod layer;
 mod plan;
+mod scratch;
 mod tensor;
 
 /// What crosses to the kernels, as bindgen makes it of `kernels/params.h`.

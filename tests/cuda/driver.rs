@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
-use super::{OnDevice, Outcome};
+use super::{OnDevice, Outcome, tensor_cores};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -49,6 +49,7 @@ pub fn child(what: &str) -> ExitCode {
             Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
         }),
         "current" => current_contexts(&layer, &src),
+        "counted" => CudaDevice::open(0).and_then(|device| tensor_cores::large(&device)),
         other => Err(Error::Checkpoint(format!("no such child: {other}"))),
     };
     match answer {
@@ -119,7 +120,7 @@ fn ask(what: &str, variables: &[(&str, &str)]) -> Result<String, String> {
     Ok(text)
 }
 
-fn expect(what: &str, variables: &[(&str, &str)], parts: &[&str]) -> Outcome {
+pub fn expect(what: &str, variables: &[(&str, &str)], parts: &[&str]) -> Outcome {
     let text = ask(what, variables)?;
     match parts.iter().find(|part| !text.contains(**part)) {
         Some(part) => Err(format!("{what} {variables:?}: no {part:?} in: {text}").into()),
