@@ -65,8 +65,8 @@ pub use compose::{Branches, BranchesCall, Sequence};
 pub use cost::{Cost, Roof, RoofMeter};
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
-pub use cuda::{CudaDevice, CudaTensor, DeviceElement};
-/// The CUDA bindings whose streams [`CudaDevice`] takes.
+pub use cuda::{CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, DeviceElement};
+/// The CUDA bindings whose streams [`CudaDevice`] takes, and whose memory [`CudaSliceRef`] does.
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
 pub use cudarc;

@@ -41,6 +41,10 @@ pub struct PrepareOptions {
     /// Forces a kernel by its name; `None` leaves the choice to `POINTWISE_KERNEL`, then to the
     /// planner.
     pub kernel: Option<String>,
+    /// The most bytes that a call on host tensors may take on a CUDA device per slice; `None` is
+    /// 16 MiB. Such a call is cut over batch and positions, into one slice or many, and keeps
+    /// memory for two. Results do not depend on it. No effect on the CPU.
+    pub slice_bytes: Option<usize>,
 }
 
 /// The order of a source's axes in memory, where only its shape is known.

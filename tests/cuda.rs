@@ -8,6 +8,10 @@
 mod cases;
 #[path = "cuda/driver.rs"]
 mod driver;
+#[path = "cuda/faults.rs"]
+mod faults;
+#[path = "cuda/host.rs"]
+mod host;
 #[path = "cuda/numbers.rs"]
 mod numbers;
 #[path = "cuda/streams.rs"]
@@ -33,9 +37,11 @@ fn main() -> ExitCode {
         .is_ok_and(|list| list.split(',').any(|wanted| wanted.trim() == "cuda"));
 
     let mut trials = Vec::new();
-    let anywhere = [cases::TRIALS, numbers::TRIALS, streams::TRIALS, driver::TRIALS].concat();
+    let anywhere =
+        [cases::TRIALS, numbers::TRIALS, streams::TRIALS, host::TRIALS, driver::TRIALS].concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
-    let stand_in = driver::STAND_IN_TRIALS.iter().map(|&trial| (trial, true));
+    let stand_in = [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS].concat();
+    let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {
             Ok(device) if needs_stand_in && !driver::is_stand_in(&device) => {

@@ -2,14 +2,15 @@
 
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{CUcontext, CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::sys::{self, CUcontext, CUdevice_attribute as Attribute, CUstream};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
 use super::plan::KERNELS;
+use super::staging::Staging;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
 use crate::tensor::Place;
@@ -46,6 +47,17 @@ struct Context {
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
     stream: Arc<CudaStream>,
+    /// Orders one stream behind another; held from its record to its wait.
+    event: Mutex<Event>,
+    /// The first fault that cannot be mended.
+    fault: OnceLock<Fault>,
+    /// What calls on host tensors use, kept for the next ones.
+    staging: Mutex<Vec<Staging>>,
+}
+
+struct Fault {
+    call: &'static str,
+    code: u32,
 }
 
 /// A CUDA device and the stream on which everything given this handle runs.
@@ -85,7 +97,7 @@ pub(super) struct Bound {
 
 impl Bound {
     /// Notes the current context for code that may change it.
-    fn keep() -> Result<Self> {
+    pub(super) fn keep() -> Result<Self> {
         let previous = result::ctx::get_current().map_err(failed("cuCtxGetCurrent"))?;
         Ok(Bound { previous: previous.unwrap_or(std::ptr::null_mut()), changed: true })
     }
@@ -119,7 +131,8 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::NoDevice`] with the reason: no driver, one that does not start or is too old for
     /// the kernels, no such device, or a chip older than compute capability 7.5. [`Error::Cuda`] if
-    /// the driver fails to describe the device or to make a stream.
+    /// the driver fails to describe the device or to make a stream. [`Error::DeviceLost`] after a
+    /// fault, from here and from every call on the device.
     pub fn open(ordinal: usize) -> Result<Self> {
         let shared = Context::of(ordinal)?;
         let stream = shared.stream.clone();
@@ -132,7 +145,7 @@ impl CudaDevice {
     /// [`Error::Cuda`] if the driver makes no stream.
     pub fn with_new_stream(&self) -> Result<Self> {
         let _bound = self.bind()?;
-        let stream = self.shared.context.new_stream().map_err(failed("cuStreamCreate"))?;
+        let stream = self.shared.context.new_stream().map_err(self.failed("cuStreamCreate"))?;
         Ok(CudaDevice::on(self.shared.clone(), stream))
     }
 
@@ -146,13 +159,7 @@ impl CudaDevice {
         let ordinal = context.ordinal();
         one_for_all_threads(ordinal, stream.cu_stream())?;
         if !context.is_primary() {
-            return Err(Error::Unsupported {
-                device: Place::Cuda(ordinal).to_string(),
-                what: "a stream of a context other than the primary one, whose memory and kernels \
-                       the device's other handles could not use; make the stream in that of \
-                       `CudaContext::new`"
-                    .into(),
-            });
+            return Err(not_primary(ordinal, "a stream"));
         }
         let shared = Context::of(ordinal)?;
         Ok(CudaDevice::on(shared, stream))
@@ -162,17 +169,29 @@ impl CudaDevice {
     /// stream.
     ///
     /// # Safety
-    /// `stream` must belong to the device's primary context, and outlive this handle and every
-    /// layer and tensor that was made with it.
+    /// `stream` must outlive this handle and every layer and tensor that was made with it.
     ///
     /// # Errors
-    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream.
+    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream, and for
+    /// a stream of another context than the device's primary one; [`Error::Cuda`] for one that
+    /// the driver does not know.
     pub unsafe fn from_raw_stream(ordinal: usize, stream: CUstream) -> Result<Self> {
         one_for_all_threads(ordinal, stream)?;
         let shared = Context::of(ordinal)?;
-        // SAFETY: the caller vouches for context and lifetime.
+        // SAFETY: alive, as the caller vouches.
         let stream = unsafe { shared.context.wrap_borrowed_stream(stream) };
-        Ok(CudaDevice::on(shared, stream))
+        let device = CudaDevice::on(shared, stream);
+        let bound = device.bind()?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: alive, as the caller vouches; the context is written to a local.
+        unsafe { sys::cuStreamGetCtx(device.stream().cu_stream(), &mut context) }
+            .result()
+            .map_err(device.failed("cuStreamGetCtx"))?;
+        drop(bound);
+        if context != device.shared.context.cu_ctx() {
+            return Err(not_primary(ordinal, "a stream"));
+        }
+        Ok(device)
     }
 
     fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
@@ -207,7 +226,17 @@ impl CudaDevice {
         let _bound = self.bind()?;
         // SAFETY: this handle keeps its stream alive, or its maker does.
         unsafe { result::stream::synchronize(self.stream.cu_stream()) }
-            .map_err(failed("cuStreamSynchronize"))
+            .map_err(self.failed("cuStreamSynchronize"))
+    }
+
+    /// Frees the memory that calls on host tensors keep on this device, and in pinned host memory,
+    /// for the next ones: for each thread that was inside such a call at the same time, two slices
+    /// ([`PrepareOptions::slice_bytes`](crate::PrepareOptions::slice_bytes)), rounded up to a power
+    /// of two. Calls under way keep theirs.
+    pub fn trim(&self) {
+        // Freed after the lock, as that takes its time.
+        let idle = std::mem::take(&mut *self.idle_staging());
+        drop(idle);
     }
 
     pub(crate) fn facts(&self) -> &Facts {
@@ -219,9 +248,63 @@ impl CudaDevice {
         &self.shared.functions[kernel]
     }
 
-    /// Makes this device's context the calling thread's for as long as the result lives.
+    /// Makes this device's context the calling thread's for as long as the result lives. Every
+    /// call of the driver is behind this.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] after a fault.
     pub(super) fn bind(&self) -> Result<Bound> {
+        self.shared.check()?;
         Bound::to(&self.shared.context)
+    }
+
+    /// What calls on host tensors use between two of them.
+    pub(super) fn idle_staging(&self) -> MutexGuard<'_, Vec<Staging>> {
+        lock(&self.shared.staging)
+    }
+
+    pub(super) fn new_event(&self) -> Result<Event> {
+        let _bound = self.bind()?;
+        Event::new(&self.shared.context)
+    }
+
+    /// Whether this handle's stream is being captured in a graph.
+    pub(super) fn is_capturing(&self) -> Result<bool> {
+        let _bound = self.bind()?;
+        // SAFETY: this handle keeps its stream alive, or its maker does.
+        let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
+            .map_err(self.failed("cuStreamIsCapturing"))?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Turns a failed call into an error, and remembers a fault that ends the context.
+    pub(super) fn failed(
+        &self,
+        call: &'static str,
+    ) -> impl Fn(result::DriverError) -> Error + use<'_> {
+        let shared = &self.shared;
+        move |error| {
+            let code = error.0 as u32;
+            if driver::is_final(code) && shared.fault.set(Fault { call, code }).is_err() {
+                // Another thread was told the cause.
+                shared.check().err().unwrap_or_else(|| failed(call)(error))
+            } else {
+                failed(call)(error)
+            }
+        }
+    }
+
+    /// As [`failed`](Self::failed), for a call that asks for memory.
+    pub(super) fn no_memory(
+        &self,
+        call: &'static str,
+        what: &'static str,
+        bytes: usize,
+    ) -> impl Fn(result::DriverError) -> Error + use<'_> {
+        move |error| match error.0 as u32 {
+            driver::OUT_OF_MEMORY => Error::DeviceMemory { device: self.to_string(), what, bytes },
+            _ => self.failed(call)(error),
+        }
     }
 
     /// Lets this handle's stream wait for what is queued on another.
@@ -230,7 +313,7 @@ impl CudaDevice {
     /// `other` must be a stream of this device's context, and alive.
     pub(super) unsafe fn wait_for(&self, other: usize) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.order(other, |this, other| this.join(other)) }
+        unsafe { self.order(other, self.stream().cu_stream().addr()) }
     }
 
     /// Lets another stream wait for what is queued on this handle's.
@@ -239,23 +322,75 @@ impl CudaDevice {
     /// As [`wait_for`](Self::wait_for).
     pub(super) unsafe fn make_wait(&self, other: usize) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.order(other, |this, other| other.join(this)) }
+        unsafe { self.order(self.stream().cu_stream().addr(), other) }
     }
 
-    unsafe fn order(
-        &self,
-        other: usize,
-        join: impl Fn(&CudaStream, &CudaStream) -> Result<(), result::DriverError>,
-    ) -> Result<()> {
-        let other = std::ptr::without_provenance_mut(other);
-        if self.stream.cu_stream() == other {
+    /// Lets `second` wait for what is queued on `first`: raw handles, as they may be borrowed.
+    unsafe fn order(&self, first: usize, second: usize) -> Result<()> {
+        if first == second {
             return Ok(());
         }
         let _bound = self.bind()?;
-        // SAFETY: alive, as the caller vouches, and not used after this call.
-        let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
-        join(&self.stream, &other).map_err(failed("cuStreamWaitEvent"))
+        let event = lock(&self.shared.event);
+        // SAFETY: alive, as the caller vouches.
+        unsafe {
+            event
+                .record(std::ptr::without_provenance_mut(first))
+                .map_err(self.failed("cuEventRecord"))?;
+            event
+                .hold(std::ptr::without_provenance_mut(second))
+                .map_err(self.failed("cuStreamWaitEvent"))
+        }
     }
+}
+
+/// A point in a stream's work. Its calls need the context bound, and streams that are alive.
+pub(super) struct Event {
+    event: sys::CUevent,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: a handle, which the driver lets any thread use.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(failed("cuEventCreate"))?;
+        Ok(Event { event, context: context.clone() })
+    }
+
+    pub(super) unsafe fn record(&self, stream: CUstream) -> Result<(), result::DriverError> {
+        // SAFETY: the event lives, the caller vouches for the rest.
+        unsafe { result::event::record(self.event, stream) }
+    }
+
+    /// Lets a stream wait for the last record; later records do not matter to it.
+    pub(super) unsafe fn hold(&self, stream: CUstream) -> Result<(), result::DriverError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the event lives, the caller vouches for the rest.
+        unsafe { result::stream::wait_event(stream, self.event, flags) }
+    }
+
+    /// Waits for the last record.
+    pub(super) unsafe fn wait(&self) -> Result<(), result::DriverError> {
+        // SAFETY: the event lives, the caller vouches for the rest.
+        unsafe { result::event::synchronize(self.event) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let _bound = Bound::to(&self.context);
+        // SAFETY: made by `new`, and not used after this. A failure is the echo of an earlier one.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for CudaDevice {
@@ -280,6 +415,16 @@ fn one_for_all_threads(ordinal: usize, stream: CUstream) -> Result<()> {
                legacy default stream"
             .into(),
     })
+}
+
+pub(super) fn not_primary(ordinal: usize, what: &str) -> Error {
+    Error::Unsupported {
+        device: Place::Cuda(ordinal).to_string(),
+        what: format!(
+            "{what} of a context other than the primary one, whose memory and kernels the \
+             device's other handles could not use; take that of `CudaContext::new`"
+        ),
+    }
 }
 
 /// `cuda:0 (NVIDIA H200)`.
@@ -309,8 +454,9 @@ impl Context {
         if ordinal >= driver.devices {
             return Err(missing(format!("the driver shows {} CUDA devices", driver.devices)));
         }
-        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loaded = lock(&LOADED);
         if let Some(known) = loaded.iter().find(|known| known.context.ordinal() == ordinal) {
+            known.check()?;
             return Ok(known.clone());
         }
         // Making a context binds it.
@@ -335,9 +481,19 @@ impl Context {
         let functions =
             load(&context).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
-        let new = Arc::new(Context { context, functions, facts, stream });
+        let event = Mutex::new(Event::new(&context)?);
+        let (fault, staging) = (OnceLock::new(), Mutex::default());
+        let new = Arc::new(Context { context, functions, facts, stream, event, fault, staging });
         loaded.push(new.clone());
         Ok(new)
+    }
+
+    /// # Errors
+    /// [`Error::DeviceLost`] after a fault.
+    fn check(&self) -> Result<()> {
+        let Some(&Fault { call, code }) = self.fault.get() else { return Ok(()) };
+        let device = format!("cuda:{} ({})", self.context.ordinal(), self.facts.name);
+        Err(Error::DeviceLost { device, call, code, name: driver::name(code) })
     }
 }
 
@@ -416,8 +572,9 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// Fresh memory, its contents unspecified; no bytes are no allocation.
-    pub(super) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
+    /// Fresh memory, its contents unspecified; no bytes are no allocation. `what` it is for, an
+    /// error says.
+    pub(super) fn new(device: &CudaDevice, what: &'static str, bytes: usize) -> Result<Self> {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
             let _bound = device.bind()?;
@@ -425,9 +582,13 @@ impl Buffer {
             buffer.address = unsafe {
                 if device.shared.context.has_async_alloc() {
                     result::malloc_async(device.stream.cu_stream(), bytes)
-                        .map_err(failed("cuMemAllocAsync"))?
+                        .map_err(device.no_memory("cuMemAllocAsync", what, bytes))?
                 } else {
-                    result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))?
+                    result::malloc_sync(bytes).map_err(device.no_memory(
+                        "cuMemAlloc",
+                        what,
+                        bytes,
+                    ))?
                 }
             };
         }
@@ -436,6 +597,10 @@ impl Buffer {
 
     pub(super) fn address(&self) -> u64 {
         self.address
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn device(&self) -> &CudaDevice {
@@ -452,7 +617,7 @@ impl Buffer {
         let stream = self.device.stream.cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
-            .map_err(failed("cuMemcpyHtoDAsync"))?;
+            .map_err(self.device.failed("cuMemcpyHtoDAsync"))?;
         self.device.synchronize()
     }
 
@@ -467,7 +632,7 @@ impl Buffer {
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
         unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
-            .map_err(failed("cuMemcpyDtoHAsync"))?;
+            .map_err(self.device.failed("cuMemcpyDtoHAsync"))?;
         self.device.synchronize()
     }
 
@@ -480,7 +645,7 @@ impl Buffer {
         let stream = self.device.stream.cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
-            .map_err(failed("cuMemsetD8Async"))
+            .map_err(self.device.failed("cuMemsetD8Async"))
     }
 }
 

@@ -5,7 +5,6 @@ use std::ffi::c_void;
 use cudarc::driver::result;
 
 use super::device::CudaDevice;
-use super::driver::failed;
 use super::params::{PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read};
 use super::plan::{KERNELS, Kernel, Letters};
 use crate::error::{Error, Result};
@@ -188,7 +187,7 @@ pub(crate) unsafe fn launch(
         return Ok(());
     }
     call.describe(&KERNELS[kernel], &mut params);
-    let (x, y) = Kernel::grid(KERNELS[kernel].tiles(&letters)).ok_or(Error::TooLarge {
+    let (x, y) = Kernel::grid(KERNELS[kernel].tiles(&letters)).ok_or_else(|| Error::TooLarge {
         what: "the grid of a launch",
         sizes: vec![letters.groups as usize, letters.rows as usize, letters.positions as usize],
     })?;
@@ -206,7 +205,7 @@ pub(crate) unsafe fn launch(
             &mut arguments,
         )
     }
-    .map_err(failed("cuLaunchKernel"))
+    .map_err(device.failed("cuLaunchKernel"))
 }
 
 #[cfg(test)]

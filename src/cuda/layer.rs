@@ -6,7 +6,7 @@ use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
 use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
 use super::plan::{self, KERNELS};
-use super::tensor::Staged;
+use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, Step};
 use crate::error::{Error, Result};
@@ -24,6 +24,8 @@ pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
     forced: Option<&'static str>,
+    /// The most that a slice of a call on host tensors may take on the device.
+    slice_bytes: usize,
 }
 
 /// What a layer keeps on the device, shared by all its streams.
@@ -60,7 +62,8 @@ impl Layer {
             return Err(unsupported(device, what));
         }
         let weights = Arc::new(Weights::upload(device, shape, &lowered)?);
-        Ok(Layer { device: device.clone(), weights, forced })
+        let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
+        Ok(Layer { device: device.clone(), weights, forced, slice_bytes })
     }
 
     /// The same layer on another stream of the same device.
@@ -75,8 +78,8 @@ impl Layer {
                 got: self.place().to_string(),
             });
         }
-        let (weights, forced) = (self.weights.clone(), self.forced);
-        Ok(Layer { device: device.clone(), weights, forced })
+        let weights = self.weights.clone();
+        Ok(Layer { device: device.clone(), weights, ..*self })
     }
 
     pub(crate) fn place(&self) -> Place {
@@ -127,7 +130,7 @@ impl Layer {
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
     pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
-        let mut call = self.call(problem)?;
+        let call = self.call(problem)?;
         if problem.place != Place::Host && problem.place != self.place() {
             return Err(Error::WrongDevice {
                 tensor: "src",
@@ -140,21 +143,23 @@ impl Layer {
         }
         match problem.place {
             Place::Host => {
-                let extents = call.extents;
                 let source = single_source(&self.device, problem)?;
-                let src = Staged::upload(&self.device, &source, extents)?;
-                call.src = src.tensor();
-                let residual = match &problem.residual {
-                    Some(residual) => Some(Staged::upload(&self.device, residual, extents)?),
-                    None => None,
+                let host = HostCall {
+                    src: &source,
+                    residual: problem.residual.as_ref(),
+                    dst: &problem.dst,
+                    extents: call.extents.map(|extent| extent as usize),
+                    slice_bytes: self.slice_bytes,
                 };
-                call.residual = residual.as_ref().map(Staged::tensor);
-                let dst_channels = problem.c_out;
-                let dst = Staged::empty(&self.device, &problem.dst, dst_channels, extents)?;
-                call.dst = dst.tensor();
-                self.launch(&call)?;
-                // SAFETY: the problem has checked that dst is writable and exclusively borrowed.
-                unsafe { dst.download(&problem.dst) }
+                let part = |slice: &Slice| {
+                    let Slice { extents, src, residual, dst } = *slice;
+                    Call { extents, src, residual, dst, ..call }
+                };
+                let kernel = self.choose(&part(&host.undivided()));
+                // SAFETY: the problem's views vouch for the host tensors.
+                unsafe {
+                    staging::run(&self.device, &host, |slice| self.launch(kernel, &part(slice)))
+                }
             }
             Place::Cuda(_) => {
                 let source = single_source(&self.device, problem)?;
@@ -163,7 +168,7 @@ impl Layer {
                 // SAFETY: the tensors that named these streams are borrowed for the call, and keep
                 // them alive.
                 streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
-                self.launch(&call)?;
+                self.launch(self.choose(&call), &call)?;
                 // SAFETY: as above.
                 let ordered =
                     streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
@@ -176,8 +181,11 @@ impl Layer {
         }
     }
 
-    fn launch(&self, call: &Call) -> Result<()> {
-        let kernel = plan::choose(&call.letters(), self.device.facts(), self.forced);
+    fn choose(&self, call: &Call) -> usize {
+        plan::choose(&call.letters(), self.device.facts(), self.forced)
+    }
+
+    fn launch(&self, kernel: usize, call: &Call) -> Result<()> {
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
         unsafe { launch(&self.device, kernel, call, self.weights.params) }
@@ -277,7 +285,7 @@ impl Weights {
         let more = packer.align();
         let inline = steps.len().min(INLINE_STEPS);
         let total = more + (steps.len() - inline) * size_of::<pw_step>();
-        let mut memory = Buffer::new(device, total)?;
+        let mut memory = Buffer::new(device, "a layer's weights", total)?;
         let base = memory.address();
         let at = |offset: usize| (base + offset as u64) as *const f32;
         let steps: Vec<pw_step> = steps

@@ -1,12 +1,15 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
 //! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
-//! where a kernel starts, `tensor` owns device memory.
+//! where a kernel starts, `tensor` owns device memory, `slice`
+//! borrows cudarc's, `staging` brings host tensors there and back.
 
 mod device;
 mod driver;
 mod launch;
 mod layer;
 mod plan;
+mod slice;
+mod staging;
 mod tensor;
 
 /// What crosses to the kernels, as bindgen makes it of `kernels/params.h`.
@@ -23,6 +26,7 @@ mod params {
 
 pub use device::CudaDevice;
 pub(crate) use layer::Layer;
+pub use slice::{CudaSliceMut, CudaSliceRef};
 pub use tensor::{CudaTensor, DeviceElement};
 
 #[cfg(test)]
