@@ -197,6 +197,15 @@ impl Prepared {
         Ok(Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) })
     }
 
+    /// This layer on the stream of another one of the same device.
+    pub(crate) fn beside(&self, other: &Prepared) -> Result<Prepared> {
+        match &other.inner.backend {
+            Backend::Cpu(_) => Ok(self.clone()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => self.on(layer.device()),
+        }
+    }
+
     /// The shape of the result for a source of this shape.
     ///
     /// # Errors
@@ -425,15 +434,16 @@ impl Prepared {
     }
 
     fn run(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<()> {
-        match &self.inner.backend {
-            Backend::Cpu(layer) => {
-                on_host(&operands.src)?;
-                cpu::run(&[(layer, &Problem::new(&self.inner.shape, operands, dst)?)]);
-                Ok(())
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(&Problem::new(&self.inner.shape, operands, dst)?),
+        if self.place() == Place::Host {
+            on_host(&operands.src)?;
         }
+        let problem = Problem::new(&self.inner.shape, operands, dst)?;
+        match &self.inner.backend {
+            Backend::Cpu(layer) => cpu::run(&[(layer, &problem)]),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.run(&problem)?,
+        }
+        Ok(())
     }
 }
 
@@ -445,24 +455,36 @@ pub(crate) fn run_together(
 ) -> Result<()> {
     let mut problems = Vec::with_capacity(layers.len());
     for ((layer, operands), dst) in layers.iter().zip(operands).zip(dsts) {
-        on_host(&operands.src)?;
+        if layer.place() == Place::Host {
+            on_host(&operands.src)?;
+        }
         problems.push(Problem::new(&layer.inner.shape, operands, dst)?);
     }
     let mut calls = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {
         match &layer.inner.backend {
             Backend::Cpu(cpu) => calls.push((cpu, problem)),
+            // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => {
-                return Err(Error::Unsupported {
-                    device: layer.inner.device.to_string(),
-                    what: "branches".into(),
-                });
-            }
+            Backend::Cuda(layer) => layer.run(problem)?,
         }
     }
     cpu::run(&calls);
     Ok(())
+}
+
+/// Runs layers of one CUDA device and stream one after another.
+#[cfg(feature = "cuda")]
+pub(crate) fn run_chain(
+    layers: &[Prepared],
+    src: &TensorRef<'_>,
+    dst: &TensorMut<'_>,
+) -> Result<()> {
+    let layers = layers.iter().filter_map(|layer| match &layer.inner.backend {
+        Backend::Cpu(_) => None,
+        Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),
+    });
+    cuda::chain::run(layers, src, dst)
 }
 
 /// The values of a contiguous tensor. Ones, since pages of zeros may all be the same page.

@@ -80,6 +80,14 @@ impl DstShape {
     pub(crate) fn padded(&self) -> [usize; MAX_RANK] {
         self.shape
     }
+
+    /// The spatial axes, padded in front with 1.
+    pub(crate) fn spatial(&self) -> [usize; MAX_SPATIAL] {
+        let mut spatial = [1; MAX_SPATIAL];
+        let axes = &self.as_slice()[2..];
+        spatial[MAX_SPATIAL - axes.len()..].copy_from_slice(axes);
+        spatial
+    }
 }
 
 /// One tensor of a call as the kernels see it: element strides, spatial axes padded in front.
@@ -96,7 +104,7 @@ pub(crate) struct Operand {
 }
 
 impl Operand {
-    fn new(tensor: &TensorRef<'_>) -> Self {
+    pub(crate) fn new(tensor: &TensorRef<'_>) -> Self {
         let mut spatial = [0; MAX_SPATIAL];
         let rank = tensor.rank() - 2;
         spatial[MAX_SPATIAL - rank..].copy_from_slice(&tensor.strides()[2..]);
@@ -148,13 +156,7 @@ impl<'a> Problem<'a> {
     ) -> Result<Self> {
         let expected =
             dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
-        if dst.shape() != expected.as_slice() {
-            return Err(Error::Shape {
-                tensor: "dst",
-                expected: expected.as_slice().to_vec(),
-                got: dst.shape().to_vec(),
-            });
-        }
+        expect_shape("dst", dst.shape(), expected.as_slice())?;
         let place = operands.src.place();
         let rest = operands.more.iter().map(|t| ("src", t));
         let residual = present("residual", layer.residual, &operands.residual)?;
@@ -177,9 +179,6 @@ impl<'a> Problem<'a> {
             expect_shape("gate", without_trailing_ones(gate.shape()), &[n, layer.c_in])?;
         }
 
-        let mut spatial = [1; MAX_SPATIAL];
-        let rank = expected.rank - 2;
-        spatial[MAX_SPATIAL - rank..].copy_from_slice(&expected.shape[2..expected.rank]);
         let convolved = layer.partial.as_ref().map_or(0, |range| range.start);
         let cut = |t: &TensorRef<'_>| Operand::new(&t.channels(convolved, convolved + layer.c_out));
         Ok(Problem {
@@ -187,7 +186,7 @@ impl<'a> Problem<'a> {
             c_in: layer.c_in,
             c_out: layer.c_out,
             groups: layer.groups,
-            spatial,
+            spatial: expected.spatial(),
             place,
             src: operands.src,
             more: operands.more,
@@ -331,7 +330,7 @@ fn present<'t, 'a>(
     }
 }
 
-fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
+pub(crate) fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
     if expected == got {
         Ok(())
     } else {
@@ -339,7 +338,7 @@ fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
     }
 }
 
-fn expect_shape(tensor: &'static str, got: &[usize], expected: &[usize]) -> Result<()> {
+pub(crate) fn expect_shape(tensor: &'static str, got: &[usize], expected: &[usize]) -> Result<()> {
     if got == expected {
         Ok(())
     } else {

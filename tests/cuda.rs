@@ -6,6 +6,8 @@
 
 #[path = "cuda/cases.rs"]
 mod cases;
+#[path = "cuda/compose.rs"]
+mod compose;
 #[path = "cuda/driver.rs"]
 mod driver;
 #[path = "cuda/faults.rs"]
@@ -37,8 +39,15 @@ fn main() -> ExitCode {
         .is_ok_and(|list| list.split(',').any(|wanted| wanted.trim() == "cuda"));
 
     let mut trials = Vec::new();
-    let anywhere =
-        [cases::TRIALS, numbers::TRIALS, streams::TRIALS, host::TRIALS, driver::TRIALS].concat();
+    let anywhere = [
+        cases::TRIALS,
+        numbers::TRIALS,
+        streams::TRIALS,
+        host::TRIALS,
+        compose::TRIALS,
+        driver::TRIALS,
+    ]
+    .concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
     let stand_in = [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS].concat();
     let stand_in = stand_in.into_iter().map(|trial| (trial, true));

@@ -66,6 +66,13 @@ struct Fault {
 /// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels. Calls leave the calling
 /// thread's current context as it was.
 ///
+/// # Host tensors
+/// A layer takes host tensors of any size: they pass through pinned memory in slices over batch and
+/// positions, copied in and out on streams of their own while this handle's stream computes. What a
+/// slice may take is [`PrepareOptions::slice_bytes`](crate::PrepareOptions::slice_bytes), or less if
+/// the device has no room; the result does not depend on it. The call returns when the result is
+/// there. Memory is kept for the next call ([`trim`](Self::trim)).
+///
 /// # CUDA graphs
 /// A call on device tensors can be captured in a graph by
 /// [`Prepared::forward_into`](crate::Prepared::forward_into), or by `run_into` of a call with more
@@ -76,7 +83,10 @@ struct Fault {
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
 ///   to be waited for, and make the capture fail ([`Error::Cuda`] with code 905).
 /// - While the stream is being captured, neither drop tensors or layers of it, nor copy to the host
-///   or from it: freeing would become part of the graph, and waiting ends the capture.
+///   or from it: freeing would become part of the graph, and waiting ends the capture. Calls on host
+///   tensors are refused ([`Error::Unsupported`]).
+/// - Capture in the mode `THREAD_LOCAL` or `RELAXED` where other threads make calls on host tensors:
+///   these may allocate pinned memory, which ends a `GLOBAL` capture.
 /// - The stream of [`open`](Self::open) is shared by the whole process: another thread's call would
 ///   be captured too. Capture on a stream of your own, from
 ///   [`with_new_stream`](Self::with_new_stream).
@@ -275,6 +285,11 @@ impl CudaDevice {
         let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
             .map_err(self.failed("cuStreamIsCapturing"))?;
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Whether memory is allocated and freed in stream order, in a capture too.
+    pub(super) fn has_pools(&self) -> bool {
+        self.shared.context.has_async_alloc()
     }
 
     /// Turns a failed call into an error, and remembers a fault that ends the context.

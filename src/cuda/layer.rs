@@ -82,6 +82,14 @@ impl Layer {
         Ok(Layer { device: device.clone(), weights, ..*self })
     }
 
+    pub(crate) fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    pub(super) fn slice_bytes(&self) -> usize {
+        self.slice_bytes
+    }
+
     pub(crate) fn place(&self) -> Place {
         Place::Cuda(self.device.ordinal())
     }
@@ -148,11 +156,12 @@ impl Layer {
                     src: &source,
                     residual: problem.residual.as_ref(),
                     dst: &problem.dst,
+                    between: 0,
                     extents: call.extents.map(|extent| extent as usize),
                     slice_bytes: self.slice_bytes,
                 };
                 let part = |slice: &Slice| {
-                    let Slice { extents, src, residual, dst } = *slice;
+                    let Slice { extents, src, residual, dst, .. } = *slice;
                     Call { extents, src, residual, dst, ..call }
                 };
                 let kernel = self.choose(&part(&host.undivided()));
@@ -163,29 +172,45 @@ impl Layer {
             }
             Place::Cuda(_) => {
                 let source = single_source(&self.device, problem)?;
-                let operands = [Some(&source), Some(&problem.dst), problem.residual.as_ref()];
-                let streams = || operands.iter().flatten().filter_map(|operand| operand.stream);
-                // SAFETY: the tensors that named these streams are borrowed for the call, and keep
-                // them alive.
-                streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
-                self.launch(self.choose(&call), &call)?;
-                // SAFETY: as above.
-                let ordered =
-                    streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
-                if ordered.is_err() {
-                    // The caller may free the tensors on streams that do not wait for this one.
-                    let _ = self.device.synchronize();
-                }
-                ordered
+                let residual = problem.residual.as_ref().and_then(|residual| residual.stream);
+                self.ordered(&[source.stream, problem.dst.stream, residual], || {
+                    self.launch(self.choose(&call), &call)
+                })
             }
         }
     }
 
-    fn choose(&self, call: &Call) -> usize {
+    /// Queues work behind that of its tensors' streams, and theirs behind it.
+    pub(super) fn ordered(
+        &self,
+        streams: &[Option<usize>],
+        queue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let streams = || streams.iter().flatten().copied();
+        // SAFETY: the tensors that named these streams are borrowed for the call, and keep them
+        // alive.
+        streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
+        queue()?;
+        // SAFETY: as above.
+        let ordered = streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
+        if ordered.is_err() {
+            // The caller may free the tensors on streams that do not wait for this one.
+            let _ = self.device.synchronize();
+        }
+        ordered
+    }
+
+    /// A call without a residual.
+    pub(super) fn part(&self, extents: [u64; 4], src: Tensor, dst: Tensor) -> Call {
+        let Weights { groups, rows, depth, .. } = *self.weights;
+        Call { groups, rows, depth, extents, src, dst, residual: None }
+    }
+
+    pub(super) fn choose(&self, call: &Call) -> usize {
         plan::choose(&call.letters(), self.device.facts(), self.forced)
     }
 
-    fn launch(&self, kernel: usize, call: &Call) -> Result<()> {
+    pub(super) fn launch(&self, kernel: usize, call: &Call) -> Result<()> {
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
         unsafe { launch(&self.device, kernel, call, self.weights.params) }
@@ -231,7 +256,7 @@ impl std::fmt::Debug for Layer {
     }
 }
 
-fn on_device(operand: &Operand) -> Tensor {
+pub(super) fn on_device(operand: &Operand) -> Tensor {
     let [d, h, w] = operand.spatial;
     Tensor {
         address: operand.ptr.addr() as u64,

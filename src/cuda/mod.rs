@@ -1,8 +1,10 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
 //! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
 //! where a kernel starts, `tensor` owns device memory, `slice`
-//! borrows cudarc's, `staging` brings host tensors there and back.
+//! borrows cudarc's, `staging` brings host tensors there and back,
+//! `chain` runs layers one after another.
 
+pub(crate) mod chain;
 mod device;
 mod driver;
 mod launch;

@@ -14,13 +14,15 @@ use crate::tensor::{MAX_RANK, MAX_SPATIAL};
 pub(super) const SLICE_BYTES: usize = 16 << 20;
 
 /// Every tensor of a slice begins at a multiple of this.
-const ALIGNMENT: usize = 256;
+pub(super) const ALIGNMENT: usize = 256;
 
 /// A call's tensors in host memory.
 pub(super) struct HostCall<'a> {
     pub src: &'a Operand,
     pub residual: Option<&'a Operand>,
     pub dst: &'a Operand,
+    /// Channels of the largest tensor that is computed on the way.
+    pub between: usize,
     /// Batch and the three spatial axes; none is empty.
     pub extents: [usize; 1 + MAX_SPATIAL],
     /// The most that a slice may take on the device, unless one position takes more.
@@ -33,6 +35,8 @@ pub(super) struct Slice {
     pub src: Tensor,
     pub residual: Option<Tensor>,
     pub dst: Tensor,
+    /// Twice the room for what is computed on the way.
+    pub between: [u64; 2],
 }
 
 impl HostCall<'_> {
@@ -45,8 +49,8 @@ impl HostCall<'_> {
     /// Bytes of all tensors at one position.
     fn position_bytes(&self) -> usize {
         let residual = self.residual.map_or(0, |residual| residual.channels);
-        let values = self.src.channels.saturating_add(residual);
-        values.saturating_add(self.dst.channels).saturating_mul(size_of::<f32>())
+        let values = self.src.channels.saturating_add(residual).saturating_add(self.dst.channels);
+        values.saturating_add(2 * self.between).saturating_mul(size_of::<f32>())
     }
 
     fn layout(&self, piece: &Piece) -> Layout {
@@ -56,8 +60,13 @@ impl HostCall<'_> {
         let residual_at = src.bytes().next_multiple_of(ALIGNMENT);
         let read = residual_at + residual.as_ref().map_or(0, Dense::bytes);
         let dst_at = read.next_multiple_of(ALIGNMENT);
-        let bytes = dst_at + dst.bytes();
-        Layout { extents: piece.extents, src, residual, residual_at, read, dst, dst_at, bytes }
+        let host = dst_at + dst.bytes();
+        let half = piece.positions() * self.between * size_of::<f32>();
+        let first = host.next_multiple_of(ALIGNMENT);
+        let between = [first, (first + half).next_multiple_of(ALIGNMENT)];
+        let device = if half > 0 { between[1] + half } else { host };
+        let extents = piece.extents;
+        Layout { extents, src, residual, residual_at, read, dst, dst_at, host, between, device }
     }
 }
 
@@ -142,14 +151,15 @@ impl Staging {
 
     /// Memory for as large slices as the call and the device allow.
     fn reserve(&mut self, call: &HostCall<'_>) -> Result<Pieces> {
-        // Each of the three tensors begins aligned.
-        let room = call.slice_bytes.saturating_sub(2 * ALIGNMENT);
+        // Each of the tensors begins aligned.
+        let room = call.slice_bytes.saturating_sub(4 * ALIGNMENT);
         let mut most = room / call.position_bytes().max(1);
         loop {
             let pieces = Pieces::new(call.extents, most.max(1));
-            let bytes = call.layout(&pieces.largest()).bytes;
+            let Layout { host, device: bytes, .. } = call.layout(&pieces.largest());
             let slots = if pieces.total() == 1 { 1 } else { 2 };
-            let room = self.slots[..slots].iter_mut().try_for_each(|slot| slot.reserve(bytes));
+            let mut slots = self.slots[..slots].iter_mut();
+            let room = slots.try_for_each(|slot| slot.reserve(bytes, host));
             match room {
                 Ok(()) => return Ok(pieces),
                 Err(Error::DeviceMemory { .. }) if pieces.largest().positions() > 1 => {
@@ -205,20 +215,21 @@ impl Slot {
     }
 
     /// Memory for this many bytes at least; a bit more saves the next call from asking again.
-    fn reserve(&mut self, bytes: usize) -> Result<()> {
-        if self.device.bytes() >= bytes && self.host.bytes >= bytes {
+    fn reserve(&mut self, device: usize, host: usize) -> Result<()> {
+        if self.device.bytes() >= device && self.host.bytes >= host {
             return Ok(());
         }
         let stream = self.device.device().clone();
         self.release()?;
-        let allocate = |bytes: usize| {
-            let device = Buffer::new(&stream, "a slice of a call on host tensors", bytes)?;
-            Ok((device, Pinned::new(&stream, bytes)?))
+        let allocate = |device: usize, host: usize| {
+            let device = Buffer::new(&stream, "a slice of a call on host tensors", device)?;
+            Ok((device, Pinned::new(&stream, host)?))
         };
-        (self.device, self.host) = match allocate(bytes.next_power_of_two()) {
-            Err(Error::DeviceMemory { .. }) => allocate(bytes)?,
-            other => other?,
-        };
+        (self.device, self.host) =
+            match allocate(device.next_power_of_two(), host.next_power_of_two()) {
+                Err(Error::DeviceMemory { .. }) => allocate(device, host)?,
+                other => other?,
+            };
         // Other streams use it without waiting for this one.
         stream.synchronize()
     }
@@ -431,7 +442,7 @@ impl Iterator for Pieces {
     }
 }
 
-/// Where the tensors of a slice lie in its memory: src, residual, dst.
+/// Where the tensors of a slice lie in its memory: src, residual, dst, what is between.
 struct Layout {
     extents: [usize; 1 + MAX_SPATIAL],
     src: Dense,
@@ -441,7 +452,11 @@ struct Layout {
     read: usize,
     dst: Dense,
     dst_at: usize,
-    bytes: usize,
+    /// The end of what the host has a copy of.
+    host: usize,
+    between: [usize; 2],
+    /// The end of all.
+    device: usize,
 }
 
 impl Layout {
@@ -451,6 +466,7 @@ impl Layout {
             src: self.src.tensor(address),
             residual: self.residual.map(|dense| dense.tensor(address + self.residual_at as u64)),
             dst: self.dst.tensor(address + self.dst_at as u64),
+            between: self.between.map(|at| address + at as u64),
         }
     }
 }
