@@ -438,12 +438,27 @@ impl Prepared {
             on_host(&operands.src)?;
         }
         let problem = Problem::new(&self.inner.shape, operands, dst)?;
+        #[cfg(feature = "tracing")]
+        let _span = self.span(&problem);
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(layer, &problem)]),
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.run(&problem)?,
         }
         Ok(())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn span(&self, problem: &Problem<'_>) -> Option<tracing::span::EnteredSpan> {
+        crate::trace::enter(|| {
+            let kernel = match &self.inner.backend {
+                Backend::Cpu(layer) => layer.explain(problem).0,
+                // The call itself reports what no kernel can do.
+                #[cfg(feature = "cuda")]
+                Backend::Cuda(layer) => layer.explain(problem).map_or("none", |(kernel, _)| kernel),
+            };
+            crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
+        })
     }
 }
 
@@ -460,6 +475,9 @@ pub(crate) fn run_together(
         }
         problems.push(Problem::new(&layer.inner.shape, operands, dst)?);
     }
+    // The layers run as one pass: a span in a span.
+    #[cfg(feature = "tracing")]
+    let _spans: Vec<_> = layers.iter().zip(&problems).map(|(l, problem)| l.span(problem)).collect();
     let mut calls = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {
         match &layer.inner.backend {
