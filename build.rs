@@ -205,7 +205,7 @@ mod cuda {
         command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]);
         command.args(["-Xptxas", "-v", "-Xfatbin", "-compress=false", "-Ikernels"]);
         command.args(gencode(&archs));
-        command.arg("-o").arg(fatbin).arg("kernels/simt.cu");
+        command.arg("-o").arg(fatbin).arg("kernels/fprop.cu");
         let output = command
             .output()
             .unwrap_or_else(|error| fail(&format!("{} does not run: {error}", nvcc.display())));

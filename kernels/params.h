@@ -90,6 +90,8 @@ struct pw_fprop {
     const uint32_t *dst_map;      /* row of all groups -> channel of dst; null where equal */
     const uint32_t *residual_map; /* row of all groups -> channel of the residual */
     const struct pw_step *more_steps; /* those beyond PW_INLINE_STEPS */
+    float *partial;                   /* [splits][tiles][sums of a tile], where splits > 1 */
+    uint32_t *arrived;                /* [tiles], all 0 between launches, where splits > 1 */
     uint32_t groups;
     uint32_t rows;
     uint32_t depth;
@@ -101,14 +103,14 @@ struct pw_fprop {
     uint32_t flags; /* of enum pw_flags */
     float clip_lo;
     float clip_hi;
-    uint32_t reserved;
+    uint32_t splits; /* blocks that share the depth of a tile, each a range of slabs; 1: one has all */
     struct pw_step steps[PW_INLINE_STEPS];
 };
 
 #ifdef __cplusplus
 static_assert(sizeof(struct pw_step) == 32, "pw_step is laid out as Rust believes");
 static_assert(sizeof(struct pw_axis) == 32, "pw_axis is laid out as Rust believes");
-static_assert(sizeof(struct pw_fprop) == 528, "pw_fprop is laid out as Rust believes");
+static_assert(sizeof(struct pw_fprop) == 544, "pw_fprop is laid out as Rust believes");
 #endif
 
 #endif

@@ -13,29 +13,48 @@ struct PositionTable {
     int64_t residual[kPositions];
 };
 
-// One tile of one group. Neighbouring blocks share positions and differ in channels, so that src
-// leaves DRAM once and the (small) weights stay in L2.
+// One tile of one group, and the range of input channels that this block sums. Neighbouring blocks
+// share positions and differ in output channels, so that src leaves DRAM once and the (small)
+// weights stay in L2.
 struct TileAt {
+    int64_t tiles;     // that cover dst
+    int64_t index;     // of this one among them
     uint32_t group;
     uint32_t row;      // first output channel within the group
     int64_t position;  // first position
+    uint32_t split;    // which of the blocks that share the tile
+    int depth_begin;   // first input channel within the group, a multiple of the slabs' depth
+    int depth;         // how many
 
-    __device__ TileAt(const pw_fprop& p, int64_t index, uint32_t block_rows, uint32_t block_positions) {
-        const uint32_t row_tiles = (p.rows + block_rows - 1) / block_rows;
+    template <class Tile>
+    static __device__ TileAt of(const pw_fprop& p, int64_t block, Tile) {
+        const uint32_t row_tiles = (p.rows + Tile::kRows - 1) / Tile::kRows;
         const int64_t per_column = int64_t(row_tiles) * p.groups;
-        const int64_t column = index / per_column;
-        const int64_t rest = index - column * per_column;
-        group = uint32_t(rest / row_tiles);
-        row = uint32_t(rest - int64_t(group) * row_tiles) * block_rows;
-        position = column * block_positions;
+        TileAt at;
+        at.tiles = per_column * ((p.positions + Tile::kPositions - 1) / Tile::kPositions);
+        at.split = p.splits > 1 ? uint32_t(block / at.tiles) : 0;
+        at.index = block - at.split * at.tiles;
+        const int64_t column = at.index / per_column;
+        const int64_t rest = at.index - column * per_column;
+        at.group = uint32_t(rest / row_tiles);
+        at.row = uint32_t(rest - int64_t(at.group) * row_tiles) * Tile::kRows;
+        at.position = column * Tile::kPositions;
+        at.depth_begin = 0;
+        at.depth = p.depth;
+        if (p.splits > 1) {
+            const uint64_t slabs = (p.depth + Tile::kDepth - 1) / Tile::kDepth;
+            const auto first = [&](uint32_t split) {
+                return int(slabs * split / p.splits) * Tile::kDepth;
+            };
+            at.depth_begin = first(at.split);
+            at.depth = min(first(at.split + 1), int(p.depth)) - at.depth_begin;
+        }
+        return at;
     }
-};
 
-__device__ inline int64_t tile_count(const pw_fprop& p, uint32_t block_rows, uint32_t block_positions) {
-    const int64_t row_tiles = (int64_t(p.rows) + block_rows - 1) / block_rows;
-    const int64_t columns = (p.positions + block_positions - 1) / block_positions;
-    return row_tiles * p.groups * columns;
-}
+    // False in the blocks beyond the last: a grid may hold a few more than are needed.
+    __device__ bool exists(const pw_fprop& p) const { return split < p.splits && index < tiles; }
+};
 
 // Quotient and remainder of non-negative numbers; the 32-bit division is several times cheaper.
 __device__ inline int64_t divide(int64_t value, int64_t by, int64_t& remainder) {

@@ -52,8 +52,15 @@ impl fmt::Display for Explanation {
     }
 }
 
-/// The kernel that a user forces: the option, else `POINTWISE_KERNEL`, checked against the names
-/// that the device has.
+/// What a user asks for by name: the option, else `POINTWISE_KERNEL`.
+pub(crate) fn wanted_kernel(option: Option<&str>) -> Option<String> {
+    let variable =
+        std::env::var_os(KERNEL_VARIABLE).map(|name| name.to_string_lossy().into_owned());
+    let option = option.map(str::to_owned).filter(|name| !name.is_empty());
+    option.or(variable).filter(|name| !name.is_empty())
+}
+
+/// The kernel that a user forces, checked against the names that the device has.
 ///
 /// # Errors
 /// [`Error::Kernel`] if the device has no kernel of that name.
@@ -61,10 +68,7 @@ pub(crate) fn forced_kernel(
     option: Option<&str>,
     names: &[&'static str],
 ) -> Result<Option<&'static str>> {
-    let variable =
-        std::env::var_os(KERNEL_VARIABLE).map(|name| name.to_string_lossy().into_owned());
-    let option = option.map(str::to_owned).filter(|name| !name.is_empty());
-    let Some(wanted) = option.or(variable).filter(|name| !name.is_empty()) else {
+    let Some(wanted) = wanted_kernel(option) else {
         return Ok(None);
     };
     match names.iter().find(|name| **name == wanted) {

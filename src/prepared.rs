@@ -35,11 +35,13 @@ pub enum Math {
 pub struct PrepareOptions {
     /// What the arithmetic may round.
     pub math: Math,
-    /// Demands that a sample's result does not depend on the batch that it is in. Every kernel of
-    /// this version keeps that by itself.
+    /// Demands that a sample's result does not depend, in its last bits, on the batch that it is
+    /// in. On the CPU it never does; on CUDA it may, where several blocks share the channels of a
+    /// sum because the batch gives the chip too little to do, and this option forgoes that.
     pub batch_invariant: bool,
     /// Forces a kernel by its name; `None` leaves the choice to `POINTWISE_KERNEL`, then to the
-    /// planner.
+    /// planner. On CUDA, `name/4` also forces that four blocks share each sum, or as many as the
+    /// channels allow; `name/1` that none do.
     pub kernel: Option<String>,
     /// The most bytes that a call on host tensors may take on a CUDA device per slice; `None` is
     /// 16 MiB. Such a call is cut over batch and positions, into one slice or many, and keeps

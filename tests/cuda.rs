@@ -16,6 +16,8 @@ mod faults;
 mod host;
 #[path = "cuda/numbers.rs"]
 mod numbers;
+#[path = "cuda/splits.rs"]
+mod splits;
 #[path = "cuda/streams.rs"]
 mod streams;
 
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     let anywhere = [
         cases::TRIALS,
         numbers::TRIALS,
+        splits::TRIALS,
         streams::TRIALS,
         host::TRIALS,
         compose::TRIALS,

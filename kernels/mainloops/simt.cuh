@@ -61,6 +61,7 @@ struct SimtShared {
     alignas(16) float weight[2][Tile::kDepth][Tile::kRows];
     alignas(16) float src[2][Tile::kDepth][Tile::kPositions];
     PositionTable<Tile::kPositions> at;
+    TileAt tile;
 };
 
 __device__ inline float4 load4(const float* from) {
@@ -82,7 +83,8 @@ struct WeightLoader {
         row = threadIdx.x % kVectors * 4;
         k = threadIdx.x / kVectors;
         inside = tile.row + row < p.row_pitch;
-        from = p.weight + (int64_t(tile.group) * p.depth + k) * p.row_pitch + tile.row + row;
+        from = p.weight + (int64_t(tile.group) * p.depth + tile.depth_begin + k) * p.row_pitch +
+               tile.row + row;
     }
 
     // `left` is how much depth is left, this slab included.
@@ -138,7 +140,7 @@ struct SrcLoader {
             default: column = t / 8, k = t % 8; break;
         }
         to = k * Tile::kPositions + (column ^ Tile::swizzle(k));
-        from = p.src + (int64_t(tile.group) * p.depth + k) * p.src_channel;
+        from = p.src + (int64_t(tile.group) * p.depth + tile.depth_begin + k) * p.src_channel;
         if (p.read == PW_READ_POSITIONS || p.read == PW_READ_POSITIONS_VEC4) from += at.src[column];
     }
 
@@ -252,11 +254,11 @@ __device__ void multiply(const float (&weight)[Tile::kDepth][Tile::kRows],
     }
 }
 
-// Sums the products of one tile. Every thread of the block calls it after the position table is
+// Sums this block's products of one tile. Every thread of the block calls it after the position table is
 // filled and visible; the shared slabs are free again when it returns.
 template <class Tile>
-__device__ void simt_mainloop(const pw_fprop& p, const TileAt& tile, SimtShared<Tile>& shared,
-                              float (&acc)[Tile::kSlow][Tile::kFast]) {
+__device__ void mainloop(const pw_fprop& p, const TileAt& tile, SimtShared<Tile>& shared,
+                         float (&acc)[Tile::kSlow][Tile::kFast]) {
     WeightLoader<Tile> weight(p, tile);
     SrcLoader<Tile> src(p, tile, shared.at);
 
@@ -268,14 +270,14 @@ __device__ void simt_mainloop(const pw_fprop& p, const TileAt& tile, SimtShared<
 
     // Global reads of the next slab are in flight while this one is multiplied; two buffers make
     // one barrier per slab enough. The first turn only reads.
-    int left = p.depth;
+    int left = tile.depth;
     for (int buffer = 1;; buffer ^= 1) {
         const bool more = left > 0;
         if (more) {
             weight.load(p, left);
             src.load(p, shared.at, left);
         }
-        if (left != p.depth) {
+        if (left != tile.depth) {
             multiply<Tile>(shared.weight[buffer], shared.src[buffer], acc);
         }
         if (more) {

@@ -103,7 +103,7 @@ pub(crate) fn run<'l>(
     }
 }
 
-/// Queues every layer at `at`, each with the kernel that it would take on the whole.
+/// Queues every layer at `at`, each as it would run on the whole.
 fn queue<'l>(
     layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)>,
     whole: &At,
@@ -118,8 +118,8 @@ fn queue<'l>(
             false => between(at, shape.c_out, at.between[i % 2]),
         };
         let (whole_dst, dst) = (next(whole), next(at));
-        let kernel = layer.choose(&layer.part(whole.extents, whole_src, whole_dst));
-        layer.launch(kernel, &layer.part(at.extents, src, dst))?;
+        let choice = layer.choose(&layer.part(whole.extents, whole_src, whole_dst));
+        layer.launch(choice, &layer.part(at.extents, src, dst))?;
         (whole_src, src) = (whole_dst, dst);
     }
     Ok(())

@@ -4,12 +4,15 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{self, CUcontext, CUdevice_attribute as Attribute, CUstream};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice_attribute as Attribute, CUstream, CUstreamCaptureStatus,
+};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
 use super::plan::KERNELS;
+use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
@@ -94,7 +97,15 @@ struct Fault {
 pub struct CudaDevice {
     shared: Arc<Context>,
     /// Dropped while the context is bound: cudarc binds it too, and leaves it so.
-    stream: ManuallyDrop<Arc<CudaStream>>,
+    lane: ManuallyDrop<Arc<Lane>>,
+}
+
+/// A stream, and the scratch of what runs on it: calls of one stream follow one another, and so can
+/// share it.
+struct Lane {
+    // Dropped in this order: scratch is freed on the stream.
+    scratch: Mutex<Scratch>,
+    stream: Arc<CudaStream>,
 }
 
 /// A device's context as the calling thread's; when this goes, the one before is back.
@@ -205,7 +216,9 @@ impl CudaDevice {
     }
 
     fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
-        CudaDevice { shared, stream: ManuallyDrop::new(stream) }
+        let lane =
+            Arc::new(Lane { scratch: Mutex::new(Scratch::new(&shared.context, &stream)), stream });
+        CudaDevice { shared, lane: ManuallyDrop::new(lane) }
     }
 
     /// The device's number among those that the driver shows.
@@ -225,7 +238,7 @@ impl CudaDevice {
 
     /// The stream that work of this handle runs on.
     pub fn stream(&self) -> &Arc<CudaStream> {
-        &self.stream
+        &self.lane.stream
     }
 
     /// Waits until all work on this handle's stream is done.
@@ -235,7 +248,7 @@ impl CudaDevice {
     pub fn synchronize(&self) -> Result<()> {
         let _bound = self.bind()?;
         // SAFETY: this handle keeps its stream alive, or its maker does.
-        unsafe { result::stream::synchronize(self.stream.cu_stream()) }
+        unsafe { result::stream::synchronize(self.stream().cu_stream()) }
             .map_err(self.failed("cuStreamSynchronize"))
     }
 
@@ -247,6 +260,25 @@ impl CudaDevice {
         // Freed after the lock, as that takes its time.
         let idle = std::mem::take(&mut *self.idle_staging());
         drop(idle);
+    }
+
+    /// The scratch of this handle's stream. Whoever holds it queues what uses it before letting go.
+    pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        lock(&self.lane.scratch)
+    }
+
+    /// Whether the stream is being captured in a graph.
+    pub(super) fn is_capturing(&self) -> Result<bool> {
+        let _bound = self.bind()?;
+        // SAFETY: this handle keeps its stream alive, or its maker does.
+        let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
+            .map_err(self.failed("cuStreamIsCapturing"))?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Whether memory can be allocated in stream order, in a capture too.
+    pub(super) fn has_pools(&self) -> bool {
+        self.shared.context.has_async_alloc()
     }
 
     pub(crate) fn facts(&self) -> &Facts {
@@ -276,20 +308,6 @@ impl CudaDevice {
     pub(super) fn new_event(&self) -> Result<Event> {
         let _bound = self.bind()?;
         Event::new(&self.shared.context)
-    }
-
-    /// Whether this handle's stream is being captured in a graph.
-    pub(super) fn is_capturing(&self) -> Result<bool> {
-        let _bound = self.bind()?;
-        // SAFETY: this handle keeps its stream alive, or its maker does.
-        let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
-            .map_err(self.failed("cuStreamIsCapturing"))?;
-        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-    }
-
-    /// Whether memory is allocated and freed in stream order, in a capture too.
-    pub(super) fn has_pools(&self) -> bool {
-        self.shared.context.has_async_alloc()
     }
 
     /// Turns a failed call into an error, and remembers a fault that ends the context.
@@ -412,7 +430,7 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         let _bound = self.bind();
         // SAFETY: nobody uses it after this.
-        unsafe { ManuallyDrop::drop(&mut self.stream) };
+        unsafe { ManuallyDrop::drop(&mut self.lane) };
     }
 }
 
@@ -451,7 +469,7 @@ impl fmt::Display for CudaDevice {
 
 impl fmt::Debug for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "CudaDevice({self}, stream {:?})", self.stream.cu_stream())
+        write!(f, "CudaDevice({self}, stream {:?})", self.stream().cu_stream())
     }
 }
 
@@ -593,19 +611,7 @@ impl Buffer {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
             let _bound = device.bind()?;
-            // SAFETY: a plain allocation, freed in `drop` by the matching call.
-            buffer.address = unsafe {
-                if device.shared.context.has_async_alloc() {
-                    result::malloc_async(device.stream.cu_stream(), bytes)
-                        .map_err(device.no_memory("cuMemAllocAsync", what, bytes))?
-                } else {
-                    result::malloc_sync(bytes).map_err(device.no_memory(
-                        "cuMemAlloc",
-                        what,
-                        bytes,
-                    ))?
-                }
-            };
+            buffer.address = allocate(device, what, bytes)?;
         }
         Ok(buffer)
     }
@@ -629,7 +635,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
             .map_err(self.device.failed("cuMemcpyHtoDAsync"))?;
@@ -643,7 +649,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
         unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
@@ -657,7 +663,7 @@ impl Buffer {
             return Ok(());
         }
         let _bound = self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
+        let stream = self.device.stream().cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
             .map_err(self.device.failed("cuMemsetD8Async"))
@@ -674,17 +680,43 @@ impl Drop for Buffer {
         let Ok(_bound) = self.device.bind() else {
             return;
         };
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: allocated by the matching call in `new`, and not used by anyone after work that
-        // is already queued.
-        let _ = unsafe {
-            if self.device.shared.context.has_async_alloc() {
-                result::free_async(self.address, stream)
-            } else {
-                result::stream::synchronize(stream).and_then(|()| result::free_sync(self.address))
-            }
-        };
+        // SAFETY: allocated in `new`, and not used by anyone after work that is already queued.
+        unsafe { free(&self.device.shared.context, self.device.stream(), self.address) };
     }
+}
+
+/// Fresh memory in the order of the handle's stream; `what` it is for, an error says. The context is
+/// bound.
+pub(super) fn allocate(device: &CudaDevice, what: &'static str, bytes: usize) -> Result<u64> {
+    // SAFETY: a plain allocation, which only `free` frees.
+    unsafe {
+        if device.has_pools() {
+            result::malloc_async(device.stream().cu_stream(), bytes).map_err(device.no_memory(
+                "cuMemAllocAsync",
+                what,
+                bytes,
+            ))
+        } else {
+            result::malloc_sync(bytes).map_err(device.no_memory("cuMemAlloc", what, bytes))
+        }
+    }
+}
+
+/// Frees after what is queued on the stream. The context is bound. A failure is the echo of an
+/// earlier one, and there is nobody to tell: the next call on the context reports it again.
+///
+/// # Safety
+/// The address is one that [`allocate`] gave, and nobody uses it after work that is queued already.
+pub(super) unsafe fn free(context: &CudaContext, stream: &CudaStream, address: u64) {
+    let stream = stream.cu_stream();
+    // SAFETY: the caller's promise.
+    let _ = unsafe {
+        if context.has_async_alloc() {
+            result::free_async(address, stream)
+        } else {
+            result::stream::synchronize(stream).and_then(|()| result::free_sync(address))
+        }
+    };
 }
 
 /// Types whose every bit pattern is a value and that hold no references: safe to copy as bytes.

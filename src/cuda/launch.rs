@@ -6,7 +6,8 @@ use cudarc::driver::result;
 
 use super::device::CudaDevice;
 use super::params::{PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read};
-use super::plan::{KERNELS, Kernel, Letters};
+use super::plan::{Choice, KERNELS, Kernel, Letters};
+use super::scratch::{Place, in_graph};
 use crate::error::{Error, Result};
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
@@ -178,7 +179,7 @@ impl Call {
 /// residual, weights) or writable and nobody else's (dst). dst's positions do not overlap.
 pub(crate) unsafe fn launch(
     device: &CudaDevice,
-    kernel: usize,
+    choice: Choice,
     call: &Call,
     mut params: pw_fprop,
 ) -> Result<()> {
@@ -186,15 +187,52 @@ pub(crate) unsafe fn launch(
     if letters.positions == 0 {
         return Ok(());
     }
-    call.describe(&KERNELS[kernel], &mut params);
-    let (x, y) = Kernel::grid(KERNELS[kernel].tiles(&letters)).ok_or_else(|| Error::TooLarge {
+    let kernel = &KERNELS[choice.kernel];
+    call.describe(kernel, &mut params);
+    let _bound = device.bind()?;
+    let mut queue = |splits: u32, scratch: Option<Place>| {
+        params.splits = splits;
+        params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
+        params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
+        let blocks = kernel.tiles(&letters).saturating_mul(u64::from(splits));
+        let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
+        // SAFETY: the caller's promises; `describe` keeps those of params.h.
+        unsafe { start(device, choice.kernel, grid, &mut params) }
+    };
+    if choice.splits == 1 {
+        return queue(1, None);
+    }
+    let need = kernel.scratch(&letters, choice.splits).ok_or_else(|| too_large(&letters))?;
+    if !device.is_capturing()? {
+        let mut scratch = device.scratch();
+        let place = scratch.room(device, need)?;
+        return queue(choice.splits, Some(place));
+    }
+    match device.has_pools() {
+        true => in_graph(device, need, |place| queue(choice.splits, Some(place))),
+        // Nothing can be allocated for the graph alone.
+        false => queue(1, None),
+    }
+}
+
+fn too_large(letters: &Letters) -> Error {
+    Error::TooLarge {
         what: "the grid of a launch",
         sizes: vec![letters.groups as usize, letters.rows as usize, letters.positions as usize],
-    })?;
-    let _bound = device.bind()?;
-    let mut arguments = [(&raw mut params).cast::<c_void>()];
+    }
+}
+
+/// # Safety
+/// As [`launch`]; what the parameters say must be true.
+unsafe fn start(
+    device: &CudaDevice,
+    kernel: usize,
+    (x, y): (u32, u32),
+    params: &mut pw_fprop,
+) -> Result<()> {
+    let mut arguments = [(&raw mut *params).cast::<c_void>()];
     // SAFETY: the kernel takes one pw_fprop by value, which the driver copies now; what it points
-    // to is the caller's promise, and `describe` keeps the promises of params.h.
+    // to is the caller's promise.
     unsafe {
         result::launch_kernel(
             device.function(kernel).cu_function(),

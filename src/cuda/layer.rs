@@ -5,12 +5,12 @@ use std::sync::Arc;
 use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
 use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
-use super::plan::{self, KERNELS};
+use super::plan::{self, Choice, Forced, KERNELS, Terms};
 use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, Step};
 use crate::error::{Error, Result};
-use crate::plan::{Candidate, forced_kernel};
+use crate::plan::{Candidate, wanted_kernel};
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Problem};
 use crate::stages::Activation;
@@ -23,7 +23,7 @@ const INLINE_STEPS: usize = PW_INLINE_STEPS as usize;
 pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
-    forced: Option<&'static str>,
+    terms: Terms,
     /// The most that a slice of a call on host tensors may take on the device.
     slice_bytes: usize,
 }
@@ -56,14 +56,19 @@ impl Layer {
         lowered: Lowered,
         options: &PrepareOptions,
     ) -> Result<Self> {
-        let names: Vec<&'static str> = KERNELS.iter().map(|kernel| kernel.name).collect();
-        let forced = forced_kernel(options.kernel.as_deref(), &names)?;
+        let forced = match wanted_kernel(options.kernel.as_deref()) {
+            Some(kernel) => {
+                Some(Forced::parse(&kernel).map_err(|reason| Error::Kernel { kernel, reason })?)
+            }
+            None => None,
+        };
+        let terms = Terms { batch_invariant: options.batch_invariant, forced };
         if let Some(what) = missing(shape, &lowered) {
             return Err(unsupported(device, what));
         }
         let weights = Arc::new(Weights::upload(device, shape, &lowered)?);
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
-        Ok(Layer { device: device.clone(), weights, forced, slice_bytes })
+        Ok(Layer { device: device.clone(), weights, terms, slice_bytes })
     }
 
     /// The same layer on another stream of the same device.
@@ -104,10 +109,10 @@ impl Layer {
     /// [`Error::Unsupported`] for what no kernel can do.
     pub(crate) fn explain(&self, problem: &Problem<'_>) -> Result<(&'static str, String)> {
         let letters = self.call(problem)?.letters();
-        let kernel = &KERNELS[plan::choose(&letters, self.device.facts(), self.forced)];
-        let forced = if self.forced.is_some() { "forced; " } else { "" };
-        let words = plan::describe(kernel, &letters, self.device.facts());
-        Ok((kernel.name, format!("{forced}{words}")))
+        let choice = plan::choose(&letters, self.device.facts(), &self.terms);
+        let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
+        let words = plan::describe(choice, &letters, self.device.facts());
+        Ok((KERNELS[choice.kernel].name, format!("{forced}{words}")))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
@@ -123,12 +128,12 @@ impl Layer {
             }
         };
         let (letters, facts) = (call.letters(), self.device.facts());
-        let first = plan::choose(&letters, facts, self.forced);
-        let mut order = plan::ranked(&letters, facts);
-        order.sort_by_key(|&kernel| kernel != first);
-        let candidate = |kernel: usize| Candidate {
-            kernel: KERNELS[kernel].name,
-            verdict: Ok(plan::describe(&KERNELS[kernel], &letters, facts)),
+        let first = plan::choose(&letters, facts, &self.terms);
+        let mut order = plan::ranked(&letters, facts, &self.terms);
+        order.sort_by_key(|&choice| choice != first);
+        let candidate = |choice: plan::Choice| Candidate {
+            kernel: KERNELS[choice.kernel].name,
+            verdict: Ok(plan::describe(choice, &letters, facts)),
         };
         order.into_iter().map(candidate).collect()
     }
@@ -164,10 +169,10 @@ impl Layer {
                     let Slice { extents, src, residual, dst, .. } = *slice;
                     Call { extents, src, residual, dst, ..call }
                 };
-                let kernel = self.choose(&part(&host.undivided()));
+                let choice = self.choose(&part(&host.undivided()));
                 // SAFETY: the problem's views vouch for the host tensors.
                 unsafe {
-                    staging::run(&self.device, &host, |slice| self.launch(kernel, &part(slice)))
+                    staging::run(&self.device, &host, |slice| self.launch(choice, &part(slice)))
                 }
             }
             Place::Cuda(_) => {
@@ -206,14 +211,14 @@ impl Layer {
         Call { groups, rows, depth, extents, src, dst, residual: None }
     }
 
-    pub(super) fn choose(&self, call: &Call) -> usize {
-        plan::choose(&call.letters(), self.device.facts(), self.forced)
+    pub(super) fn choose(&self, call: &Call) -> Choice {
+        plan::choose(&call.letters(), self.device.facts(), &self.terms)
     }
 
-    pub(super) fn launch(&self, kernel: usize, call: &Call) -> Result<()> {
+    pub(super) fn launch(&self, choice: Choice, call: &Call) -> Result<()> {
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
-        unsafe { launch(&self.device, kernel, call, self.weights.params) }
+        unsafe { launch(&self.device, choice, call, self.weights.params) }
     }
 
     /// A problem in the kernels' terms.

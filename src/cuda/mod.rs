@@ -1,8 +1,8 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
 //! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
-//! where a kernel starts, `tensor` owns device memory, `slice`
-//! borrows cudarc's, `staging` brings host tensors there and back,
-//! `chain` runs layers one after another.
+//! where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
+//! memory, `slice` borrows cudarc's, `staging` brings host tensors there and back, `chain` runs
+//! layers one after another.
 
 pub(crate) mod chain;
 mod device;
@@ -10,6 +10,7 @@ mod driver;
 mod launch;
 mod layer;
 mod plan;
+mod scratch;
 mod slice;
 mod staging;
 mod tensor;

@@ -108,6 +108,8 @@ pub struct pw_fprop {
     pub dst_map: *const u32,
     pub residual_map: *const u32,
     pub more_steps: *const pw_step,
+    pub partial: *mut f32,
+    pub arrived: *mut u32,
     pub groups: u32,
     pub rows: u32,
     pub depth: u32,
@@ -119,12 +121,12 @@ pub struct pw_fprop {
     pub flags: u32,
     pub clip_lo: f32,
     pub clip_hi: f32,
-    pub reserved: u32,
+    pub splits: u32,
     pub steps: [pw_step; 8usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_fprop"][::core::mem::size_of::<pw_fprop>() - 528usize];
+    ["Size of pw_fprop"][::core::mem::size_of::<pw_fprop>() - 544usize];
     ["Alignment of pw_fprop"][::core::mem::align_of::<pw_fprop>() - 8usize];
     ["Offset of field: pw_fprop::axes"][::core::mem::offset_of!(pw_fprop, axes) - 0usize];
     ["Offset of field: pw_fprop::positions"]
@@ -145,22 +147,24 @@ const _: () = {
         [::core::mem::offset_of!(pw_fprop, residual_map) - 208usize];
     ["Offset of field: pw_fprop::more_steps"]
         [::core::mem::offset_of!(pw_fprop, more_steps) - 216usize];
-    ["Offset of field: pw_fprop::groups"][::core::mem::offset_of!(pw_fprop, groups) - 224usize];
-    ["Offset of field: pw_fprop::rows"][::core::mem::offset_of!(pw_fprop, rows) - 228usize];
-    ["Offset of field: pw_fprop::depth"][::core::mem::offset_of!(pw_fprop, depth) - 232usize];
+    ["Offset of field: pw_fprop::partial"][::core::mem::offset_of!(pw_fprop, partial) - 224usize];
+    ["Offset of field: pw_fprop::arrived"][::core::mem::offset_of!(pw_fprop, arrived) - 232usize];
+    ["Offset of field: pw_fprop::groups"][::core::mem::offset_of!(pw_fprop, groups) - 240usize];
+    ["Offset of field: pw_fprop::rows"][::core::mem::offset_of!(pw_fprop, rows) - 244usize];
+    ["Offset of field: pw_fprop::depth"][::core::mem::offset_of!(pw_fprop, depth) - 248usize];
     ["Offset of field: pw_fprop::row_pitch"]
-        [::core::mem::offset_of!(pw_fprop, row_pitch) - 236usize];
+        [::core::mem::offset_of!(pw_fprop, row_pitch) - 252usize];
     ["Offset of field: pw_fprop::axis_count"]
-        [::core::mem::offset_of!(pw_fprop, axis_count) - 240usize];
+        [::core::mem::offset_of!(pw_fprop, axis_count) - 256usize];
     ["Offset of field: pw_fprop::step_count"]
-        [::core::mem::offset_of!(pw_fprop, step_count) - 244usize];
-    ["Offset of field: pw_fprop::read"][::core::mem::offset_of!(pw_fprop, read) - 248usize];
-    ["Offset of field: pw_fprop::epilogue"][::core::mem::offset_of!(pw_fprop, epilogue) - 252usize];
-    ["Offset of field: pw_fprop::flags"][::core::mem::offset_of!(pw_fprop, flags) - 256usize];
-    ["Offset of field: pw_fprop::clip_lo"][::core::mem::offset_of!(pw_fprop, clip_lo) - 260usize];
-    ["Offset of field: pw_fprop::clip_hi"][::core::mem::offset_of!(pw_fprop, clip_hi) - 264usize];
-    ["Offset of field: pw_fprop::reserved"][::core::mem::offset_of!(pw_fprop, reserved) - 268usize];
-    ["Offset of field: pw_fprop::steps"][::core::mem::offset_of!(pw_fprop, steps) - 272usize];
+        [::core::mem::offset_of!(pw_fprop, step_count) - 260usize];
+    ["Offset of field: pw_fprop::read"][::core::mem::offset_of!(pw_fprop, read) - 264usize];
+    ["Offset of field: pw_fprop::epilogue"][::core::mem::offset_of!(pw_fprop, epilogue) - 268usize];
+    ["Offset of field: pw_fprop::flags"][::core::mem::offset_of!(pw_fprop, flags) - 272usize];
+    ["Offset of field: pw_fprop::clip_lo"][::core::mem::offset_of!(pw_fprop, clip_lo) - 276usize];
+    ["Offset of field: pw_fprop::clip_hi"][::core::mem::offset_of!(pw_fprop, clip_hi) - 280usize];
+    ["Offset of field: pw_fprop::splits"][::core::mem::offset_of!(pw_fprop, splits) - 284usize];
+    ["Offset of field: pw_fprop::steps"][::core::mem::offset_of!(pw_fprop, steps) - 288usize];
 };
 impl Default for pw_fprop {
     fn default() -> Self {

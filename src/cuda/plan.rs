@@ -2,6 +2,7 @@
 //! and the device's facts.
 
 use super::device::Facts;
+use super::scratch::Need;
 
 /// A kernel of `kernels/kernels.def`, which says what the numbers mean.
 #[derive(Debug, PartialEq, Eq)]
@@ -23,6 +24,9 @@ pub(crate) struct Kernel {
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// In how many splits the channels of a tile may be summed.
+const SPLITS: [u32; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
+
 /// The largest grid along x and along y.
 const GRID: (u64, u64) = (i32::MAX as u64, 65_535);
 
@@ -40,12 +44,65 @@ pub(crate) struct Letters {
     pub channels_fast: bool,
 }
 
+/// What the choice must heed besides the problem.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Sums must not depend on how many positions there are.
+    pub batch_invariant: bool,
+    pub forced: Option<Forced>,
+}
+
+/// What a user asks for by name: `kernel`, or `kernel/splits`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Forced {
+    pub kernel: &'static str,
+    pub splits: Option<u32>,
+}
+
+impl Forced {
+    /// # Errors
+    /// The reason, if there is no such kernel or no such number.
+    pub(crate) fn parse(text: &str) -> Result<Forced, String> {
+        let (name, splits) = match text.split_once('/') {
+            Some((name, splits)) => (name, Some(splits)),
+            None => (text, None),
+        };
+        let number = |text: &str| text.parse().ok().filter(|&n: &u32| n > 0);
+        let splits = match splits.map(number) {
+            Some(None) => return Err("what follows the / is how many blocks share a sum".into()),
+            Some(splits) => splits,
+            None => None,
+        };
+        let names = || KERNELS.iter().map(|kernel| kernel.name);
+        match names().find(|known| *known == name) {
+            Some(kernel) => Ok(Forced { kernel, splits }),
+            None => Err(format!("this device has {}", names().collect::<Vec<_>>().join(", "))),
+        }
+    }
+}
+
+/// A kernel, an index of [`KERNELS`], and how many blocks share the depth of a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Choice {
+    pub kernel: usize,
+    pub splits: u32,
+}
+
 impl Kernel {
     /// Tiles that cover a problem; saturates, which the grid then refuses.
     pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
         let rows = u64::from(problem.rows.div_ceil(self.rows));
         let positions = problem.positions.div_ceil(u64::from(self.positions));
         rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
+    }
+
+    /// What blocks that share tiles leave for one another; `None` if no memory holds it.
+    pub(crate) fn scratch(&self, problem: &Letters, splits: u32) -> Option<Need> {
+        let tiles = usize::try_from(self.tiles(problem)).ok()?;
+        let area = (self.rows * self.positions) as usize;
+        let sums = tiles.checked_mul(area)?.checked_mul(splits as usize)?;
+        // Addresses and paddings must fit, too.
+        (sums < usize::MAX / 16).then_some(Need { sums, tiles })
     }
 
     /// The grid that holds this many blocks, or a few more; `None` if none does.
@@ -55,7 +112,13 @@ impl Kernel {
         (y <= GRID.1).then_some((x as u32, y as u32))
     }
 
-    /// The time that the busiest multiprocessor needs, in units that compare kernels.
+    /// How deep the sums are, in the slabs that a kernel works on; no split has less than one.
+    pub(crate) fn slabs(&self, problem: &Letters) -> u32 {
+        problem.depth.div_ceil(self.depth)
+    }
+
+    /// The time that the busiest multiprocessor needs, in units that compare kernels: products of
+    /// one lane.
     ///
     /// A tile costs its products, padding included, and they run the slower, the more operands a
     /// thread reads from shared memory per product; then come its first reads, which nothing hides,
@@ -63,8 +126,13 @@ impl Kernel {
     /// multiprocessor works on `blocks_per_sm` tiles at a time, and a last round of fewer leaves it
     /// waiting: that takes three quarters of a full one at least. The weights are those that lose
     /// least over the layers of `benches/layers.csv` on an H100.
-    fn estimate(&self, problem: &Letters, facts: &Facts) -> f64 {
-        let tiles = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
+    ///
+    /// Where blocks share a tile, each has its part of the depth, writes its sums, and the last one
+    /// reads them all, after it has waited for memory a few times. These weights are computed, from
+    /// latencies and the bandwidth of L2, and not measured.
+    fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
+        let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
+        let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
         let at_once = u64::from(self.blocks_per_sm);
         let last = match tiles % at_once {
             0 => 0.0,
@@ -73,40 +141,88 @@ impl Kernel {
         let tiles = (tiles / at_once * at_once) as f64 + last;
         let (slow, fast) = (f64::from(self.slow), f64::from(self.fast));
         let product = 1.0 + (slow + fast) / (slow * fast);
-        let depth = f64::from(problem.depth.div_ceil(self.depth) * self.depth);
+        let depth = f64::from(self.slabs(problem).div_ceil(splits) * self.depth);
         let ends = if self.channels_fast == problem.channels_fast { 72.0 } else { 128.0 };
-        tiles * f64::from(self.rows * self.positions) * (depth * product + ends)
+        let (sharing, waiting) = match splits {
+            1 => (0.0, 0.0),
+            splits => (8.0 + 8.0 * f64::from(splits), 3e5),
+        };
+        let area = f64::from(self.rows * self.positions);
+        tiles * area * (depth * product + ends + sharing) + waiting
+    }
+
+    /// The number of splits with the least estimate, and that. Blocks share tiles only where all of
+    /// them run at once.
+    fn best_splits(&self, problem: &Letters, facts: &Facts, terms: &Terms) -> (u32, f64) {
+        let forced = terms.forced.filter(|forced| forced.kernel == self.name);
+        if let Some(splits) = forced.and_then(|forced| forced.splits) {
+            let splits = splits.min(self.slabs(problem)).max(1);
+            return (splits, self.estimate(problem, splits, facts));
+        }
+        let most = match terms.batch_invariant {
+            true => 1,
+            false => {
+                let room = u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm);
+                (room / self.tiles(problem).max(1)).min(self.slabs(problem).into()).max(1)
+            }
+        };
+        let numbers = SPLITS.into_iter().take_while(|&splits| u64::from(splits) <= most);
+        let costs = numbers.map(|splits| (splits, self.estimate(problem, splits, facts)));
+        // The first of equals.
+        costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
     }
 }
 
-/// The kernel for a problem: the forced one, or the one with the least estimate. The index is one
-/// of [`KERNELS`].
-pub(crate) fn choose(problem: &Letters, facts: &Facts, forced: Option<&str>) -> usize {
-    let is_forced = |&kernel: &usize| Some(KERNELS[kernel].name) == forced;
-    let estimate = |kernel: usize| KERNELS[kernel].estimate(problem, facts);
-    let all = 0..KERNELS.len();
-    // The first of equals, as in the sorted list.
-    let best = || all.clone().min_by(|&a, &b| estimate(a).total_cmp(&estimate(b)));
-    all.clone().find(is_forced).or_else(best).unwrap_or(0)
+/// How a problem runs: on the forced kernel, or on the one with the least estimate.
+pub(crate) fn choose(problem: &Letters, facts: &Facts, terms: &Terms) -> Choice {
+    let forced = |kernel: &Kernel| terms.forced.is_some_and(|forced| forced.kernel == kernel.name);
+    let mut best = (Choice { kernel: 0, splits: 1 }, f64::INFINITY);
+    for (index, kernel) in KERNELS.iter().enumerate() {
+        let (splits, cost) = kernel.best_splits(problem, facts, terms);
+        let choice = Choice { kernel: index, splits };
+        if forced(kernel) {
+            return choice;
+        }
+        // The first of equals, as in the sorted list.
+        if cost < best.1 {
+            best = (choice, cost);
+        }
+    }
+    best.0
 }
 
 /// All kernels, the best first.
-pub(crate) fn ranked(problem: &Letters, facts: &Facts) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..KERNELS.len()).collect();
-    let cost: Vec<f64> = KERNELS.iter().map(|kernel| kernel.estimate(problem, facts)).collect();
-    order.sort_by(|&a, &b| cost[a].total_cmp(&cost[b]));
-    order
+pub(crate) fn ranked(problem: &Letters, facts: &Facts, terms: &Terms) -> Vec<Choice> {
+    let costs = KERNELS.iter().map(|kernel| kernel.best_splits(problem, facts, terms));
+    let mut all: Vec<(Choice, f64)> = costs
+        .enumerate()
+        .map(|(kernel, (splits, cost))| (Choice { kernel, splits }, cost))
+        .collect();
+    all.sort_by(|a, b| a.1.total_cmp(&b.1));
+    all.into_iter().map(|(choice, _)| choice).collect()
 }
 
 /// How a kernel would run a problem, in words.
-pub(crate) fn describe(kernel: &Kernel, problem: &Letters, facts: &Facts) -> String {
+pub(crate) fn describe(choice: Choice, problem: &Letters, facts: &Facts) -> String {
+    let kernel = &KERNELS[choice.kernel];
     let tiles = kernel.tiles(problem);
     let used = problem.rows as f64 * problem.positions as f64 * f64::from(problem.groups)
         / (tiles as f64 * f64::from(kernel.rows * kernel.positions)).max(1.0);
     let along = if kernel.channels_fast { "channels" } else { "positions" };
+    let shared = match choice.splits {
+        1 => String::new(),
+        splits => format!(", each shared by {splits} blocks of {} slabs", {
+            let slabs = kernel.slabs(problem);
+            if slabs.is_multiple_of(splits) {
+                (slabs / splits).to_string()
+            } else {
+                format!("{} or {}", slabs / splits, slabs / splits + 1)
+            }
+        }),
+    };
     format!(
-        "{tiles} tiles of {} channels x {} positions on {} multiprocessors, {:.0} % of them \
-         filled, stores along {along}",
+        "{tiles} tiles of {} channels x {} positions{shared} on {} multiprocessors, {:.0} % of \
+         them filled, stores along {along}",
         kernel.rows,
         kernel.positions,
         facts.multiprocessors,
@@ -132,7 +248,40 @@ mod tests {
 
     fn chosen(rows: u32, depth: u32, positions: u64, channels_fast: bool) -> &'static str {
         let problem = Letters { groups: 1, rows, depth, positions, channels_fast };
-        KERNELS[choose(&problem, &facts(), None)].name
+        KERNELS[choose(&problem, &facts(), &Terms::default()).kernel].name
+    }
+
+    fn splits(rows: u32, depth: u32, positions: u64, batch_invariant: bool) -> u32 {
+        let problem = Letters { groups: 1, rows, depth, positions, channels_fast: false };
+        choose(&problem, &facts(), &Terms { batch_invariant, forced: None }).splits
+    }
+
+    #[test]
+    fn blocks_share_tiles_where_there_are_few_of_them_and_sums_are_deep() {
+        assert!((8..=32).contains(&splits(512, 2048, 49, false)), "resnet50 s4.c1b at n = 1");
+        assert!(splits(24, 512, 196, false) > 1, "googlenet 4b.5x5r at n = 1");
+        assert_eq!(splits(512, 2048, 49, true), 1);
+        assert!(splits(512, 2048, 32 * 49, false) > 1, "resnet50 s4.c1b at n = 32");
+        assert_eq!(splits(512, 2048, 32 * 784, false), 1);
+        assert_eq!(splits(64, 64, 3136, false), 1);
+        assert_eq!(splits(1, 1, 1, false), 1);
+    }
+
+    #[test]
+    fn a_forced_number_of_splits_is_taken_as_far_as_there_are_slabs() {
+        let name = KERNELS[0].name;
+        let forced = Forced::parse(&format!("{name}/5"));
+        assert_eq!(forced, Ok(Forced { kernel: name, splits: Some(5) }));
+        let terms = Terms { batch_invariant: true, forced: forced.ok() };
+        let problem =
+            |depth| Letters { groups: 1, rows: 9, depth, positions: 1 << 20, channels_fast: false };
+        let splits = |depth| choose(&problem(depth), &facts(), &terms).splits;
+        let slab = KERNELS[0].depth;
+        assert_eq!([1, 2 * slab, 2 * slab + 1, 100 * slab].map(splits), [1, 2, 3, 5]);
+        assert_eq!(Forced::parse(name), Ok(Forced { kernel: name, splits: None }));
+        for wrong in ["", "fprop", "/2", &format!("{name}/"), &format!("{name}/0")] {
+            assert!(Forced::parse(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]
@@ -163,7 +312,9 @@ mod tests {
     fn a_forced_kernel_is_taken_whatever_the_estimate() {
         let problem = Letters { groups: 1, rows: 1, depth: 1, positions: 1, channels_fast: true };
         for (index, kernel) in KERNELS.iter().enumerate() {
-            assert_eq!(choose(&problem, &facts(), Some(kernel.name)), index);
+            let forced = Some(Forced { kernel: kernel.name, splits: None });
+            let choice = choose(&problem, &facts(), &Terms { forced, ..Terms::default() });
+            assert_eq!(choice, Choice { kernel: index, splits: 1 });
         }
     }
 

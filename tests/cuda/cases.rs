@@ -33,21 +33,21 @@ pub struct Case {
 }
 
 impl Case {
-    const fn new(n: usize, c_in: usize, c_out: usize, spatial: [usize; 3]) -> Self {
+    pub const fn new(n: usize, c_in: usize, c_out: usize, spatial: [usize; 3]) -> Self {
         Case { n, c_in, c_out, groups: 1, spatial, stride: 1 }
     }
 
-    fn src_shape(&self) -> [usize; 5] {
+    pub fn src_shape(&self) -> [usize; 5] {
         let [d, h, w] = self.spatial;
         [self.n, self.c_in, d, h, w]
     }
 
-    fn dst_shape(&self) -> [usize; 5] {
+    pub fn dst_shape(&self) -> [usize; 5] {
         let [d, h, w] = self.spatial.map(|len| len.div_ceil(self.stride));
         [self.n, self.c_out, d, h, w]
     }
 
-    fn layer(&self, weight: Vec<f32>) -> Pointwise {
+    pub fn layer(&self, weight: Vec<f32>) -> Pointwise {
         let shape = (self.c_out, self.c_in / self.groups);
         Pointwise::new(Array2::from_shape_vec(shape, weight).unwrap())
             .groups(self.groups)
@@ -193,11 +193,11 @@ pub fn kernels(device: &CudaDevice) -> Vec<&'static str> {
     layer.plans(&[1, 1]).unwrap().iter().map(|candidate| candidate.kernel).collect()
 }
 
-fn force(kernel: &str) -> PrepareOptions {
+pub fn force(kernel: &str) -> PrepareOptions {
     PrepareOptions { kernel: Some(kernel.into()), ..PrepareOptions::default() }
 }
 
-fn same_bits(got: &Array5<f32>, expected: &Array5<f32>, what: &str) -> Outcome {
+pub fn same_bits(got: &Array5<f32>, expected: &Array5<f32>, what: &str) -> Outcome {
     let wrong = got.indexed_iter().find(|(index, value)| {
         value.to_bits() != expected[*index].to_bits() && (**value, expected[*index]) != (0.0, 0.0)
     });
@@ -210,7 +210,7 @@ fn same_bits(got: &Array5<f32>, expected: &Array5<f32>, what: &str) -> Outcome {
 }
 
 /// The kernels promise one chain of fused multiply-adds over rising depth, whatever the tile.
-fn chain(case: &Case, weight: &[f32], bias: &[f32], src: &Array5<f32>) -> Array5<f32> {
+pub fn chain(case: &Case, weight: &[f32], bias: &[f32], src: &Array5<f32>) -> Array5<f32> {
     let (rows, k) = (case.c_out / case.groups, case.c_in / case.groups);
     Array5::from_shape_fn(case.dst_shape(), |(n, c, d, h, w)| {
         let s = case.stride;

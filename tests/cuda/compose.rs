@@ -1,6 +1,7 @@
 //! Branches and sequences.
 
 use ndarray::{Array2, Array3, ArrayD, IxDyn, ShapeBuilder, s};
+use pointwise::cudarc::driver::sys;
 use pointwise::{
     Branches, CudaDevice, CudaTensor, Device, Error, Place, Pointwise, PrepareOptions, Prepared,
     Sequence, TensorMut, TensorRef,
@@ -13,6 +14,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("sequences_equal_the_cpu_s", sequences),
     ("sequences_of_host_tensors_in_slices_have_the_same_bits", sliced_sequences),
     ("sequences_cross_streams_by_themselves", sequences_across_streams),
+    ("a_sequence_can_be_captured_as_one_graph", captured_sequence),
     ("what_does_not_fit_a_sequence_is_an_error", refused_sequences),
     ("branches_write_their_parts_in_place", branches),
 ];
@@ -124,6 +126,33 @@ fn sequences_across_streams(device: &CudaDevice) -> Outcome {
         gpu.forward_into(&src, &mut dst)?;
         drop(src);
         assert_eq!(dst.to_host()?, cpu.forward(&host)?.into_dyn());
+    }
+    Ok(())
+}
+
+fn captured_sequence(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(44);
+    let layers = chain(&mut random);
+    let cpu = Sequence::new(prepared(&layers, &Device::cpu())?)?;
+    let own = device.with_new_stream()?;
+    let gpu = Sequence::new(prepared(&layers, &own.clone().into())?)?;
+    let host = Array3::from_shape_vec((2, 6, 40), random.integers(480)).unwrap();
+    let src = CudaTensor::from_host(&own, host.view())?;
+    let mut dst = CudaTensor::<f32>::zeros(&own, &[2, 9, 7])?;
+    own.synchronize()?;
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    own.stream().begin_capture(mode).map_err(code)?;
+    let queued = gpu.forward_into(&src, &mut dst);
+    let flags = sys::CUgraphInstantiate_flags(0);
+    let graph = own.stream().end_capture(flags).map_err(code)?.ok_or("nothing was captured")?;
+    queued?;
+    assert!(dst.to_host()?.iter().all(|&x| x == 0.0), "a captured call does not run");
+    for _ in 0..3 {
+        graph.launch().map_err(code)?;
+        assert_eq!(dst.to_host()?, cpu.forward(&host)?.into_dyn());
+        // What the graph does not own is somebody else's.
+        CudaTensor::<f32>::zeros(&own, &[2, 40, 20])?;
     }
     Ok(())
 }

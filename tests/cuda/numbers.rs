@@ -1,7 +1,7 @@
 //! Accuracy, special values, and the numbers that tests are made of.
 
 use ndarray::{Array2, Array3, Array5};
-use pointwise::{Activation, CudaDevice, CudaTensor, Pointwise, reference};
+use pointwise::{Activation, CudaDevice, CudaTensor, Pointwise, PrepareOptions, reference};
 
 use super::cases::kernels;
 use super::{OnDevice, Outcome};
@@ -183,7 +183,8 @@ fn random_layers(device: &CudaDevice) -> Outcome {
 fn batch_invariance(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(12);
     let weight = Array2::from_shape_vec((40, 30), random.normal(1200)).unwrap();
-    let layer = Pointwise::new(weight).silu().prepare(&device.clone().into())?;
+    let options = PrepareOptions { batch_invariant: true, ..PrepareOptions::default() };
+    let layer = Pointwise::new(weight).silu().prepare_with(&device.clone().into(), options)?;
     let src = Array3::from_shape_vec((6, 30, 49), random.normal(6 * 30 * 49)).unwrap();
     let together = layer.forward(&src)?;
     for sample in 0..6 {

@@ -217,6 +217,14 @@ impl DeviceMemory {
         Ok(())
     }
 
+    /// Makes the allocation that begins at `address` as if it were fresh.
+    pub fn renew(&mut self, address: u64) {
+        if let Some(index) = self.find(address, 1) {
+            let allocation = &mut self.allocations[index];
+            (0..allocation.size).for_each(|offset| allocation.forget(offset));
+        }
+    }
+
     /// Says what `len` bytes at `address` belong to.
     pub fn describe(&self, address: u64, len: u64) -> String {
         let within = |base: u64, size: u64| address >= base && address < base + size;

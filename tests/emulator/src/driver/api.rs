@@ -133,6 +133,39 @@ impl State {
         (0..self.devices.len()).find(|&d| pool(d) == handle).ok_or(400)
     }
 
+    /// Memory of the graph that `stream` captures, if it does: it has one address for good, holds
+    /// nothing when the graph begins to use it, and goes with the graph.
+    fn allocate_in_graph(
+        &mut self,
+        device: usize,
+        size: usize,
+        stream: Handle,
+        place: Out<u64>,
+    ) -> Call<bool> {
+        let stream = self.stream(device, stream)?;
+        if self.streams[&stream].capture.is_none() {
+            return Ok(false);
+        }
+        let name = String::from("memory of a graph");
+        let Some(address) = self.devices[device].memory.allocate(size as u64, name) else {
+            return Err(2);
+        };
+        self.enqueue(stream, Work::Renew(address))?;
+        place.set(address)?;
+        Ok(true)
+    }
+
+    /// Frees a graph's memory, when its last handle has gone. What is still queued keeps it.
+    fn drop_graph(&mut self, graph: Option<(usize, Arc<Vec<Node>>)>) -> Call {
+        let (device, nodes) = graph.ok_or(400_u32)?;
+        for node in Arc::try_unwrap(nodes).unwrap_or_default() {
+            if let Work::Renew(address) = node.work {
+                self.devices[device].memory.free(address);
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses an allocation in the order of `stream` while that captures.
     fn refuse_capture(&mut self, device: usize, stream: Handle) -> Call {
         let stream = self.stream(device, stream)?;
@@ -812,7 +845,9 @@ api! {
 
     fn cuMemAllocAsync(address: Out<u64>, size: usize, stream: Handle) |s| {
         let device = s.current()?;
-        s.refuse_capture(device, stream)?;
+        if s.allocate_in_graph(device, size, stream, address)? {
+            return Ok(());
+        }
         s.allocate(device, size, address)
     }
 
@@ -848,8 +883,14 @@ api! {
             return Err(s.complain(1, &format!("{address:#x} is not the beginning of an allocation")));
         }
         if let Some(capture) = s.streams[&stream].capture {
+            let of_graph = s.captures.get(&capture).is_some_and(|capture| {
+                capture.nodes.iter().any(|n| matches!(n.work, Work::Renew(a) if a == address))
+            });
+            if of_graph {
+                return s.enqueue(stream, Work::Renew(address)).map(|_| ());
+            }
             let code = s.invalidate(capture, 900);
-            return Err(s.complain(code, "frees inside a capture are not modelled"));
+            return Err(s.complain(code, "only what a capture allocated can be freed in it"));
         }
         s.enqueue(stream, Work::Free(address)).map(|_| ())
     }
@@ -1460,6 +1501,10 @@ api! {
             return Err(s.complain(801, &format!("graph flags {flags} are not modelled")));
         }
         let graph = s.graphs.get(&graph).ok_or(400_u32)?.clone();
+        let has_memory = graph.1.iter().any(|node| matches!(node.work, Work::Renew(_)));
+        if has_memory && s.execs.values().any(|exec| Arc::ptr_eq(&exec.1, &graph.1)) {
+            return Err(s.complain(801, "a graph with memory of its own is instantiated once at a time"));
+        }
         let handle = s.handle();
         s.execs.insert(handle, graph);
         exec.set(handle)
@@ -1490,9 +1535,15 @@ api! {
         count.set(found.len())
     }
 
-    fn cuGraphExecDestroy(exec: Handle) |s| { s.execs.remove(&exec).map(|_| ()).ok_or(400) }
+    fn cuGraphExecDestroy(exec: Handle) |s| {
+        let graph = s.execs.remove(&exec);
+        s.drop_graph(graph)
+    }
 
-    fn cuGraphDestroy(graph: Handle) |s| { s.graphs.remove(&graph).map(|_| ()).ok_or(400) }
+    fn cuGraphDestroy(graph: Handle) |s| {
+        let graph = s.graphs.remove(&graph);
+        s.drop_graph(graph)
+    }
 }
 
 /// A cooperative launch needs room for all its blocks at once.

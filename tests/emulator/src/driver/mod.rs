@@ -102,6 +102,8 @@ enum Work {
     /// Value bytes, repeated so many times.
     Fill(u64, [u8; 4], usize, u64),
     Free(u64),
+    /// Where a graph's own memory begins and ends to be used: nothing has written it.
+    Renew(u64),
     Record(Handle, u64),
     /// Only waits for what it depends on.
     Wait,
@@ -524,6 +526,10 @@ impl State {
                     return Ok(());
                 }
                 Err((719, format!("{address:#x} is freed twice")))
+            }
+            Work::Renew(address) => {
+                self.devices[device].memory.renew(*address);
+                Ok(())
             }
             Work::Record(event, serial) => {
                 if let Some(event) = self.events.get_mut(event) {

@@ -1,0 +1,34 @@
+// The forward pass: fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout of dst}.
+#include "epilogues/steps.cuh"
+#include "mainloops/simt.cuh"
+#include "splits.cuh"
+
+template <class Tile, class Shared>
+__device__ void fprop(const pw_fprop& p, Shared& shared) {
+    // The planner spreads more blocks than the x axis holds over y.
+    const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+    const TileAt tile = TileAt::of(p, block, Tile());
+    if (!tile.exists(p)) return;
+    fill_positions(shared.at, p, tile.position, Tile::kThreads);
+    // What follows the main loop reads this copy, so that the loop's registers need not hold it.
+    if (threadIdx.x == 0) shared.tile = tile;
+    __syncthreads();
+    float acc[Tile::kSlow][Tile::kFast];
+    mainloop<Tile>(p, tile, shared, acc);
+    if (p.splits > 1 && !add_up<Tile>(p, shared.tile, acc)) return;
+    TileWriter<Tile>(p, shared.tile, shared.at).write(acc);
+}
+
+#define PW_INSTANCE(layout, channels_fast, rows, positions, depth, slow, fast, blocks)           \
+    extern "C" __global__ void __launch_bounds__((rows) * (positions) / ((slow) * (fast)), blocks) \
+        fprop_f32_simt_##rows##x##positions##x##depth##_##layout(                                \
+            const __grid_constant__ pw_fprop p) {                                                \
+        using Tile = SimtTile<rows, positions, depth, slow, fast, channels_fast>;                \
+        __shared__ SimtShared<Tile> shared;                                                      \
+        fprop<Tile>(p, shared);                                                                  \
+    }
+#define PW_FPROP_F32_SIMT(...)              \
+    PW_INSTANCE(nchw, false, __VA_ARGS__)   \
+    PW_INSTANCE(nhwc, true, __VA_ARGS__)
+
+#include "kernels.def"
