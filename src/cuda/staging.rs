@@ -2,6 +2,7 @@
 //! streams of their own while the device computes on the slice between.
 
 use cudarc::driver::result;
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::device::{Buffer, CudaDevice, Event};
 use super::launch::Tensor;
@@ -519,7 +520,7 @@ impl Dense {
     unsafe fn copy_in(&self, host: *const f32, dense: *mut f32) {
         let (axes, count) = merged(self.axes);
         // SAFETY: the caller's promise.
-        unsafe { copy(&axes[..count], host, dense) };
+        unsafe { copy_in_parts(&axes[..count], host, dense, PART) };
     }
 
     /// # Safety
@@ -527,7 +528,7 @@ impl Dense {
     unsafe fn copy_out(&self, dense: *const f32, host: *mut f32) {
         let (axes, count) = merged(self.axes.map(|(len, host, dense)| (len, dense, host)));
         // SAFETY: the caller's promise.
-        unsafe { copy(&axes[..count], dense, host) };
+        unsafe { copy_in_parts(&axes[..count], dense, host, PART) };
     }
 }
 
@@ -551,6 +552,55 @@ fn merged(axes: [Axis; MAX_RANK]) -> ([Axis; MAX_RANK], usize) {
     }
     (merged, count)
 }
+
+/// The least that a thread copies by itself: one is slower than the bus to the device.
+const PART: usize = (1 << 20) / size_of::<f32>();
+
+/// As [`copy`], in parts of so many elements or more, on threads of rayon's current pool.
+///
+/// # Safety
+/// As [`copy`].
+unsafe fn copy_in_parts(axes: &[Axis], from: *const f32, to: *mut f32, part: usize) {
+    let len: usize = axes.iter().map(|&(len, ..)| len).product();
+    let parts = (len / part).min(rayon::current_num_threads());
+    let Some((&(outer, along_from, along_to), inner)) = axes.split_first() else {
+        // SAFETY: the caller's promise.
+        return unsafe { copy(axes, from, to) };
+    };
+    if parts < 2 || outer < parts {
+        // SAFETY: the caller's promise.
+        return unsafe { copy(axes, from, to) };
+    }
+    let ends = Ends { from, to };
+    (0..parts).into_par_iter().for_each(|i| {
+        let (start, end) = (outer * i / parts, outer * (i + 1) / parts);
+        let mut axes = [(1, 0, 0); MAX_RANK];
+        axes[0] = (end - start, along_from, along_to);
+        axes[1..=inner.len()].copy_from_slice(inner);
+        let start = start as isize;
+        let Ends { from, to } = ends.moved(start * along_from, start * along_to);
+        // SAFETY: the caller's promise, for a part of the elements that is this turn's alone.
+        unsafe { copy(&axes[..=inner.len()], from, to) };
+    });
+}
+
+/// Where a copy begins.
+#[derive(Clone, Copy)]
+struct Ends {
+    from: *const f32,
+    to: *mut f32,
+}
+
+impl Ends {
+    fn moved(self, from: isize, to: isize) -> Ends {
+        Ends { from: self.from.wrapping_offset(from), to: self.to.wrapping_offset(to) }
+    }
+}
+
+// SAFETY: threads use elements of their own.
+unsafe impl Send for Ends {}
+// SAFETY: as above.
+unsafe impl Sync for Ends {}
 
 /// Copies along axes with strides in elements, outermost first.
 ///
@@ -620,6 +670,32 @@ mod tests {
         let mut sorted = values;
         sorted.sort_by(f32::total_cmp);
         assert_eq!(touched, sorted);
+    }
+
+    #[test]
+    fn parts_make_the_whole() {
+        let data: Vec<f32> = (0..4096).map(|i| i as f32).collect();
+        for axes in [
+            &[(4096, 1, 1)][..],
+            &[(7, 500, 21), (21, 2, 1)],
+            &[(2, 2000, 1000), (10, 100, 100), (50, -1, 2)],
+            &[(900, 3, 4)],
+            &[],
+        ] {
+            let at = if axes.len() == 3 { 50 } else { 0 };
+            let [mut expected, mut got] = [vec![-1.0; 4096], vec![-1.0; 4096]];
+            let from = data[at..].as_ptr();
+            // SAFETY: the axes stay within both.
+            unsafe { copy(axes, from, expected.as_mut_ptr()) };
+            for part in [1, 10, 1000, 5000] {
+                got.fill(-1.0);
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+                let to = Ends { from, to: got.as_mut_ptr() };
+                // SAFETY: as above.
+                pool.install(|| unsafe { copy_in_parts(axes, { to }.from, { to }.to, part) });
+                assert!(got == expected, "{axes:?} in parts of {part}");
+            }
+        }
     }
 
     #[test]
