@@ -262,6 +262,29 @@ impl CudaDevice {
         drop(idle);
     }
 
+    /// Lets the device's memory pool keep up to so many bytes that are free when a stream is waited
+    /// for, which would go back to the system and be slow to come again; the driver's default is 0.
+    /// Of use to a service that makes tensors per call. It is the whole process's pool; a device
+    /// without one has nothing to keep.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn keep_memory(&self, bytes: u64) -> Result<()> {
+        if !self.has_pools() {
+            return Ok(());
+        }
+        let _bound = self.bind()?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut bytes = bytes;
+        // SAFETY: the device is one, the attribute a 64-bit number.
+        unsafe {
+            let pool = result::device::get_mem_pool(self.shared.context.cu_device())
+                .map_err(self.failed("cuDeviceGetMemPool"))?;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast())
+                .map_err(self.failed("cuMemPoolSetAttribute"))
+        }
+    }
+
     /// The scratch of this handle's stream. Whoever holds it queues what uses it before letting go.
     pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {
         lock(&self.lane.scratch)

@@ -1,7 +1,7 @@
 //! Streams, threads, graphs, raw pointers: what a service does around a layer.
 
 use ndarray::{Array2, Array3, s};
-use pointwise::cudarc::driver::{CudaContext, sys};
+use pointwise::cudarc::driver::{CudaContext, result, sys};
 use pointwise::{
     CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, Device, Error, LayerNorm, Place, Pointwise,
     TensorMut, TensorRef,
@@ -16,6 +16,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("a_stream_of_the_callers_and_raw_pointers", raw_pointers),
     ("slices_of_cudarc_are_tensors", borrowed_slices),
     ("slices_of_the_per_thread_stream_are_read_in_its_order", per_thread_slices),
+    ("the_memory_pool_keeps_what_it_is_told_to", kept_memory),
     ("streams_that_would_mix_are_refused", refused_streams),
     ("a_call_can_be_captured_in_a_graph", graph),
     ("layers_write_into_channel_ranges", channel_ranges),
@@ -176,6 +177,24 @@ fn per_thread_slices(device: &CudaDevice) -> Outcome {
         assert_eq!(stream.clone_dtoh(&dst).map_err(code)?, [expected; 30]);
         // A result would have no stream of its own.
         assert!(matches!(layer.forward(&src), Err(Error::Unsupported { .. })));
+    }
+    Ok(())
+}
+
+fn kept_memory(device: &CudaDevice) -> Outcome {
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let context = CudaContext::new(device.ordinal()).map_err(code)?;
+    for bytes in [3u64 << 30, 0] {
+        device.keep_memory(bytes)?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut kept = u64::MAX;
+        // SAFETY: the device's own pool, and a 64-bit number.
+        unsafe {
+            let pool = result::device::get_mem_pool(context.cu_device()).map_err(code)?;
+            result::mem_pool::get_attribute(pool, attribute, (&raw mut kept).cast())
+                .map_err(code)?;
+        }
+        assert_eq!(kept, bytes);
     }
     Ok(())
 }
