@@ -253,6 +253,12 @@ mod tests {
         assert_eq!(config.attribute(9999), None);
         let bad = Config::from_vars(&|n| (n == "MEMORY").then(|| "12Q".into()));
         assert!(bad.unwrap_err().contains("PW_EMULATOR_MEMORY"));
+        for gap in ["1K", "128G", "far"] {
+            let bad = Config::from_vars(&|n| (n == "GAP").then(|| gap.into()));
+            assert!(bad.unwrap_err().contains("PW_EMULATOR_GAP"));
+        }
+        let far = Config::from_vars(&|n| (n == "GAP").then(|| "16G".into())).unwrap();
+        assert_eq!((config.gap, far.gap), (64 << 10, 16 << 30));
         let small = Config::from_vars(&|n| match n {
             "MEMORY" => Some("64M".into()),
             "ARCH" => Some("sm_75".into()),
