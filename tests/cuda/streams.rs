@@ -186,6 +186,9 @@ fn kept_memory(device: &CudaDevice) -> Outcome {
     let context = CudaContext::new(device.ordinal()).map_err(code)?;
     for bytes in [3u64 << 30, 0] {
         device.keep_memory(bytes)?;
+        if !context.has_async_alloc() {
+            continue;
+        }
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         let mut kept = u64::MAX;
         // SAFETY: the device's own pool, and a 64-bit number.
