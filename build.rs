@@ -130,20 +130,40 @@ mod cuda {
             if line.is_empty() || line.starts_with("//") {
                 continue;
             }
-            let numbers: Option<Vec<u32>> = line
-                .strip_prefix("PW_FPROP_F32_SIMT(")
-                .and_then(|rest| rest.strip_suffix(')'))
-                .and_then(|list| list.split(',').map(|n| n.trim().parse().ok()).collect());
-            let Some([c, positions, depth, slow, fast, blocks]) = numbers.as_deref() else {
-                fail(&format!("kernels/kernels.def: not understood: {line}"));
-            };
-            let threads = c * positions / (slow * fast);
+            let row = line.strip_suffix(')').and_then(|row| row.split_once('('));
+            let (family, list) = row.unwrap_or((line, ""));
+            let numbers: Option<Vec<u32>> =
+                list.split(',').map(|number| number.trim().parse().ok()).collect();
+            let numbers = numbers.unwrap_or_default();
             for (layout, channels_fast) in [("nchw", false), ("nhwc", true)] {
+                let (family, isa, c, positions, depth, slow, fast, blocks, shared) =
+                    match (family, numbers.as_slice()) {
+                        ("PW_FPROP_F32_SIMT", &[c, positions, depth, slow, fast, blocks]) => {
+                            ("Simt", "f32_simt", c, positions, depth, slow, fast, blocks, 0)
+                        }
+                        (
+                            "PW_FPROP_TF32_MMA" | "PW_FPROP_F32_MMA",
+                            &[c, positions, depth, warp_c, warp_positions, _, blocks, shared],
+                        ) => {
+                            // A warp's 32 lanes are 8 along the channels and 4 along the positions.
+                            let (slow, fast) = match channels_fast {
+                                true => (warp_positions / 4, warp_c / 8),
+                                false => (warp_c / 8, warp_positions / 4),
+                            };
+                            let (name, isa) = match family {
+                                "PW_FPROP_TF32_MMA" => ("Tf32", "tf32_sm80"),
+                                _ => ("Tf32x3", "f32_sm80"),
+                            };
+                            (name, isa, c, positions, depth, slow, fast, blocks, shared)
+                        }
+                        _ => fail(&format!("kernels/kernels.def: not understood: {line}")),
+                    };
+                let threads = c * positions / (slow * fast);
                 rows += &format!(
-                    "    Kernel {{ name: \"fprop_f32_simt_{c}x{positions}x{depth}_{layout}\", \
-                     rows: {c}, positions: {positions}, depth: {depth}, slow: {slow}, \
-                     fast: {fast}, threads: {threads}, blocks_per_sm: {blocks}, \
-                     channels_fast: {channels_fast} }},\n"
+                    "    Kernel {{ name: \"fprop_{isa}_{c}x{positions}x{depth}_{layout}\", \
+                     family: Family::{family}, rows: {c}, positions: {positions}, depth: {depth}, \
+                     slow: {slow}, fast: {fast}, threads: {threads}, blocks_per_sm: {blocks}, \
+                     shared_bytes: {shared}, channels_fast: {channels_fast} }},\n"
                 );
             }
         }

@@ -1,9 +1,9 @@
 //! Times every layer of `layers.csv` on a GPU, in both layouts, and prints CSV. `peers/gpu.py`
 //! times PyTorch in the same way.
 //!
-//! `cargo bench --features cuda --bench gpu -- [--batch N] [--only TEXT] [--chosen]`. Each kernel's
-//! result is verified against the CPU's before it is timed; `--chosen` times only the kernel that
-//! the planner takes. Times are the GPU's own, between events, and L2 is flushed before each call.
+//! `cargo bench --features cuda --bench gpu -- [--batch N] [--only TEXT] [--chosen] [--tf32]`.
+//! Each kernel's result is verified against the CPU's before it is timed; `--chosen` times only the
+//! kernel that the planner takes, `--tf32` allows those on tensor cores. Times are the GPU's own, between events, and L2 is flushed before each call.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use ndarray::{Array4, ArrayD};
 use pointwise::cudarc::driver::{CudaEvent, DriverError, result, sys};
 use pointwise::init::{Init, bias};
-use pointwise::{CudaDevice, CudaTensor, Device, Layout, Pointwise, PrepareOptions, nhwc};
+use pointwise::{CudaDevice, CudaTensor, Device, Layout, Math, Pointwise, PrepareOptions, nhwc};
 
 /// A product large and square enough that only arithmetic counts.
 const SQUARE: &str = "square,4096,1,4096,4096,64,64,1,1,none";
@@ -39,6 +39,10 @@ fn run() -> Outcome<bool> {
     let batch: usize = option("--batch").map_or(Ok(32), |n| n.parse())?;
     let only = option("--only").unwrap_or_default();
     let chosen = args.iter().any(|arg| arg == "--chosen");
+    let math = match args.iter().any(|arg| arg == "--tf32") {
+        true => Math::Tf32,
+        false => Math::F32,
+    };
     let timer = Timer::new(&CudaDevice::open(0)?)?;
     eprintln!("{}, an empty call takes {:.2} us", timer.device, timer.time(|| Ok(()))?.0);
 
@@ -48,7 +52,7 @@ fn run() -> Outcome<bool> {
     let mut all_right = true;
     for line in include_str!("layers.csv").lines().skip(1).chain([SQUARE]) {
         if line.contains(&only)
-            && let Err(error) = layer(line, batch, chosen, &timer)
+            && let Err(error) = layer(line, batch, chosen, math, &timer)
         {
             eprintln!("{line}: {error}");
             all_right = false;
@@ -57,7 +61,7 @@ fn run() -> Outcome<bool> {
     Ok(all_right)
 }
 
-fn layer(line: &str, batch: usize, chosen: bool, timer: &Timer) -> Outcome {
+fn layer(line: &str, batch: usize, chosen: bool, math: Math, timer: &Timer) -> Outcome {
     let fields: Vec<_> = line.split(',').collect();
     let [model, name, sizes @ .., act] = fields.as_slice() else {
         return Err("not a layer".into());
@@ -91,16 +95,24 @@ fn layer(line: &str, batch: usize, chosen: bool, timer: &Timer) -> Outcome {
             "nchw" => Layout::ChannelsFirst,
             _ => Layout::ChannelsLast,
         };
-        let plans = layer.prepare(&gpu)?.plans_in(src.shape(), order)?;
+        let options = |kernel| PrepareOptions { math, kernel, ..PrepareOptions::default() };
+        let plans = layer.prepare_with(&gpu, options(None))?.plans_in(src.shape(), order)?;
         let limit = if chosen { 1 } else { plans.len() };
         for (rank, plan) in plans.iter().take(limit).enumerate() {
-            let options =
-                PrepareOptions { kernel: Some(plan.kernel.into()), ..PrepareOptions::default() };
-            let prepared = layer.prepare_with(&gpu, options)?;
+            // Some kernels run by name only; others not at all.
+            let prepared = match layer.prepare_with(&gpu, options(Some(plan.kernel.into()))) {
+                Err(pointwise::Error::Kernel { .. }) => continue,
+                prepared => prepared?,
+            };
             let mut dst = prepared.forward(&src)?;
-            verify(&dst.to_host()?, &expected).map_err(|why| format!("{}: {why}", plan.kernel))?;
+            verify(&dst.to_host()?, &expected, math)
+                .map_err(|why| format!("{}: {why}", plan.kernel))?;
             let (median, min) = timer.time(|| Ok(prepared.forward_into(&src, &mut dst)?))?;
-            let contender = if rank == 0 { "pointwise" } else { "pointwise_forced" };
+            let contender = match (rank, math) {
+                (0, Math::Tf32) => "pointwise_tf32",
+                (0, _) => "pointwise",
+                _ => "pointwise_forced",
+            };
             println!(
                 "{model},{name},{n},{c_in},{c_out},{h},{w},{stride},{groups},{act},{layout},\
                  {contender},{},{median:.2},{min:.2},{:.1}",
@@ -112,7 +124,7 @@ fn layer(line: &str, batch: usize, chosen: bool, timer: &Timer) -> Outcome {
     Ok(())
 }
 
-fn verify(got: &ArrayD<f32>, expected: &ArrayD<f32>) -> Result<(), String> {
+fn verify(got: &ArrayD<f32>, expected: &ArrayD<f32>, math: Math) -> Result<(), String> {
     let layout = |array: &ArrayD<f32>| (array.shape().to_vec(), array.strides().to_vec());
     // Both follow the source, so memory can be compared as it lies.
     let (Some(values), Some(right)) =
@@ -123,7 +135,9 @@ fn verify(got: &ArrayD<f32>, expected: &ArrayD<f32>) -> Result<(), String> {
     if layout(got) != layout(expected) {
         return Err(format!("laid out as {:?}, expected {:?}", layout(got), layout(expected)));
     }
-    let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-4;
+    // Results are of the size of 1/3; products of operands with 10 bits err by 2^-11 each.
+    let tolerance = if math == Math::Tf32 { 2e-3 } else { 1e-4 };
+    let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= tolerance;
     match values.iter().zip(right).find(|&pair| !close(pair)) {
         Some((got, expected)) => Err(format!("{got}, expected {expected}")),
         None => Ok(()),

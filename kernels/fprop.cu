@@ -1,5 +1,6 @@
 // The forward pass: fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout of dst}.
 #include "epilogues/steps.cuh"
+#include "mainloops/mma.cuh"
 #include "mainloops/simt.cuh"
 #include "splits.cuh"
 
@@ -19,7 +20,7 @@ __device__ void fprop(const pw_fprop& p, Shared& shared) {
     TileWriter<Tile>(p, shared.tile, shared.at).write(acc);
 }
 
-#define PW_INSTANCE(layout, channels_fast, rows, positions, depth, slow, fast, blocks)           \
+#define PW_SIMT(layout, channels_fast, rows, positions, depth, slow, fast, blocks)               \
     extern "C" __global__ void __launch_bounds__((rows) * (positions) / ((slow) * (fast)), blocks) \
         fprop_f32_simt_##rows##x##positions##x##depth##_##layout(                                \
             const __grid_constant__ pw_fprop p) {                                                \
@@ -27,8 +28,33 @@ __device__ void fprop(const pw_fprop& p, Shared& shared) {
         __shared__ SimtShared<Tile> shared;                                                      \
         fprop<Tile>(p, shared);                                                                  \
     }
-#define PW_FPROP_F32_SIMT(...)              \
-    PW_INSTANCE(nchw, false, __VA_ARGS__)   \
-    PW_INSTANCE(nhwc, true, __VA_ARGS__)
+#define PW_FPROP_F32_SIMT(...)          \
+    PW_SIMT(nchw, false, __VA_ARGS__)   \
+    PW_SIMT(nhwc, true, __VA_ARGS__)
+
+// More shared memory than a kernel may declare: the launch brings it.
+#define PW_MMA(dtype, parts, layout, channels_fast, rows, positions, depth, warp_rows,           \
+               warp_positions, stages, blocks, bytes)                                            \
+    extern "C" __global__ void __launch_bounds__(                                                \
+        32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks)                      \
+        fprop_##dtype##_sm80_##rows##x##positions##x##depth##_##layout(                               \
+            const __grid_constant__ pw_fprop p) {                                                \
+        using Tile = MmaTile<parts, rows, positions, depth, warp_rows, warp_positions, stages,   \
+                             channels_fast>;                                                     \
+        static_assert(sizeof(MmaShared<Tile>) == (bytes), "kernels.def says how much a launch brings"); \
+        extern __shared__ float4 brought[];                                                      \
+        fprop<Tile>(p, *reinterpret_cast<MmaShared<Tile>*>(brought));                            \
+    }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define PW_FPROP_TF32_MMA(...)                  \
+    PW_MMA(tf32, 1, nchw, false, __VA_ARGS__)   \
+    PW_MMA(tf32, 1, nhwc, true, __VA_ARGS__)
+#define PW_FPROP_F32_MMA(...)                  \
+    PW_MMA(f32, 2, nchw, false, __VA_ARGS__)   \
+    PW_MMA(f32, 2, nhwc, true, __VA_ARGS__)
+#else
+#define PW_FPROP_TF32_MMA(...)
+#define PW_FPROP_F32_MMA(...)
+#endif
 
 #include "kernels.def"

@@ -105,7 +105,9 @@ run() {
     step peers 120 bash -c "into $results/peers.csv $peers"
     step bench-again 60 bash -c "into $results/ours-again.csv $bench --chosen"
     step facts-after-bench-again 30 "${facts[@]}" "--query-gpu=$state"
+    step bench-tf32 90 bash -c "into $results/ours-tf32.csv $bench --tf32"
     step bench-n1 60 bash -c "into $results/ours-n1.csv $bench --batch 1"
+    step bench-tf32-n1 60 bash -c "into $results/ours-tf32-n1.csv $bench --tf32 --batch 1"
     step peers-n1 90 bash -c "into $results/peers-n1.csv $peers --batch 1"
 
     local trials=$folder/deps/cuda

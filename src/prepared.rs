@@ -25,8 +25,9 @@ pub enum Math {
     /// f32 products, f32 sums.
     #[default]
     F32,
-    /// Products of operands rounded to TF32 (10 bits of mantissa) are allowed where the device
-    /// has them; a permission, not a demand.
+    /// Products of operands rounded to TF32 (10 bits of mantissa, to the nearest) are allowed where
+    /// the device has them, CUDA from compute capability 8.0 on; sums stay f32. A permission, not a
+    /// demand: `explain` says what runs. Weights may be rounded wherever the device has TF32.
     Tf32,
 }
 

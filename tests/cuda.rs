@@ -20,6 +20,8 @@ mod numbers;
 mod splits;
 #[path = "cuda/streams.rs"]
 mod streams;
+#[path = "cuda/tensor_cores.rs"]
+mod tensor_cores;
 
 use std::process::ExitCode;
 
@@ -48,11 +50,13 @@ fn main() -> ExitCode {
         streams::TRIALS,
         host::TRIALS,
         compose::TRIALS,
+        tensor_cores::TRIALS,
         driver::TRIALS,
     ]
     .concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
-    let stand_in = [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS].concat();
+    let stand_in =
+        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, tensor_cores::STAND_IN_TRIALS].concat();
     let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {

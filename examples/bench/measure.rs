@@ -150,7 +150,11 @@ impl Bench {
             for &order in &self.orders {
                 let plans = prepared.plans_in(&[n, c_in, h, w], layout(order))?;
                 let plan = match kernel {
-                    Some(name) => plans.into_iter().find(|plan| plan.kernel == name),
+                    // `name/4` names how many blocks share a sum, too.
+                    Some(name) => plans.into_iter().find(|plan| {
+                        name.strip_prefix(plan.kernel)
+                            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+                    }),
                     None => plans.into_iter().next(),
                 };
                 let plan = plan.ok_or("no kernel")?;

@@ -40,11 +40,12 @@ class TileWriter {
 public:
     __device__ TileWriter(const pw_fprop& p, const TileAt& tile,
                           const PositionTable<Tile::kPositions>& at)
-        : p(p), tile(tile), at(at), fast(Tile::fast_begin()), slow(Tile::slow_begin()) {
+        : p(p), at(at), fast(Tile::fast_begin()), slow(Tile::slow_begin()) {
         const int64_t left = p.positions - tile.position;
         positions = left < Tile::kPositions ? int(left) : Tile::kPositions;
         rows = p.rows - tile.row < Tile::kRows ? int(p.rows - tile.row) : Tile::kRows;
         packed = int64_t(tile.group) * p.row_pitch + tile.row;
+        first_channel = int64_t(tile.group) * p.rows + tile.row;
     }
 
     __device__ void write(float (&acc)[Tile::kSlow][Tile::kFast]) const {
@@ -57,11 +58,11 @@ public:
 
 private:
     const pw_fprop& p;
-    const TileAt& tile;
     const PositionTable<Tile::kPositions>& at;
-    int fast, slow;       // where this thread's elements begin in the tile
-    int rows, positions;  // how much of the tile lies within the tensor
-    int64_t packed;       // the tile's first channel in arrays that are packed like the weights
+    int fast, slow;         // where this thread's elements begin in the tile
+    int rows, positions;    // how much of the tile lies within the tensor
+    int64_t packed;         // the tile's first channel in arrays that are packed like the weights
+    int64_t first_channel;  // and among the channels of all groups
 
     // Four elements of the tile, and which of them exist.
     struct Four {
@@ -197,7 +198,7 @@ private:
 
     // A tensor's channel of a row of this tile.
     __device__ int64_t channel(int row, const uint32_t* map) const {
-        const int64_t own = int64_t(tile.group) * p.rows + tile.row + row;
+        const int64_t own = first_channel + row;
         return map != nullptr ? int64_t(__ldg(map + own)) : own;
     }
 

@@ -5,13 +5,14 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice_attribute as Attribute, CUstream, CUstreamCaptureStatus,
+    self, CUcontext, CUdevice_attribute as Attribute, CUfunction_attribute, CUstream,
+    CUstreamCaptureStatus,
 };
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::KERNELS;
+use super::plan::{Family, KERNELS, Kernel};
 use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
@@ -36,6 +37,8 @@ pub(crate) struct Facts {
     pub name: String,
     pub compute_capability: (u32, u32),
     pub multiprocessors: u32,
+    /// Whether the tensor cores take TF32, and the image has the kernels for it.
+    pub tf32: bool,
     pub l2_bytes: u64,
     pub memory_bytes: u64,
     /// Ceilings of arithmetic and memory, computed from clocks and widths.
@@ -45,8 +48,8 @@ pub(crate) struct Facts {
 /// What is loaded once per context.
 struct Context {
     context: Arc<CudaContext>,
-    /// In the order of [`KERNELS`].
-    functions: Vec<CudaFunction>,
+    /// In the order of [`KERNELS`]; `None` is for other chips.
+    functions: Vec<Option<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
     stream: Arc<CudaStream>,
@@ -79,8 +82,12 @@ struct Fault {
 /// # CUDA graphs
 /// A call on device tensors can be captured in a graph by
 /// [`Prepared::forward_into`](crate::Prepared::forward_into), or by `run_into` of a call with more
-/// tensors: these allocate nothing and wait for nothing. What the graph's owner has to see to:
+/// tensors: these wait for nothing, and allocate nothing of which the graph is not the owner. What
+/// the graph's owner has to see to:
 ///
+/// - Where several blocks share a sum (`explain` says so), the graph has memory nodes for the parts,
+///   with which CUDA lets a graph be instantiated once at a time, and not be cloned. A layer
+///   prepared with [`batch_invariant`](crate::PrepareOptions::batch_invariant) has none.
 /// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
 ///   captured calls until the graph is destroyed and its last run is done.
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
@@ -308,9 +315,9 @@ impl CudaDevice {
         &self.shared.facts
     }
 
-    /// The function of a row of [`KERNELS`].
-    pub(super) fn function(&self, kernel: usize) -> &CudaFunction {
-        &self.shared.functions[kernel]
+    /// The function of a row of [`KERNELS`], if it runs on this device.
+    pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
+        self.shared.functions.get(kernel)?.as_ref()
     }
 
     /// Makes this device's context the calling thread's for as long as the result lives. Every
@@ -526,7 +533,7 @@ impl Context {
         // capture: this crate orders its streams itself.
         // SAFETY: nothing here relies on cudarc's tracking.
         unsafe { context.disable_event_tracking() };
-        let facts = Facts::of(&context)?;
+        let mut facts = Facts::of(&context)?;
         if facts.compute_capability < OLDEST {
             let (major, minor) = facts.compute_capability;
             return Err(missing(format!(
@@ -535,7 +542,9 @@ impl Context {
             )));
         }
         let functions =
-            load(&context).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+            load(&context, &facts).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+        let all = KERNELS.iter().zip(&functions);
+        facts.tf32 = all.map(|(_, function)| function).all(Option::is_some);
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
         let event = Mutex::new(Event::new(&context)?);
         let (fault, staging) = (OnceLock::new(), Mutex::default());
@@ -553,7 +562,7 @@ impl Context {
     }
 }
 
-fn load(context: &Arc<CudaContext>) -> Result<Vec<CudaFunction>, u32> {
+fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunction>>, u32> {
     let code = |error: result::DriverError| error.0 as u32;
     if FATBIN.is_empty() {
         // Built under DOCS_RS, to be read and not to be run.
@@ -561,7 +570,22 @@ fn load(context: &Arc<CudaContext>) -> Result<Vec<CudaFunction>, u32> {
     }
     let module: Arc<CudaModule> =
         context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
-    KERNELS.iter().map(|kernel| module.load_function(kernel.name).map_err(code)).collect()
+    let function = |kernel: &Kernel| {
+        if facts.compute_capability < kernel.family.oldest() {
+            return Ok(None);
+        }
+        let function = match module.load_function(kernel.name).map_err(code) {
+            // Compiled for older chips only, which every chip since them runs.
+            Err(driver::NOT_FOUND) if kernel.family != Family::Simt => return Ok(None),
+            function => function?,
+        };
+        if kernel.shared_bytes > 0 {
+            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(most, kernel.shared_bytes as i32).map_err(code)?;
+        }
+        Ok(Some(function))
+    };
+    KERNELS.iter().map(function).collect()
 }
 
 fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {
@@ -597,6 +621,7 @@ impl Facts {
             name: context.name().map_err(failed("cuDeviceGetName"))?,
             compute_capability,
             multiprocessors,
+            tf32: false,
             l2_bytes: optional(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) as u64,
             memory_bytes: context.total_mem().map_err(failed("cuDeviceTotalMem"))? as u64,
             roof: roof(compute_capability, multiprocessors, clock, memory_clock, bus),

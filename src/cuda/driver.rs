@@ -42,6 +42,7 @@ const FUNCTIONS: &[&str] = &[
     "cuEventDestroy_v2",
     "cuEventRecord",
     "cuEventSynchronize",
+    "cuFuncSetAttribute",
     "cuInit",
     "cuLaunchKernel",
     "cuMemAllocAsync",
@@ -167,6 +168,9 @@ impl std::fmt::Display for Code {
     }
 }
 
+/// What a module says of a function that it has not.
+pub(super) const NOT_FOUND: u32 = 500;
+
 /// The driver's name for a code; it is not asked, because the answer must not depend on it.
 pub(crate) fn name(code: u32) -> &'static str {
     match code {
@@ -194,7 +198,7 @@ pub(crate) fn name(code: u32) -> &'static str {
         304 => "CUDA_ERROR_OPERATING_SYSTEM",
         400 => "CUDA_ERROR_INVALID_HANDLE",
         401 => "CUDA_ERROR_ILLEGAL_STATE",
-        500 => "CUDA_ERROR_NOT_FOUND",
+        NOT_FOUND => "CUDA_ERROR_NOT_FOUND",
         600 => "CUDA_ERROR_NOT_READY",
         700 => "CUDA_ERROR_ILLEGAL_ADDRESS",
         701 => "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES",

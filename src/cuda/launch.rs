@@ -230,15 +230,19 @@ unsafe fn start(
     (x, y): (u32, u32),
     params: &mut pw_fprop,
 ) -> Result<()> {
+    let function = device.function(kernel).ok_or_else(|| Error::Kernel {
+        kernel: KERNELS[kernel].name.into(),
+        reason: format!("{device} does not run it"),
+    })?;
     let mut arguments = [(&raw mut *params).cast::<c_void>()];
     // SAFETY: the kernel takes one pw_fprop by value, which the driver copies now; what it points
     // to is the caller's promise.
     unsafe {
         result::launch_kernel(
-            device.function(kernel).cu_function(),
+            function.cu_function(),
             (x, y, 1),
             (KERNELS[kernel].threads, 1, 1),
-            0,
+            KERNELS[kernel].shared_bytes,
             device.stream().cu_stream(),
             &mut arguments,
         )

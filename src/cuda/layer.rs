@@ -5,13 +5,13 @@ use std::sync::Arc;
 use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
 use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
-use super::plan::{self, Choice, Forced, KERNELS, Terms};
+use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};
 use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, Step};
 use crate::error::{Error, Result};
 use crate::plan::{Candidate, wanted_kernel};
-use crate::prepared::PrepareOptions;
+use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Problem};
 use crate::stages::Activation;
 use crate::tensor::Place;
@@ -62,11 +62,22 @@ impl Layer {
             }
             None => None,
         };
-        let terms = Terms { batch_invariant: options.batch_invariant, forced };
+        let terms = Terms {
+            batch_invariant: options.batch_invariant,
+            tf32: options.math == Math::Tf32,
+            forced,
+        };
+        let wanted = KERNELS.iter().find(|kernel| forced.is_some_and(|f| f.kernel == kernel.name));
+        if let Some(kernel) = wanted
+            && let Some(reason) = kernel.refusal(device.facts(), &terms)
+        {
+            let (kernel, reason) = (kernel.name.into(), reason(device.facts()));
+            return Err(Error::Kernel { kernel, reason });
+        }
         if let Some(what) = missing(shape, &lowered) {
             return Err(unsupported(device, what));
         }
-        let weights = Arc::new(Weights::upload(device, shape, &lowered)?);
+        let weights = Arc::new(Weights::upload(device, shape, &lowered, terms.tf32)?);
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
         Ok(Layer { device: device.clone(), weights, terms, slice_bytes })
     }
@@ -111,8 +122,14 @@ impl Layer {
         let letters = self.call(problem)?.letters();
         let choice = plan::choose(&letters, self.device.facts(), &self.terms);
         let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
-        let words = plan::describe(choice, &letters, self.device.facts());
-        Ok((KERNELS[choice.kernel].name, format!("{forced}{words}")))
+        let facts = self.device.facts();
+        let words = plan::describe(choice, &letters, facts);
+        let products = match (self.terms.tf32, KERNELS[choice.kernel].family) {
+            (false, _) | (_, Family::Tf32 | Family::Tf32x3) => String::new(),
+            (true, Family::Simt) if facts.tf32 => "; products in f32 cost no more here".into(),
+            (true, Family::Simt) => format!("; {}", plan::no_tf32(facts)),
+        };
+        Ok((KERNELS[choice.kernel].name, format!("{forced}{words}{products}")))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
@@ -133,7 +150,10 @@ impl Layer {
         order.sort_by_key(|&choice| choice != first);
         let candidate = |choice: plan::Choice| Candidate {
             kernel: KERNELS[choice.kernel].name,
-            verdict: Ok(plan::describe(choice, &letters, facts)),
+            verdict: match KERNELS[choice.kernel].refusal(facts, &self.terms) {
+                Some(reason) => Err(reason(facts)),
+                None => Ok(plan::describe(choice, &letters, facts)),
+            },
         };
         order.into_iter().map(candidate).collect()
     }
@@ -294,7 +314,12 @@ fn single_source(device: &CudaDevice, problem: &Problem<'_>) -> Result<Operand> 
 }
 
 impl Weights {
-    fn upload(device: &CudaDevice, shape: &LayerShape, lowered: &Lowered) -> Result<Self> {
+    fn upload(
+        device: &CudaDevice,
+        shape: &LayerShape,
+        lowered: &Lowered,
+        tf32: bool,
+    ) -> Result<Self> {
         let count = |what: &'static str, n: usize| {
             // Sums of a tile and its padding stay within 31 bits too.
             let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
@@ -304,7 +329,11 @@ impl Weights {
         let rows = count("output channels per group", shape.c_out / shape.groups)?;
         let depth = count("input channels per group", shape.k())?;
         let mut packer = Packer::new(shape);
-        let weight = packer.weight(&lowered.weight);
+        let weight = match tf32 && device.facts().tf32 {
+            // Once, here, instead of each time that a kernel reads them.
+            true => packer.weight(&lowered.weight.iter().copied().map(to_tf32).collect::<Vec<_>>()),
+            false => packer.weight(&lowered.weight),
+        };
         let bias = packer.rows(&lowered.bias);
         let steps: Vec<(pw_step, [Option<usize>; 2])> =
             lowered.steps.iter().map(|step| packer.step(step)).collect();
@@ -344,6 +373,15 @@ impl Weights {
         params.steps[..inline].copy_from_slice(&steps[..inline]);
         (params.epilogue, params.clip_lo, params.clip_hi) = short_cut(&steps);
         Ok(Weights { memory, params, groups, rows, depth })
+    }
+}
+
+/// The nearest TF32, ties away from zero: as the device's instruction rounds.
+fn to_tf32(x: f32) -> f32 {
+    match x {
+        x if x.is_finite() => f32::from_bits((x.to_bits() + 0x1000) & !0x1FFF),
+        x if x.is_nan() => f32::NAN,
+        infinite => infinite,
     }
 }
 
@@ -508,6 +546,26 @@ mod tests {
         let start = packer.rows(&[1., 2., 3., 4., 5., 6.]);
         assert_eq!(start % 256, 0);
         assert_eq!(floats(&packer, start, 8), [1., 2., 3., 0., 4., 5., 6., 0.]);
+    }
+
+    #[test]
+    fn rounding_to_tf32_goes_to_the_nearest() {
+        let one = 1.0f32;
+        let step = 2f32.powi(-10);
+        for (x, rounded) in [
+            (one, one),
+            (one + 0.49 * step, one),
+            (one + 0.5 * step, one + step),
+            (-one - 0.5 * step, -one - step),
+            (2.0f32.next_down(), 2.0),
+            (f32::MAX, f32::INFINITY),
+            (-f32::INFINITY, -f32::INFINITY),
+            (-0.0, -0.0),
+        ] {
+            assert_eq!(to_tf32(x).to_bits(), rounded.to_bits(), "{x}");
+        }
+        // Payloads in the bits that do not count must not turn a NaN into an infinity.
+        assert!(f32::from_bits(to_tf32(f32::from_bits(0x7F80_0001)).to_bits() & !0x1FFF).is_nan());
     }
 
     #[test]

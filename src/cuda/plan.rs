@@ -4,11 +4,33 @@
 use super::device::Facts;
 use super::scratch::Need;
 
+/// What a kernel multiplies with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    /// The FMA units: f32 products, exact but for the rounding of their sums.
+    Simt,
+    /// Tensor cores: operands rounded to TF32, f32 sums.
+    Tf32,
+    /// Tensor cores: operands as sums of two TF32 values, three products for one, f32 sums.
+    Tf32x3,
+}
+
+impl Family {
+    /// The first compute capability that has it.
+    pub(crate) fn oldest(self) -> (u32, u32) {
+        match self {
+            Family::Simt => (7, 5),
+            Family::Tf32 | Family::Tf32x3 => (8, 0),
+        }
+    }
+}
+
 /// A kernel of `kernels/kernels.def`, which says what the numbers mean.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Kernel {
-    /// `fprop_f32_simt_{rows}x{positions}x{depth}_{layout}`, also its symbol.
+    /// `fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout}`, also its symbol.
     pub name: &'static str,
+    pub family: Family,
     /// Output channels of a tile.
     pub rows: u32,
     pub positions: u32,
@@ -18,6 +40,8 @@ pub(crate) struct Kernel {
     pub fast: u32,
     pub threads: u32,
     pub blocks_per_sm: u32,
+    /// Shared memory that a launch brings, beside what the kernel declares.
+    pub shared_bytes: u32,
     /// Whether it stores along channels (NHWC) instead of positions (NCHW).
     pub channels_fast: bool,
 }
@@ -49,6 +73,8 @@ pub(crate) struct Letters {
 pub(crate) struct Terms {
     /// Sums must not depend on how many positions there are.
     pub batch_invariant: bool,
+    /// Operands may be rounded to TF32.
+    pub tf32: bool,
     pub forced: Option<Forced>,
 }
 
@@ -112,6 +138,32 @@ impl Kernel {
         (y <= GRID.1).then_some((x as u32, y as u32))
     }
 
+    /// Why this kernel cannot run a layer, whatever the problem: words for who asks, as every call
+    /// looks whether there are any.
+    pub(crate) fn refusal(&self, facts: &Facts, terms: &Terms) -> Option<fn(&Facts) -> String> {
+        let forced = terms.forced.is_some_and(|forced| forced.kernel == self.name);
+        match self.family {
+            Family::Tf32 if !terms.tf32 => {
+                Some(|_| "it rounds operands to TF32, which needs Math::Tf32".into())
+            }
+            Family::Tf32 | Family::Tf32x3 if !facts.tf32 => Some(no_tf32),
+            Family::Tf32x3 if terms.tf32 => Some(|_| {
+                "its three products gain nothing over one of weights rounded to TF32".into()
+            }),
+            // Tensor cores do not say how they round.
+            Family::Tf32x3 if !forced => Some(|_| {
+                "it runs only where its name asks for it, until a GPU has shown its errors".into()
+            }),
+            Family::Simt if terms.tf32 && facts.tf32 && terms.batch_invariant && !forced => {
+                Some(|_| {
+                    "its sums are not those of the tensor cores, and must not depend on the batch"
+                        .into()
+                })
+            }
+            _ => None,
+        }
+    }
+
     /// How deep the sums are, in the slabs that a kernel works on; no split has less than one.
     pub(crate) fn slabs(&self, problem: &Letters) -> u32 {
         problem.depth.div_ceil(self.depth)
@@ -128,8 +180,8 @@ impl Kernel {
     /// least over the layers of `benches/layers.csv` on an H100.
     ///
     /// Where blocks share a tile, each has its part of the depth, writes its sums, and the last one
-    /// reads them all, after it has waited for memory a few times. These weights are computed, from
-    /// latencies and the bandwidth of L2, and not measured.
+    /// reads them all, after it has waited for memory a few times. These weights, and those of the
+    /// products on tensor cores, are computed from latencies and bandwidths, and not measured.
     fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
         let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
         let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
@@ -139,8 +191,18 @@ impl Kernel {
             tiles => (tiles as f64).max(0.75 * at_once as f64),
         };
         let tiles = (tiles / at_once * at_once) as f64 + last;
-        let (slow, fast) = (f64::from(self.slow), f64::from(self.fast));
-        let product = 1.0 + (slow + fast) / (slow * fast);
+        let product = match self.family {
+            Family::Simt => {
+                let (slow, fast) = (f64::from(self.slow), f64::from(self.fast));
+                1.0 + (slow + fast) / (slow * fast)
+            }
+            // Tensor cores outrun shared memory and L2, which then set the pace.
+            Family::Tf32 | Family::Tf32x3 => {
+                let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
+                let products = if self.family == Family::Tf32 { 0.2 } else { 0.6 };
+                products + 16.0 * (1.0 / rows + 1.0 / positions)
+            }
+        };
         let depth = f64::from(self.slabs(problem).div_ceil(splits) * self.depth);
         let ends = if self.channels_fast == problem.channels_fast { 72.0 } else { 128.0 };
         let (sharing, waiting) = match splits {
@@ -178,6 +240,9 @@ pub(crate) fn choose(problem: &Letters, facts: &Facts, terms: &Terms) -> Choice 
     let forced = |kernel: &Kernel| terms.forced.is_some_and(|forced| forced.kernel == kernel.name);
     let mut best = (Choice { kernel: 0, splits: 1 }, f64::INFINITY);
     for (index, kernel) in KERNELS.iter().enumerate() {
+        if kernel.refusal(facts, terms).is_some() {
+            continue;
+        }
         let (splits, cost) = kernel.best_splits(problem, facts, terms);
         let choice = Choice { kernel: index, splits };
         if forced(kernel) {
@@ -191,15 +256,28 @@ pub(crate) fn choose(problem: &Letters, facts: &Facts, terms: &Terms) -> Choice 
     best.0
 }
 
-/// All kernels, the best first.
+/// All kernels, the best first, those that refuse the layer last.
 pub(crate) fn ranked(problem: &Letters, facts: &Facts, terms: &Terms) -> Vec<Choice> {
-    let costs = KERNELS.iter().map(|kernel| kernel.best_splits(problem, facts, terms));
+    let costs = KERNELS.iter().map(|kernel| match kernel.refusal(facts, terms) {
+        Some(_) => (1, f64::INFINITY),
+        None => kernel.best_splits(problem, facts, terms),
+    });
     let mut all: Vec<(Choice, f64)> = costs
         .enumerate()
         .map(|(kernel, (splits, cost))| (Choice { kernel, splits }, cost))
         .collect();
     all.sort_by(|a, b| a.1.total_cmp(&b.1));
     all.into_iter().map(|(choice, _)| choice).collect()
+}
+
+/// Why a device multiplies in f32 although TF32 would do.
+pub(crate) fn no_tf32(facts: &Facts) -> String {
+    let (major, minor) = facts.compute_capability;
+    if facts.compute_capability < Family::Tf32.oldest() {
+        format!("no TF32 on compute capability {major}.{minor}, tensor cores have it from 8.0 on")
+    } else {
+        "no TF32 kernels in this build: POINTWISE_CUDA_ARCHS names older chips only".into()
+    }
 }
 
 /// How a kernel would run a problem, in words.
@@ -240,6 +318,7 @@ mod tests {
             name: "test".into(),
             compute_capability: (8, 0),
             multiprocessors: 108,
+            tf32: true,
             l2_bytes: 40 << 20,
             memory_bytes: 40 << 30,
             roof: Roof { flops_per_second: 1.95e13, bytes_per_second: 1.5e12 },
@@ -253,7 +332,7 @@ mod tests {
 
     fn splits(rows: u32, depth: u32, positions: u64, batch_invariant: bool) -> u32 {
         let problem = Letters { groups: 1, rows, depth, positions, channels_fast: false };
-        choose(&problem, &facts(), &Terms { batch_invariant, forced: None }).splits
+        choose(&problem, &facts(), &Terms { batch_invariant, ..Terms::default() }).splits
     }
 
     #[test]
@@ -272,7 +351,7 @@ mod tests {
         let name = KERNELS[0].name;
         let forced = Forced::parse(&format!("{name}/5"));
         assert_eq!(forced, Ok(Forced { kernel: name, splits: Some(5) }));
-        let terms = Terms { batch_invariant: true, forced: forced.ok() };
+        let terms = Terms { batch_invariant: true, forced: forced.ok(), ..Terms::default() };
         let problem =
             |depth| Letters { groups: 1, rows: 9, depth, positions: 1 << 20, channels_fast: false };
         let splits = |depth| choose(&problem(depth), &facts(), &terms).splits;
@@ -289,7 +368,12 @@ mod tests {
         for kernel in KERNELS {
             let layout = if kernel.channels_fast { "nhwc" } else { "nchw" };
             let (c, p, d) = (kernel.rows, kernel.positions, kernel.depth);
-            assert_eq!(kernel.name, format!("fprop_f32_simt_{c}x{p}x{d}_{layout}"));
+            let isa = match kernel.family {
+                Family::Simt => "f32_simt",
+                Family::Tf32 => "tf32_sm80",
+                Family::Tf32x3 => "f32_sm80",
+            };
+            assert_eq!(kernel.name, format!("fprop_{isa}_{c}x{p}x{d}_{layout}"));
             assert_eq!(kernel.threads * kernel.slow * kernel.fast, c * p);
             assert!(kernel.threads % 32 == 0 && kernel.threads * kernel.blocks_per_sm <= 2048);
         }
@@ -313,8 +397,31 @@ mod tests {
         let problem = Letters { groups: 1, rows: 1, depth: 1, positions: 1, channels_fast: true };
         for (index, kernel) in KERNELS.iter().enumerate() {
             let forced = Some(Forced { kernel: kernel.name, splits: None });
-            let choice = choose(&problem, &facts(), &Terms { forced, ..Terms::default() });
-            assert_eq!(choice, Choice { kernel: index, splits: 1 });
+            let tf32 = kernel.family == Family::Tf32;
+            let terms = Terms { forced, tf32, ..Terms::default() };
+            assert_eq!(choose(&problem, &facts(), &terms), Choice { kernel: index, splits: 1 });
+        }
+    }
+
+    #[test]
+    fn tensor_cores_run_where_they_may_and_gain() {
+        let family = |facts: &Facts, terms: &Terms, depth| {
+            let problem =
+                Letters { groups: 1, rows: 512, depth, positions: 1 << 16, channels_fast: false };
+            KERNELS[choose(&problem, facts, terms).kernel].family
+        };
+        let may = Terms { tf32: true, ..Terms::default() };
+        assert_eq!(family(&facts(), &may, 512), Family::Tf32);
+        assert_eq!(family(&facts(), &Terms::default(), 512), Family::Simt);
+        let older = Facts { compute_capability: (7, 5), tf32: false, ..facts() };
+        assert_eq!(family(&older, &may, 512), Family::Simt);
+        assert!(no_tf32(&older).contains("7.5"));
+        // Sums that must not depend on the batch come from one family.
+        let invariant = Terms { batch_invariant: true, ..may };
+        for positions in [1, 49, 1 << 20] {
+            let problem = Letters { groups: 1, rows: 4, depth: 3, positions, channels_fast: true };
+            let choice = choose(&problem, &facts(), &invariant);
+            assert_eq!((KERNELS[choice.kernel].family, choice.splits), (Family::Tf32, 1));
         }
     }
 

@@ -188,9 +188,11 @@ fn at(index: (usize, usize, usize, usize, usize), strides: &[isize; 5]) -> isize
     index.iter().zip(strides).map(|(&i, stride)| i as isize * stride).sum()
 }
 
+/// The kernels that compute in f32.
 pub fn kernels(device: &CudaDevice) -> Vec<&'static str> {
     let layer = Pointwise::new(Array2::ones((1, 1))).prepare(&device.clone().into()).unwrap();
-    layer.plans(&[1, 1]).unwrap().iter().map(|candidate| candidate.kernel).collect()
+    let plans = layer.plans(&[1, 1]).unwrap().into_iter();
+    plans.filter(|candidate| candidate.verdict.is_ok()).map(|candidate| candidate.kernel).collect()
 }
 
 pub fn force(kernel: &str) -> PrepareOptions {

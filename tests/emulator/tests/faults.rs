@@ -288,6 +288,24 @@ fn the_read_only_path_does_not_see_stores_of_the_launch() {
 }
 
 #[test]
+fn a_missing_fence_between_blocks_is_found() {
+    // Each block stores a word and counts itself; the last to arrive reads what all have stored.
+    let body = |before: &str, after: &str| {
+        format!(
+            "setp.eq.u32 %p, %t, 0; mov.u32 %b, %ctaid.x; mul.wide.u32 %e, %b, 4; add.u64 %e, %d, %e;\n\
+             @%p st.global.u32 [%e+4], %t; {before} @%p atom.global.inc.u32 %a, [%d], 2; {after}\n\
+             setp.eq.u32 %q, %a, 2; and.pred %q, %q, %p; @%q ld.global.u32 %b, [%d+4];\n\
+             @%q ld.global.u32 %b, [%d+8]; @%q ld.global.u32 %b, [%d+12];"
+        )
+    };
+    small_grid(&body("membar.gl;", "membar.gl;"), 3).unwrap();
+    for (before, after) in [("", "membar.gl;"), ("membar.gl;", "")] {
+        let fault = small_grid(&body(before, after), 3);
+        expect(fault, 719, &["'k'", "small.cu:33", "race: written in this launch by block #"]);
+    }
+}
+
+#[test]
 fn other_wild_accesses() {
     expect(small("ld.shared.u32 %b, [%a+256];"), 700, &["of 's', which has 256 bytes"]);
     expect(small("ld.global.u32 %b, [0];"), 700, &["address 0x0", "near no allocation"]);
