@@ -135,7 +135,8 @@ public:
         }
         src = p.src + (first + k) * p.src_channel;
         if (p.read == PW_READ_POSITIONS || p.read == PW_READ_POSITIONS_VEC4) {
-            src += at.src[column];
+            // The last position, which stands in for those past the end, may not be aligned.
+            src += at.src[column < valid ? column : 0];
             src_left = column < valid ? left - k : 0;
             to = k * Tile::kPositions + (column ^ Tile::src_swizzle(k));
         } else {

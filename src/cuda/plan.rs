@@ -176,7 +176,8 @@ impl Kernel {
     /// thread reads from shared memory per product; then come its first reads, which nothing hides,
     /// and its stores, which touch a sector per element if they go across the memory order. A
     /// multiprocessor works on `blocks_per_sm` tiles at a time, and a last round of fewer leaves it
-    /// waiting: that takes three quarters of a full one at least. The weights are those that lose
+    /// waiting: that takes three quarters of a full one at least (tensor cores' copies run further
+    /// ahead, and hide more). The weights are those that lose
     /// least over the layers of `benches/layers.csv` on an H100.
     ///
     /// Where blocks share a tile, each has its part of the depth, writes its sums, and the last one
@@ -186,9 +187,13 @@ impl Kernel {
         let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
         let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
         let at_once = u64::from(self.blocks_per_sm);
+        let least = match self.family {
+            Family::Simt => 0.75,
+            Family::Tf32 | Family::Tf32x3 => 0.3,
+        };
         let last = match tiles % at_once {
             0 => 0.0,
-            tiles => (tiles as f64).max(0.75 * at_once as f64),
+            tiles => (tiles as f64).max(least * at_once as f64),
         };
         let tiles = (tiles / at_once * at_once) as f64 + last;
         let product = match self.family {
@@ -418,6 +423,13 @@ mod tests {
         assert!(no_tf32(&older).contains("7.5"));
         // Sums that must not depend on the batch come from one family.
         let invariant = Terms { batch_invariant: true, ..may };
+        // A few positions are not too few for them.
+        let few = |depth| {
+            let problem =
+                Letters { groups: 1, rows: 512, depth, positions: 49, channels_fast: false };
+            choose(&problem, &facts(), &may)
+        };
+        assert!(KERNELS[few(2048).kernel].family == Family::Tf32 && few(2048).splits > 1);
         for positions in [1, 49, 1 << 20] {
             let problem = Letters { groups: 1, rows: 4, depth: 3, positions, channels_fast: true };
             let choice = choose(&problem, &facts(), &invariant);

@@ -763,15 +763,18 @@ impl Grid<'_> {
                     warp.regs.p[row as usize] ^ if negated { u32::MAX } else { 0 }
                 });
                 let size = copy.size;
+                let read = |lane: usize| match ignored >> lane & 1 {
+                    1 => 0,
+                    _ => sizes.map_or(size, |row| row[lane]),
+                };
                 if self.machine.counters {
-                    let from = |lane: usize| (src[lane], u64::from(size));
-                    self.counters.global(mask & !ignored, &from, false);
+                    let from = |lane: usize| (src[lane], u64::from(read(lane)));
+                    let reading = lanes(mask).filter(|&lane| read(lane) > 0);
+                    let mask = reading.fold(0, |mask, lane| mask | 1 << lane);
+                    self.counters.global(mask, &from, false);
                 }
                 for lane in lanes(mask) {
-                    let mut src_size = sizes.map_or(size, |row| row[lane]);
-                    if ignored >> lane & 1 == 1 {
-                        src_size = 0;
-                    }
+                    let src_size = read(lane);
                     let at = |address: u64, problem: Problem| Stop {
                         lane: Some(lane),
                         address: Some(address),
@@ -799,11 +802,12 @@ impl Grid<'_> {
                             .map_err(|p| at(to, p))?;
                     }
                     block.shared.set_pending(to as u32, size, true);
+                    // Also of an address from which nothing is read.
+                    if src[lane] % u64::from(size) != 0 {
+                        let text = format!("a copy of {size} bytes must be aligned to {size}");
+                        return Err(at(src[lane], Problem::new(716, text)));
+                    }
                     if src_size > 0 {
-                        if src[lane] % u64::from(size) != 0 {
-                            let text = format!("a copy of {size} bytes");
-                            return Err(at(src[lane], Problem::new(716, text)));
-                        }
                         self.global(block, w, lane, src[lane], src_size, src_size, Mode::Read)?;
                     }
                     block.warps[w].copies.issue(lane, to as u32, src[lane], size, src_size, who.pc);
