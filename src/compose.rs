@@ -54,6 +54,18 @@ impl Branches {
         &self.layers
     }
 
+    /// All layers on another stream of the CUDA device; weights are shared, as by
+    /// [`Prepared::on`].
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if the layers were prepared for another device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn on(&self, device: &crate::CudaDevice) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.on(device)).collect::<Result<_>>()?;
+        Ok(Self { layers })
+    }
+
     /// Runs every layer on `src`; results in the layers' order, each as
     /// [`Prepared::forward`](Prepared::forward) gives it.
     ///
@@ -239,6 +251,18 @@ impl Sequence {
     /// The layers, in order.
     pub fn layers(&self) -> &[Prepared] {
         &self.layers
+    }
+
+    /// This chain on another stream of the CUDA device; weights are shared, as by
+    /// [`Prepared::on`].
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if the layers were prepared for another device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn on(&self, device: &crate::CudaDevice) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.on(device)).collect::<Result<_>>()?;
+        Ok(Self { layers })
     }
 
     /// Runs the chain; the result has the memory order of `src`.

@@ -126,7 +126,13 @@ fn sequences_across_streams(device: &CudaDevice) -> Outcome {
         gpu.forward_into(&src, &mut dst)?;
         drop(src);
         assert_eq!(dst.to_host()?, cpu.forward(&host)?.into_dyn());
+        // The same weights on a stream per request.
+        let request = device.with_new_stream()?;
+        let src = CudaTensor::from_host(&request, host.view())?;
+        let result = gpu.on(&request)?.forward(&src)?;
+        assert_eq!(result.to_host()?, cpu.forward(&host)?.into_dyn());
     }
+    assert!(matches!(cpu.on(device), Err(Error::WrongDevice { .. })));
     Ok(())
 }
 
@@ -208,6 +214,8 @@ fn branches(device: &CudaDevice) -> Outcome {
     let residual = Array3::from_shape_vec((2, 8, 21), random.integers(336)).unwrap();
     let expected = cpu.call(&src).residual(1, &residual).run()?;
     assert_eq!(gpu.call(&src).residual(1, &residual).run()?, expected);
+    let elsewhere = gpu.on(&device.with_new_stream()?)?;
+    assert_eq!(elsewhere.call(&src).residual(1, &residual).run()?, expected);
 
     let on_device = CudaTensor::from_host(device, src.view())?;
     let beside = CudaTensor::from_host(device, residual.view())?;
