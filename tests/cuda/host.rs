@@ -5,7 +5,7 @@ use std::cell::Cell;
 
 use ndarray::{Array2, Array3, ArrayD, Axis, IxDyn, ShapeBuilder};
 use pointwise::cudarc::driver::sys;
-use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise, PrepareOptions};
+use pointwise::{CudaDevice, CudaTensor, Device, Error, Math, Pointwise, PrepareOptions};
 
 use super::cases::kernels;
 use super::numbers::Random;
@@ -105,6 +105,20 @@ fn slices_of_kernels(device: &CudaDevice) -> Outcome {
             let on_device = CudaTensor::from_host(device, src.view())?;
             let queued = prepare(None)?.forward(&on_device)?.to_host()?;
             same_bits(&queued, &expected, &format!("{kernel:?} on the device"))?;
+        }
+    }
+    // So few positions that blocks share the channels of a tile, more of them than in a slice.
+    let weight = Array2::from_shape_vec((8, 700), random.normal(5600)).unwrap();
+    let layer = Pointwise::new(weight).relu();
+    let src = filled(&mut random, &[2, 700, 5, 4], false);
+    for math in [Math::F32, Math::Tf32] {
+        let run = |slice_bytes| {
+            let options = PrepareOptions { math, slice_bytes, ..Default::default() };
+            layer.prepare_with(&gpu, options)?.forward(&src)
+        };
+        let expected = run(None)?;
+        for bytes in [0, 10_000, 50_000] {
+            same_bits(&run(Some(bytes))?, &expected, &format!("{math:?} in slices of {bytes}"))?;
         }
     }
     Ok(())
