@@ -4,11 +4,14 @@ use std::cell::RefCell;
 
 use crate::alias::share_memory;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::prepared::run_chain;
 use crate::prepared::{Extra, Prepared, run_together};
 use crate::problem::Operands;
+#[cfg(feature = "cuda")]
+use crate::tensor::Place;
 use crate::tensor::{
-    AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, checked_product,
-    strides_like,
+    AsTensor, AsTensorMut, MAX_RANK, Source, TensorMut, TensorRef, checked_product, strides_like,
 };
 
 /// Several layers that read the same source and run as one pass over it, each with its stages and
@@ -36,17 +39,31 @@ pub struct Branches {
 impl Branches {
     /// Puts layers of one device together.
     ///
+    /// On CUDA they are launched one after another, each on its own stream.
+    ///
     /// # Errors
     /// [`Error::NoLayers`] for an empty list; [`Error::WrongDevice`] if they were
-    /// prepared for different kinds of device; [`Error::Unsupported`] on CUDA.
+    /// prepared for different devices.
     pub fn new(layers: Vec<Prepared>) -> Result<Self> {
-        composable(&layers, "branches")?;
+        composable(&layers)?;
         Ok(Branches { layers })
     }
 
     /// The layers, in order.
     pub fn layers(&self) -> &[Prepared] {
         &self.layers
+    }
+
+    /// All layers on another stream of the CUDA device; weights are shared, as by
+    /// [`Prepared::on`].
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if the layers were prepared for another device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn on(&self, device: &crate::CudaDevice) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.on(device)).collect::<Result<_>>()?;
+        Ok(Self { layers })
     }
 
     /// Runs every layer on `src`; results in the layers' order, each as
@@ -65,8 +82,8 @@ impl Branches {
     }
 }
 
-/// Whether layers can run together as `what`.
-fn composable(layers: &[Prepared], what: &str) -> Result<()> {
+/// Whether layers can run together.
+fn composable(layers: &[Prepared]) -> Result<()> {
     let Some(first) = layers.first() else {
         return Err(Error::NoLayers);
     };
@@ -76,12 +93,6 @@ fn composable(layers: &[Prepared], what: &str) -> Result<()> {
                 tensor: "a layer",
                 expected: first.device().to_string(),
                 got: layer.device().to_string(),
-            });
-        }
-        if layer.place() != Place::Host {
-            return Err(Error::Unsupported {
-                device: layer.device().to_string(),
-                what: what.into(),
             });
         }
     }
@@ -212,15 +223,15 @@ thread_local! {
 }
 
 impl Sequence {
-    /// Chains layers of one device, none of which takes a residual or a gate.
+    /// Chains layers of one device, none of which takes a residual or a gate. On CUDA all of them
+    /// run on the first one's stream.
     ///
     /// # Errors
     /// [`Error::NoLayers`] for an empty list; [`Error::MissingInput`] if a layer takes a second tensor;
     /// [`Error::Channels`] if a layer does not take the channels of the one before;
-    /// [`Error::WrongDevice`] if they were prepared for different kinds of device;
-    /// [`Error::Unsupported`] on CUDA.
+    /// [`Error::WrongDevice`] if they were prepared for different devices.
     pub fn new(layers: Vec<Prepared>) -> Result<Self> {
-        composable(&layers, "a sequence")?;
+        composable(&layers)?;
         for layer in &layers {
             if let Some(input) = layer.second_input() {
                 return Err(Error::MissingInput { input });
@@ -233,12 +244,25 @@ impl Sequence {
                 channels = Some(layer.dst_shape_of(&[1, known])?[1]);
             }
         }
+        let layers = layers.iter().map(|layer| layer.beside(&layers[0])).collect::<Result<_>>()?;
         Ok(Sequence { layers })
     }
 
     /// The layers, in order.
     pub fn layers(&self) -> &[Prepared] {
         &self.layers
+    }
+
+    /// This chain on another stream of the CUDA device; weights are shared, as by
+    /// [`Prepared::on`].
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if the layers were prepared for another device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn on(&self, device: &crate::CudaDevice) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| layer.on(device)).collect::<Result<_>>()?;
+        Ok(Self { layers })
     }
 
     /// Runs the chain; the result has the memory order of `src`.
@@ -255,8 +279,12 @@ impl Sequence {
         Ok(dst)
     }
 
-    /// Runs the chain into any non-overlapping strides. What lies between the layers is kept per
-    /// thread; nothing is allocated once a thread has run a problem of this size.
+    /// Runs the chain into any non-overlapping strides. On the CPU, what lies between the layers is
+    /// kept per thread; nothing is allocated once a thread has run a problem of this size.
+    ///
+    /// On CUDA it stays on the device: host tensors go through in slices, and for device tensors it
+    /// comes from the device's memory pool in stream order. So a sequence can be captured as one
+    /// graph, which then owns that memory.
     ///
     /// # Errors
     /// As [`Prepared::forward_into`](Prepared::forward_into).
@@ -269,6 +297,10 @@ impl Sequence {
         let src = src.as_tensor()?;
         if share_memory(&src, dst.view()) {
             return Err(Error::Aliased { tensor: "src" });
+        }
+        #[cfg(feature = "cuda")]
+        if self.layers[0].place() != Place::Host {
+            return run_chain(&self.layers, &src, &dst);
         }
         BETWEEN.with(|between| match between.try_borrow_mut() {
             Ok(mut between) => self.run(src, &mut dst, &mut between),

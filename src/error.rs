@@ -195,7 +195,7 @@ pub enum Error {
         reason: String,
     },
     /// A call of the CUDA driver failed. A device's fault shows at a later call than the one that
-    /// caused it, and stays until the process ends.
+    /// caused it; what follows it is [`DeviceLost`](Self::DeviceLost).
     #[error("{call} failed: {name} ({code})")]
     Cuda {
         /// The driver's function.
@@ -204,6 +204,43 @@ pub enum Error {
         code: u32,
         /// The driver's name for the code.
         name: &'static str,
+    },
+    /// A fault has ended everything on a device for this process: an address that is not there, a
+    /// kernel that did not end, an error of the hardware. Other devices and the CPU go on.
+    #[error(
+        "{device} is lost to this process since {call} failed: {name} ({code}); a new process can \
+         use it again"
+    )]
+    DeviceLost {
+        /// The device, as `cuda:0 (NVIDIA H200)`.
+        device: String,
+        /// The driver's function that reported the fault first.
+        call: &'static str,
+        /// The driver's code.
+        code: u32,
+        /// The driver's name for the code.
+        name: &'static str,
+    },
+    /// A device's memory, or the host memory that it can copy from, is used up. What is in it stays
+    /// as it is, and smaller calls go on.
+    #[error("{device} is out of memory: no {bytes} bytes for {what}")]
+    DeviceMemory {
+        /// The device, as `cuda:0 (NVIDIA H200)`.
+        device: String,
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+    },
+    /// A pointer that no element of the tensor's type can have.
+    #[error("{tensor} begins at {address:#x}, which is no multiple of {alignment} bytes")]
+    Misaligned {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Its first element.
+        address: usize,
+        /// What the address must be a multiple of, in bytes.
+        alignment: usize,
     },
     /// The text of a [`Tuning`](crate::Tuning) has a line that is no entry.
     #[error("line {line} of a tuning is {text:?}, expected {expected}")]

@@ -38,6 +38,7 @@
 //! | `safetensors` (default) | layers from checkpoints with PyTorch's names |
 //! | `serde` | descriptions as data |
 //! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
+//! | `tracing` | a span per call, level `DEBUG`, target `pointwise`, with `kernel`, `problem`, `macs` and `bytes`; the layer of the crate `nvtx` makes NVTX ranges of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod alias;
@@ -59,14 +60,16 @@ mod problem;
 pub mod reference;
 mod stages;
 mod tensor;
+#[cfg(feature = "tracing")]
+mod trace;
 mod tuning;
 
 pub use compose::{Branches, BranchesCall, Sequence};
 pub use cost::{Cost, Roof, RoofMeter};
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
-pub use cuda::{CudaDevice, CudaTensor, DeviceElement};
-/// The CUDA bindings whose streams [`CudaDevice`] takes.
+pub use cuda::{CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, DeviceElement};
+/// The CUDA bindings whose streams [`CudaDevice`] takes, and whose memory [`CudaSliceRef`] does.
 #[cfg(feature = "cuda")]
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
 pub use cudarc;

@@ -44,6 +44,10 @@ pub struct PrepareOptions {
     /// planner. On CUDA, `name/4` also forces that four blocks share each sum, or as many as the
     /// channels allow; `name/1` that none do.
     pub kernel: Option<String>,
+    /// The most bytes that a call on host tensors may take on a CUDA device per slice; `None` is
+    /// 16 MiB. Such a call is cut over batch and positions, into one slice or many, and keeps
+    /// memory for two. Results do not depend on it. No effect on the CPU.
+    pub slice_bytes: Option<usize>,
 }
 
 /// The order of a source's axes in memory, where only its shape is known.
@@ -194,6 +198,15 @@ impl Prepared {
         let backend = Backend::Cuda(layer.on(device)?);
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone().into());
         Ok(Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) })
+    }
+
+    /// This layer on the stream of another one of the same device.
+    pub(crate) fn beside(&self, other: &Prepared) -> Result<Prepared> {
+        match &other.inner.backend {
+            Backend::Cpu(_) => Ok(self.clone()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => self.on(layer.device()),
+        }
     }
 
     /// The shape of the result for a source of this shape.
@@ -424,15 +437,31 @@ impl Prepared {
     }
 
     fn run(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<()> {
-        match &self.inner.backend {
-            Backend::Cpu(layer) => {
-                on_host(&operands.src)?;
-                cpu::run(&[(layer, &Problem::new(&self.inner.shape, operands, dst)?)]);
-                Ok(())
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(&Problem::new(&self.inner.shape, operands, dst)?),
+        if self.place() == Place::Host {
+            on_host(&operands.src)?;
         }
+        let problem = Problem::new(&self.inner.shape, operands, dst)?;
+        #[cfg(feature = "tracing")]
+        let _span = self.span(&problem);
+        match &self.inner.backend {
+            Backend::Cpu(layer) => cpu::run(&[(layer, &problem)]),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.run(&problem)?,
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "tracing")]
+    fn span(&self, problem: &Problem<'_>) -> Option<tracing::span::EnteredSpan> {
+        crate::trace::enter(|| {
+            let kernel = match &self.inner.backend {
+                Backend::Cpu(layer) => layer.explain(problem).0,
+                // The call itself reports what no kernel can do.
+                #[cfg(feature = "cuda")]
+                Backend::Cuda(layer) => layer.explain(problem).map_or("none", |(kernel, _)| kernel),
+            };
+            crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
+        })
     }
 }
 
@@ -444,24 +473,39 @@ pub(crate) fn run_together(
 ) -> Result<()> {
     let mut problems = Vec::with_capacity(layers.len());
     for ((layer, operands), dst) in layers.iter().zip(operands).zip(dsts) {
-        on_host(&operands.src)?;
+        if layer.place() == Place::Host {
+            on_host(&operands.src)?;
+        }
         problems.push(Problem::new(&layer.inner.shape, operands, dst)?);
     }
+    // The layers run as one pass: a span in a span.
+    #[cfg(feature = "tracing")]
+    let _spans: Vec<_> = layers.iter().zip(&problems).map(|(l, problem)| l.span(problem)).collect();
     let mut calls = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {
         match &layer.inner.backend {
             Backend::Cpu(cpu) => calls.push((cpu, problem)),
+            // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => {
-                return Err(Error::Unsupported {
-                    device: layer.inner.device.to_string(),
-                    what: "branches".into(),
-                });
-            }
+            Backend::Cuda(layer) => layer.run(problem)?,
         }
     }
     cpu::run(&calls);
     Ok(())
+}
+
+/// Runs layers of one CUDA device and stream one after another.
+#[cfg(feature = "cuda")]
+pub(crate) fn run_chain(
+    layers: &[Prepared],
+    src: &TensorRef<'_>,
+    dst: &TensorMut<'_>,
+) -> Result<()> {
+    let layers = layers.iter().filter_map(|layer| match &layer.inner.backend {
+        Backend::Cpu(_) => None,
+        Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),
+    });
+    cuda::chain::run(layers, src, dst)
 }
 
 /// The values of a contiguous tensor. Ones, since pages of zeros may all be the same page.

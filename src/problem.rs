@@ -80,6 +80,11 @@ impl DstShape {
     pub(crate) fn padded(&self) -> [usize; MAX_RANK] {
         self.shape
     }
+
+    /// The spatial axes, padded in front with 1.
+    pub(crate) fn spatial(&self) -> [usize; MAX_SPATIAL] {
+        spatial(self.as_slice(), 1)
+    }
 }
 
 /// One tensor of a call as the kernels see it: element strides, spatial axes padded in front.
@@ -96,7 +101,7 @@ pub(crate) struct Operand {
 }
 
 impl Operand {
-    fn new(tensor: &TensorRef<'_>) -> Self {
+    pub(crate) fn new(tensor: &TensorRef<'_>) -> Self {
         let strides = tensor.strides();
         Operand {
             ptr: tensor.as_ptr(),
@@ -115,7 +120,7 @@ impl Operand {
     }
 
     /// Every `s`-th position of each spatial axis.
-    fn subsampled(self, s: usize) -> Self {
+    pub(crate) fn subsampled(self, s: usize) -> Self {
         Operand { spatial: self.spatial.map(|stride| stride.wrapping_mul(s as isize)), ..self }
     }
 }
@@ -163,13 +168,7 @@ impl<'a> Problem<'a> {
     ) -> Result<Self> {
         let expected =
             dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
-        if dst.shape() != expected.as_slice() {
-            return Err(Error::Shape {
-                tensor: "dst",
-                expected: expected.as_slice().to_vec(),
-                got: dst.shape().to_vec(),
-            });
-        }
+        expect_shape("dst", dst.shape(), expected.as_slice())?;
         let place = operands.src.place();
         let rest = operands.more.iter().map(|t| ("src", t));
         let residual = present("residual", layer.residual, &operands.residual)?;
@@ -199,7 +198,7 @@ impl<'a> Problem<'a> {
             c_in: layer.c_in,
             c_out: layer.c_out,
             groups: layer.groups,
-            spatial: spatial(expected.as_slice(), 1),
+            spatial: expected.spatial(),
             place,
             src: operands.src,
             more: operands.more,
@@ -354,7 +353,7 @@ fn present<'t, 'a>(
     }
 }
 
-fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
+pub(crate) fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
     if expected == got {
         Ok(())
     } else {
@@ -362,7 +361,7 @@ fn same_place(tensor: &'static str, expected: Place, got: Place) -> Result<()> {
     }
 }
 
-fn expect_shape(tensor: &'static str, got: &[usize], expected: &[usize]) -> Result<()> {
+pub(crate) fn expect_shape(tensor: &'static str, got: &[usize], expected: &[usize]) -> Result<()> {
     if got == expected {
         Ok(())
     } else {

@@ -192,15 +192,29 @@ impl<'a, T> TensorRef<'a, T> {
         shape: &[usize],
         strides: &[isize],
     ) -> Result<Self> {
+        // SAFETY: a slice that is borrowed for `'a`.
+        unsafe { Self::within(data.as_ptr(), data.len(), offset, Place::Host, shape, strides) }
+    }
+
+    /// A view within `len` elements from `first` on.
+    ///
+    /// # Safety
+    /// As [`from_raw_parts`](Self::from_raw_parts), for these elements.
+    ///
+    /// # Errors
+    /// As [`from_slice`](Self::from_slice).
+    pub(crate) unsafe fn within(
+        first: *const T,
+        len: usize,
+        offset: usize,
+        place: Place,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
         let extents = Extents::new("tensor", shape, strides)?;
-        extents.check_bounds("tensor", data.len(), offset)?;
-        Ok(Self {
-            ptr: data.as_ptr().wrapping_add(offset),
-            place: Place::Host,
-            extents,
-            stream: None,
-            lifetime: PhantomData,
-        })
+        extents.check_bounds("tensor", len, offset)?;
+        let ptr = first.wrapping_add(offset);
+        Ok(Self { ptr, place, extents, stream: None, lifetime: PhantomData })
     }
 
     /// A view from a pointer to element `[0, …, 0]`.
@@ -211,7 +225,7 @@ impl<'a, T> TensorRef<'a, T> {
     ///
     /// # Errors
     /// [`Error::Rank`] unless there are 2 to 5 axes and as many strides, [`Error::TooLarge`] if
-    /// the size overflows.
+    /// the size overflows, [`Error::Misaligned`] if `ptr` is no multiple of an element's alignment.
     pub unsafe fn from_raw_parts(
         ptr: *const T,
         place: Place,
@@ -219,6 +233,7 @@ impl<'a, T> TensorRef<'a, T> {
         strides: &[isize],
     ) -> Result<Self> {
         let extents = Extents::new("tensor", shape, strides)?;
+        check_alignment("tensor", ptr, &extents)?;
         Ok(Self { ptr, place, extents, stream: None, lifetime: PhantomData })
     }
 
@@ -304,17 +319,30 @@ impl<'a, T> TensorMut<'a, T> {
         shape: &[usize],
         strides: &[isize],
     ) -> Result<Self> {
+        let len = data.len();
+        // SAFETY: a slice that is exclusively borrowed for `'a`.
+        unsafe { Self::within(data.as_mut_ptr(), len, offset, Place::Host, shape, strides) }
+    }
+
+    /// A view within `len` elements from `first` on.
+    ///
+    /// # Safety
+    /// As [`from_raw_parts`](Self::from_raw_parts), for these elements.
+    ///
+    /// # Errors
+    /// As [`from_slice`](Self::from_slice).
+    pub(crate) unsafe fn within(
+        first: *mut T,
+        len: usize,
+        offset: usize,
+        place: Place,
+        shape: &[usize],
+        strides: &[isize],
+    ) -> Result<Self> {
         let extents = Extents::new("dst", shape, strides)?;
-        extents.check_bounds("dst", data.len(), offset)?;
-        // SAFETY: in bounds of a slice that is exclusively borrowed for `'a`.
-        unsafe {
-            Self::from_raw_parts(
-                data.as_mut_ptr().wrapping_add(offset),
-                Place::Host,
-                shape,
-                strides,
-            )
-        }
+        extents.check_bounds("dst", len, offset)?;
+        // SAFETY: in bounds of what the caller vouches for.
+        unsafe { Self::from_raw_parts(first.wrapping_add(offset), place, shape, strides) }
     }
 
     /// A view from a pointer to element `[0, …, 0]`.
@@ -332,6 +360,7 @@ impl<'a, T> TensorMut<'a, T> {
         strides: &[isize],
     ) -> Result<Self> {
         let extents = Extents::new("dst", shape, strides)?;
+        check_alignment("dst", ptr, &extents)?;
         if extents.overlaps() {
             return Err(Error::Overlap {
                 tensor: "dst",
@@ -398,6 +427,15 @@ impl<T> fmt::Debug for TensorMut<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TensorMut({:?}, strides {:?}, {})", self.shape(), self.strides(), self.place())
     }
+}
+
+/// No more than the type asks for: kernels take vectors only where a tensor's address allows them.
+fn check_alignment<T>(tensor: &'static str, ptr: *const T, extents: &Extents) -> Result<()> {
+    let (address, alignment) = (ptr.addr(), align_of::<T>());
+    if address.is_multiple_of(alignment) || extents.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Misaligned { tensor, address, alignment })
 }
 
 /// A tensor that a layer can read.

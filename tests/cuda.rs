@@ -6,8 +6,14 @@
 
 #[path = "cuda/cases.rs"]
 mod cases;
+#[path = "cuda/compose.rs"]
+mod compose;
 #[path = "cuda/driver.rs"]
 mod driver;
+#[path = "cuda/faults.rs"]
+mod faults;
+#[path = "cuda/host.rs"]
+mod host;
 #[path = "cuda/numbers.rs"]
 mod numbers;
 #[path = "cuda/splits.rs"]
@@ -42,12 +48,15 @@ fn main() -> ExitCode {
         numbers::TRIALS,
         splits::TRIALS,
         streams::TRIALS,
+        host::TRIALS,
+        compose::TRIALS,
         tensor_cores::TRIALS,
         driver::TRIALS,
-    ];
-    let anywhere = anywhere.concat();
+    ]
+    .concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
-    let stand_in = [driver::STAND_IN_TRIALS, tensor_cores::STAND_IN_TRIALS].concat();
+    let stand_in =
+        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, tensor_cores::STAND_IN_TRIALS].concat();
     let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {

@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice_attribute as Attribute, CUfunction_attribute, CUstream,
+    self, CUcontext, CUdevice_attribute as Attribute, CUfunction_attribute, CUstream,
     CUstreamCaptureStatus,
 };
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
@@ -14,6 +14,7 @@ use cudarc::nvrtc::Ptx;
 use super::driver::{self, failed};
 use super::plan::{Family, KERNELS, Kernel};
 use super::scratch::Scratch;
+use super::staging::Staging;
 use crate::cost::Roof;
 use crate::error::{Error, Result};
 use crate::tensor::Place;
@@ -52,6 +53,17 @@ struct Context {
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
     lane: Arc<Lane>,
+    /// Orders one stream behind another; held from its record to its wait.
+    event: Mutex<Event>,
+    /// The first fault that cannot be mended.
+    fault: OnceLock<Fault>,
+    /// What calls on host tensors use, kept for the next ones.
+    staging: Mutex<Vec<Staging>>,
+}
+
+struct Fault {
+    call: &'static str,
+    code: u32,
 }
 
 /// A CUDA device and the stream on which everything given this handle runs.
@@ -59,6 +71,13 @@ struct Context {
 /// Cheap to clone; `Send + Sync`. Handles of one device share its primary context (that of the
 /// CUDA runtime, of cudarc and of the frameworks) and the loaded kernels. Calls leave the calling
 /// thread's current context as it was.
+///
+/// # Host tensors
+/// A layer takes host tensors of any size: they pass through pinned memory in slices over batch and
+/// positions, copied in and out on streams of their own while this handle's stream computes. What a
+/// slice may take is [`PrepareOptions::slice_bytes`](crate::PrepareOptions::slice_bytes), or less if
+/// the device has no room; the result does not depend on it. The call returns when the result is
+/// there. Memory is kept for the next call ([`trim`](Self::trim)).
 ///
 /// # CUDA graphs
 /// A call on device tensors can be captured in a graph by
@@ -74,7 +93,10 @@ struct Context {
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
 ///   to be waited for, and make the capture fail ([`Error::Cuda`] with code 905).
 /// - While the stream is being captured, neither drop tensors or layers of it, nor copy to the host
-///   or from it: freeing would become part of the graph, and waiting ends the capture.
+///   or from it: freeing would become part of the graph, and waiting ends the capture. Calls on host
+///   tensors are refused ([`Error::Unsupported`]).
+/// - Capture in the mode `THREAD_LOCAL` or `RELAXED` where other threads make calls on host tensors:
+///   these may allocate pinned memory, which ends a `GLOBAL` capture.
 /// - The stream of [`open`](Self::open) is shared by the whole process: another thread's call would
 ///   be captured too. Capture on a stream of your own, from
 ///   [`with_new_stream`](Self::with_new_stream).
@@ -109,7 +131,7 @@ pub(super) struct Bound {
 
 impl Bound {
     /// Notes the current context for code that may change it.
-    fn keep() -> Result<Self> {
+    pub(super) fn keep() -> Result<Self> {
         let previous = result::ctx::get_current().map_err(failed("cuCtxGetCurrent"))?;
         Ok(Bound { previous: previous.unwrap_or(std::ptr::null_mut()), changed: true })
     }
@@ -143,7 +165,8 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::NoDevice`] with the reason: no driver, one that does not start or is too old for
     /// the kernels, no such device, or a chip older than compute capability 7.5. [`Error::Cuda`] if
-    /// the driver fails to describe the device or to make a stream.
+    /// the driver fails to describe the device or to make a stream. [`Error::DeviceLost`] after a
+    /// fault, from here and from every call on the device.
     pub fn open(ordinal: usize) -> Result<Self> {
         let shared = Context::of(ordinal)?;
         let lane = ManuallyDrop::new(shared.lane.clone());
@@ -156,7 +179,7 @@ impl CudaDevice {
     /// [`Error::Cuda`] if the driver makes no stream.
     pub fn with_new_stream(&self) -> Result<Self> {
         let _bound = self.bind()?;
-        let stream = self.shared.context.new_stream().map_err(failed("cuStreamCreate"))?;
+        let stream = self.shared.context.new_stream().map_err(self.failed("cuStreamCreate"))?;
         Ok(CudaDevice::on(self.shared.clone(), stream))
     }
 
@@ -170,13 +193,7 @@ impl CudaDevice {
         let ordinal = context.ordinal();
         one_for_all_threads(ordinal, stream.cu_stream())?;
         if !context.is_primary() {
-            return Err(Error::Unsupported {
-                device: Place::Cuda(ordinal).to_string(),
-                what: "a stream of a context other than the primary one, whose memory and kernels \
-                       the device's other handles could not use; make the stream in that of \
-                       `CudaContext::new`"
-                    .into(),
-            });
+            return Err(not_primary(ordinal, "a stream"));
         }
         let shared = Context::of(ordinal)?;
         Ok(CudaDevice::on(shared, stream))
@@ -186,17 +203,29 @@ impl CudaDevice {
     /// stream.
     ///
     /// # Safety
-    /// `stream` must belong to the device's primary context, and outlive this handle and every
-    /// layer and tensor that was made with it.
+    /// `stream` must outlive this handle and every layer and tensor that was made with it.
     ///
     /// # Errors
-    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream.
+    /// As [`open`](Self::open); [`Error::Unsupported`] for the per-thread default stream, and for
+    /// a stream of another context than the device's primary one; [`Error::Cuda`] for one that
+    /// the driver does not know.
     pub unsafe fn from_raw_stream(ordinal: usize, stream: CUstream) -> Result<Self> {
         one_for_all_threads(ordinal, stream)?;
         let shared = Context::of(ordinal)?;
-        // SAFETY: the caller vouches for context and lifetime.
+        // SAFETY: alive, as the caller vouches.
         let stream = unsafe { shared.context.wrap_borrowed_stream(stream) };
-        Ok(CudaDevice::on(shared, stream))
+        let device = CudaDevice::on(shared, stream);
+        let bound = device.bind()?;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: alive, as the caller vouches; the context is written to a local.
+        unsafe { sys::cuStreamGetCtx(device.stream().cu_stream(), &mut context) }
+            .result()
+            .map_err(device.failed("cuStreamGetCtx"))?;
+        drop(bound);
+        if context != device.shared.context.cu_ctx() {
+            return Err(not_primary(ordinal, "a stream"));
+        }
+        Ok(device)
     }
 
     fn on(shared: Arc<Context>, stream: Arc<CudaStream>) -> Self {
@@ -232,12 +261,45 @@ impl CudaDevice {
         let _bound = self.bind()?;
         // SAFETY: this handle keeps its stream alive, or its maker does.
         unsafe { result::stream::synchronize(self.stream().cu_stream()) }
-            .map_err(failed("cuStreamSynchronize"))
+            .map_err(self.failed("cuStreamSynchronize"))
+    }
+
+    /// Frees the memory that calls on host tensors keep on this device, and in pinned host memory,
+    /// for the next ones: for each thread that was inside such a call at the same time, two slices
+    /// ([`PrepareOptions::slice_bytes`](crate::PrepareOptions::slice_bytes)), rounded up to a power
+    /// of two. Calls under way keep theirs.
+    pub fn trim(&self) {
+        // Freed after the lock, as that takes its time.
+        let idle = std::mem::take(&mut *self.idle_staging());
+        drop(idle);
+    }
+
+    /// Lets the device's memory pool keep up to so many bytes that are free when a stream is waited
+    /// for, which would go back to the system and be slow to come again; the driver's default is 0.
+    /// Of use to a service that makes tensors per call. It is the whole process's pool; a device
+    /// without one has nothing to keep.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn keep_memory(&self, bytes: u64) -> Result<()> {
+        if !self.has_pools() {
+            return Ok(());
+        }
+        let _bound = self.bind()?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut bytes = bytes;
+        // SAFETY: the device is one, the attribute a 64-bit number.
+        unsafe {
+            let pool = result::device::get_mem_pool(self.shared.context.cu_device())
+                .map_err(self.failed("cuDeviceGetMemPool"))?;
+            result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast())
+                .map_err(self.failed("cuMemPoolSetAttribute"))
+        }
     }
 
     /// The scratch of this handle's stream. Whoever holds it queues what uses it before letting go.
     pub(super) fn scratch(&self) -> MutexGuard<'_, Scratch> {
-        self.lane.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.lane.scratch)
     }
 
     /// Whether the stream is being captured in a graph.
@@ -245,7 +307,7 @@ impl CudaDevice {
         let _bound = self.bind()?;
         // SAFETY: this handle keeps its stream alive, or its maker does.
         let status = unsafe { result::stream::is_capturing(self.stream().cu_stream()) }
-            .map_err(failed("cuStreamIsCapturing"))?;
+            .map_err(self.failed("cuStreamIsCapturing"))?;
         Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
@@ -263,9 +325,54 @@ impl CudaDevice {
         self.shared.functions.get(kernel)?.as_ref()
     }
 
-    /// Makes this device's context the calling thread's for as long as the result lives.
+    /// Makes this device's context the calling thread's for as long as the result lives. Every
+    /// call of the driver is behind this.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] after a fault.
     pub(super) fn bind(&self) -> Result<Bound> {
+        self.shared.check()?;
         Bound::to(&self.shared.context)
+    }
+
+    /// What calls on host tensors use between two of them.
+    pub(super) fn idle_staging(&self) -> MutexGuard<'_, Vec<Staging>> {
+        lock(&self.shared.staging)
+    }
+
+    pub(super) fn new_event(&self) -> Result<Event> {
+        let _bound = self.bind()?;
+        Event::new(&self.shared.context)
+    }
+
+    /// Turns a failed call into an error, and remembers a fault that ends the context.
+    pub(super) fn failed(
+        &self,
+        call: &'static str,
+    ) -> impl Fn(result::DriverError) -> Error + use<'_> {
+        let shared = &self.shared;
+        move |error| {
+            let code = error.0 as u32;
+            if driver::is_final(code) && shared.fault.set(Fault { call, code }).is_err() {
+                // Another thread was told the cause.
+                shared.check().err().unwrap_or_else(|| failed(call)(error))
+            } else {
+                failed(call)(error)
+            }
+        }
+    }
+
+    /// As [`failed`](Self::failed), for a call that asks for memory.
+    pub(super) fn no_memory(
+        &self,
+        call: &'static str,
+        what: &'static str,
+        bytes: usize,
+    ) -> impl Fn(result::DriverError) -> Error + use<'_> {
+        move |error| match error.0 as u32 {
+            driver::OUT_OF_MEMORY => Error::DeviceMemory { device: self.to_string(), what, bytes },
+            _ => self.failed(call)(error),
+        }
     }
 
     /// Lets this handle's stream wait for what is queued on another.
@@ -274,7 +381,7 @@ impl CudaDevice {
     /// `other` must be a stream of this device's context, and alive.
     pub(super) unsafe fn wait_for(&self, other: usize) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.order(other, |this, other| this.join(other)) }
+        unsafe { self.order(other, self.stream().cu_stream().addr()) }
     }
 
     /// Lets another stream wait for what is queued on this handle's.
@@ -283,23 +390,75 @@ impl CudaDevice {
     /// As [`wait_for`](Self::wait_for).
     pub(super) unsafe fn make_wait(&self, other: usize) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.order(other, |this, other| other.join(this)) }
+        unsafe { self.order(self.stream().cu_stream().addr(), other) }
     }
 
-    unsafe fn order(
-        &self,
-        other: usize,
-        join: impl Fn(&CudaStream, &CudaStream) -> Result<(), result::DriverError>,
-    ) -> Result<()> {
-        let other = std::ptr::without_provenance_mut(other);
-        if self.stream().cu_stream() == other {
+    /// Lets `second` wait for what is queued on `first`: raw handles, as they may be borrowed.
+    unsafe fn order(&self, first: usize, second: usize) -> Result<()> {
+        if first == second {
             return Ok(());
         }
         let _bound = self.bind()?;
-        // SAFETY: alive, as the caller vouches, and not used after this call.
-        let other = unsafe { self.shared.context.wrap_borrowed_stream(other) };
-        join(self.stream(), &other).map_err(failed("cuStreamWaitEvent"))
+        let event = lock(&self.shared.event);
+        // SAFETY: alive, as the caller vouches.
+        unsafe {
+            event
+                .record(std::ptr::without_provenance_mut(first))
+                .map_err(self.failed("cuEventRecord"))?;
+            event
+                .hold(std::ptr::without_provenance_mut(second))
+                .map_err(self.failed("cuStreamWaitEvent"))
+        }
     }
+}
+
+/// A point in a stream's work. Its calls need the context bound, and streams that are alive.
+pub(super) struct Event {
+    event: sys::CUevent,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: a handle, which the driver lets any thread use.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+impl Event {
+    fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(failed("cuEventCreate"))?;
+        Ok(Event { event, context: context.clone() })
+    }
+
+    pub(super) unsafe fn record(&self, stream: CUstream) -> Result<(), result::DriverError> {
+        // SAFETY: the event lives, the caller vouches for the rest.
+        unsafe { result::event::record(self.event, stream) }
+    }
+
+    /// Lets a stream wait for the last record; later records do not matter to it.
+    pub(super) unsafe fn hold(&self, stream: CUstream) -> Result<(), result::DriverError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the event lives, the caller vouches for the rest.
+        unsafe { result::stream::wait_event(stream, self.event, flags) }
+    }
+
+    /// Waits for the last record.
+    pub(super) unsafe fn wait(&self) -> Result<(), result::DriverError> {
+        // SAFETY: the event lives, the caller vouches for the rest.
+        unsafe { result::event::synchronize(self.event) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let _bound = Bound::to(&self.context);
+        // SAFETY: made by `new`, and not used after this. A failure is the echo of an earlier one.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for CudaDevice {
@@ -324,6 +483,16 @@ fn one_for_all_threads(ordinal: usize, stream: CUstream) -> Result<()> {
                legacy default stream"
             .into(),
     })
+}
+
+pub(super) fn not_primary(ordinal: usize, what: &str) -> Error {
+    Error::Unsupported {
+        device: Place::Cuda(ordinal).to_string(),
+        what: format!(
+            "{what} of a context other than the primary one, whose memory and kernels the \
+             device's other handles could not use; take that of `CudaContext::new`"
+        ),
+    }
 }
 
 /// `cuda:0 (NVIDIA H200)`.
@@ -353,8 +522,9 @@ impl Context {
         if ordinal >= driver.devices {
             return Err(missing(format!("the driver shows {} CUDA devices", driver.devices)));
         }
-        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loaded = lock(&LOADED);
         if let Some(known) = loaded.iter().find(|known| known.context.ordinal() == ordinal) {
+            known.check()?;
             return Ok(known.clone());
         }
         // Making a context binds it.
@@ -382,9 +552,19 @@ impl Context {
         facts.tf32 = all.map(|(_, function)| function).all(Option::is_some);
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
         let lane = Lane::new(&context, stream);
-        let new = Arc::new(Context { context, functions, facts, lane });
+        let event = Mutex::new(Event::new(&context)?);
+        let (fault, staging) = (OnceLock::new(), Mutex::default());
+        let new = Arc::new(Context { context, functions, facts, lane, event, fault, staging });
         loaded.push(new.clone());
         Ok(new)
+    }
+
+    /// # Errors
+    /// [`Error::DeviceLost`] after a fault.
+    fn check(&self) -> Result<()> {
+        let Some(&Fault { call, code }) = self.fault.get() else { return Ok(()) };
+        let device = format!("cuda:{} ({})", self.context.ordinal(), self.facts.name);
+        Err(Error::DeviceLost { device, call, code, name: driver::name(code) })
     }
 }
 
@@ -479,18 +659,23 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    /// Fresh memory, its contents unspecified; no bytes are no allocation.
-    pub(super) fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
+    /// Fresh memory, its contents unspecified; no bytes are no allocation. `what` it is for, an
+    /// error says.
+    pub(super) fn new(device: &CudaDevice, what: &'static str, bytes: usize) -> Result<Self> {
         let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
         if bytes > 0 {
             let _bound = device.bind()?;
-            buffer.address = allocate(&device.shared.context, device.stream(), bytes)?;
+            buffer.address = allocate(device, what, bytes)?;
         }
         Ok(buffer)
     }
 
     pub(super) fn address(&self) -> u64 {
         self.address
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn device(&self) -> &CudaDevice {
@@ -507,7 +692,7 @@ impl Buffer {
         let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
         unsafe { result::memcpy_htod_async(self.address, from, stream) }
-            .map_err(failed("cuMemcpyHtoDAsync"))?;
+            .map_err(self.device.failed("cuMemcpyHtoDAsync"))?;
         self.device.synchronize()
     }
 
@@ -522,7 +707,7 @@ impl Buffer {
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
         unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
-            .map_err(failed("cuMemcpyDtoHAsync"))?;
+            .map_err(self.device.failed("cuMemcpyDtoHAsync"))?;
         self.device.synchronize()
     }
 
@@ -535,7 +720,7 @@ impl Buffer {
         let stream = self.device.stream().cu_stream();
         // SAFETY: the whole allocation and no more.
         unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
-            .map_err(failed("cuMemsetD8Async"))
+            .map_err(self.device.failed("cuMemsetD8Async"))
     }
 }
 
@@ -554,14 +739,19 @@ impl Drop for Buffer {
     }
 }
 
-/// Fresh memory in the order of a stream of the context, which is bound.
-pub(super) fn allocate(context: &CudaContext, stream: &CudaStream, bytes: usize) -> Result<u64> {
+/// Fresh memory in the order of the handle's stream; `what` it is for, an error says. The context is
+/// bound.
+pub(super) fn allocate(device: &CudaDevice, what: &'static str, bytes: usize) -> Result<u64> {
     // SAFETY: a plain allocation, which only `free` frees.
     unsafe {
-        if context.has_async_alloc() {
-            result::malloc_async(stream.cu_stream(), bytes).map_err(failed("cuMemAllocAsync"))
+        if device.has_pools() {
+            result::malloc_async(device.stream().cu_stream(), bytes).map_err(device.no_memory(
+                "cuMemAllocAsync",
+                what,
+                bytes,
+            ))
         } else {
-            result::malloc_sync(bytes).map_err(failed("cuMemAlloc"))
+            result::malloc_sync(bytes).map_err(device.no_memory("cuMemAlloc", what, bytes))
         }
     }
 }

@@ -33,6 +33,7 @@ const FUNCTIONS: &[&str] = &[
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
+    "cuDeviceGetMemPool",
     "cuDeviceGetName",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
@@ -40,13 +41,17 @@ const FUNCTIONS: &[&str] = &[
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",
+    "cuEventSynchronize",
     "cuFuncSetAttribute",
     "cuInit",
     "cuLaunchKernel",
     "cuMemAllocAsync",
     "cuMemAlloc_v2",
     "cuMemFreeAsync",
+    "cuMemFreeHost",
     "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemPoolSetAttribute",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
@@ -55,6 +60,7 @@ const FUNCTIONS: &[&str] = &[
     "cuModuleUnload",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
+    "cuStreamGetCtx",
     "cuStreamIsCapturing",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
@@ -145,6 +151,14 @@ pub(crate) fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |error| Error::Cuda { call, code: error.0 as u32, name: name(error.0 as u32) }
 }
 
+/// Whether a code means that the context, and all that is in it, has failed for good.
+pub(crate) fn is_final(code: u32) -> bool {
+    matches!(code, 4 | 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721)
+}
+
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+pub(crate) const OUT_OF_MEMORY: u32 = 2;
+
 /// A code with its name.
 pub(crate) struct Code(pub u32);
 
@@ -174,9 +188,11 @@ pub(crate) fn name(code: u32) -> &'static str {
         209 => "CUDA_ERROR_NO_BINARY_FOR_GPU",
         214 => "CUDA_ERROR_ECC_UNCORRECTABLE",
         218 => "CUDA_ERROR_INVALID_PTX",
+        220 => "CUDA_ERROR_NVLINK_UNCORRECTABLE",
         221 => "CUDA_ERROR_JIT_COMPILER_NOT_FOUND",
         222 => "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
         223 => "CUDA_ERROR_JIT_COMPILATION_DISABLED",
+        226 => "CUDA_ERROR_CONTAINED",
         300 => "CUDA_ERROR_INVALID_SOURCE",
         303 => "CUDA_ERROR_SHARED_OBJECT_INIT_FAILED",
         304 => "CUDA_ERROR_OPERATING_SYSTEM",
@@ -195,6 +211,7 @@ pub(crate) fn name(code: u32) -> &'static str {
         717 => "CUDA_ERROR_INVALID_ADDRESS_SPACE",
         718 => "CUDA_ERROR_INVALID_PC",
         719 => "CUDA_ERROR_LAUNCH_FAILED",
+        721 => "CUDA_ERROR_TENSOR_MEMORY_LEAK",
         800 => "CUDA_ERROR_NOT_PERMITTED",
         801 => "CUDA_ERROR_NOT_SUPPORTED",
         802 => "CUDA_ERROR_SYSTEM_NOT_READY",

@@ -5,7 +5,6 @@ use std::ffi::c_void;
 use cudarc::driver::result;
 
 use super::device::CudaDevice;
-use super::driver::failed;
 use super::params::{PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read};
 use super::plan::{Choice, KERNELS, Kernel, Letters};
 use super::scratch::{Place, in_graph};
@@ -206,7 +205,7 @@ pub(crate) unsafe fn launch(
     let need = kernel.scratch(&letters, choice.splits).ok_or_else(|| too_large(&letters))?;
     if !device.is_capturing()? {
         let mut scratch = device.scratch();
-        let place = scratch.room(need)?;
+        let place = scratch.room(device, need)?;
         return queue(choice.splits, Some(place));
     }
     match device.has_pools() {
@@ -248,7 +247,7 @@ unsafe fn start(
             &mut arguments,
         )
     }
-    .map_err(failed("cuLaunchKernel"))
+    .map_err(device.failed("cuLaunchKernel"))
 }
 
 #[cfg(test)]

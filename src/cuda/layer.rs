@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::device::{Buffer, CudaDevice};
 use super::launch::{Call, Tensor, launch};
 use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
-use super::plan::{self, Family, Forced, KERNELS, Terms};
-use super::tensor::Staged;
+use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};
+use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, Step};
 use crate::error::{Error, Result};
@@ -24,6 +24,8 @@ pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
     terms: Terms,
+    /// The most that a slice of a call on host tensors may take on the device.
+    slice_bytes: usize,
 }
 
 /// What a layer keeps on the device, shared by all its streams.
@@ -69,13 +71,15 @@ impl Layer {
         if let Some(kernel) = wanted
             && let Some(reason) = kernel.refusal(device.facts(), &terms)
         {
-            return Err(Error::Kernel { kernel: kernel.name.into(), reason });
+            let (kernel, reason) = (kernel.name.into(), reason(device.facts()));
+            return Err(Error::Kernel { kernel, reason });
         }
         if let Some(what) = missing(shape, &lowered) {
             return Err(unsupported(device, what));
         }
         let weights = Arc::new(Weights::upload(device, shape, &lowered, terms.tf32)?);
-        Ok(Layer { device: device.clone(), weights, terms })
+        let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
+        Ok(Layer { device: device.clone(), weights, terms, slice_bytes })
     }
 
     /// The same layer on another stream of the same device.
@@ -90,8 +94,16 @@ impl Layer {
                 got: self.place().to_string(),
             });
         }
-        let (weights, terms) = (self.weights.clone(), self.terms);
-        Ok(Layer { device: device.clone(), weights, terms })
+        let weights = self.weights.clone();
+        Ok(Layer { device: device.clone(), weights, ..*self })
+    }
+
+    pub(crate) fn device(&self) -> &CudaDevice {
+        &self.device
+    }
+
+    pub(super) fn slice_bytes(&self) -> usize {
+        self.slice_bytes
     }
 
     pub(crate) fn place(&self) -> Place {
@@ -139,7 +151,7 @@ impl Layer {
         let candidate = |choice: plan::Choice| Candidate {
             kernel: KERNELS[choice.kernel].name,
             verdict: match KERNELS[choice.kernel].refusal(facts, &self.terms) {
-                Some(refusal) => Err(refusal),
+                Some(reason) => Err(reason(facts)),
                 None => Ok(plan::describe(choice, &letters, facts)),
             },
         };
@@ -151,7 +163,7 @@ impl Layer {
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
     pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
-        let mut call = self.call(problem)?;
+        let call = self.call(problem)?;
         if problem.place != Place::Host && problem.place != self.place() {
             return Err(Error::WrongDevice {
                 tensor: "src",
@@ -164,44 +176,66 @@ impl Layer {
         }
         match problem.place {
             Place::Host => {
-                let extents = call.extents;
                 let source = single_source(&self.device, problem)?;
-                let src = Staged::upload(&self.device, &source, extents)?;
-                call.src = src.tensor();
-                let residual = match &problem.residual {
-                    Some(residual) => Some(Staged::upload(&self.device, residual, extents)?),
-                    None => None,
+                let host = HostCall {
+                    src: &source,
+                    residual: problem.residual.as_ref(),
+                    dst: &problem.dst,
+                    between: 0,
+                    extents: call.extents.map(|extent| extent as usize),
+                    slice_bytes: self.slice_bytes,
                 };
-                call.residual = residual.as_ref().map(Staged::tensor);
-                let dst_channels = problem.c_out;
-                let dst = Staged::empty(&self.device, &problem.dst, dst_channels, extents)?;
-                call.dst = dst.tensor();
-                self.launch(&call)?;
-                // SAFETY: the problem has checked that dst is writable and exclusively borrowed.
-                unsafe { dst.download(&problem.dst) }
+                let part = |slice: &Slice| {
+                    let Slice { extents, src, residual, dst, .. } = *slice;
+                    Call { extents, src, residual, dst, ..call }
+                };
+                let choice = self.choose(&part(&host.undivided()));
+                // SAFETY: the problem's views vouch for the host tensors.
+                unsafe {
+                    staging::run(&self.device, &host, |slice| self.launch(choice, &part(slice)))
+                }
             }
             Place::Cuda(_) => {
                 let source = single_source(&self.device, problem)?;
-                let operands = [Some(&source), Some(&problem.dst), problem.residual.as_ref()];
-                let streams = || operands.iter().flatten().filter_map(|operand| operand.stream);
-                // SAFETY: the tensors that named these streams are borrowed for the call, and keep
-                // them alive.
-                streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
-                self.launch(&call)?;
-                // SAFETY: as above.
-                let ordered =
-                    streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
-                if ordered.is_err() {
-                    // The caller may free the tensors on streams that do not wait for this one.
-                    let _ = self.device.synchronize();
-                }
-                ordered
+                let residual = problem.residual.as_ref().and_then(|residual| residual.stream);
+                self.ordered(&[source.stream, problem.dst.stream, residual], || {
+                    self.launch(self.choose(&call), &call)
+                })
             }
         }
     }
 
-    fn launch(&self, call: &Call) -> Result<()> {
-        let choice = plan::choose(&call.letters(), self.device.facts(), &self.terms);
+    /// Queues work behind that of its tensors' streams, and theirs behind it.
+    pub(super) fn ordered(
+        &self,
+        streams: &[Option<usize>],
+        queue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let streams = || streams.iter().flatten().copied();
+        // SAFETY: the tensors that named these streams are borrowed for the call, and keep them
+        // alive.
+        streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
+        queue()?;
+        // SAFETY: as above.
+        let ordered = streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
+        if ordered.is_err() {
+            // The caller may free the tensors on streams that do not wait for this one.
+            let _ = self.device.synchronize();
+        }
+        ordered
+    }
+
+    /// A call without a residual.
+    pub(super) fn part(&self, extents: [u64; 4], src: Tensor, dst: Tensor) -> Call {
+        let Weights { groups, rows, depth, .. } = *self.weights;
+        Call { groups, rows, depth, extents, src, dst, residual: None }
+    }
+
+    pub(super) fn choose(&self, call: &Call) -> Choice {
+        plan::choose(&call.letters(), self.device.facts(), &self.terms)
+    }
+
+    pub(super) fn launch(&self, choice: Choice, call: &Call) -> Result<()> {
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
         unsafe { launch(&self.device, choice, call, self.weights.params) }
@@ -247,7 +281,7 @@ impl std::fmt::Debug for Layer {
     }
 }
 
-fn on_device(operand: &Operand) -> Tensor {
+pub(super) fn on_device(operand: &Operand) -> Tensor {
     let [d, h, w] = operand.spatial;
     Tensor {
         address: operand.ptr.addr() as u64,
@@ -310,7 +344,7 @@ impl Weights {
         let more = packer.align();
         let inline = steps.len().min(INLINE_STEPS);
         let total = more + (steps.len() - inline) * size_of::<pw_step>();
-        let mut memory = Buffer::new(device, total)?;
+        let mut memory = Buffer::new(device, "a layer's weights", total)?;
         let base = memory.address();
         let at = |offset: usize| (base + offset as u64) as *const f32;
         let steps: Vec<pw_step> = steps

@@ -1,14 +1,18 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
 //! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
 //! where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
-//! memory.
+//! memory, `slice` borrows cudarc's, `staging` brings host tensors there and back, `chain` runs
+//! layers one after another.
 
+pub(crate) mod chain;
 mod device;
 mod driver;
 mod launch;
 mod layer;
 mod plan;
 mod scratch;
+mod slice;
+mod staging;
 mod tensor;
 
 /// What crosses to the kernels, as bindgen makes it of `kernels/params.h`.
@@ -25,6 +29,7 @@ mod params {
 
 pub use device::CudaDevice;
 pub(crate) use layer::Layer;
+pub use slice::{CudaSliceMut, CudaSliceRef};
 pub use tensor::{CudaTensor, DeviceElement};
 
 #[cfg(test)]

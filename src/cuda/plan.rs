@@ -138,26 +138,28 @@ impl Kernel {
         (y <= GRID.1).then_some((x as u32, y as u32))
     }
 
-    /// Why this kernel cannot run a layer, whatever the problem.
-    pub(crate) fn refusal(&self, facts: &Facts, terms: &Terms) -> Option<String> {
+    /// Why this kernel cannot run a layer, whatever the problem: words for who asks, as every call
+    /// looks whether there are any.
+    pub(crate) fn refusal(&self, facts: &Facts, terms: &Terms) -> Option<fn(&Facts) -> String> {
         let forced = terms.forced.is_some_and(|forced| forced.kernel == self.name);
         match self.family {
             Family::Tf32 if !terms.tf32 => {
-                Some("it rounds operands to TF32, which needs Math::Tf32".into())
+                Some(|_| "it rounds operands to TF32, which needs Math::Tf32".into())
             }
-            Family::Tf32 | Family::Tf32x3 if !facts.tf32 => Some(no_tf32(facts)),
-            Family::Tf32x3 if terms.tf32 => {
-                Some("its three products gain nothing over one of weights rounded to TF32".into())
-            }
+            Family::Tf32 | Family::Tf32x3 if !facts.tf32 => Some(no_tf32),
+            Family::Tf32x3 if terms.tf32 => Some(|_| {
+                "its three products gain nothing over one of weights rounded to TF32".into()
+            }),
             // Tensor cores do not say how they round.
-            Family::Tf32x3 if !forced => Some(
-                "it runs only where its name asks for it, until a GPU has shown its errors".into(),
-            ),
-            Family::Simt if terms.tf32 && facts.tf32 && terms.batch_invariant && !forced => Some(
-                "its sums are not those of the tensor cores, and must not depend on the \
-                      batch"
-                    .into(),
-            ),
+            Family::Tf32x3 if !forced => Some(|_| {
+                "it runs only where its name asks for it, until a GPU has shown its errors".into()
+            }),
+            Family::Simt if terms.tf32 && facts.tf32 && terms.batch_invariant && !forced => {
+                Some(|_| {
+                    "its sums are not those of the tensor cores, and must not depend on the batch"
+                        .into()
+                })
+            }
             _ => None,
         }
     }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::device::{CudaDevice, allocate, free};
-use super::driver::failed;
 use crate::error::Result;
 
 /// What one launch needs.
@@ -61,14 +60,14 @@ impl Scratch {
     }
 
     /// Room for the next launch on the stream. The context is bound.
-    pub(super) fn room(&mut self, need: Need) -> Result<Place> {
+    pub(super) fn room(&mut self, device: &CudaDevice, need: Need) -> Result<Place> {
         if need.sums > self.capacity.sums || need.tiles > self.capacity.tiles {
             let capacity = Need {
                 sums: need.sums.max(self.capacity.sums).next_power_of_two(),
                 tiles: need.tiles.max(self.capacity.tiles).next_power_of_two(),
             };
             self.release();
-            self.address = zeroed(&self.context, &self.stream, capacity)?;
+            self.address = zeroed(device, capacity)?;
             self.capacity = capacity;
         }
         Ok(Place::new(self.address, self.capacity))
@@ -99,7 +98,7 @@ pub(super) fn in_graph(
     queue: impl FnOnce(Place) -> Result<()>,
 ) -> Result<()> {
     let (context, stream) = (device.stream().context(), device.stream());
-    let address = zeroed(context, stream, need)?;
+    let address = zeroed(device, need)?;
     let queued = queue(Place::new(address, need));
     // SAFETY: allocated above, and used by what was queued in between only.
     unsafe { free(context, stream, address) };
@@ -107,8 +106,9 @@ pub(super) fn in_graph(
 }
 
 /// Memory of which the counters are zero.
-fn zeroed(context: &CudaContext, stream: &CudaStream, capacity: Need) -> Result<u64> {
-    let address = allocate(context, stream, capacity.bytes())?;
+fn zeroed(device: &CudaDevice, capacity: Need) -> Result<u64> {
+    let (context, stream) = (device.stream().context(), device.stream());
+    let address = allocate(device, "the sums of tiles that blocks share", capacity.bytes())?;
     // SAFETY: within the allocation.
     let cleared =
         unsafe { result::memset_d8_async(address, 0, capacity.sums_offset(), stream.cu_stream()) };
@@ -116,7 +116,7 @@ fn zeroed(context: &CudaContext, stream: &CudaStream, capacity: Need) -> Result<
         // SAFETY: ours, and nothing uses it.
         unsafe { free(context, stream, address) };
     }
-    cleared.map(|()| address).map_err(failed("cuMemsetD8Async"))
+    cleared.map(|()| address).map_err(device.failed("cuMemsetD8Async"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Tensors in device memory: those that users own, and the staging of host arrays.
+//! Tensors in device memory that users own.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -7,12 +7,10 @@ use std::ops::Range;
 use ndarray::{Array, ArrayD, ArrayView, Dimension, IxDyn, ShapeBuilder};
 
 use super::device::{Buffer, CudaDevice, Plain};
-use super::launch::Tensor;
 use crate::error::{Error, Result};
-use crate::problem::Operand;
 use crate::tensor::{
-    AsTensor, AsTensorMut, MAX_RANK, MAX_SPATIAL, Place, Source, TensorMut, TensorRef,
-    checked_product, strides_like, try_zeros,
+    AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, checked_product, strides_like,
+    try_zeros,
 };
 
 /// Element types that device tensors hold: `f32`, [`half::f16`], [`half::bf16`].
@@ -90,8 +88,23 @@ impl<T: DeviceElement> CudaTensor<T> {
             strides[axis] = next;
             next *= shape[axis].max(1) as isize;
         }
-        let memory = Buffer::new(device, len * size_of::<T>())?;
+        let memory = Buffer::new(device, "a tensor", len * size_of::<T>())?;
         Ok(CudaTensor { memory, shape: shape.to_vec(), strides, element: PhantomData })
+    }
+
+    /// A tensor of this shape in the memory order of `like`; its contents are unspecified.
+    pub(super) fn like(device: &CudaDevice, like: &TensorRef<'_>, shape: &[usize]) -> Result<Self> {
+        if shape.len() != like.rank() {
+            let expected = "the rank of the source";
+            return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });
+        }
+        let strides = strides_like(like, shape);
+        let mut order: Vec<usize> = (0..shape.len()).collect();
+        // Axes of length one share their stride with the next, and stay in front of it.
+        order.sort_by_key(|&axis| (std::cmp::Reverse(strides[axis]), shape[axis] != 1));
+        let mut tensor = Self::uninitialized(device, shape, &order)?;
+        tensor.strides.copy_from_slice(&strides[..shape.len()]);
+        Ok(tensor)
     }
 
     /// Copies to a host array with the same order of axes in memory; waits for the tensor's stream
@@ -219,178 +232,6 @@ impl Source for CudaTensor<f32> {
     type Output = CudaTensor<f32>;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
-        let strides = strides_like(&self.view()?, shape);
-        let mut order: Vec<usize> = (0..shape.len()).collect();
-        // Axes of length one share their stride with the next, and stay in front of it.
-        order.sort_by_key(|&axis| (std::cmp::Reverse(strides[axis]), shape[axis] != 1));
-        let mut tensor = CudaTensor::uninitialized(self.device(), shape, &order)?;
-        tensor.strides.copy_from_slice(&strides[..shape.len()]);
-        Ok(tensor)
-    }
-}
-
-/// A host operand's stand-in on the device: dense, with the axes in the host's order.
-pub(super) struct Staged {
-    memory: Buffer,
-    layout: Dense,
-}
-
-impl Staged {
-    /// Copies an operand to the device.
-    pub(super) fn upload(device: &CudaDevice, host: &Operand, extents: [u64; 4]) -> Result<Self> {
-        let mut staged = Self::empty(device, host, host.channels, extents)?;
-        let layout = &staged.layout;
-        if layout.is_dense_on_host() {
-            // SAFETY: the problem's view vouches for these elements, which have no gaps.
-            let values = unsafe { std::slice::from_raw_parts(host.ptr, layout.len) };
-            staged.memory.upload(values)?;
-        } else {
-            let mut values = layout.host_values()?;
-            let mut slots = values.iter_mut();
-            layout.for_each(|offset| {
-                if let Some(slot) = slots.next() {
-                    // SAFETY: the problem's view vouches for every element that the strides reach.
-                    *slot = unsafe { *host.ptr.wrapping_offset(offset) };
-                }
-            });
-            staged.memory.upload(&values)?;
-        }
-        Ok(staged)
-    }
-
-    /// Room for an operand.
-    pub(super) fn empty(
-        device: &CudaDevice,
-        host: &Operand,
-        channels: usize,
-        extents: [u64; 4],
-    ) -> Result<Self> {
-        let layout = Dense::of(host, channels, extents)?;
-        Ok(Staged { memory: Buffer::new(device, layout.len * size_of::<f32>())?, layout })
-    }
-
-    /// Copies back to the host operand that [`empty`](Self::empty) was made for.
-    ///
-    /// # Safety
-    /// Every element of `host` must be writable, and nobody else's.
-    pub(super) unsafe fn download(&self, host: &Operand) -> Result<()> {
-        let to = host.ptr.cast_mut();
-        if self.layout.is_dense_on_host() {
-            // SAFETY: the caller's promise, for elements without gaps.
-            let values = unsafe { std::slice::from_raw_parts_mut(to, self.layout.len) };
-            return self.memory.download(values);
-        }
-        let mut values = self.layout.host_values()?;
-        self.memory.download(&mut values)?;
-        let mut values = values.into_iter();
-        self.layout.for_each(|offset| {
-            if let Some(value) = values.next() {
-                // SAFETY: the caller's promise.
-                unsafe { *to.wrapping_offset(offset) = value };
-            }
-        });
-        Ok(())
-    }
-
-    pub(super) fn tensor(&self) -> Tensor {
-        let [sample, channel, d, h, w] = self.layout.device;
-        Tensor { address: self.memory.address(), channel, axes: [sample, d, h, w] }
-    }
-}
-
-/// How a strided host tensor `[n, c, d, h, w]` is laid out without gaps.
-struct Dense {
-    /// Outermost first: length and host stride.
-    axes: [(usize, isize); MAX_RANK],
-    /// Strides of `[n, c, d, h, w]` in the dense form.
-    device: [i64; MAX_RANK],
-    len: usize,
-}
-
-impl Dense {
-    fn of(host: &Operand, channels: usize, extents: [u64; 4]) -> Result<Self> {
-        let mut lengths = [1; MAX_RANK];
-        let mut strides = [0; MAX_RANK];
-        (lengths[0], strides[0]) = (extents[0] as usize, host.sample);
-        (lengths[1], strides[1]) = (channels, host.channel);
-        for axis in 0..MAX_SPATIAL {
-            lengths[2 + axis] = extents[1 + axis] as usize;
-            strides[2 + axis] = host.spatial[axis];
-        }
-        let len = checked_product("a tensor's size", &lengths)?;
-        let mut order = [0, 1, 2, 3, 4];
-        order.sort_by_key(|&axis| std::cmp::Reverse(strides[axis].unsigned_abs()));
-        let mut device = [0; MAX_RANK];
-        let mut next = 1;
-        for &axis in order.iter().rev() {
-            device[axis] = next;
-            next *= lengths[axis] as i64;
-        }
-        Ok(Dense { axes: order.map(|axis| (lengths[axis], strides[axis])), device, len })
-    }
-
-    /// Whether the host's elements lie in this very order, without gaps.
-    fn is_dense_on_host(&self) -> bool {
-        let mut next = 1;
-        self.axes.iter().rev().filter(|&&(len, _)| len != 1).all(|&(len, stride)| {
-            let fits = stride == next;
-            next *= len as isize;
-            fits
-        })
-    }
-
-    /// Room on the host for the dense form.
-    fn host_values(&self) -> Result<Vec<f32>> {
-        try_zeros("a tensor's dense copy", &self.axes.map(|(len, _)| len))
-    }
-
-    /// The host's offsets, in the dense order.
-    fn for_each(&self, mut visit: impl FnMut(isize)) {
-        let [a, b, c, d, e] = self.axes;
-        for i in 0..a.0 as isize {
-            for j in 0..b.0 as isize {
-                for k in 0..c.0 as isize {
-                    for l in 0..d.0 as isize {
-                        let row = i * a.1 + j * b.1 + k * c.1 + l * d.1;
-                        (0..e.0 as isize).for_each(|m| visit(row + m * e.1));
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn operand(data: &[f32], strides: [isize; 5]) -> Operand {
-        let [sample, channel, d, h, w] = strides;
-        let spatial = [d, h, w];
-        Operand { ptr: data.as_ptr(), sample, channel, channels: 3, spatial, stream: None }
-    }
-
-    #[test]
-    fn host_tensors_are_staged_in_their_own_order() {
-        // Channels last, dense.
-        let data = vec![0.0; 2 * 3 * 20];
-        let dense = Dense::of(&operand(&data, [60, 1, 60, 15, 3]), 3, [2, 1, 4, 5]).unwrap();
-        assert!(dense.is_dense_on_host());
-        assert_eq!(dense.device, [60, 1, 60, 15, 3]);
-        let mut offsets = Vec::new();
-        dense.for_each(|offset| offsets.push(offset));
-        assert_eq!(offsets, (0..120).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn gaps_and_negative_strides_are_gathered() {
-        let data = vec![0.0; 64];
-        let dense = Dense::of(&operand(&data, [0, 20, 0, -5, 2]), 3, [1, 1, 3, 2]).unwrap();
-        assert!(!dense.is_dense_on_host());
-        assert_eq!([dense.device[1], dense.device[3], dense.device[4]], [6, 2, 1]);
-        let mut offsets = Vec::new();
-        dense.for_each(|offset| offsets.push(offset));
-        let expected = (0..18).map(|i| i / 6 * 20 - i % 6 / 2 * 5 + i % 2 * 2);
-        assert_eq!(offsets, expected.collect::<Vec<isize>>());
+        CudaTensor::like(self.device(), &self.view()?, shape)
     }
 }

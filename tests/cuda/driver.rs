@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
-use super::{OnDevice, Outcome, tensor_cores};
+use super::{OnDevice, Outcome, cases, faults, tensor_cores};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -16,8 +16,8 @@ pub const TRIALS: &[OnDevice] = &[("the_environment_steers_the_choice", environm
 pub const STAND_IN_TRIALS: &[OnDevice] = &[
     ("drivers_that_do_not_start_are_errors", broken_drivers),
     ("devices_without_memory_pools_work", no_pools),
-    ("memory_that_runs_out_is_an_error", out_of_memory),
     ("two_devices_do_not_mix", two_devices),
+    ("strides_beyond_32_bits_reach_their_elements", far_apart),
 ];
 
 /// What the started processes do: say what they find, on one line.
@@ -31,13 +31,6 @@ pub fn child(what: &str) -> ExitCode {
             .prepare(&Device::best())
             .and_then(|layer| layer.forward(&src))
             .map(|dst| if dst.iter().all(|&x| x == 6.0) { "right".into() } else { "wrong".into() }),
-        "large" => Device::cuda(0).and_then(|gpu| {
-            let big = ndarray::Array2::<f32>::zeros((1 << 12, 3));
-            let layer = Pointwise::new(Array2::from_elem((1 << 12, 3), 2.0f32)).prepare(&gpu)?;
-            let failed = layer.forward(&big).err().map(|error| error.to_string());
-            let after = layer.forward(&big.slice(ndarray::s![..1, ..]))?;
-            Ok(format!("{failed:?}, then {} values", after.len()))
-        }),
         "two" => CudaDevice::open(1).and_then(|second| {
             let first = CudaDevice::open(0)?;
             let on_second = layer.prepare(&second.clone().into())?;
@@ -49,8 +42,9 @@ pub fn child(what: &str) -> ExitCode {
             Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
         }),
         "current" => current_contexts(&layer, &src),
+        "far" => CudaDevice::open(0).and_then(|device| cases::far_apart(&device)),
         "counted" => CudaDevice::open(0).and_then(|device| tensor_cores::large(&device)),
-        other => Err(Error::Checkpoint(format!("no such child: {other}"))),
+        other => faults::child(other),
     };
     match answer {
         Ok(text) => println!("{text}"),
@@ -120,6 +114,7 @@ fn ask(what: &str, variables: &[(&str, &str)]) -> Result<String, String> {
     Ok(text)
 }
 
+/// Parts of what a process says.
 pub fn expect(what: &str, variables: &[(&str, &str)], parts: &[&str]) -> Outcome {
     let text = ask(what, variables)?;
     match parts.iter().find(|part| !text.contains(**part)) {
@@ -169,16 +164,15 @@ fn no_pools(_: &CudaDevice) -> Outcome {
     expect("forward", &[("PW_EMULATOR_POOLS", "0"), ("POINTWISE_DEVICE", "cuda")], &["right"])
 }
 
-fn out_of_memory(_: &CudaDevice) -> Outcome {
-    let variables = [("PW_EMULATOR_MEMORY", "16M")];
-    expect("large", &variables, &["CUDA_ERROR_OUT_OF_MEMORY (2)", "then 4096 values"])
-}
-
 fn two_devices(_: &CudaDevice) -> Outcome {
     let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
     expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
     let parts = ["without: [], with: [], bound: true"];
     expect("current", &[("PW_EMULATOR_DEVICES", "2")], &parts)
+}
+
+fn far_apart(_: &CudaDevice) -> Outcome {
+    expect("far", &[("PW_EMULATOR_GAP", "16G")], &["right, at least 2^32 elements apart"])
 }
 
 fn environment(device: &CudaDevice) -> Outcome {

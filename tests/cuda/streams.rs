@@ -1,9 +1,10 @@
 //! Streams, threads, graphs, raw pointers: what a service does around a layer.
 
 use ndarray::{Array2, Array3, s};
-use pointwise::cudarc::driver::{CudaContext, sys};
+use pointwise::cudarc::driver::{CudaContext, result, sys};
 use pointwise::{
-    CudaDevice, CudaTensor, Device, Error, LayerNorm, Place, Pointwise, TensorMut, TensorRef,
+    CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, Device, Error, LayerNorm, Place, Pointwise,
+    TensorMut, TensorRef,
 };
 
 use super::numbers::Random;
@@ -13,6 +14,9 @@ pub const TRIALS: &[OnDevice] = &[
     ("tensors_cross_streams_by_themselves", across_streams),
     ("threads_share_a_layer", threads),
     ("a_stream_of_the_callers_and_raw_pointers", raw_pointers),
+    ("slices_of_cudarc_are_tensors", borrowed_slices),
+    ("slices_of_the_per_thread_stream_are_read_in_its_order", per_thread_slices),
+    ("the_memory_pool_keeps_what_it_is_told_to", kept_memory),
     ("streams_that_would_mix_are_refused", refused_streams),
     ("a_call_can_be_captured_in_a_graph", graph),
     ("layers_write_into_channel_ranges", channel_ranges),
@@ -116,6 +120,85 @@ fn raw_pointers(device: &CudaDevice) -> Outcome {
 
     let shared = CudaDevice::from_stream(stream.clone())?;
     assert_eq!(layer.prepare(&shared.into())?.forward(&src)?, expected);
+    Ok(())
+}
+
+fn borrowed_slices(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(26);
+    let layer = layer(&mut random, 9, 5);
+    let src = source(&mut random, 5);
+    let expected = layer.prepare(&Device::cpu())?.forward(&src)?;
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    // Two streams of theirs, in a context that tracks who reads and writes.
+    let context = CudaContext::new(device.ordinal()).map_err(code)?;
+    let (stream, copies) =
+        (context.new_stream().map_err(code)?, context.new_stream().map_err(code)?);
+    // The layer on a third stream.
+    let prepared = layer.prepare(&device.clone().into())?;
+    let mut theirs = stream.alloc_zeros::<f32>(2 * 5 * 21 + 3).map_err(code)?;
+    let mut result = stream.alloc_zeros::<f32>(2 * 9 * 21 + 40).map_err(code)?;
+    for _ in 0..2 {
+        copies.memcpy_htod(src.as_slice().unwrap(), &mut theirs.slice_mut(3..)).map_err(code)?;
+        let shape = [2, 5, 21];
+        let from = CudaSliceRef::new(theirs.as_view(), 3, &shape, &[105, 21, 1])?;
+        let to = result.slice_mut(20..);
+        let mut to = CudaSliceMut::new(to, 0, &[2, 9, 21], &[189, 21, 1])?;
+        prepared.forward_into(&from, &mut to)?;
+        assert_eq!(prepared.forward(&from)?.to_host()?, expected.clone().into_dyn());
+        drop((from, to));
+        // They overwrite what was read, and read what was written, on a stream of their choice.
+        let got = copies.clone_dtoh(&result).map_err(code)?;
+        copies.memset_zeros(&mut theirs).map_err(code)?;
+        assert_eq!(got[20..398], *expected.as_slice().unwrap());
+        assert!(got[..20].iter().chain(&got[398..]).all(|&x| x == 0.0));
+    }
+    let error = CudaSliceRef::new(theirs.slice(..212), 3, &[2, 5, 21], &[105, 21, 1]);
+    assert!(matches!(error, Err(Error::OutOfBounds { last: 212, len: 212, .. })), "{error:?}");
+    drop(error);
+    let error = CudaSliceMut::new(theirs.as_view_mut(), 0, &[2, 5, 21], &[105, 21, 0]);
+    assert!(matches!(error, Err(Error::Overlap { .. })), "{error:?}");
+    context.check_err().map_err(code)?;
+    Ok(())
+}
+
+fn per_thread_slices(device: &CudaDevice) -> Outcome {
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let layer = Pointwise::new(Array2::from_elem((3, 2), 1.0f32));
+    let layer = layer.prepare(&device.clone().into())?;
+    let context = CudaContext::new(device.ordinal()).map_err(code)?;
+    let stream = context.per_thread_stream();
+    let src = stream.clone_htod(&[1.0f32; 20]).map_err(code)?;
+    let mut dst = stream.alloc_zeros::<f32>(30).map_err(code)?;
+    for expected in [2.0, 2.0] {
+        let src = CudaSliceRef::new(src.as_view(), 0, &[2, 2, 5], &[10, 5, 1])?;
+        let mut to = CudaSliceMut::new(dst.as_view_mut(), 0, &[2, 3, 5], &[15, 5, 1])?;
+        layer.forward_into(&src, &mut to)?;
+        drop(to);
+        assert_eq!(stream.clone_dtoh(&dst).map_err(code)?, [expected; 30]);
+        // A result would have no stream of its own.
+        assert!(matches!(layer.forward(&src), Err(Error::Unsupported { .. })));
+    }
+    Ok(())
+}
+
+fn kept_memory(device: &CudaDevice) -> Outcome {
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let context = CudaContext::new(device.ordinal()).map_err(code)?;
+    for bytes in [3u64 << 30, 0] {
+        device.keep_memory(bytes)?;
+        if !context.has_async_alloc() {
+            continue;
+        }
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut kept = u64::MAX;
+        // SAFETY: the device's own pool, and a 64-bit number.
+        unsafe {
+            let pool = result::device::get_mem_pool(context.cu_device()).map_err(code)?;
+            result::mem_pool::get_attribute(pool, attribute, (&raw mut kept).cast())
+                .map_err(code)?;
+        }
+        assert_eq!(kept, bytes);
+    }
     Ok(())
 }
 

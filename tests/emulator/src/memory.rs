@@ -4,8 +4,8 @@ use crate::races::{GlobalCell, poison};
 
 /// Device addresses begin where no host address can be, so that a host access faults at once.
 const START: u64 = 0x0000_a000_0000_0000;
-/// Distance between allocations.
-const GAP: u64 = 1 << 16;
+/// Distance between allocations, at least.
+pub const GAP: u64 = 1 << 16;
 /// Alignment that `cuMemAlloc` promises.
 const ALIGNMENT: u64 = 256;
 /// Words per page of the race shadow.
@@ -84,15 +84,16 @@ pub struct DeviceMemory {
     allocations: Vec<Allocation>,
     freed: Vec<(u64, u64)>,
     next: u64,
+    gap: u64,
     used: u64,
     total: u64,
 }
 
 impl DeviceMemory {
-    /// Empty memory of `total` bytes for the device with this number.
-    pub fn new(device: usize, total: u64) -> Self {
+    /// Empty memory of `total` bytes for the device with this number, its allocations `gap` apart.
+    pub fn new(device: usize, total: u64, gap: u64) -> Self {
         let next = START + ((device as u64) << 42);
-        DeviceMemory { allocations: Vec::new(), freed: Vec::new(), next, used: 0, total }
+        DeviceMemory { allocations: Vec::new(), freed: Vec::new(), next, gap, used: 0, total }
     }
 
     /// Allocates poisoned bytes, or `None` when the device is full.
@@ -105,7 +106,7 @@ impl DeviceMemory {
         self.used += cost;
         let base = self.next;
         // 256-byte aligned and no more, so that code which assumes more shows it.
-        self.next = (base + size + GAP).next_multiple_of(2 * ALIGNMENT) + ALIGNMENT;
+        self.next = (base + size + self.gap).next_multiple_of(2 * ALIGNMENT) + ALIGNMENT;
         let mut data = Vec::with_capacity(size as usize);
         data.extend((0..size).map(poison));
         let init = vec![0; (size as usize).div_ceil(8)];
@@ -293,7 +294,7 @@ mod tests {
 
     #[test]
     fn bounds_are_exact_and_addresses_are_not_reused() {
-        let mut memory = DeviceMemory::new(0, 1 << 20);
+        let mut memory = DeviceMemory::new(0, 1 << 20, GAP);
         let a = memory.allocate(100, "a".into()).unwrap();
         assert!(memory.find(a + 99, 1).is_some());
         assert!(memory.find(a + 97, 4).is_none());
@@ -308,7 +309,7 @@ mod tests {
 
     #[test]
     fn copies_keep_what_is_uninitialised() {
-        let mut memory = DeviceMemory::new(0, 1 << 20);
+        let mut memory = DeviceMemory::new(0, 1 << 20, GAP);
         let a = memory.allocate(64, "a".into()).unwrap();
         let b = memory.allocate(64, "b".into()).unwrap();
         memory.write(b, &[1; 64]).unwrap();

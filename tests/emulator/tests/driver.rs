@@ -350,6 +350,22 @@ alone! {
         assert_eq!(cuMemAlloc_v2((&mut at).into(), 40_000), 0);
     }
 
+    #[vars("PW_EMULATOR_DEVICES" = "2", "PW_EMULATOR_GAP" = "16G")]
+    fn streams_of_another_context() {
+        context();
+        let mine = stream(1);
+        let (mut first, mut second, mut found) = (0, 0, 0);
+        assert_eq!(cuCtxGetCurrent((&mut first).into()), 0);
+        assert_eq!(cuDevicePrimaryCtxRetain((&mut second).into(), 1), 0);
+        assert_eq!(cuCtxSetCurrent(second), 0);
+        assert_eq!(cuStreamGetCtx(mine, (&mut found).into()), 0);
+        assert_eq!(found, first);
+        assert_eq!(cuStreamSynchronize(mine), 400);
+        assert_eq!(cuStreamGetCtx(mine + 1, (&mut found).into()), 400);
+        let (a, b) = (allocate(4), allocate(4));
+        assert!(b - a >= 16 << 30);
+    }
+
     #[vars("PW_EMULATOR_INIT" = "804")]
     fn a_driver_that_fails() {
         assert_eq!(cuInit(0), 804);

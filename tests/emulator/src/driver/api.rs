@@ -1381,10 +1381,14 @@ api! {
         s.wait_event(stream, event)
     }
 
+    // A stream of another context is no error here: its context is the answer.
     fn cuStreamGetCtx(stream: Handle, context: Out<Handle>) |s| {
-        let device = s.current()?;
-        let stream = s.stream(device, stream)?;
-        context.set(State::context(s.streams[&stream].device))
+        let current = s.current()?;
+        let device = match s.streams.get(&stream) {
+            Some(other) => other.device,
+            None => s.stream(current, stream).map(|_| current)?,
+        };
+        context.set(State::context(device))
     }
 
     fn cuStreamGetDevice(stream: Handle, place: Out<i32>) |s| {

@@ -1,5 +1,7 @@
 //! Which machine to pretend to be: the environment, and what the pretended devices report.
 
+use crate::memory;
+
 /// Everything that the environment decides; read once, at the first call.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -9,6 +11,8 @@ pub struct Config {
     pub devices: usize,
     /// Bytes of memory per device.
     pub memory: u64,
+    /// Bytes between two allocations.
+    pub gap: u64,
     /// What `cuInit` returns.
     pub init: u32,
     /// What `cuDriverGetVersion` says.
@@ -66,6 +70,12 @@ impl Config {
                 None => 4 << 30,
                 Some(text) => bytes(&text)
                     .ok_or_else(|| format!("PW_EMULATOR_MEMORY={text} is not a size"))?,
+            },
+            gap: match var("GAP") {
+                None => memory::GAP,
+                Some(text) => bytes(&text)
+                    .filter(|gap| (memory::GAP..=1 << 36).contains(gap))
+                    .ok_or_else(|| format!("PW_EMULATOR_GAP={text} is not a size of 64K to 64G"))?,
             },
             init: number(var, "INIT", 0)?,
             driver: number(var, "DRIVER", 13_000)?,
@@ -243,6 +253,12 @@ mod tests {
         assert_eq!(config.attribute(9999), None);
         let bad = Config::from_vars(&|n| (n == "MEMORY").then(|| "12Q".into()));
         assert!(bad.unwrap_err().contains("PW_EMULATOR_MEMORY"));
+        for gap in ["1K", "128G", "far"] {
+            let bad = Config::from_vars(&|n| (n == "GAP").then(|| gap.into()));
+            assert!(bad.unwrap_err().contains("PW_EMULATOR_GAP"));
+        }
+        let far = Config::from_vars(&|n| (n == "GAP").then(|| "16G".into())).unwrap();
+        assert_eq!((config.gap, far.gap), (64 << 10, 16 << 30));
         let small = Config::from_vars(&|n| match n {
             "MEMORY" => Some("64M".into()),
             "ARCH" => Some("sm_75".into()),

@@ -257,7 +257,7 @@ impl State {
             let legacy = self.new_stream(number, false, 0, 0);
             self.devices.push(Device {
                 retained: 0,
-                memory: DeviceMemory::new(number, config.memory),
+                memory: DeviceMemory::new(number, config.memory, config.gap),
                 error: None,
                 launches: 0,
                 legacy,

@@ -5,7 +5,7 @@ use cuda::counters::Counters;
 use cuda::decode;
 use cuda::exec::{self, Fault, Launch, Machine};
 use cuda::isa::Kernel;
-use cuda::memory::DeviceMemory;
+use cuda::memory::{DeviceMemory, GAP};
 use cuda::parse;
 
 pub const GEMM: &str = include_str!("../kernels/gemm.ptx");
@@ -28,7 +28,7 @@ impl Gpu {
 
     pub fn try_new(ptx: &str) -> Result<Gpu, String> {
         let module = parse::parse(ptx)?;
-        let mut memory = DeviceMemory::new(0, 8 << 30);
+        let mut memory = DeviceMemory::new(0, 8 << 30, GAP);
         let mut globals = std::collections::HashMap::new();
         for var in &module.vars {
             if matches!(var.space, parse::Space::Global | parse::Space::Const) {

@@ -1,0 +1,737 @@
+//! Calls on host tensors: cut into slices that pass through pinned memory, copied in and out on
+//! streams of their own while the device computes on the slice between.
+
+use cudarc::driver::result;
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
+
+use super::device::{Buffer, CudaDevice, Event};
+use super::launch::Tensor;
+use crate::error::{Error, Result};
+use crate::problem::Operand;
+use crate::tensor::{MAX_RANK, MAX_SPATIAL};
+
+/// What a slice takes on the device, where the layer's options do not say. Copies of this size run
+/// at the bus's full rate, and a launch costs little beside them.
+pub(super) const SLICE_BYTES: usize = 16 << 20;
+
+/// Every tensor of a slice begins at a multiple of this.
+pub(super) const ALIGNMENT: usize = 256;
+
+/// A call's tensors in host memory.
+pub(super) struct HostCall<'a> {
+    pub src: &'a Operand,
+    pub residual: Option<&'a Operand>,
+    pub dst: &'a Operand,
+    /// Channels of the largest tensor that is computed on the way.
+    pub between: usize,
+    /// Batch and the three spatial axes; none is empty.
+    pub extents: [usize; 1 + MAX_SPATIAL],
+    /// The most that a slice may take on the device, unless one position takes more.
+    pub slice_bytes: usize,
+}
+
+/// A slice's tensors on the device, dense in the host's order of axes.
+pub(super) struct Slice {
+    pub extents: [u64; 1 + MAX_SPATIAL],
+    pub src: Tensor,
+    pub residual: Option<Tensor>,
+    pub dst: Tensor,
+    /// Twice the room for what is computed on the way.
+    pub between: [u64; 2],
+}
+
+impl HostCall<'_> {
+    /// The call in one slice, at no address: what a kernel is chosen by, so that the choice and
+    /// with it the result do not depend on how the call is cut.
+    pub(super) fn undivided(&self) -> Slice {
+        self.layout(&Piece { start: [0; 1 + MAX_SPATIAL], extents: self.extents }).slice(0)
+    }
+
+    /// Bytes of all tensors at one position.
+    fn position_bytes(&self) -> usize {
+        let residual = self.residual.map_or(0, |residual| residual.channels);
+        let values = self.src.channels.saturating_add(residual).saturating_add(self.dst.channels);
+        values.saturating_add(2 * self.between).saturating_mul(size_of::<f32>())
+    }
+
+    fn layout(&self, piece: &Piece) -> Layout {
+        let src = Dense::of(self.src, piece);
+        let residual = self.residual.map(|residual| Dense::of(residual, piece));
+        let dst = Dense::of(self.dst, piece);
+        let residual_at = src.bytes().next_multiple_of(ALIGNMENT);
+        let read = residual_at + residual.as_ref().map_or(0, Dense::bytes);
+        let dst_at = read.next_multiple_of(ALIGNMENT);
+        let host = dst_at + dst.bytes();
+        let half = piece.positions() * self.between * size_of::<f32>();
+        let first = host.next_multiple_of(ALIGNMENT);
+        let between = [first, (first + half).next_multiple_of(ALIGNMENT)];
+        let device = if half > 0 { between[1] + half } else { host };
+        let extents = piece.extents;
+        Layout { extents, src, residual, residual_at, read, dst, dst_at, host, between, device }
+    }
+}
+
+/// Runs a call: `compute` queues the work of one slice on the device's stream, and is called for
+/// one after another. Results are in dst when this returns.
+///
+/// # Safety
+/// src and residual must be readable, dst writable and nobody else's, all in host memory.
+///
+/// # Errors
+/// [`Error::Unsupported`] while the stream is captured, [`Error::DeviceMemory`] if not even one
+/// position fits, [`Error::Cuda`], those of `compute`.
+pub(super) unsafe fn run(
+    device: &CudaDevice,
+    call: &HostCall<'_>,
+    compute: impl FnMut(&Slice) -> Result<()>,
+) -> Result<()> {
+    if device.is_capturing()? {
+        return Err(Error::Unsupported {
+            device: device.to_string(),
+            what: "a call on host tensors while its stream is captured in a graph: it waits for \
+                   its result; use device tensors"
+                .into(),
+        });
+    }
+    let kept = device.idle_staging().pop();
+    let mut staging = match kept {
+        Some(staging) => staging,
+        None => Staging::new(device)?,
+    };
+    // SAFETY: the caller's promise.
+    let outcome = unsafe { staging.run(device, call, compute) };
+    if outcome.is_err() {
+        staging.settle(device);
+    }
+    device.idle_staging().push(staging);
+    outcome
+}
+
+/// Two slices' memory, and the streams that copy beside the one that computes. One call at a time
+/// has it; nothing of it is in flight between calls.
+pub(super) struct Staging {
+    input: CudaDevice,
+    output: CudaDevice,
+    slots: [Slot; 2],
+}
+
+impl Staging {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let (input, output) = (device.with_new_stream()?, device.with_new_stream()?);
+        let slots = [Slot::new(&input)?, Slot::new(&input)?];
+        Ok(Staging { input, output, slots })
+    }
+
+    unsafe fn run(
+        &mut self,
+        device: &CudaDevice,
+        call: &HostCall<'_>,
+        mut compute: impl FnMut(&Slice) -> Result<()>,
+    ) -> Result<()> {
+        let pieces = self.reserve(call)?;
+        let alone = pieces.total() == 1;
+        let (input, output) = if alone { (device, device) } else { (&self.input, &self.output) };
+        let [mut next, mut other] = {
+            let [first, second] = &mut self.slots;
+            [first, second]
+        };
+        for piece in pieces {
+            // SAFETY: the caller's promise.
+            unsafe {
+                next.finish(call)?;
+                next.start(call, piece, [input, device, output], &mut compute)?;
+            }
+            std::mem::swap(&mut next, &mut other);
+        }
+        // SAFETY: as above.
+        unsafe {
+            next.finish(call)?;
+            other.finish(call)
+        }
+    }
+
+    /// Memory for as large slices as the call and the device allow.
+    fn reserve(&mut self, call: &HostCall<'_>) -> Result<Pieces> {
+        // Each of the tensors begins aligned.
+        let room = call.slice_bytes.saturating_sub(4 * ALIGNMENT);
+        let mut most = room / call.position_bytes().max(1);
+        loop {
+            let pieces = Pieces::new(call.extents, most.max(1));
+            let Layout { host, device: bytes, .. } = call.layout(&pieces.largest());
+            let slots = if pieces.total() == 1 { 1 } else { 2 };
+            let mut slots = self.slots[..slots].iter_mut();
+            let room = slots.try_for_each(|slot| slot.reserve(bytes, host));
+            match room {
+                Ok(()) => return Ok(pieces),
+                Err(Error::DeviceMemory { .. }) if pieces.largest().positions() > 1 => {
+                    // Together the slots may have held what one of them now needs.
+                    self.slots.iter_mut().try_for_each(Slot::release)?;
+                    most = pieces.largest().positions() / 2;
+                }
+                Err(Error::DeviceMemory { device, .. }) => {
+                    let what = "the smallest slice of a call on host tensors, one position";
+                    return Err(Error::DeviceMemory { device, what, bytes });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits until nothing of a call that failed is in flight. What fails here has been told.
+    fn settle(&mut self, device: &CudaDevice) {
+        for stream in [&self.input, device, &self.output] {
+            let _ = stream.synchronize();
+        }
+        for slot in &mut self.slots {
+            slot.pending = None;
+        }
+    }
+}
+
+/// One slice's memory on the device and, laid out alike, on the host.
+struct Slot {
+    device: Buffer,
+    host: Pinned,
+    copied: Event,
+    computed: Event,
+    done: Event,
+    /// What is in flight.
+    pending: Option<Layout>,
+    /// Where `pending` is in dst.
+    offset: isize,
+}
+
+impl Slot {
+    fn new(stream: &CudaDevice) -> Result<Self> {
+        let event = || stream.new_event();
+        Ok(Slot {
+            device: Buffer::new(stream, "", 0)?,
+            host: Pinned::new(stream, 0)?,
+            copied: event()?,
+            computed: event()?,
+            done: event()?,
+            pending: None,
+            offset: 0,
+        })
+    }
+
+    /// Memory for this many bytes at least; a bit more saves the next call from asking again.
+    fn reserve(&mut self, device: usize, host: usize) -> Result<()> {
+        if self.device.bytes() >= device && self.host.bytes >= host {
+            return Ok(());
+        }
+        let stream = self.device.device().clone();
+        self.release()?;
+        let allocate = |device: usize, host: usize| {
+            let device = Buffer::new(&stream, "a slice of a call on host tensors", device)?;
+            Ok((device, Pinned::new(&stream, host)?))
+        };
+        (self.device, self.host) =
+            match allocate(device.next_power_of_two(), host.next_power_of_two()) {
+                Err(Error::DeviceMemory { .. }) => allocate(device, host)?,
+                other => other?,
+            };
+        // Other streams use it without waiting for this one.
+        stream.synchronize()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        let stream = self.device.device().clone();
+        (self.device, self.host) = (Buffer::new(&stream, "", 0)?, Pinned::new(&stream, 0)?);
+        stream.synchronize()
+    }
+
+    /// Queues a slice on streams that copy in, compute and copy out.
+    unsafe fn start(
+        &mut self,
+        call: &HostCall<'_>,
+        piece: Piece,
+        [input, device, output]: [&CudaDevice; 3],
+        compute: &mut impl FnMut(&Slice) -> Result<()>,
+    ) -> Result<()> {
+        let layout = call.layout(&piece);
+        let host = self.host.values();
+        // SAFETY: the caller vouches for the operands; the pinned memory has room for the layout,
+        // and nothing in flight uses it.
+        unsafe {
+            layout.src.copy_in(call.src.ptr.wrapping_offset(piece.offset(call.src)), host);
+            if let (Some(dense), Some(residual)) = (&layout.residual, call.residual) {
+                let from = residual.ptr.wrapping_offset(piece.offset(residual));
+                dense.copy_in(from, host.byte_add(layout.residual_at));
+            }
+        }
+        let _bound = device.bind()?;
+        let address = self.device.address();
+        // SAFETY: both have room for the layout, and stay until `finish` has waited for `done`.
+        unsafe {
+            let read = std::slice::from_raw_parts(host.cast::<u8>(), layout.read);
+            result::memcpy_htod_async(address, read, input.stream().cu_stream())
+                .map_err(device.failed("cuMemcpyHtoDAsync"))?;
+            self.copied.between(input, device)?;
+            compute(&layout.slice(address))?;
+            self.computed.between(device, output)?;
+            let written = host.byte_add(layout.dst_at).cast::<u8>();
+            let written = std::slice::from_raw_parts_mut(written, layout.dst.bytes());
+            let from = address + layout.dst_at as u64;
+            result::memcpy_dtoh_async(written, from, output.stream().cu_stream())
+                .map_err(device.failed("cuMemcpyDtoHAsync"))?;
+            self.done.after(output)?;
+        }
+        self.offset = piece.offset(call.dst);
+        self.pending = Some(layout);
+        Ok(())
+    }
+
+    /// Waits for the slice in flight, if there is one, and hands its result out.
+    unsafe fn finish(&mut self, call: &HostCall<'_>) -> Result<()> {
+        let Some(layout) = &self.pending else { return Ok(()) };
+        let stream = self.device.device();
+        let bound = stream.bind()?;
+        // SAFETY: the event was recorded when the slice was queued.
+        unsafe { self.done.wait() }.map_err(stream.failed("cuEventSynchronize"))?;
+        drop(bound);
+        // SAFETY: the caller vouches for dst; the pinned memory holds the layout.
+        unsafe {
+            let from = self.host.values().byte_add(layout.dst_at);
+            layout.dst.copy_out(from, call.dst.ptr.cast_mut().wrapping_offset(self.offset));
+        }
+        self.pending = None;
+        Ok(())
+    }
+}
+
+/// Host memory that the device copies from and to by itself.
+struct Pinned {
+    memory: *mut f32,
+    bytes: usize,
+    device: CudaDevice,
+}
+
+// SAFETY: plain memory, owned.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
+        let mut memory = std::ptr::dangling_mut();
+        if bytes > 0 {
+            let what = "pinned host memory for a slice of a call on host tensors";
+            let _bound = device.bind()?;
+            // SAFETY: a plain allocation, freed in `drop`.
+            memory = unsafe { result::malloc_host(bytes, 0) }
+                .map_err(device.no_memory("cuMemHostAlloc", what, bytes))?
+                .cast();
+        }
+        Ok(Pinned { memory, bytes, device: device.clone() })
+    }
+
+    /// Its first element; pages are aligned to more than that.
+    fn values(&self) -> *mut f32 {
+        self.memory
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.bytes == 0 {
+            return;
+        }
+        if let Ok(_bound) = self.device.bind() {
+            // SAFETY: allocated by `new`; the driver waits for what still uses it. There is nobody
+            // to tell of a failure, which is the echo of an earlier one.
+            let _ = unsafe { result::free_host(self.memory.cast()) };
+        }
+    }
+}
+
+impl Event {
+    /// Lets `second` wait for what is queued on `first`; the caller has bound the context.
+    unsafe fn between(&self, first: &CudaDevice, second: &CudaDevice) -> Result<()> {
+        let (from, to) = (first.stream().cu_stream(), second.stream().cu_stream());
+        if from == to {
+            return Ok(());
+        }
+        // SAFETY: the handles keep their streams alive, or their makers do.
+        unsafe { self.record(from).and_then(|()| self.hold(to)) }
+            .map_err(first.failed("cuStreamWaitEvent"))
+    }
+
+    /// Marks what is queued on a stream; the caller has bound the context.
+    unsafe fn after(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: the handle keeps its stream alive, or its maker does.
+        unsafe { self.record(device.stream().cu_stream()) }.map_err(device.failed("cuEventRecord"))
+    }
+}
+
+/// A box of positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    start: [usize; 1 + MAX_SPATIAL],
+    extents: [usize; 1 + MAX_SPATIAL],
+}
+
+impl Piece {
+    fn positions(&self) -> usize {
+        self.extents.iter().product()
+    }
+
+    /// Where it begins in a host tensor, in elements.
+    fn offset(&self, operand: &Operand) -> isize {
+        let [n, d, h, w] = self.start.map(|start| start as isize);
+        let [along_d, along_h, along_w] = operand.spatial;
+        n * operand.sample + d * along_d + h * along_h + w * along_w
+    }
+}
+
+/// The pieces of a call: as many whole inner axes as fit, and a part of the next one out.
+#[derive(Clone, Debug)]
+struct Pieces {
+    extents: [usize; 1 + MAX_SPATIAL],
+    /// The axis that is cut into lengths of `chunk`; those before it are cut into single indices.
+    axis: usize,
+    chunk: usize,
+    next: usize,
+}
+
+impl Pieces {
+    /// Of at most so many positions each, and one at least.
+    fn new(extents: [usize; 1 + MAX_SPATIAL], most: usize) -> Self {
+        let (mut axis, mut inner) = (MAX_SPATIAL, 1usize);
+        while axis > 0 && inner.saturating_mul(extents[axis]) <= most {
+            inner *= extents[axis];
+            axis -= 1;
+        }
+        let mut chunk = (most / inner).clamp(1, extents[axis]);
+        if chunk < extents[axis] && inner == 1 && chunk > 4 {
+            // Vectors of four are not cut.
+            chunk -= chunk % 4;
+        }
+        Pieces { extents, axis, chunk, next: 0 }
+    }
+
+    fn total(&self) -> usize {
+        let outer: usize = self.extents[..self.axis].iter().product();
+        outer * self.extents[self.axis].div_ceil(self.chunk)
+    }
+
+    fn largest(&self) -> Piece {
+        let mut extents = self.extents;
+        extents[..self.axis].fill(1);
+        extents[self.axis] = self.chunk;
+        Piece { start: [0; 1 + MAX_SPATIAL], extents }
+    }
+}
+
+impl Iterator for Pieces {
+    type Item = Piece;
+
+    fn next(&mut self) -> Option<Piece> {
+        if self.next >= self.total() {
+            return None;
+        }
+        let mut piece = Piece { start: [0; 1 + MAX_SPATIAL], extents: self.extents };
+        let parts = self.extents[self.axis].div_ceil(self.chunk);
+        let start = self.next % parts * self.chunk;
+        piece.start[self.axis] = start;
+        piece.extents[self.axis] = self.chunk.min(self.extents[self.axis] - start);
+        let mut rest = self.next / parts;
+        for axis in (0..self.axis).rev() {
+            (piece.start[axis], piece.extents[axis]) = (rest % self.extents[axis], 1);
+            rest /= self.extents[axis];
+        }
+        self.next += 1;
+        Some(piece)
+    }
+}
+
+/// Where the tensors of a slice lie in its memory: src, residual, dst, what is between.
+struct Layout {
+    extents: [usize; 1 + MAX_SPATIAL],
+    src: Dense,
+    residual: Option<Dense>,
+    residual_at: usize,
+    /// The end of what is copied in.
+    read: usize,
+    dst: Dense,
+    dst_at: usize,
+    /// The end of what the host has a copy of.
+    host: usize,
+    between: [usize; 2],
+    /// The end of all.
+    device: usize,
+}
+
+impl Layout {
+    fn slice(&self, address: u64) -> Slice {
+        Slice {
+            extents: self.extents.map(|extent| extent as u64),
+            src: self.src.tensor(address),
+            residual: self.residual.map(|dense| dense.tensor(address + self.residual_at as u64)),
+            dst: self.dst.tensor(address + self.dst_at as u64),
+            between: self.between.map(|at| address + at as u64),
+        }
+    }
+}
+
+/// How a box of a strided host tensor is laid out without gaps.
+#[derive(Clone, Copy)]
+struct Dense {
+    /// Outermost first: length, host stride, dense stride.
+    axes: [(usize, isize, isize); MAX_RANK],
+    /// Strides of `[n, c, d, h, w]` in the dense form.
+    strides: [i64; MAX_RANK],
+    len: usize,
+}
+
+impl Dense {
+    fn of(host: &Operand, piece: &Piece) -> Self {
+        let [n, d, h, w] = piece.extents;
+        let [along_d, along_h, along_w] = host.spatial;
+        let lengths = [n, host.channels, d, h, w];
+        let from = [host.sample, host.channel, along_d, along_h, along_w];
+        let mut order = [0, 1, 2, 3, 4];
+        order.sort_by_key(|&axis| std::cmp::Reverse(from[axis].unsigned_abs()));
+        let mut strides = [0; MAX_RANK];
+        let mut axes = [(1, 0, 0); MAX_RANK];
+        let mut next = 1;
+        for (slot, &axis) in axes.iter_mut().zip(&order).rev() {
+            // What is broadcast on the host needs to be there once.
+            if from[axis] == 0 {
+                continue;
+            }
+            strides[axis] = next as i64;
+            *slot = (lengths[axis], from[axis], next);
+            next *= lengths[axis] as isize;
+        }
+        Dense { axes, strides, len: next as usize }
+    }
+
+    fn bytes(&self) -> usize {
+        self.len * size_of::<f32>()
+    }
+
+    fn tensor(&self, address: u64) -> Tensor {
+        let [sample, channel, d, h, w] = self.strides;
+        Tensor { address, channel, axes: [sample, d, h, w] }
+    }
+
+    /// # Safety
+    /// Every element that the host's strides reach from `host` must be readable, and `len` elements
+    /// from `dense` on writable and nobody else's.
+    unsafe fn copy_in(&self, host: *const f32, dense: *mut f32) {
+        let (axes, count) = merged(self.axes);
+        // SAFETY: the caller's promise.
+        unsafe { copy_in_parts(&axes[..count], host, dense, PART) };
+    }
+
+    /// # Safety
+    /// As [`copy_in`](Self::copy_in), the other way round.
+    unsafe fn copy_out(&self, dense: *const f32, host: *mut f32) {
+        let (axes, count) = merged(self.axes.map(|(len, host, dense)| (len, dense, host)));
+        // SAFETY: the caller's promise.
+        unsafe { copy_in_parts(&axes[..count], dense, host, PART) };
+    }
+}
+
+type Axis = (usize, isize, isize);
+
+/// Axes that lie behind one another on both sides as one, and how many are left; those of length 1
+/// are left out.
+fn merged(axes: [Axis; MAX_RANK]) -> ([Axis; MAX_RANK], usize) {
+    let (mut merged, mut count) = ([(1, 0, 0); MAX_RANK], 0);
+    for inner in axes.into_iter().filter(|&(len, ..)| len != 1) {
+        let (len, from, to) = inner;
+        match merged[..count].last_mut() {
+            Some(outer) if outer.1 == from * len as isize && outer.2 == to * len as isize => {
+                *outer = (outer.0 * len, from, to);
+            }
+            _ => {
+                merged[count] = inner;
+                count += 1;
+            }
+        }
+    }
+    (merged, count)
+}
+
+/// The least that a thread copies by itself: one is slower than the bus to the device.
+const PART: usize = (1 << 20) / size_of::<f32>();
+
+/// As [`copy`], in parts of so many elements or more, on threads of rayon's current pool.
+///
+/// # Safety
+/// As [`copy`].
+unsafe fn copy_in_parts(axes: &[Axis], from: *const f32, to: *mut f32, part: usize) {
+    let len: usize = axes.iter().map(|&(len, ..)| len).product();
+    let parts = (len / part).min(rayon::current_num_threads());
+    let Some((&(outer, along_from, along_to), inner)) = axes.split_first() else {
+        // SAFETY: the caller's promise.
+        return unsafe { copy(axes, from, to) };
+    };
+    if parts < 2 || outer < parts {
+        // SAFETY: the caller's promise.
+        return unsafe { copy(axes, from, to) };
+    }
+    let ends = Ends { from, to };
+    (0..parts).into_par_iter().for_each(|i| {
+        let (start, end) = (outer * i / parts, outer * (i + 1) / parts);
+        let mut axes = [(1, 0, 0); MAX_RANK];
+        axes[0] = (end - start, along_from, along_to);
+        axes[1..=inner.len()].copy_from_slice(inner);
+        let start = start as isize;
+        let Ends { from, to } = ends.moved(start * along_from, start * along_to);
+        // SAFETY: the caller's promise, for a part of the elements that is this turn's alone.
+        unsafe { copy(&axes[..=inner.len()], from, to) };
+    });
+}
+
+/// Where a copy begins.
+#[derive(Clone, Copy)]
+struct Ends {
+    from: *const f32,
+    to: *mut f32,
+}
+
+impl Ends {
+    fn moved(self, from: isize, to: isize) -> Ends {
+        Ends { from: self.from.wrapping_offset(from), to: self.to.wrapping_offset(to) }
+    }
+}
+
+// SAFETY: threads use elements of their own.
+unsafe impl Send for Ends {}
+// SAFETY: as above.
+unsafe impl Sync for Ends {}
+
+/// Copies along axes with strides in elements, outermost first.
+///
+/// # Safety
+/// Every element that is reached must be readable or writable, and no two are the same.
+unsafe fn copy(axes: &[Axis], from: *const f32, to: *mut f32) {
+    match axes {
+        // SAFETY: the caller's promise, for one element.
+        [] => unsafe { to.write(from.read()) },
+        // SAFETY: the caller's promise, for elements without gaps.
+        &[(len, 1, 1)] => unsafe { to.copy_from_nonoverlapping(from, len) },
+        &[(len, along_from, along_to), ref rest @ ..] => {
+            for i in 0..len as isize {
+                let (from, to) =
+                    (from.wrapping_offset(i * along_from), to.wrapping_offset(i * along_to));
+                // SAFETY: the caller's promise, for a part of the elements.
+                unsafe { copy(rest, from, to) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn operand(data: &[f32], channels: usize, strides: [isize; 5]) -> Operand {
+        let [sample, channel, d, h, w] = strides;
+        let spatial = [d, h, w];
+        Operand { ptr: data.as_ptr(), sample, channel, channels, spatial, stream: None }
+    }
+
+    fn whole(extents: [usize; 4]) -> Piece {
+        Piece { start: [0; 4], extents }
+    }
+
+    fn gathered(data: &[f32], at: usize, dense: &Dense) -> Vec<f32> {
+        let mut values = vec![f32::NAN; dense.len];
+        // SAFETY: the tests' strides stay within `data`.
+        unsafe { dense.copy_in(data.as_ptr().add(at), values.as_mut_ptr()) };
+        values
+    }
+
+    #[test]
+    fn host_tensors_keep_their_own_order() {
+        // Channels last, dense: one run.
+        let data: Vec<f32> = (0..120).map(|i| i as f32).collect();
+        let dense = Dense::of(&operand(&data, 3, [60, 1, 60, 15, 3]), &whole([2, 1, 4, 5]));
+        assert_eq!(dense.strides, [60, 1, 60, 15, 3]);
+        let (axes, count) = merged(dense.axes);
+        assert_eq!(axes[..count], [(120, 1, 1)]);
+        assert_eq!(gathered(&data, 0, &dense), data);
+    }
+
+    #[test]
+    fn gaps_and_negative_strides_are_gathered_and_scattered() {
+        let data: Vec<f32> = (0..64).map(|i| i as f32).collect();
+        let dense = Dense::of(&operand(&data, 3, [64, 20, 64, -5, 2]), &whole([1, 1, 3, 2]));
+        assert_eq!([dense.strides[1], dense.strides[3], dense.strides[4]], [6, 2, 1]);
+        let values = gathered(&data, 12, &dense);
+        let expected = (0..18).map(|i| (12 + i / 6 * 20 - i % 6 / 2 * 5 + i % 2 * 2) as f32);
+        assert_eq!(values, expected.collect::<Vec<_>>());
+        let mut back = vec![-1.0; 64];
+        // SAFETY: the same elements.
+        unsafe { dense.copy_out(values.as_ptr(), back.as_mut_ptr().add(12)) };
+        let touched: Vec<f32> = back.into_iter().filter(|&x| x != -1.0).collect();
+        let mut sorted = values;
+        sorted.sort_by(f32::total_cmp);
+        assert_eq!(touched, sorted);
+    }
+
+    #[test]
+    fn parts_make_the_whole() {
+        let data: Vec<f32> = (0..4096).map(|i| i as f32).collect();
+        for axes in [
+            &[(4096, 1, 1)][..],
+            &[(7, 500, 21), (21, 2, 1)],
+            &[(2, 2000, 1000), (10, 100, 100), (50, -1, 2)],
+            &[(900, 3, 4)],
+            &[],
+        ] {
+            let at = if axes.len() == 3 { 50 } else { 0 };
+            let [mut expected, mut got] = [vec![-1.0; 4096], vec![-1.0; 4096]];
+            let from = data[at..].as_ptr();
+            // SAFETY: the axes stay within both.
+            unsafe { copy(axes, from, expected.as_mut_ptr()) };
+            for part in [1, 10, 1000, 5000] {
+                got.fill(-1.0);
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+                let to = Ends { from, to: got.as_mut_ptr() };
+                // SAFETY: as above.
+                pool.install(|| unsafe { copy_in_parts(axes, { to }.from, { to }.to, part) });
+                assert!(got == expected, "{axes:?} in parts of {part}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_broadcast_is_copied_once() {
+        let data = [1.0, 2.0, 3.0, 4.0];
+        let dense = Dense::of(&operand(&data, 2, [0, 2, 0, 0, 1]), &whole([5, 1, 3, 2]));
+        assert_eq!((dense.len, dense.strides), (4, [0, 2, 0, 0, 1]));
+        assert_eq!(gathered(&data, 0, &dense), data);
+    }
+
+    #[test]
+    fn pieces_cover_every_position_once_and_keep_to_their_size() {
+        for extents in [[1, 1, 1, 1], [3, 1, 1, 7], [2, 3, 4, 5], [1, 2, 1, 100], [7, 1, 1, 1]] {
+            let all: usize = extents.iter().product();
+            for most in [1, 2, 3, 4, 5, 6, 7, 19, 20, 21, 60, 119, 120, 1000] {
+                let mut seen = vec![0; all];
+                let pieces = Pieces::new(extents, most);
+                let mut count = 0;
+                for Piece { start, extents: part } in pieces.clone() {
+                    count += 1;
+                    assert!(part.iter().product::<usize>() <= most.max(1), "{extents:?} {most}");
+                    assert!(part.iter().product::<usize>() <= pieces.largest().positions());
+                    for i in 0..part.iter().product::<usize>() {
+                        let [_, b, c, d] = part;
+                        let at = [i / d / c / b, i / d / c % b, i / d % c, i % d];
+                        let index = (0..4).fold(0, |index, axis| {
+                            assert!(at[axis] < part[axis]);
+                            index * extents[axis] + start[axis] + at[axis]
+                        });
+                        seen[index] += 1;
+                    }
+                }
+                assert_eq!(count, pieces.total());
+                assert!(seen.iter().all(|&times| times == 1), "{extents:?} {most}: {seen:?}");
+                assert!(most < all || count == 1);
+            }
+        }
+    }
+}
