@@ -441,7 +441,7 @@ pub(crate) struct Positions {
 }
 
 impl Positions {
-    fn new(axes: &[(usize, isize)]) -> Self {
+    pub(crate) fn new(axes: &[(usize, isize)]) -> Self {
         let mut merged = Positions { rank: 0, axes: [(1, 0); 1 + MAX_SPATIAL] };
         for &(len, stride) in axes.iter().filter(|&&(len, _)| len != 1) {
             match merged.axes[..merged.rank].last_mut() {

@@ -654,6 +654,8 @@ fn more_than_a_block() {
         Case { groups: 3, shuffle: 3, residual: true, ..Case::plain(2, 80, 20, &[41, 43]) },
         Case { residual: true, relu: true, ..Case::plain(4, 64, 200, &[14, 14]) },
         Case { stride: 2, ..Case::plain(3, 40, 144, &[28, 28]) },
+        Case { stride: 2, bias: true, ..Case::plain(2, 128, 600, &[7, 7]) },
+        Case { stride: 2, groups: 2, ..Case::plain(2, 96, 300, &[9, 11]) },
         Case { n: 5, bias: true, ..Case::plain(1, 200, 168, &[7, 7]) },
         Case { stride: 2, residual: true, ..Case::plain(3, 61, 70, &[53, 41]) },
         Case { concat: Some(vec![1, 30, 69]), ..Case::plain(1, 100, 17, &[9001]) },

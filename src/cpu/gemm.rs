@@ -180,7 +180,7 @@ struct Pass<'a> {
     plan: Plan,
     /// Moments of each block, for a normalisation over all positions.
     slots: Vec<Slot>,
-    /// No other pass has it.
+    /// Of a pass whose units share copies: no other one has it. Otherwise 0.
     id: u64,
 }
 
@@ -188,7 +188,7 @@ struct Pass<'a> {
 // duration; units write to disjoint parts of dst.
 unsafe impl Sync for Pass<'_> {}
 
-static PASSES: AtomicU64 = AtomicU64::new(0);
+static PASSES: AtomicU64 = AtomicU64::new(1);
 
 /// What a thread needs while it works on a unit.
 #[derive(Default)]
@@ -652,7 +652,7 @@ impl<'a> Pass<'a> {
 
 /// Positions that src is fetched ahead, at least, where lanes run along them.
 const AHEAD: usize = 48;
-/// As many rows of a panel are fetched ahead.
+/// Rows of a panel that src is fetched ahead, where it is copied.
 const ROWS_AHEAD: isize = 8;
 /// Values of src that are fetched ahead of a tile, at most, where lanes run along channels: more
 /// would drive the weight out of the first cache level.
@@ -715,14 +715,16 @@ impl Area<'_> {
             let k = part.k;
             let (src, channel, step) = part.tiles(positions.first, positions.len);
             let src_step = position_step.map(|positions| if positions > 0 { step } else { 0 });
-            if self.segments.is_empty() {
-                ahead = match axis {
-                    ChannelAxis::Rows if part.panels.is_some() => ROWS_AHEAD * channel,
-                    ChannelAxis::Rows => positions.len.max(AHEAD) as isize,
-                    ChannelAxis::Lanes if channel != 1 || positions.len * k > MOST_AHEAD => 0,
-                    ChannelAxis::Lanes => step,
-                };
-            }
+            ahead = match axis {
+                ChannelAxis::Rows if part.panels.is_some() => ROWS_AHEAD * channel,
+                ChannelAxis::Rows => positions.len.max(AHEAD) as isize,
+                ChannelAxis::Lanes => {
+                    // One source whose positions follow one another without gaps.
+                    let whole =
+                        self.parts.len() == 1 && channel == 1 && part.position == k as isize;
+                    if whole && positions.len * k <= MOST_AHEAD { step } else { 0 }
+                }
+            };
             self.segments.push(match axis {
                 ChannelAxis::Rows => Segment {
                     k,

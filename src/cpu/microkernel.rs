@@ -50,8 +50,8 @@ pub(crate) struct Grid<'a> {
     pub cols: usize,
     /// Tiles in each direction; one where the epilogue places channels or positions by a table.
     pub tiles: [usize; 2],
-    /// Distance in elements from the first segment's src to what of it is fetched into cache
-    /// meanwhile, since it is read next.
+    /// Distance in elements from src to what of it is fetched into cache meanwhile, since it is read
+    /// next; 0 is nothing where lanes run along the channels.
     pub ahead: isize,
     /// Whether dst is likely not in cache: its lines are fetched while the sums are computed.
     pub far_dst: bool,
@@ -252,11 +252,12 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
         let mut left = k;
         // Rows of a channels-last src that follow one another are walked as one run of memory.
         let mut next = terms.a[0].wrapping_offset(ahead);
+        let row_part = if ahead == 0 { 0 } else { R };
         // One loop over the terms of all segments, since LLVM would keep the sums in memory
         // between several.
         loop {
             let lanes = epilogue::load_row::<V, NV, TAIL>(terms.b, tail);
-            // Shorter vectors leave no load to spare.
+            // Shorter vectors, or rows of a single one, leave no load to spare.
             if PACKED && V::LANES == 16 {
                 let weight = terms.a[0].wrapping_offset(WEIGHT_AHEAD * terms.strides.a_k);
                 V::fetch(weight);
@@ -267,7 +268,7 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
             }
             if !PACKED && V::LANES * NV > 8 {
                 V::fetch(next);
-                next = next.wrapping_add(R);
+                next = next.wrapping_add(row_part);
             }
             for (row, sums) in acc.iter_mut().enumerate() {
                 let x = V::splat(if PACKED { *terms.a[0].add(row) } else { *terms.row(row) });

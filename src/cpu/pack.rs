@@ -163,13 +163,13 @@ pub(crate) struct Panels {
 }
 
 impl Panels {
-    /// For tiles of `len` positions.
+    /// For tiles of `len` positions, a multiple of 8, or of any length in a single panel.
     pub(crate) fn new(len: usize, positions: usize) -> Self {
         let last = match positions <= len {
             // Rows of a single panel may be long: an odd number of cache lines, so that they do not
             // share few sets of a cache.
             true => (positions.div_ceil(16) | 1) * 16,
-            false => len.min(((positions - 1) % len + 1).next_multiple_of(8)),
+            false => ((positions - 1) % len + 1).next_multiple_of(8),
         };
         Panels { len, positions, last }
     }
@@ -185,7 +185,7 @@ impl Panels {
 
     /// Values of a channel, of all panels.
     fn values(self) -> usize {
-        (self.count() - 1) * self.len + self.last
+        self.count().saturating_sub(1) * self.len + self.last
     }
 
     /// First position of each panel, number of positions, distance of neighbouring channels.
@@ -376,6 +376,69 @@ impl Block<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_copy_by_channel_holds_every_value_where_tiles_look_for_it() {
+        // Two samples of nothing else: rows of `width` positions, every `stride`-th of them kept.
+        for (width, stride, first, positions) in
+            [(7, 1, 0, 49), (9, 2, 0, 25), (14, 2, 3, 40), (30, 1, 17, 131), (5, 3, 1, 3)]
+        {
+            let kept = usize::div_ceil(width, stride);
+            let plane = width * width;
+            let (channels, start, k) = (7, 2, 5);
+            let src: Vec<f32> = (0..channels * plane).map(|i| i as f32).collect();
+            let walk =
+                Positions::new(&[(kept, (width * stride) as isize), (kept, stride as isize)]);
+            // The group's channels lie in two sources.
+            let source = |from: usize, to: usize| Operand {
+                ptr: src[from * plane..].as_ptr(),
+                sample: 0,
+                channel: plane as isize,
+                channels: to - from,
+                spatial: [0; 3],
+                stream: None,
+            };
+            for isa in Supported::all() {
+                for len in [8, 16, 24, 48, 64, positions] {
+                    let block = Block {
+                        isa,
+                        steps: &[SourceStep::Affine {
+                            scale: vec![2.0; channels],
+                            shift: vec![1.0; channels],
+                        }],
+                        gate: None,
+                        channels: (start, k),
+                        positions,
+                        panels: Panels::new(len, positions),
+                        gaps: stride == 2,
+                    };
+                    let mut out = vec![f32::NAN; block.len(Read::ByChannel)];
+                    let sources = [(source(0, 4), walk), (source(4, channels), walk)];
+                    // SAFETY: the sources hold every position of every channel.
+                    let part = unsafe {
+                        let sources = sources.into_iter();
+                        block.pack(Read::ByChannel, first, sources, &mut Vec::new(), &mut out)
+                    };
+                    for tile in (0..positions).step_by(len) {
+                        let count = len.min(positions - tile);
+                        let (ptr, channel, step) = part.tiles(tile, count);
+                        if count == len && tile + len < positions {
+                            let (next, ..) = part.tiles(tile + len, 1);
+                            assert_eq!(ptr.wrapping_offset(step), next);
+                        }
+                        for (c, p) in (0..k).flat_map(|c| (0..count).map(move |p| (c, p))) {
+                            let at = first + tile + p;
+                            let at = at / kept * stride * width + at % kept * stride;
+                            let want = src[(start + c) * plane + at] * 2.0 + 1.0;
+                            // SAFETY: inside the copy.
+                            let got = unsafe { *ptr.offset(c as isize * channel).add(p) };
+                            assert_eq!(got, want, "{isa:?} {width} {stride} {len}: {c} {p}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn panels_hold_every_row_once_and_zeros_beyond() {

@@ -144,16 +144,17 @@ impl Plan {
         };
         // Rows that begin anywhere in a cache line: short tiles read up to twice the lines that they
         // hold, more than the second cache level delivers meanwhile.
-        let aligned = axis == ChannelAxis::Rows
+        let align = axis == ChannelAxis::Rows
             && isa == Isa::Avx2
             && problem.k() >= COPIED_DEPTH
             && problem.c_out / problem.groups >= COPIED_DEPTH;
         let read = match (in_place, axis) {
-            (true, _) if !aligned => Read::InPlace,
+            (true, _) if !align => Read::InPlace,
             (_, ChannelAxis::Lanes) if channels_last => Read::ByPosition,
             _ => Read::ByChannel,
         };
-        let dst_bytes = problem.cost(0).dst_bytes;
+        // A normalised layer's tiles go to a block in cache first, channels last.
+        let dst_bytes = if layer.norm_over.is_some() { 0 } else { problem.cost(0).dst_bytes };
         let estimate = Estimate {
             axis,
             vector,
@@ -161,15 +162,13 @@ impl Plan {
             positions,
             channels: problem.c_out,
             weights: layer.weights,
-            channel_bytes: match read {
-                Read::InPlace => {
-                    problem.dst.channel.unsigned_abs().saturating_mul(size_of::<f32>())
-                }
-                _ => 0,
-            },
+            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<f32>()),
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
             dst_bytes,
-            turned: axis == ChannelAxis::Lanes && !dst_channels_last && positions > 1,
+            turned: axis == ChannelAxis::Lanes
+                && layer.norm_over.is_none()
+                && !dst_channels_last
+                && positions > 1,
         };
         let tuned = match layer.forced {
             None => layer.choices.find((positions, samples, axis, read)),
@@ -305,7 +304,7 @@ struct Estimate<'a> {
     /// Output channels of all groups.
     channels: usize,
     weights: &'a Weights,
-    /// Distance of neighbouring channels of dst, where src has lanes along positions.
+    /// Distance of neighbouring channels of dst.
     channel_bytes: usize,
     /// Distance of neighbouring positions of src.
     row_bytes: usize,

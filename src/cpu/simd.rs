@@ -245,6 +245,12 @@ pub(crate) use per_isa;
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn prefetchw(dst: *mut f32) {
+    #[cfg(not(miri))]
     // SAFETY: the instruction changes no value, and never faults.
-    unsafe { std::arch::asm!("prefetchw [{}]", in(reg) dst, options(nostack, preserves_flags)) }
+    unsafe {
+        let line = dst.addr();
+        std::arch::asm!("prefetchw [{}]", in(reg) line, options(nomem, nostack, preserves_flags))
+    }
+    #[cfg(miri)]
+    let _ = dst;
 }
