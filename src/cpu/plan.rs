@@ -25,7 +25,7 @@ const FAR_BYTES: usize = 2 << 20;
 const UNIT_MACS: usize = 200_000;
 /// Units for each thread, so that one that comes late, or is slower, finds less to do.
 const UNITS_PER_THREAD: usize = 4;
-/// What every thread may read of src, in bytes: half of a common L2.
+/// What every thread may read of src or of the weight, in bytes: half of a common L2.
 const MOST_SHARED_BYTES: usize = 512 << 10;
 /// Of a weight of more bytes the rest has left the second cache level when it is read again, at the
 /// latest when another layer has run in between.
@@ -205,13 +205,14 @@ impl Plan {
         };
         let most = positions.div_ceil(tile).max(1);
         let panels = layer.weights.panels();
-        // What is larger, weight or src, is read by one thread rather than by all, if the other one
-        // stays in every thread's cache.
+        // A weight that is larger than src, and than what every thread can keep in cache, is read by
+        // one thread rather than by all.
         let src_bytes = positions.saturating_mul(problem.k()).saturating_mul(size_of::<f32>());
         let by_channels = units > 1
             && read == Read::InPlace
             && layer.norm_over.is_none()
-            && src_bytes < layer.weights.group_bytes().min(MOST_SHARED_BYTES);
+            && src_bytes < MOST_SHARED_BYTES
+            && layer.weights.group_bytes() > MOST_SHARED_BYTES;
         let first = if by_channels { units.min(panels) } else { 1 };
         let cached = match by_channels {
             true => most,
