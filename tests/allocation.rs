@@ -1,62 +1,22 @@
 //! `forward_into` allocates nothing after warm-up, as long as no helper is called.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "common/counting.rs"]
+mod counting;
 
+use counting::allocated;
 use ndarray::{Array2, ArrayD, IxDyn};
 use pointwise::{
     Activation, BatchNorm, Device, LayerNorm, Pointwise, PrepareOptions, Prepared, Sequence,
     TensorMut, TensorRef,
 };
 
-/// The system's allocator, counting what the calling thread asks of it.
-struct Counting;
-
-thread_local! {
-    static COUNT: Cell<usize> = const { Cell::new(0) };
-}
-
-fn count() {
-    // A thread that is being torn down has no counter, and no test.
-    let _ = COUNT.try_with(|count| count.set(count.get() + 1));
-}
-
-// SAFETY: everything is the system's.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Allocations of this thread while `f` runs, after it has run before.
 fn allocations(mut f: impl FnMut()) -> usize {
     f();
     f();
-    let before = COUNT.get();
+    let before = allocated();
     (0..3).for_each(|_| f());
-    COUNT.get() - before
+    allocated() - before
 }
 
 #[test]
@@ -319,11 +279,11 @@ fn scratch_is_shared_by_layers() {
     for (layer, dst) in layers.iter().zip(&mut dst[0]) {
         run(&src[0], layer, dst);
     }
-    let before = COUNT.get();
+    let before = allocated();
     for (src, dst) in src.iter().zip(&mut dst) {
         for (layer, dst) in layers.iter().zip(dst) {
             run(src, layer, dst);
         }
     }
-    assert_eq!(COUNT.get() - before, 0);
+    assert_eq!(allocated() - before, 0);
 }

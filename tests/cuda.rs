@@ -8,6 +8,8 @@
 mod cases;
 #[path = "cuda/compose.rs"]
 mod compose;
+#[path = "common/counting.rs"]
+mod counting;
 #[path = "cuda/driver.rs"]
 mod driver;
 #[path = "cuda/faults.rs"]

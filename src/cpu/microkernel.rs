@@ -2,7 +2,7 @@
 //!
 //! There is one microkernel, *broadcast A, vector B*: `sum[m, j] = Σ_k A(m, k) · B(k, j)`, where
 //! B's lanes `j` are contiguous. Lanes along positions: A is the packed weight and B the rows of
-//! src, read in place. Lanes along channels: A is src, read in place, and B the packed weight.
+//! src. Lanes along channels: A is src, and B the packed weight. Src is read in place or from a copy.
 //! Either way a value is a sum strictly in the order of `k`, whatever the tile, so tilings agree
 //! bitwise.
 //!

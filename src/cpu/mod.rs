@@ -1,9 +1,11 @@
-//! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it, `pack` lays weights (and, where it
-//! pays, src) out for the microkernels, `norm` normalises a block of positions, `threads` spreads
-//! units over a pool, `roof` measures the machine's ceilings, `tune` measures kernels. Everything that depends on the
+//! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it,
+//! `area` cuts grids of tiles out of a unit, `pack` lays weights (and, where it pays, src) out for the
+//! microkernels, `norm` normalises a block of positions, `threads` spreads units over a pool, `roof`
+//! measures the machine's ceilings, `tune` measures kernels. Everything that depends on the
 //! instruction set is in `microkernel`, `epilogue`, `runs` and `math`, written over one vector type
 //! in `simd`.
 
+mod area;
 mod epilogue;
 mod gemm;
 mod isa;

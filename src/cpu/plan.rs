@@ -27,9 +27,6 @@ const UNIT_MACS: usize = 200_000;
 const UNITS_PER_THREAD: usize = 4;
 /// What every thread may read of src or of the weight, in bytes: half of a common L2.
 const MOST_SHARED_BYTES: usize = 512 << 10;
-/// Of a weight of more bytes the rest has left the second cache level when it is read again, at the
-/// latest when another layer has run in between.
-const NEAR_WEIGHT: usize = 128 << 10;
 /// Input and output channels of a group from which on a copy pays that only aligns src.
 const COPIED_DEPTH: usize = 64;
 /// Units of a problem whose result depends on how it is cut.
@@ -319,6 +316,9 @@ impl Estimate<'_> {
     const L1: f32 = 24.0 * 1024.0;
     /// A streamed operand beyond this leaves too little of the second cache level to the other.
     const LARGE: f32 = 200.0 * 1024.0;
+    /// Of a weight of more bytes the rest has left the second cache level when it is read again, at
+    /// the latest when another layer has run in between.
+    const NEAR_WEIGHT: usize = 128 << 10;
     const PER_FAR_LINE: f32 = 1.0;
     const PAGE: usize = 4096;
     /// As many broadcasts as multiplications slow them a little, more where there are few.
@@ -455,7 +455,7 @@ impl Estimate<'_> {
             (_, ChannelAxis::Rows) => lanes.tiles - 1,
             (_, ChannelAxis::Lanes) => tiles - 1,
         };
-        let far = self.weights.group_bytes().saturating_sub(NEAR_WEIGHT) as f32 / 64.0;
+        let far = self.weights.group_bytes().saturating_sub(Self::NEAR_WEIGHT) as f32 / 64.0;
         panels as f32 * lanes.tiles as f32 * tiles as f32 * tile
             + grids * Self::PER_GRID
             + again as f32 * far * Self::PER_FAR_LINE

@@ -7,7 +7,7 @@ use cudarc::driver::result;
 use super::device::CudaDevice;
 use super::params::{PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read};
 use super::plan::{Choice, KERNELS, Kernel, Letters};
-use super::scratch::{Place, in_graph};
+use super::scratch::{Room, in_graph};
 use crate::error::{Error, Result};
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
@@ -190,7 +190,7 @@ pub(crate) unsafe fn launch(
     let kernel = &KERNELS[choice.kernel];
     call.describe(kernel, &mut params);
     let _bound = device.bind()?;
-    let mut queue = |splits: u32, scratch: Option<Place>| {
+    let mut queue = |splits: u32, scratch: Option<Room>| {
         params.splits = splits;
         params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
         params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;

@@ -33,14 +33,14 @@ impl Need {
 
 /// Device addresses for one launch: `[sums]` of f32 and `[tiles]` of u32, all of these zero.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct Room {
     pub sums: u64,
     pub arrived: u64,
 }
 
-impl Place {
+impl Room {
     fn new(address: u64, capacity: Need) -> Self {
-        Place { sums: address + capacity.sums_offset() as u64, arrived: address }
+        Room { sums: address + capacity.sums_offset() as u64, arrived: address }
     }
 }
 
@@ -60,7 +60,7 @@ impl Scratch {
     }
 
     /// Room for the next launch on the stream. The context is bound.
-    pub(super) fn room(&mut self, device: &CudaDevice, need: Need) -> Result<Place> {
+    pub(super) fn room(&mut self, device: &CudaDevice, need: Need) -> Result<Room> {
         if need.sums > self.capacity.sums || need.tiles > self.capacity.tiles {
             let capacity = Need {
                 sums: need.sums.max(self.capacity.sums).next_power_of_two(),
@@ -70,7 +70,7 @@ impl Scratch {
             self.address = zeroed(device, capacity)?;
             self.capacity = capacity;
         }
-        Ok(Place::new(self.address, self.capacity))
+        Ok(Room::new(self.address, self.capacity))
     }
 
     fn release(&mut self) {
@@ -95,11 +95,11 @@ impl Drop for Scratch {
 pub(super) fn in_graph(
     device: &CudaDevice,
     need: Need,
-    queue: impl FnOnce(Place) -> Result<()>,
+    queue: impl FnOnce(Room) -> Result<()>,
 ) -> Result<()> {
     let (context, stream) = (device.stream().context(), device.stream());
     let address = zeroed(device, need)?;
-    let queued = queue(Place::new(address, need));
+    let queued = queue(Room::new(address, need));
     // SAFETY: allocated above, and used by what was queued in between only.
     unsafe { free(context, stream, address) };
     queued
@@ -127,7 +127,7 @@ mod tests {
     fn sums_lie_behind_the_counters_and_aligned() {
         for (sums, tiles) in [(0, 0), (1, 1), (100, 64), (7, 65)] {
             let need = Need { sums, tiles };
-            let place = Place::new(1 << 20, need);
+            let place = Room::new(1 << 20, need);
             assert_eq!((place.arrived, place.sums % 256), (1 << 20, 0));
             assert!(place.sums >= place.arrived + 4 * tiles as u64);
             assert_eq!(place.sums + 4 * sums as u64, (1 << 20) + need.bytes() as u64);

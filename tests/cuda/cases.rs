@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2, Array5, ArrayD, ArrayView5, Axis, IxDyn, ShapeBuilder};
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, Place, Pointwise, PrepareOptions,
-    TensorMut, TensorRef, reference,
+    Prepared, TensorMut, TensorRef, reference,
 };
 
 use super::numbers::Random;
@@ -223,6 +223,26 @@ pub fn chain(case: &Case, weight: &[f32], bias: &[f32], src: &Array5<f32>) -> Ar
     })
 }
 
+/// Runs a case, its src and the bits that it must give, in the common layouts, and over a table of
+/// cases and kernels, whose place `at` is, in every other pair too.
+pub fn in_layouts(
+    device: &CudaDevice,
+    layer: &Prepared,
+    (case, src, expected): (&Case, &Array5<f32>, &Array5<f32>),
+    at: (usize, usize),
+    kernel: &str,
+) -> Outcome {
+    let (first, last) = (Layout::First, Layout::Last);
+    let other = (LAYOUTS[(at.0 + at.1) % 8], LAYOUTS[(at.0 + 3 * at.1 + 1) % 8]);
+    for layouts in [(first, first), (last, last), (first, last), (last, first), other] {
+        let src = Placed::filled(device, src.view(), layouts.0);
+        let mut dst = Placed::blank(device, case.dst_shape(), layouts.1);
+        layer.forward_into(&src.view(), &mut dst.view_mut())?;
+        same_bits(&dst.read(), expected, &format!("{kernel}, {case:?}, {layouts:?}"))?;
+    }
+    Ok(())
+}
+
 fn every_kernel_on_tile_edges(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(1);
     let edges = [
@@ -244,15 +264,7 @@ fn every_kernel_on_tile_edges(device: &CudaDevice) -> Outcome {
         let layer = case.layer(weight).bias(bias);
         for (j, kernel) in kernels(device).into_iter().enumerate() {
             let prepared = layer.prepare_with(&device.clone().into(), force(kernel))?;
-            // The common layouts, and over the table every other pair for every kernel.
-            let (first, last) = (Layout::First, Layout::Last);
-            let other = (LAYOUTS[(i + j) % 8], LAYOUTS[(i + 3 * j + 1) % 8]);
-            for layouts in [(first, first), (last, last), (first, last), (last, first), other] {
-                let src = Placed::filled(device, src.view(), layouts.0);
-                let mut dst = Placed::blank(device, case.dst_shape(), layouts.1);
-                prepared.forward_into(&src.view(), &mut dst.view_mut())?;
-                same_bits(&dst.read(), &expected, &format!("{kernel}, {case:?}, {layouts:?}"))?;
-            }
+            in_layouts(device, &prepared, (case, &src, &expected), (i, j), kernel)?;
         }
     }
     Ok(())

@@ -1,13 +1,11 @@
 //! Host tensors: cut into slices, whatever their size and layout, with the same result.
 
-use std::alloc::{GlobalAlloc, Layout as AllocLayout, System};
-use std::cell::Cell;
-
 use ndarray::{Array2, Array3, ArrayD, Axis, IxDyn, ShapeBuilder};
 use pointwise::cudarc::driver::sys;
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Math, Pointwise, PrepareOptions};
 
 use super::cases::kernels;
+use super::counting::allocated;
 use super::numbers::Random;
 use super::{OnDevice, Outcome};
 
@@ -164,56 +162,15 @@ fn broadcast(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
-/// The system's allocator, counting what the calling thread asks of it.
-struct Counting;
-
-thread_local! {
-    static COUNT: Cell<usize> = const { Cell::new(0) };
-}
-
-fn count() {
-    // A thread that is being torn down has no counter, and no test.
-    let _ = COUNT.try_with(|count| count.set(count.get() + 1));
-}
-
-// SAFETY: everything is the system's.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: AllocLayout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: AllocLayout) {
-        // SAFETY: the caller's promises.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: AllocLayout) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: AllocLayout, size: usize) -> *mut u8 {
-        count();
-        // SAFETY: the caller's promises.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// On the host; a real driver's own are not seen.
 fn allocations(device: &CudaDevice) -> Outcome {
     let counted = |what: &str, call: &mut dyn FnMut() -> Outcome| -> Outcome {
         call()?;
         call()?;
-        let before = COUNT.get();
+        let before = allocated();
         call()?;
         call()?;
-        match COUNT.get() - before {
+        match allocated() - before {
             0 => Ok(()),
             count => Err(format!("{what}: {count} allocations in two calls").into()),
         }

@@ -7,7 +7,7 @@ use pointwise::{
     reference,
 };
 
-use super::cases::{Case, LAYOUTS, Layout, Placed, chain, same_bits};
+use super::cases::{Case, Layout, Placed, chain, in_layouts, same_bits};
 use super::driver::expect;
 use super::numbers::Random;
 use super::{OnDevice, Outcome};
@@ -82,14 +82,7 @@ fn integers(device: &CudaDevice) -> Outcome {
         let layer = case.layer(weight).bias(bias);
         for (j, (kernel, math)) in all(device).into_iter().enumerate() {
             let prepared = layer.prepare_with(&device.clone().into(), force(kernel, math))?;
-            let (first, last) = (Layout::First, Layout::Last);
-            let other = (LAYOUTS[(i + j) % 8], LAYOUTS[(i + 3 * j + 1) % 8]);
-            for layouts in [(first, first), (last, last), (first, last), (last, first), other] {
-                let src = Placed::filled(device, src.view(), layouts.0);
-                let mut dst = Placed::blank(device, case.dst_shape(), layouts.1);
-                prepared.forward_into(&src.view(), &mut dst.view_mut())?;
-                same_bits(&dst.read(), &expected, &format!("{kernel}, {case:?}, {layouts:?}"))?;
-            }
+            in_layouts(device, &prepared, (case, &src, &expected), (i, j), kernel)?;
         }
     }
     Ok(())
