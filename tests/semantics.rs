@@ -865,3 +865,19 @@ fn borrowed_arrays_need_no_second_borrow() {
         Array4::from_elem((1, 2, 2, 2), 3.0)
     );
 }
+
+/// Units of one call share a copy of src where it is not read in place; those of the next one must
+/// not find it.
+#[test]
+fn every_call_reads_its_own_source() {
+    let weight = Array2::from_shape_fn((2048, 128), |(row, k)| ((row * 7 + k) % 5) as f32 - 2.0);
+    let layer = Pointwise::new(weight).stride(2);
+    let (one, two) = (Device::cpu().threads(1), Device::cpu().threads(2));
+    let (alone, shared) = (layer.prepare(&one).unwrap(), layer.prepare(&two).unwrap());
+    for call in 0..6 {
+        let src = Array4::from_shape_fn((2, 128, 8, 8), |(n, c, h, w)| {
+            ((n * 3 + c * 5 + h * 11 + w + call) % 7) as f32 - 3.0
+        });
+        assert_eq!(shared.forward(&src).unwrap(), alone.forward(&src).unwrap(), "call {call}");
+    }
+}
