@@ -229,12 +229,12 @@ pub(crate) fn run(calls: &[(&Layer, &Problem<'_>)]) {
                     == (passes[0].plan.samples, passes[0].plan.positions)
             });
             if shared {
-                let block = passes.iter().map(|pass| pass.plan.block).min().unwrap_or(1);
+                let blocks = passes.iter().map(|pass| pass.plan.per_sample()).max().unwrap_or(1);
                 // Moments that are merged in other blocks would round otherwise.
                 passes
                     .iter_mut()
                     .filter(|pass| pass.layer.norm_over() != Some(NormOver::All))
-                    .for_each(|pass| pass.plan.block = block);
+                    .for_each(|pass| pass.plan.cut_finer(blocks));
             }
             run_passes(&mut passes);
         }
@@ -314,22 +314,13 @@ impl<'a> Pass<'a> {
             Some(over) => self.run_normalised(block, over, scratch),
             None => {
                 let (group, split) = (unit / self.plan.splits, unit % self.plan.splits);
-                let panels = self.layer.weights.panels();
-                let range = |i: usize| panels * i / self.plan.splits;
+                let channels = self.plan.channels(&self.layer.weights, split);
                 let Scratch { dst_offsets, residual_offsets, .. } = scratch;
                 let (mut dst_table, mut residual_table) =
                     (std::mem::take(dst_offsets), std::mem::take(residual_offsets));
                 let dst = self.dst(sample, &positions, &mut dst_table);
                 let residual = self.residual(sample, &positions, &mut residual_table);
-                self.multiply(
-                    sample,
-                    &positions,
-                    group,
-                    range(split)..range(split + 1),
-                    dst,
-                    residual,
-                    scratch,
-                );
+                self.multiply(sample, &positions, group, channels, dst, residual, scratch);
                 (scratch.dst_offsets, scratch.residual_offsets) = (dst_table, residual_table);
             }
         }
@@ -428,7 +419,7 @@ impl<'a> Pass<'a> {
                 }),
                 channels: (start, k),
                 positions: positions.len(),
-                panels: Panels::new(self.plan.panel(), positions.len()),
+                panels: Panels::new(self.plan.panel(positions.len()), positions.len()),
                 gaps: self.problem.stride() == 2 && !self.plan.with_batch,
             };
             let out = scratch.packed.get(block.len(self.plan.read));
@@ -458,14 +449,14 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Computes and stores a group's panels at a block of positions.
+    /// Computes and stores channels of a group at a block of positions.
     #[expect(clippy::too_many_arguments, reason = "a unit is that many coordinates")]
     fn multiply(
         &self,
         sample: usize,
         positions: &Range<usize>,
         group: usize,
-        panels: Range<usize>,
+        channels: Range<usize>,
         dst: epilogue::Operand<'_, *mut f32>,
         residual: Option<epilogue::Operand<'_, *const f32>>,
         scratch: &mut Scratch,
@@ -488,10 +479,14 @@ impl<'a> Pass<'a> {
             residual,
         };
         let count = positions.len();
-        // Panels of one width are computed alike.
-        let full = weights.full_panels().clamp(panels.start, panels.end);
-        let alike = [panels.start..full, full..panels.end];
-        let alike = || alike.iter().filter(|panels| !panels.is_empty()).cloned();
+        // Panels of which the same rows are wanted are computed alike.
+        let windows = weights.windows(channels);
+        let each = || {
+            let panels = |(panels, rows): (Range<usize>, Range<usize>)| {
+                panels.map(move |panel| (panel..panel + 1, rows.clone()))
+            };
+            windows.clone().flat_map(panels)
+        };
         match (axis, order) {
             (ChannelAxis::Rows, _) => {
                 let (pieces, tail) = vectors_of(count, kernel);
@@ -499,16 +494,16 @@ impl<'a> Pass<'a> {
                     let most = kernel.rows(piece.len);
                     match order {
                         Order::ChannelsOuter => {
-                            for panel in panels.clone() {
-                                for rows in even(weights.rows(panel), most) {
-                                    area.grid(axis, panel..panel + 1, rows, piece);
+                            for (panel, rows) in each() {
+                                for rows in even(rows.clone(), most) {
+                                    area.grid(axis, panel.clone(), rows, piece);
                                 }
                             }
                         }
                         Order::PositionsOuter => {
                             for lanes in piece.each() {
-                                for panels in alike() {
-                                    for rows in even(weights.rows(panels.start), most) {
+                                for (panels, rows) in windows.clone() {
+                                    for rows in even(rows.clone(), most) {
                                         area.grid(axis, panels.clone(), rows, lanes);
                                     }
                                 }
@@ -519,29 +514,29 @@ impl<'a> Pass<'a> {
                 // A few positions behind the last vector: lanes run along the channels instead.
                 if let Some(tail) = tail {
                     let widest = kernel.sizes.widest(tail.len);
-                    for panels in alike() {
-                        for lanes in pieces_of(weights.rows(panels.start), widest) {
+                    for (panels, rows) in windows {
+                        for lanes in pieces_of(rows.clone(), widest) {
                             area.grid(axis.flipped(), panels.clone(), lanes, tail);
                         }
                     }
                 }
             }
             (ChannelAxis::Lanes, Order::ChannelsOuter) => {
-                for panel in panels {
-                    for lanes in pieces_of(weights.rows(panel), kernel.nr) {
-                        for rows in even(count, kernel.rows(lanes.len)) {
-                            area.grid(axis, panel..panel + 1, lanes, rows);
+                for (panel, rows) in each() {
+                    for lanes in pieces_of(rows.clone(), kernel.nr) {
+                        for positions in even(0..count, kernel.rows(lanes.len)) {
+                            area.grid(axis, panel.clone(), lanes, positions);
                         }
                     }
                 }
             }
             (ChannelAxis::Lanes, Order::PositionsOuter) => {
-                let widths = alike().flat_map(|p| pieces_of(weights.rows(p.start), kernel.nr));
+                let widths = windows.clone().flat_map(|(_, rows)| pieces_of(rows, kernel.nr));
                 let most = widths.map(|lanes| kernel.rows(lanes.len)).min().unwrap_or(1);
-                for rows in even(count, most).flat_map(Run::each) {
-                    for panels in alike() {
-                        for lanes in pieces_of(weights.rows(panels.start), kernel.nr) {
-                            area.grid(axis, panels.clone(), lanes, rows);
+                for positions in even(0..count, most).flat_map(Run::each) {
+                    for (panels, rows) in windows.clone() {
+                        for lanes in pieces_of(rows.clone(), kernel.nr) {
+                            area.grid(axis, panels.clone(), lanes, positions);
                         }
                     }
                 }
@@ -570,8 +565,8 @@ impl<'a> Pass<'a> {
         };
         let residual = self.residual(sample, &positions, &mut residual_table);
         for group in 0..self.problem.groups {
-            let panels = 0..self.layer.weights.panels();
-            self.multiply(sample, &positions, group, panels, into, residual, scratch);
+            let channels = 0..self.layer.weights.rows_per_group();
+            self.multiply(sample, &positions, group, channels, into, residual, scratch);
         }
         match over {
             NormOver::Channels => {
@@ -590,7 +585,7 @@ impl<'a> Pass<'a> {
     fn normalise_block(&self, block: usize, scratch: &mut Scratch) {
         let (sample, positions) = self.plan.block(block);
         let channels = self.problem.c_out;
-        let per_sample = self.plan.blocks() / self.plan.samples;
+        let per_sample = self.plan.per_sample();
         let slots = &self.slots[sample * per_sample..][..per_sample];
         let moments = slots.iter().map(Slot::get).fold(Moments::default(), Moments::merge);
         let dst = self.dst(sample, &positions, &mut scratch.dst_offsets);
@@ -646,6 +641,89 @@ impl<'a> Pass<'a> {
                                 *dst.offset(to.offset(p)) = *src.offset(from.offset(p));
                             }
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, ArrayView4};
+
+    use super::*;
+    use crate::Pointwise;
+    use crate::problem::Operands;
+    use crate::tensor::{AsTensor, AsTensorMut, nhwc, nhwc_mut};
+
+    /// The units of a plan, as (positions, channels) of one sample and group.
+    fn units(layer: &Layer, plan: &Plan) -> Vec<(Range<usize>, Range<usize>)> {
+        let splits = |block| {
+            (0..plan.splits)
+                .map(move |split| (plan.block(block).1, plan.channels(&layer.weights, split)))
+        };
+        (0..plan.blocks()).flat_map(splits).collect()
+    }
+
+    #[test]
+    fn units_cover_a_problem_once() {
+        for (rows, k, stride) in [(192, 960, 1), (160, 1152, 1), (2048, 1024, 2), (24, 144, 1)] {
+            for threads in [1, 2, 3, 16] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let device = CpuDevice::with_pool(Arc::new(pool));
+                let layer = Pointwise::new(Array2::<f32>::zeros((rows, k))).stride(stride);
+                let shape = LayerShape::new(&layer);
+                let layer =
+                    Layer::new(&device, &shape, Lowered::new(&layer), &Default::default()).unwrap();
+                for side in [1usize, 7, 13, 28] {
+                    let small = side.div_ceil(stride);
+                    let (src, mut dst) =
+                        (vec![0.0; side * side * k], vec![0.0; small * small * rows]);
+                    for last in [false, true] {
+                        let (src, dst) = (
+                            ArrayView4::from_shape(
+                                if last { [1, side, side, k] } else { [1, k, side, side] },
+                                &src,
+                            ),
+                            ndarray::ArrayViewMut4::from_shape(
+                                if last {
+                                    [1, small, small, rows]
+                                } else {
+                                    [1, rows, small, small]
+                                },
+                                &mut dst,
+                            ),
+                        );
+                        let (src, mut dst) = match last {
+                            true => (nhwc(src.unwrap()), nhwc_mut(dst.unwrap())),
+                            false => (src.unwrap(), dst.unwrap()),
+                        };
+                        let operands = Operands {
+                            src: src.as_tensor().unwrap(),
+                            more: &[],
+                            residual: None,
+                            gate: None,
+                        };
+                        let mut dst = dst.as_tensor_mut().unwrap();
+                        let problem = Problem::new(&shape, &operands, &mut dst).unwrap();
+                        let plan = layer.plan(&problem, None);
+                        let units = units(&layer, &plan);
+                        let count = small * small;
+                        let mut seen = vec![0u8; count * rows];
+                        for (positions, channels) in &units {
+                            assert!(!positions.is_empty() && !channels.is_empty());
+                            for p in positions.clone() {
+                                for (panels, window) in layer.weights.windows(channels.clone()) {
+                                    for panel in panels {
+                                        let first = panel * layer.weights.width();
+                                        (window.clone())
+                                            .for_each(|row| seen[p * rows + first + row] += 1);
+                                    }
+                                }
+                            }
+                        }
+                        assert!(seen.iter().all(|&times| times == 1), "{rows} {k} {side} {plan:?}");
                     }
                 }
             }

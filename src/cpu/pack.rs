@@ -1,6 +1,8 @@
 //! Weights in the order in which the microkernels read them, and src where it is not read in
 //! place.
 
+use std::ops::Range;
+
 use crate::cpu::isa::Supported;
 use crate::cpu::runs::{self, Spaced};
 use crate::epilogue::SourceStep;
@@ -75,6 +77,11 @@ impl Weights {
         weights
     }
 
+    /// Rows of one group.
+    pub(crate) fn rows_per_group(&self) -> usize {
+        self.rows_per_group
+    }
+
     /// Rows of the last panel.
     pub(crate) fn last_rows(&self) -> usize {
         self.rows(self.panels() - 1)
@@ -119,6 +126,27 @@ impl Weights {
     /// Distance of neighbouring `k` in a panel.
     pub(crate) fn stride(&self, panel: usize) -> usize {
         self.rows(panel).next_multiple_of(PANEL_QUANTUM)
+    }
+
+    /// Where rows `rows` of a group are: ranges of panels, and which rows of each of these.
+    pub(crate) fn windows(
+        &self,
+        rows: Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + Clone + use<> {
+        let width = self.width;
+        let whole = rows.start.div_ceil(width)..rows.end / width;
+        let (head, tail) = match whole.start <= whole.end {
+            true => (rows.start..whole.start * width, whole.end * width..rows.end),
+            false => (rows.clone(), rows.end..rows.end),
+        };
+        let part = move |rows: Range<usize>| {
+            let panel = rows.start / width;
+            (panel..panel + 1, rows.start - panel * width..rows.end - panel * width)
+        };
+        let head = (!head.is_empty()).then(|| part(head));
+        let tail = (!tail.is_empty()).then(|| part(tail));
+        let middle = (!whole.is_empty()).then_some((whole, 0..width));
+        [head, middle, tail].into_iter().flatten()
     }
 
     /// A panel's first value: row 0, `k` 0.

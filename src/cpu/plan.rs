@@ -29,6 +29,10 @@ const UNITS_PER_THREAD: usize = 4;
 const MOST_SHARED_BYTES: usize = 512 << 10;
 /// Input and output channels of a group from which on a copy pays that only aligns src.
 const COPIED_DEPTH: usize = 64;
+/// The fewest output channels that are worth a unit of their own, and the fewest where each thread
+/// copies src for them.
+const SPLIT_ROWS: usize = 32;
+const COPIED_SPLIT_ROWS: usize = 192;
 /// Units of a problem whose result depends on how it is cut.
 const FIXED_UNITS: usize = 8;
 /// Multiply-accumulates below which choosing costs more than it gains.
@@ -87,9 +91,13 @@ pub(crate) struct Plan {
     pub with_batch: bool,
     pub samples: usize,
     pub positions: usize,
-    /// Positions of a unit.
-    pub block: usize,
-    /// Ranges that the panels of a group are cut into.
+    /// Positions of a tile, and how many of those a sample has (the few behind the last vector are
+    /// none).
+    tile: usize,
+    tiles: usize,
+    /// Blocks that the positions of a sample are cut into.
+    per_sample: usize,
+    /// Ranges that the channels of a group are cut into.
     pub splits: usize,
     /// Groups that are units of their own.
     pub groups: usize,
@@ -181,27 +189,30 @@ impl Plan {
             estimate.best(isa, layer.forced)
         };
 
-        let tile = match axis {
-            // Moments are merged block by block, which must not depend on the kernel.
-            _ if layer.norm_over == Some(NormOver::All) => 1,
-            ChannelAxis::Rows => kernel.nr,
-            ChannelAxis::Lanes => kernel.mr,
-        };
         // A normalisation needs every channel of a position: one unit does all groups.
-        let (groups, per_position) = if layer.norm_over.is_some() {
-            (1, problem.c_in + problem.c_out)
-        } else {
-            (problem.groups, problem.k())
+        let (groups, per_position) = match layer.norm_over {
+            Some(_) => (1, problem.c_in + problem.c_out),
+            None => (problem.groups, problem.k()),
         };
-        let units = if layer.norm_over == Some(NormOver::All) {
-            FIXED_UNITS
-        } else {
-            let threads = layer.device.threads_for(problem.macs());
-            let most = if threads == 1 { 1 } else { threads.saturating_mul(UNITS_PER_THREAD) };
-            (problem.macs() / UNIT_MACS).clamp(1, most).div_ceil(samples.max(1) * groups)
+        let threads = layer.device.threads_for(problem.macs());
+        let others = samples.max(1).saturating_mul(groups);
+        let units = match (layer.norm_over, threads) {
+            // Moments are merged block by block, which must depend on the problem alone.
+            (Some(NormOver::All), _) => FIXED_UNITS,
+            (_, 1) => 1,
+            _ => (problem.macs() / UNIT_MACS)
+                .clamp(1, threads.saturating_mul(UNITS_PER_THREAD))
+                .div_ceil(others),
         };
-        let most = positions.div_ceil(tile).max(1);
-        let panels = layer.weights.panels();
+        let (tile, tiles) = match axis {
+            _ if layer.norm_over == Some(NormOver::All) => (1, positions),
+            ChannelAxis::Rows => {
+                (kernel.nr, vectors_of(positions, kernel).0.map(|run| run.tiles).sum())
+            }
+            ChannelAxis::Lanes => (kernel.mr, positions.div_ceil(kernel.mr)),
+        };
+        let tiles = tiles.max(1);
+        let rows = problem.c_out / problem.groups;
         // A weight that is larger than src, and than what every thread can keep in cache, is read by
         // one thread rather than by all.
         let src_bytes = positions.saturating_mul(problem.k()).saturating_mul(size_of::<f32>());
@@ -210,20 +221,33 @@ impl Plan {
             && layer.norm_over.is_none()
             && src_bytes < MOST_SHARED_BYTES
             && layer.weights.group_bytes() > MOST_SHARED_BYTES;
-        let first = if by_channels { units.min(panels) } else { 1 };
-        let cached = match by_channels {
-            true => most,
-            false => BLOCK_VALUES / per_position.max(1) / tile,
-        };
-        let tiles = cached.min(most.div_ceil(units.div_ceil(first))).max(1);
-        let blocks = most.div_ceil(tiles);
-        let splits = match read {
+        let most_splits = match read {
             _ if layer.norm_over.is_some() => 1,
-            Read::InPlace => units.div_ceil(blocks).min(panels).max(first),
+            Read::InPlace => rows / SPLIT_ROWS,
             // Every thread copies a block of src, which must stay little beside what it computes.
-            _ => units.div_ceil(blocks).min(panels.div_ceil(4)),
+            _ => rows / COPIED_SPLIT_ROWS,
+        }
+        .max(1);
+        let (first, cached) = match by_channels {
+            true => (units.min(most_splits), tiles),
+            false => (1, (BLOCK_VALUES / per_position.max(1) / tile).max(1)),
         };
-        let block = tiles * tile;
+        let mut per_sample = units.div_ceil(first).max(tiles.div_ceil(cached)).min(tiles);
+        let wanted = units.div_ceil(per_sample).clamp(first, most_splits);
+        let whole = |splits: &usize| layer.weights.panels().is_multiple_of(*splits);
+        let mut splits = (first..=wanted).rev().find(whole).unwrap_or(wanted);
+        // Threads of one speed should end together.
+        let uneven = !(per_sample * splits).saturating_mul(others).is_multiple_of(threads);
+        if units > 1 && layer.norm_over != Some(NormOver::All) && uneven {
+            let (more, fewer) = (per_sample.next_multiple_of(threads), wanted / threads * threads);
+            if more <= tiles {
+                per_sample = more;
+            } else if fewer > 0 {
+                splits = fewer;
+            } else if threads <= most_splits {
+                splits = threads;
+            }
+        }
         Plan {
             kernel,
             axis,
@@ -233,7 +257,9 @@ impl Plan {
             with_batch,
             samples,
             positions,
-            block,
+            tile,
+            tiles,
+            per_sample,
             splits,
             groups,
             dst,
@@ -262,14 +288,48 @@ impl Plan {
 
     /// Blocks of positions, over all samples.
     pub(crate) fn blocks(&self) -> usize {
-        self.samples * self.positions.div_ceil(self.block)
+        self.samples * self.per_sample()
+    }
+
+    /// Blocks of positions of one sample.
+    pub(crate) fn per_sample(&self) -> usize {
+        if self.positions == 0 { 0 } else { self.per_sample }
+    }
+
+    /// Cuts the positions of a sample into at least so many blocks, if there are as many tiles.
+    pub(crate) fn cut_finer(&mut self, per_sample: usize) {
+        self.per_sample = self.per_sample.max(per_sample.min(self.tiles));
     }
 
     /// Sample and positions of a block.
     pub(crate) fn block(&self, index: usize) -> (usize, Range<usize>) {
-        let per_sample = self.positions.div_ceil(self.block);
-        let first = index % per_sample * self.block;
-        (index / per_sample, first..self.positions.min(first + self.block))
+        let (sample, block) = (index / self.per_sample, index % self.per_sample);
+        let at = |block: usize| {
+            if block == self.per_sample {
+                self.positions
+            } else if self.axis == ChannelAxis::Lanes && self.tiles.is_multiple_of(self.per_sample)
+            {
+                // As many tiles in each block, so they can be of any length.
+                self.positions * block / self.per_sample
+            } else {
+                self.tiles * block / self.per_sample * self.tile
+            }
+        };
+        (sample, at(block)..at(block + 1))
+    }
+
+    /// The channels of a group that are unit `split` of a block: whole panels where those come out
+    /// even, else whole vectors.
+    pub(crate) fn channels(&self, weights: &Weights, split: usize) -> Range<usize> {
+        let panels = weights.panels();
+        let quantum = match panels.is_multiple_of(self.splits) {
+            true => weights.width(),
+            false => self.kernel.sizes.vector,
+        };
+        let rows = weights.rows_per_group();
+        let quanta = rows.div_ceil(quantum);
+        let at = |split: usize| rows.min(quanta * split / self.splits * quantum);
+        at(split)..at(split + 1)
     }
 
     /// Whether several units need the same copy of src.
@@ -277,11 +337,12 @@ impl Plan {
         self.read != Read::InPlace && self.splits > 1
     }
 
-    /// Positions of a panel of a copy by channel: of a tile whose lanes run along them.
-    pub(crate) fn panel(&self) -> usize {
+    /// Positions of a panel of a copy by channel, of a block of so many: of a tile whose lanes run
+    /// along them.
+    pub(crate) fn panel(&self, block: usize) -> usize {
         match self.axis {
             ChannelAxis::Rows => self.kernel.nr,
-            ChannelAxis::Lanes => self.block,
+            ChannelAxis::Lanes => block,
         }
     }
 
@@ -378,7 +439,7 @@ impl Estimate<'_> {
                         cycles += self.grids(piece, width, tiles, panels, order);
                     }
                     if let Some(tail) = tail {
-                        for lanes in pieces_of(width, kernel.sizes.widest(tail.len)) {
+                        for lanes in pieces_of(0..width, kernel.sizes.widest(tail.len)) {
                             let streamed = (lanes.len * self.k * size_of::<f32>()) as f32;
                             let tile = self.tile(tail.len as f32, lanes.len, streamed);
                             let turned = Self::PER_TURNED_LANE * lanes.len as f32;
@@ -387,7 +448,7 @@ impl Estimate<'_> {
                     }
                 }
                 ChannelAxis::Lanes => {
-                    for lanes in pieces_of(width, kernel.nr) {
+                    for lanes in pieces_of(0..width, kernel.nr) {
                         let tiles = self.positions.div_ceil(kernel.rows(lanes.len)).max(1);
                         cycles += self.grids(lanes, self.positions, tiles, panels, order);
                     }
@@ -512,20 +573,19 @@ impl Run {
     }
 }
 
-/// Cuts `0..count` into the fewest tiles of at most `most`, as even as can be, the longer ones
-/// first.
-pub(crate) fn even(count: usize, most: usize) -> impl Iterator<Item = Run> + Clone {
-    let tiles = count.div_ceil(most).max(1);
-    let (short, long) = (count / tiles, count % tiles);
-    let long = Run { first: 0, len: short + 1, tiles: long };
+/// Cuts a range into the fewest tiles of at most `most`, as even as can be, the longer ones first.
+pub(crate) fn even(range: Range<usize>, most: usize) -> impl Iterator<Item = Run> + Clone {
+    let tiles = range.len().div_ceil(most).max(1);
+    let (short, long) = (range.len() / tiles, range.len() % tiles);
+    let long = Run { first: range.start, len: short + 1, tiles: long };
     let short = Run { first: long.end(), len: short, tiles: tiles - long.tiles };
     [long, short].into_iter().filter(|run| run.tiles > 0 && run.len > 0)
 }
 
-/// Cuts `0..count` into tiles of `len`, and one of what is left.
-pub(crate) fn pieces_of(count: usize, len: usize) -> impl Iterator<Item = Run> + Clone {
-    let whole = Run { first: 0, len, tiles: count / len };
-    let rest = Run { first: whole.end(), len: count % len, tiles: 1 };
+/// Cuts a range into tiles of `len`, and one of what is left.
+pub(crate) fn pieces_of(range: Range<usize>, len: usize) -> impl Iterator<Item = Run> + Clone {
+    let whole = Run { first: range.start, len, tiles: range.len() / len };
+    let rest = Run { first: whole.end(), len: range.len() % len, tiles: 1 };
     [whole, rest].into_iter().filter(|run| run.tiles > 0 && run.len > 0)
 }
 
@@ -538,7 +598,7 @@ pub(crate) fn vectors_of(
     let tail = count % vector;
     // With more, a masked vector throws away less than a tile of so few rows costs.
     let tail = if tail * 3 <= vector { tail } else { 0 };
-    let pieces = pieces_of(count - tail, kernel.nr);
+    let pieces = pieces_of(0..count - tail, kernel.nr);
     (pieces, (tail > 0).then_some(Run { first: count - tail, len: tail, tiles: 1 }))
 }
 
@@ -559,8 +619,8 @@ mod tests {
         };
         for count in 0..200 {
             for most in 1..70 {
-                check(even(count, most).collect(), count, most);
-                check(pieces_of(count, most).collect(), count, most);
+                check(even(0..count, most).collect(), count, most);
+                check(pieces_of(0..count, most).collect(), count, most);
             }
             for kernel in KERNELS {
                 let (pieces, tail) = vectors_of(count, kernel);
