@@ -33,6 +33,8 @@ const COPIED_DEPTH: usize = 64;
 /// copies src for them.
 const SPLIT_ROWS: usize = 32;
 const COPIED_SPLIT_ROWS: usize = 192;
+/// Parts of so few can be of different lengths; of more each one is short.
+const MOST_TAPERED: usize = 256;
 /// Units of a problem whose result depends on how it is cut.
 const FIXED_UNITS: usize = 8;
 /// Multiply-accumulates below which choosing costs more than it gains.
@@ -99,6 +101,8 @@ pub(crate) struct Plan {
     per_sample: usize,
     /// Ranges that the channels of a group are cut into.
     pub splits: usize,
+    /// Whether the units that threads claim last are short.
+    tapered: bool,
     /// Groups that are units of their own.
     pub groups: usize,
     /// How dst and the residual walk the positions.
@@ -261,6 +265,7 @@ impl Plan {
             tiles,
             per_sample,
             splits,
+            tapered: threads > 1 && others == 1 && layer.norm_over != Some(NormOver::All),
             groups,
             dst,
             residual,
@@ -307,12 +312,14 @@ impl Plan {
         let at = |block: usize| {
             if block == self.per_sample {
                 self.positions
-            } else if self.axis == ChannelAxis::Lanes && self.tiles.is_multiple_of(self.per_sample)
+            } else if self.axis == ChannelAxis::Lanes
+                && self.tiles.is_multiple_of(self.per_sample)
+                && !self.tapers(self.tiles, self.per_sample)
             {
-                // As many tiles in each block, so they can be of any length.
+                // As many tiles each, so they can be of any length.
                 self.positions * block / self.per_sample
             } else {
-                self.tiles * block / self.per_sample * self.tile
+                self.cut(self.tiles, self.per_sample, block) * self.tile
             }
         };
         (sample, at(block)..at(block + 1))
@@ -328,8 +335,31 @@ impl Plan {
         };
         let rows = weights.rows_per_group();
         let quanta = rows.div_ceil(quantum);
-        let at = |split: usize| rows.min(quanta * split / self.splits * quantum);
+        let tapered = self.per_sample == 1;
+        let at = |split: usize| {
+            let quanta = match tapered {
+                true => self.cut(quanta, self.splits, split),
+                false => quanta * split / self.splits,
+            };
+            rows.min(quanta * quantum)
+        };
         at(split)..at(split + 1)
+    }
+
+    /// Where part `index` of `parts` of `count` begins.
+    fn cut(&self, count: usize, parts: usize, index: usize) -> usize {
+        if !self.tapers(count, parts) {
+            return count * index / parts;
+        }
+        // x + x(1 − x)(1 − 2x) for x = index / parts: twice the mean at the ends, half in the middle.
+        let x = index as f64 / parts as f64;
+        (count as f64 * x * (2.0 + x * (2.0 * x - 3.0))) as usize
+    }
+
+    /// Whether parts in the middle are shorter. The caller claims units from the front and helpers from
+    /// the back, so that those come last: they leave less to wait for when a thread is late or slow.
+    fn tapers(&self, count: usize, parts: usize) -> bool {
+        self.tapered && (4..=MOST_TAPERED).contains(&parts) && count >= 2 * parts
     }
 
     /// Whether several units need the same copy of src.
