@@ -28,8 +28,12 @@ NAMES = (*RUST, *CONTENDERS)
 
 # What idle workers may use of a CPU while another is timed.
 IDLE = 0.02
-# A pass that other processes disturbed is repeated, so often at most.
+# A pass that was disturbed is repeated, so often at most: by other processes, or by a sagging peak,
+# as when a host gives two virtual CPUs one core, which no counter of the guest shows.
 RETAKES = 3
+# Of the highest FMA peak seen, what it must reach before and after a pass, and how many seconds to
+# wait until it does.
+SAGGING, PATIENCE = 0.9, 10.0
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Tally:
     passes: int = 0
     retaken: int = 0
     disturbed: int = 0
+    # FMA flop/s on all threads, the highest so far.
+    peak: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,7 +60,22 @@ def verify(worker: Worker, layer: Layer, want: np.ndarray, directory: Path) -> f
     return error
 
 
-def timed_pass(worker: Worker, workers: list[Worker], seconds: float, tally: Tally) -> Pass:
+def sags(meter: Worker, tally: Tally, patience: float = 0.0) -> bool:
+    """Whether the machine's peak stays below what it was, for that many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        peak = max(meter.peak() for _ in range(3))
+        tally.peak = max(tally.peak, peak)
+        if peak >= SAGGING * tally.peak:
+            return False
+        if time.monotonic() >= deadline:
+            return True
+        time.sleep(0.05)
+
+
+def timed_pass(
+    worker: Worker, workers: list[Worker], meter: Worker, seconds: float, tally: Tally
+) -> Pass:
     """Times one contender while the others sleep, which is checked, and other processes do.
 
     A pass that was disturbed is repeated; the last try is marked if it was, too.
@@ -62,6 +83,7 @@ def timed_pass(worker: Worker, workers: list[Worker], seconds: float, tally: Tal
     others = [other for other in workers if other is not worker]
     tally.passes += 1
     for _ in range(RETAKES + 1):
+        sagging = sags(meter, tally, PATIENCE)
         idle = sum(other.usage() for other in others)
         ran, ran_all = worker.usage(), busy(worker.cpus)
         begin = time.monotonic()
@@ -74,7 +96,7 @@ def timed_pass(worker: Worker, workers: list[Worker], seconds: float, tally: Tal
             raise Failure(
                 f"idle workers ran {idle:.3f} s of {wall:.3f} s while {worker.name} was timed"
             )
-        if not is_disturbed(foreign, wall):
+        if not (is_disturbed(foreign, wall) or sagging or sags(meter, tally)):
             return result
         tally.retaken += 1
     tally.retaken -= 1
@@ -83,7 +105,12 @@ def timed_pass(worker: Worker, workers: list[Worker], seconds: float, tally: Tal
 
 
 def measure(
-    layer: Layer, workers: list[Worker], args: argparse.Namespace, tally: Tally, directory: Path
+    layer: Layer,
+    workers: list[Worker],
+    meter: Worker,
+    args: argparse.Namespace,
+    tally: Tally,
+    directory: Path,
 ) -> list[Row]:
     """One layer in all contenders: verified, then timed pass by pass in changing order."""
     given = layers.inputs(layer)
@@ -98,7 +125,7 @@ def measure(
     order = random.Random(f"{layer.model} {layer.name}")
     for _ in range(args.passes):
         for worker in order.sample(workers, len(workers)):
-            passes[worker.name].append(timed_pass(worker, workers, args.seconds, tally))
+            passes[worker.name].append(timed_pass(worker, workers, meter, args.seconds, tally))
     rows = []
     for worker in workers:
         done = passes[worker.name]
@@ -131,13 +158,14 @@ def run(args: argparse.Namespace, threads: int, rows: list[Row]) -> None:
     workers: list[Worker] = []
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pointwise-peers-") as name:
+        meter = Worker([str(args.binary)], "peak", threads)
         try:
             for contender in args.contenders:
                 python = [sys.executable, str(HERE / "worker.py")]
                 command = [str(args.binary)] if contender in RUST else python
                 workers.append(Worker(command, contender, threads, args.offset))
             for i, layer in enumerate(todo):
-                new = measure(layer, workers, args, tally, Path(name))
+                new = measure(layer, workers, meter, args, tally, Path(name))
                 rows += new
                 best = max(new, key=lambda row: row.gflops)
                 print(
@@ -147,13 +175,13 @@ def run(args: argparse.Namespace, threads: int, rows: list[Row]) -> None:
                     file=sys.stderr,
                 )
         finally:
-            for worker in workers:
+            for worker in (meter, *workers):
                 worker.close()
     worst = max(tally.errors, key=lambda name: tally.errors[name])
     print(
         f"{report.count(threads)}: largest error {tally.errors[worst]:.1e} of the largest value "
-        f"({worst}); {tally.passes} passes, {tally.retaken} retaken because other processes ran, "
-        f"{tally.disturbed} disturbed all the same",
+        f"({worst}); {tally.passes} passes, {tally.retaken} retaken because other processes ran or the "
+        f"peak sagged, {tally.disturbed} disturbed all the same; peak {tally.peak / 1e9:.0f} GFLOP/s",
         file=sys.stderr,
     )
 

@@ -103,6 +103,10 @@ class Worker:
                 pass  # the thread ended between the two looks
         return texts
 
+    def peak(self) -> float:
+        """The machine's FMA peak now, from the worker that measures it."""
+        return float(self.ask("peak", "peak").split()[1])
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()

@@ -2,7 +2,8 @@
 //! `../worker.py`, which speaks the same protocol for Python libraries).
 //!
 //! `pointwise-peers CONTENDER THREADS OFFSET` greets with `hello LAYOUT VERSION`, then answers
-//! `load LAYER… DIR`, `result FILE` and `time SECONDS` until stdin ends.
+//! `load LAYER… DIR`, `result FILE` and `time SECONDS` until stdin ends. `pointwise-peers peak THREADS 0`
+//! is no contender: it answers each line with the machine's FMA peak at that moment, in flop/s.
 
 mod contenders;
 mod layer;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use contenders::Contender;
 use layer::{Inputs, Layer};
+use pointwise::Device;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -22,6 +24,15 @@ fn main() -> Result<()> {
         return Err("usage: pointwise-peers CONTENDER THREADS OFFSET".into());
     };
     let (threads, offset) = (threads.parse()?, offset.parse()?);
+    if name == "peak" {
+        let meter = Device::cpu().threads(threads).roof_meter(0)?;
+        reply("hello none peak")?;
+        for line in io::stdin().lock().lines() {
+            line?;
+            reply(&format!("peak {}", meter.sample().flops_per_second))?;
+        }
+        return Ok(());
+    }
     let kind = contenders::find(name)?;
     reply(&format!("hello {} {}", kind.layout, kind.version))?;
     let mut loaded = None;
