@@ -244,7 +244,7 @@ impl Prepared {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.explain(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem)?,
+                Backend::Cuda(layer) => layer.explain(problem),
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
@@ -456,9 +456,8 @@ impl Prepared {
         crate::trace::enter(|| {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.explain(problem).0,
-                // The call itself reports what no kernel can do.
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem).map_or("none", |(kernel, _)| kernel),
+                Backend::Cuda(layer) => layer.explain(problem).0,
             };
             crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
         })
@@ -494,13 +493,14 @@ pub(crate) fn run_together(
     Ok(())
 }
 
-/// Runs layers of one CUDA device and stream one after another.
+/// Runs layers of one CUDA device and stream one after another; false if host tensors have to go
+/// through them one by one.
 #[cfg(feature = "cuda")]
 pub(crate) fn run_chain(
     layers: &[Prepared],
     src: &TensorRef<'_>,
     dst: &TensorMut<'_>,
-) -> Result<()> {
+) -> Result<bool> {
     let layers = layers.iter().filter_map(|layer| match &layer.inner.backend {
         Backend::Cpu(_) => None,
         Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),

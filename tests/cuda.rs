@@ -14,10 +14,14 @@ mod counting;
 mod driver;
 #[path = "cuda/faults.rs"]
 mod faults;
+#[path = "common/mod.rs"]
+mod fixtures;
 #[path = "cuda/host.rs"]
 mod host;
 #[path = "cuda/numbers.rs"]
 mod numbers;
+#[path = "cuda/operator.rs"]
+mod operator;
 #[path = "cuda/splits.rs"]
 mod splits;
 #[path = "cuda/streams.rs"]
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         streams::TRIALS,
         host::TRIALS,
         compose::TRIALS,
+        operator::TRIALS,
         tensor_cores::TRIALS,
         driver::TRIALS,
     ]

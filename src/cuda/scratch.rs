@@ -1,5 +1,5 @@
 //! What launches of one stream use in between and leave behind: the sums of tiles that several blocks
-//! share, and how many of these have arrived.
+//! share, how many of these have arrived, and the moments of a layer norm.
 
 use std::sync::Arc;
 
@@ -11,13 +11,18 @@ use crate::error::Result;
 /// What one launch needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Need {
-    /// Sums of all splits of all tiles.
+    /// Sums of all splits of all tiles, or as much of something else.
     pub sums: usize,
     /// Tiles, each with a counter.
     pub tiles: usize,
 }
 
 impl Need {
+    /// Room for either of two uses, one after the other.
+    pub(super) fn or(self, other: Need) -> Need {
+        Need { sums: self.sums.max(other.sums), tiles: self.tiles.max(other.tiles) }
+    }
+
     /// Sums begin at a multiple of this.
     const ALIGN: usize = 256;
 
@@ -108,7 +113,8 @@ pub(super) fn in_graph(
 /// Memory of which the counters are zero.
 fn zeroed(device: &CudaDevice, capacity: Need) -> Result<u64> {
     let (context, stream) = (device.stream().context(), device.stream());
-    let address = allocate(device, "the sums of tiles that blocks share", capacity.bytes())?;
+    let address =
+        allocate(device, "what the blocks of a call leave for one another", capacity.bytes())?;
     // SAFETY: within the allocation.
     let cleared =
         unsafe { result::memset_d8_async(address, 0, capacity.sums_offset(), stream.cu_stream()) };

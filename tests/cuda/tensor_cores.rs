@@ -50,7 +50,7 @@ fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
 }
 
 /// All of them, and what they need.
-fn all(device: &CudaDevice) -> Vec<(&'static str, Math)> {
+pub fn all(device: &CudaDevice) -> Vec<(&'static str, Math)> {
     let rounded = kernels(device).into_iter().map(|kernel| (kernel, Math::Tf32));
     rounded.chain(in_parts(device).into_iter().map(|kernel| (kernel, Math::F32))).collect()
 }
