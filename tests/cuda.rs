@@ -28,6 +28,8 @@ mod splits;
 mod streams;
 #[path = "cuda/tensor_cores.rs"]
 mod tensor_cores;
+#[path = "cuda/traffic.rs"]
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -63,7 +65,7 @@ fn main() -> ExitCode {
     .concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
     let stand_in =
-        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, tensor_cores::STAND_IN_TRIALS].concat();
+        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, traffic::STAND_IN_TRIALS].concat();
     let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {

@@ -55,16 +55,27 @@ private:
         __device__ void second(float (&to)[4]) const { tile.read_residual(to, here); }
     };
 
+    // Along the channels in the outer loop: each channel's bias is read once.
     template <bool kResidual>
     __device__ void write_clipped(float (&acc)[Tile::kSlow][Tile::kFast]) const {
+        constexpr int kOuter = Tile::kChannelsFast ? Tile::kFast / 4 : Tile::kSlow;
+        constexpr int kInner = Tile::kChannelsFast ? Tile::kSlow : Tile::kFast / 4;
 #pragma unroll
-        for (int s = 0; s < Tile::kSlow; ++s) {
+        for (int outer = 0; outer < kOuter; ++outer) {
+            const int row = Tile::kChannelsFast ? fast + Tile::fast_offset(outer * 4)
+                                                : slow + Tile::slow_offset(outer);
+            if (row >= rows) continue;
+            float bias[4];
+            per_channel(bias, p.bias, Four{row, row, 4});
 #pragma unroll
-            for (int f = 0; f < Tile::kFast; f += 4) {
+            for (int inner = 0; inner < kInner; ++inner) {
+                const int s = Tile::kChannelsFast ? inner : outer;
+                const int f = Tile::kChannelsFast ? outer * 4 : inner * 4;
                 const Four here = four(s, f);
                 if (here.count <= 0) continue;
                 float v[4] = {acc[s][f], acc[s][f + 1], acc[s][f + 2], acc[s][f + 3]};
-                add_bias(v, here);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[i] += bias[i];
                 if (kResidual) {
                     float residual[4];
                     read_residual_vector(residual, here, nullptr);

@@ -164,7 +164,7 @@ public:
             // As `copy_src` has placed them.
             const bool vectors = source.read == PW_READ_POSITIONS_VEC4 ||
                                  source.read == PW_READ_CHANNELS_VEC4;
-            const int vector = vectors ? i % 4 : 0;
+            const int vector = vectors ? rotated(i) : 0;
             if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
                 const int deeper = vectors ? i / 4 * kVectorStep : i * kScalarStep;
                 float* const here = slab + (to ^ Tile::src_swizzle(deeper)) +

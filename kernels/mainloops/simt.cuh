@@ -225,7 +225,7 @@ struct SrcLoader {
             int deeper, across, vector = 0;
             switch (source.read) {
                 case PW_READ_POSITIONS_VEC4:
-                    deeper = i / 4 * kVectorStep, across = 0, vector = i % 4;
+                    deeper = i / 4 * kVectorStep, across = 0, vector = rotated(i);
                     break;
                 case PW_READ_CHANNELS_VEC4: deeper = i % 4, across = i / 4 * kDeepStep; break;
                 case PW_READ_POSITIONS: deeper = i * kScalarStep, across = 0; break;

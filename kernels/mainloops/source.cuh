@@ -35,6 +35,10 @@ struct SourceOperands {
     }
 };
 
+// Which of four neighbours in shared memory a thread takes in turn i: each quarter of a warp begins with
+// another one, so that a warp's accesses meet all banks.
+__device__ inline int rotated(int i) { return (i + (threadIdx.x >> 3)) & 3; }
+
 // `first` is the slab's first channel; element(i) one of this thread's kElements, of which kAtOnce are
 // in registers.
 template <int kElements, int kAtOnce, int kPositions, class Element>

@@ -16,7 +16,8 @@ constexpr int kNormLanes = 8;
 constexpr int kNormThreads = kNormPositions * kNormLanes;
 
 struct NormShared {
-    float sums[kNormLanes][kNormPositions];
+    // Rows four banks apart, so that lanes side by side meet all of them.
+    float sums[kNormLanes][kNormPositions + 4];
     int64_t dst[kNormPositions];
     int64_t residual[kNormPositions];
     int64_t moments[kNormPositions];

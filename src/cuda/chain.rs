@@ -158,16 +158,16 @@ fn queue<'l>(
         };
         let (whole_dst, dst) = (next(whole, &whole_extents), next(at, &extents));
         let part = |extents, src: Tensor, dst: Tensor| {
-            layer.part(extents, src.from_channel(range.start), dst.from_channel(range.start))
+            layer.part(extents, src.skip_channels(range.start), dst.skip_channels(range.start))
         };
         let choice = layer.choose(&part(whole_extents, whole_src, whole_dst));
         layer.launch(choice, &part(extents, src, dst))?;
         for (from, count, to) in
             [(0, range.start, 0), (range.end, channels - range.end, range.start + shape.c_out)]
         {
-            let source = (src.from_channel(from), channels_of(count)?);
+            let source = (src.skip_channels(from), channels_of(count)?);
             // SAFETY: the caller's tensors, and memory for what lies between the layers.
-            unsafe { launch::copy(layer.device(), &extents, source, dst.from_channel(to))? };
+            unsafe { launch::copy(layer.device(), &extents, source, dst.skip_channels(to))? };
         }
         (whole_src, src, channels) = (whole_dst, dst, c_dst);
         if layer.over_samples() {

@@ -30,8 +30,8 @@ pub(crate) struct Tensor {
 }
 
 impl Tensor {
-    /// From one of its channels on.
-    pub(super) fn from_channel(self, channel: usize) -> Tensor {
+    /// Without its first channels.
+    pub(super) fn skip_channels(self, channel: usize) -> Tensor {
         let offset = self.channel.wrapping_mul(channel as i64).wrapping_mul(4);
         Tensor { address: self.address.wrapping_add_signed(offset), ..self }
     }

@@ -206,17 +206,18 @@ impl Layer {
             whole_samples: self.over_samples(),
         };
         let choice = self.choose(&self.slice(&host.undivided()));
-        let whole = |slice: &Slice| self.launch(choice, &self.slice(slice));
+        let fits = !host.whole_samples || host.fits();
+        let compute = |slice: &Slice| self.launch(choice, &self.slice(slice));
         // SAFETY: the problem's views vouch for the host tensors.
-        let mut outcome = if host.whole_samples && !host.fits() {
-            self.sample_by_sample(&host, choice)
-        } else {
-            unsafe { staging::run(&self.device, &host, whole) }
-        };
-        if host.whole_samples && matches!(outcome, Err(Error::DeviceMemory { .. })) && host.fits() {
-            outcome = self.sample_by_sample(&host, choice);
+        let done = fits.then(|| unsafe { staging::run(&self.device, &host, compute) });
+        match done {
+            // The device has no room for a whole sample.
+            Some(Err(Error::DeviceMemory { .. })) if host.whole_samples => {
+                self.sample_by_sample(&host, choice)?;
+            }
+            None => self.sample_by_sample(&host, choice)?,
+            Some(done) => done?,
         }
-        outcome?;
         for (from, to) in problem.passed_through() {
             // SAFETY: the problem's views vouch for the host tensors.
             unsafe { staging::copy_on_host(extents, &from, &to) };
@@ -311,7 +312,7 @@ impl Layer {
             let part = (on_device(&source), source.channels as u32);
             // SAFETY: the problem's views vouch for its tensors; the memory is for all of them.
             unsafe {
-                let to = together.from_channel(channel);
+                let to = together.skip_channels(channel);
                 launch::copy(&self.device, &call.extents, part, to)?;
             }
             channel += source.channels;

@@ -135,8 +135,10 @@ fn halves(random: &mut Random, len: usize) -> Vec<f32> {
     random.integers(len).iter().map(|x| (x / 2.0).trunc()).collect()
 }
 
+type Build = fn() -> Operator;
+
 /// Small integers everywhere, so that all sums are exact.
-const OPERATORS: &[(&str, fn() -> Operator)] = &[
+const OPERATORS: &[(&str, Build)] = &[
     ("concat of aligned sources", || Operator {
         case: Case::new(2, 48, 36, [1, 4, 8]),
         channels: &[16, 32],
