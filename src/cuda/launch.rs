@@ -10,7 +10,7 @@ use super::params::{
     pw_read, pw_source,
 };
 use super::plan::{Choice, Helper, KERNELS, Kernel, Letters};
-use super::scratch::{Need, Room, in_graph};
+use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::error::{Error, Result};
 use crate::stages::NormOver;
 
@@ -121,6 +121,8 @@ pub(crate) struct Call {
     pub residual: Option<Tensor>,
     pub gate: Option<Tensor>,
     pub moments: Moments,
+    /// Of the caller, in place of the stream's.
+    pub scratch: Option<Given>,
 }
 
 /// Where the moments of a layer norm over whole samples are.
@@ -381,17 +383,13 @@ pub(super) unsafe fn launch(
             normalise(device, call, program, scratch)
         }
     };
-    let sums = match choice.splits {
-        1 => Need::default(),
-        splits => kernel.scratch(&letters, splits).ok_or_else(|| too_large(&letters))?,
-    };
-    let moments = match (&program.norm, call.moments) {
-        (Some((NormOver::All, _)), Moments::Scratch) => moments_need(call)?,
-        _ => Need::default(),
-    };
+    let [sums, moments] = needs(choice, call, program)?;
     let need = sums.or(moments);
     if need == Need::default() {
         return queue(1, None);
+    }
+    if let Some(memory) = call.scratch {
+        return queue(choice.splits, Some(given(device, memory, need)?));
     }
     if !device.is_capturing()? {
         let mut scratch = device.scratch();
@@ -409,6 +407,26 @@ pub(super) unsafe fn launch(
                 .into(),
         }),
     }
+}
+
+/// What a launch needs for sums that blocks share, and then for moments.
+fn needs(choice: Choice, call: &Call, program: &Program) -> Result<[Need; 2]> {
+    let letters = call.letters();
+    let sums = match choice.splits {
+        1 => Some(Need::default()),
+        splits => KERNELS[choice.kernel].scratch(&letters, splits),
+    };
+    let moments = match (&program.norm, call.moments) {
+        (Some((NormOver::All, _)), Moments::Scratch) => moments_need(call)?,
+        _ => Need::default(),
+    };
+    Ok([sums.ok_or_else(|| too_large(&letters))?, moments])
+}
+
+/// The bytes of [`needs`] together.
+pub(super) fn scratch_bytes(choice: Choice, call: &Call, program: &Program) -> Result<usize> {
+    let [sums, moments] = needs(choice, call, program)?;
+    Ok(sums.or(moments).bytes())
 }
 
 /// # Safety
@@ -525,6 +543,7 @@ pub(super) unsafe fn copy(
         residual: None,
         gate: None,
         moments: Moments::Scratch,
+        scratch: None,
     };
     let letters = call.letters();
     if letters.positions == 0 || channels == 0 {
@@ -630,6 +649,7 @@ mod tests {
             residual: None,
             gate: None,
             moments: Moments::Scratch,
+            scratch: None,
         }
     }
 

@@ -9,6 +9,7 @@ use super::params::{
     pw_step,
 };
 use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};
+use super::scratch::Given;
 use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
 use crate::epilogue::{Lowered, SourceStep, Step};
@@ -17,7 +18,7 @@ use crate::plan::{Candidate, wanted_kernel};
 use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Problem};
 use crate::stages::{Activation, NormOver};
-use crate::tensor::{MAX_SPATIAL, Place, checked_product};
+use crate::tensor::{MAX_SPATIAL, Place, TensorMut, checked_product};
 
 /// A layer on one stream of a device.
 #[derive(Clone)]
@@ -150,8 +151,8 @@ impl Layer {
     ///
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::DeviceMemory`], [`Error::Unsupported`] for what cannot be
-    /// captured, [`Error::Cuda`].
-    pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
+    /// captured, [`Error::Cuda`]; those of scratch that does not do.
+    pub(crate) fn run(&self, problem: &Problem<'_>, scratch: Option<&TensorMut<'_>>) -> Result<()> {
         if problem.place != Place::Host && problem.place != self.place() {
             return Err(Error::WrongDevice {
                 tensor: "src",
@@ -159,14 +160,16 @@ impl Layer {
                 got: problem.place.to_string(),
             });
         }
+        let given = scratch.map(|memory| Given::new(memory, problem.place)).transpose()?;
         if problem.n == 0 || problem.positions() == 0 {
             return Ok(());
         }
         if problem.place == Place::Host {
             return self.run_on_host_tensors(problem);
         }
-        let mut call = self.call(problem);
-        self.ordered(problem.streams(), || {
+        let mut call = Call { scratch: given, ..self.call(problem) };
+        let scratch = scratch.and_then(|memory| memory.view().stream());
+        self.ordered(problem.streams().chain(scratch), || {
             // Freed in stream order.
             let _together = self.put_together(problem, &mut call)?;
             for (from, to) in problem.passed_through() {
@@ -178,6 +181,15 @@ impl Layer {
             }
             self.launch(self.choose(&call), &call)
         })
+    }
+
+    /// What [`run`](Self::run) takes of the caller's scratch.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`].
+    pub(crate) fn scratch_bytes(&self, problem: &Problem<'_>) -> Result<usize> {
+        let call = self.call(problem);
+        launch::scratch_bytes(self.choose(&call), &call, &self.weights.program)
     }
 
     fn run_on_host_tensors(&self, problem: &Problem<'_>) -> Result<()> {
@@ -349,8 +361,18 @@ impl Layer {
     pub(super) fn part(&self, extents: [u64; 4], src: Tensor, dst: Tensor) -> Call {
         let Weights { groups, rows, depth, .. } = *self.weights;
         let sources = Sources::one(src, groups * depth);
-        let moments = Moments::Scratch;
-        Call { groups, rows, depth, extents, sources, dst, residual: None, gate: None, moments }
+        Call {
+            groups,
+            rows,
+            depth,
+            extents,
+            sources,
+            dst,
+            residual: None,
+            gate: None,
+            moments: Moments::Scratch,
+            scratch: None,
+        }
     }
 
     fn slice(&self, slice: &Slice) -> Call {

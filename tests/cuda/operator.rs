@@ -28,6 +28,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("sequences_of_partial_and_normalised_layers", sequences),
     ("calls_of_the_whole_operator_allocate_as_little", allocations),
     ("plans_and_explain_know_the_operator", plans),
+    ("calls_take_scratch_of_the_caller_s", given_scratch),
 ];
 
 /// Stages around a convolution with this many channels in and out.
@@ -621,5 +622,61 @@ fn plans(device: &CudaDevice) -> Outcome {
             assert!(usable.contains(&kernel), "{kernel} refuses: {plans:?}");
         }
     }
+    Ok(())
+}
+
+fn given_scratch(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(67);
+    let own = device.with_new_stream()?;
+    let (src_shape, dst_shape) = ([2, 300, 1, 4, 5], [2, 24, 1, 4, 5]);
+    let src = random.tensor(src_shape);
+    let layer = Case::new(2, 300, 24, [1, 4, 5]).layer(random.normal(300 * 24));
+    for (norm, splits) in [(false, 6), (true, 1), (true, 6)] {
+        let norm = norm.then(LayerNorm::over_all);
+        let layer = norm.into_iter().fold(layer.clone(), Pointwise::layer_norm);
+        let kernel = format!("fprop_f32_simt_32x32x16_nchw/{splits}");
+        let prepared = layer.prepare_with(&own.clone().into(), force(&kernel))?;
+        let bytes = prepared.scratch_bytes(&src_shape)?;
+        assert!(bytes > 0 && bytes % 4 == 0, "{bytes}");
+        let on_device = CudaTensor::from_host(&own, src.view())?;
+        let expected = prepared.forward(&on_device)?.to_host()?;
+        // On a stream of its own, holding what is no number.
+        let other = device.with_new_stream()?;
+        let garbage = ndarray::Array1::from_elem(bytes / 4, f32::NAN);
+        let mut scratch = CudaTensor::from_host(&other, garbage.insert_axis(Axis(0)).view())?;
+        let mut dst = CudaTensor::<f32>::zeros(&own, &dst_shape)?;
+        for _ in 0..2 {
+            prepared.call(&on_device).scratch(&mut scratch).run_into(&mut dst)?;
+            let got = dst.to_host()?;
+            assert!(got.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()));
+        }
+        let mut small = CudaTensor::<f32>::zeros(&own, &[1, bytes / 4 - 1])?;
+        let error = prepared.call(&on_device).scratch(&mut small).run_into(&mut dst).unwrap_err();
+        assert!(matches!(&error, Error::Shape { tensor: "scratch", .. }), "{error}");
+        let mut odd = CudaTensor::<f32>::zeros(&own, &[1, bytes])?;
+        let mut odd = odd.channels_mut(1..bytes)?;
+        let error = prepared.call(&on_device).scratch(&mut odd).run_into(&mut dst).unwrap_err();
+        assert!(matches!(&error, Error::Misaligned { tensor: "scratch", .. }), "{error}");
+        let error = prepared.call(&src).scratch(&mut scratch).run().unwrap_err();
+        assert!(matches!(&error, Error::WrongDevice { tensor: "scratch", .. }), "{error}");
+
+        // A graph that owns nothing, so that it may run as often as one likes, pools or none.
+        let mut scratch = CudaTensor::<f32>::zeros(&own, &[1, bytes / 4])?;
+        own.synchronize()?;
+        let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        own.stream().begin_capture(mode).map_err(code)?;
+        let queued = prepared.call(&on_device).scratch(&mut scratch).run_into(&mut dst);
+        let flags = sys::CUgraphInstantiate_flags(0);
+        let graph = own.stream().end_capture(flags).map_err(code)?.ok_or("nothing captured")?;
+        queued?;
+        for _ in 0..2 {
+            graph.launch().map_err(code)?;
+            assert!(dst.to_host()? == expected);
+        }
+    }
+    let plain = layer.prepare_with(&own.into(), force("fprop_f32_simt_32x32x16_nchw/1"))?;
+    assert_eq!(plain.scratch_bytes(&src_shape)?, 0);
+    assert_eq!(layer.prepare(&Device::cpu())?.scratch_bytes(&src_shape)?, 0);
     Ok(())
 }
