@@ -1,7 +1,10 @@
-// The forward pass: fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout of dst}.
+// The forward pass: fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout of dst}, and what may go
+// before and after it.
+#include "copy.cuh"
 #include "epilogues/steps.cuh"
 #include "mainloops/mma.cuh"
 #include "mainloops/simt.cuh"
+#include "norms/layer_norm.cuh"
 #include "splits.cuh"
 
 template <class Tile, class Shared>
@@ -10,12 +13,30 @@ __device__ void fprop(const pw_fprop& p, Shared& shared) {
     const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
     const TileAt tile = TileAt::of(p, block, Tile());
     if (!tile.exists(p)) return;
-    fill_positions(shared.at, p, tile.position, Tile::kThreads);
     // What follows the main loop reads this copy, so that the loop's registers need not hold it.
     if (threadIdx.x == 0) shared.tile = tile;
+    fill_positions<true>(shared.at, p, p.sources[0], tile.position, Tile::kThreads);
     __syncthreads();
     float acc[Tile::kSlow][Tile::kFast];
-    mainloop<Tile>(p, tile, shared, acc);
+#pragma unroll
+    for (int s = 0; s < Tile::kSlow; ++s) {
+#pragma unroll
+        for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
+    }
+    // The sources of a concatenation one after another, each in slabs of its own.
+#pragma unroll 1
+    for (uint32_t s = 0; s < p.source_count; ++s) {
+        const Run run = shared.tile.run(p, s);
+        if (run.depth == 0) continue;
+        if (s > 0) {
+            // Nobody reads the slabs and the positions of the source before any more.
+            __syncthreads();
+            fill_positions<false>(shared.at, p, *run.source, shared.tile.position, Tile::kThreads);
+            __syncthreads();
+        }
+        mainloop<Tile>(p, shared.tile, run, shared, acc);
+    }
+    finish_sums<Tile>(p, shared.tile, shared, acc);
     if (p.splits > 1 && !add_up<Tile>(p, shared.tile, acc)) return;
     TileWriter<Tile>(p, shared.tile, shared.at).write(acc);
 }
@@ -31,6 +52,24 @@ __device__ void fprop(const pw_fprop& p, Shared& shared) {
 #define PW_FPROP_F32_SIMT(...)          \
     PW_SIMT(nchw, false, __VA_ARGS__)   \
     PW_SIMT(nhwc, true, __VA_ARGS__)
+
+extern "C" __global__ void __launch_bounds__(kCopyThreads)
+    copy_f32_32x64(const __grid_constant__ pw_fprop p) {
+    __shared__ CopyShared shared;
+    copy_channels(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(kNormThreads)
+    norm_f32_8x32(const __grid_constant__ pw_fprop p) {
+    __shared__ NormShared shared;
+    layer_norm(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(kMergeThreads)
+    norm_merge_f64_1024(const __grid_constant__ pw_merge p) {
+    __shared__ Moments shared[kMergeThreads];
+    merge_moments(p, shared);
+}
 
 // More shared memory than a kernel may declare: the launch brings it.
 #define PW_MMA(dtype, parts, layout, channels_fast, rows, positions, depth, warp_rows,           \

@@ -3,7 +3,8 @@
  *
  * Names: the convolution is `groups` products dst[row, position] = sum over depth of
  * weight[row, depth] * src[depth, position]. `rows` and `depth` count the output and input
- * channels of ONE group; a position is one element of a plane of one sample. */
+ * channels of ONE group; a position is one element of a plane of one sample. src is the
+ * concatenation of its sources along the channels of all groups. */
 #ifndef POINTWISE_PARAMS_H
 #define POINTWISE_PARAMS_H
 
@@ -11,16 +12,20 @@
 
 /* Positions are walked over at most batch + 3 spatial axes. */
 #define PW_MAX_AXES 4
+/* Tensors that src may be the concatenation of. */
+#define PW_MAX_SOURCES 16
 /* Steps that travel inside the launch parameters; longer programs continue in memory. */
 #define PW_INLINE_STEPS 8
+#define PW_INLINE_SOURCE_STEPS 4
 /* Rows of packed arrays are padded to a multiple of this. */
 #define PW_ROW_ALIGN 4
 
-/* One elementwise step on the accumulators. */
+/* One elementwise step: on the accumulators, or on src while it is read. */
 enum pw_op {
-    PW_OP_AFFINE,      /* x * first[row] + second[row] */
-    PW_OP_PRELU,       /* x >= 0 ? x : first[row] * x */
-    PW_OP_RESIDUAL,    /* x + residual */
+    PW_OP_AFFINE,      /* x * first[channel] + second[channel] */
+    PW_OP_PRELU,       /* x >= 0 ? x : first[channel] * x */
+    PW_OP_RESIDUAL,    /* x + residual, on the accumulators */
+    PW_OP_GATE,        /* x * gate, on src */
     PW_OP_CLIP,        /* min(max(x, a), b), ReLU and ReLU6 too */
     PW_OP_LEAKY_RELU,  /* x >= 0 ? x : a * x */
     PW_OP_ELU,         /* x > 0 ? x : a * (exp(x) - 1) */
@@ -40,18 +45,18 @@ struct pw_step {
     float a;
     float b;
     uint32_t reserved;
-    const float *first;  /* [groups][row_pitch] */
-    const float *second; /* [groups][row_pitch] */
+    const float *first;  /* [groups][row_pitch]; of a step on src [groups * depth] */
+    const float *second;
 };
 
-/* How src is read into shared memory; the planner promises what the name says. */
+/* How a source is read into shared memory; the planner promises what the name says. */
 enum pw_read {
     PW_READ_POSITIONS,      /* neighbouring threads take neighbouring positions, one float each */
     PW_READ_CHANNELS,       /* neighbouring threads take neighbouring channels, one float each */
-    PW_READ_POSITIONS_VEC4, /* 4 positions at once: axes[0] has src stride 1 and an extent that 4
-                               divides, 4 divides all other strides, src is 16-byte aligned */
-    PW_READ_CHANNELS_VEC4   /* 4 channels at once: src_channel is 1, 4 divides depth and all other
-                               strides, src is 16-byte aligned */
+    PW_READ_POSITIONS_VEC4, /* 4 positions at once: axes[0] has stride 1 and an extent that 4
+                               divides, 4 divides all other strides, data is 16-byte aligned */
+    PW_READ_CHANNELS_VEC4   /* 4 channels at once: channel is 1, 4 divides depth, begin, end and all
+                               other strides, data is 16-byte aligned */
 };
 
 /* Which code finishes a tile. The first two are short cuts for the programs that networks use most:
@@ -63,33 +68,67 @@ enum pw_epilogue {
 };
 
 /* 128-bit access along the axis that the kernel's layout makes the fast one (positions for `nchw`,
- * channels for `nhwc`); the conditions are those of the vector reads of src. */
+ * channels for `nhwc`); the conditions are those of the vector reads of a source. */
 enum pw_flags {
     PW_FLAG_DST_VEC4 = 1,
-    PW_FLAG_RESIDUAL_VEC4 = 2
+    PW_FLAG_RESIDUAL_VEC4 = 2,
+    PW_FLAG_CHANNELS_FAST = 4 /* for the norm and copy kernels, which have no layout in their name */
 };
 
 struct pw_axis {
     int64_t extent;
-    int64_t src;      /* strides of this axis */
-    int64_t dst;
+    int64_t dst;      /* strides of this axis; those of src are its sources' */
     int64_t residual;
+    int64_t gate;
+    int64_t moments;
 };
 
+/* One of the tensors that src is the concatenation of. */
+struct pw_source {
+    const float *data;
+    int64_t channel;           /* strides of the channel axis and of the axes of the positions */
+    int64_t axes[PW_MAX_AXES];
+    uint32_t begin;            /* which of src's channels it has */
+    uint32_t end;
+    enum pw_read read;
+    uint32_t reserved;
+};
+
+/* Layer norm. Moments are a mean and a sum of squared deviations from it. */
+struct pw_norm {
+    const float *gamma; /* [row_pitch] */
+    const float *beta;
+    double *moments;    /* pairs; their strides count pairs */
+    double values;      /* behind the moments of a sample */
+    float eps;
+    uint32_t reserved;
+};
+
+/* What the norm kernel does with each position of dst. */
+enum pw_norm_job {
+    PW_NORM_CHANNELS, /* normalise with the moments of its channels, then run the steps */
+    PW_NORM_MOMENTS,  /* write the moments of its channels */
+    PW_NORM_APPLY     /* normalise with the moments that are there, then run the steps */
+};
+
+/* Every kernel of the forward pass takes it; of the groups' weights, the norm kernel knows nothing
+ * (it has one group of all rows), and the copy kernel copies `rows` channels of the first source. */
 struct pw_fprop {
     struct pw_axis axes[PW_MAX_AXES]; /* innermost first */
+    struct pw_source sources[PW_MAX_SOURCES];
     int64_t positions;                /* product of the extents */
-    int64_t src_channel;              /* strides of the channel axis */
-    int64_t dst_channel;
+    int64_t dst_channel;              /* strides of the channel axis */
     int64_t residual_channel;
-    const float *src;
+    int64_t gate_channel;
     const float *weight; /* [groups][depth][row_pitch], 16-byte aligned */
     const float *bias;   /* [groups][row_pitch], 16-byte aligned */
     float *dst;
     const float *residual;
+    const float *gate;
     const uint32_t *dst_map;      /* row of all groups -> channel of dst; null where equal */
     const uint32_t *residual_map; /* row of all groups -> channel of the residual */
     const struct pw_step *more_steps; /* those beyond PW_INLINE_STEPS */
+    const struct pw_step *more_source_steps;
     float *partial;                   /* [splits][tiles][sums of a tile], where splits > 1 */
     uint32_t *arrived;                /* [tiles], all 0 between launches, where splits > 1 */
     uint32_t groups;
@@ -97,20 +136,35 @@ struct pw_fprop {
     uint32_t depth;
     uint32_t row_pitch; /* rows, padded to a multiple of PW_ROW_ALIGN */
     uint32_t axis_count;
+    uint32_t source_count;
     uint32_t step_count;
-    enum pw_read read;
+    uint32_t source_step_count;
     enum pw_epilogue epilogue;
     uint32_t flags; /* of enum pw_flags */
     float clip_lo;
     float clip_hi;
     uint32_t splits; /* blocks that share the depth of a tile, each a range of slabs; 1: one has all */
+    enum pw_norm_job norm_job;
+    struct pw_norm norm;
     struct pw_step steps[PW_INLINE_STEPS];
+    struct pw_step source_steps[PW_INLINE_SOURCE_STEPS];
 };
+
+/* Moments of neighbours, merged in the order in which they lie: 1024 pairs give one. */
+struct pw_merge {
+    const double *from; /* [samples][items] */
+    double *to;         /* [samples][ceil(items / PW_MERGED)] */
+    int64_t items;
+    int64_t unit;       /* values behind each item of a sample but the last */
+    int64_t values;     /* of a sample */
+};
+#define PW_MERGED 1024
 
 #ifdef __cplusplus
 static_assert(sizeof(struct pw_step) == 32, "pw_step is laid out as Rust believes");
-static_assert(sizeof(struct pw_axis) == 32, "pw_axis is laid out as Rust believes");
-static_assert(sizeof(struct pw_fprop) == 544, "pw_fprop is laid out as Rust believes");
+static_assert(sizeof(struct pw_axis) == 40, "pw_axis is laid out as Rust believes");
+static_assert(sizeof(struct pw_source) == 64, "pw_source is laid out as Rust believes");
+static_assert(sizeof(struct pw_fprop) == 1784, "pw_fprop is laid out as Rust believes");
 #endif
 
 #endif

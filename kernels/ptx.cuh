@@ -5,6 +5,13 @@
 
 namespace ptx {
 
+// The same number, of which the compiler knows nothing: what is computed of it stays where it is
+// written, instead of in a register from before a loop on.
+__device__ inline int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Copies kBytes from global to shared memory in the background; where `in` is false, writes zeros
 // and reads nothing. Both addresses are aligned to kBytes. sm_80.
 template <int kBytes>

@@ -8,9 +8,18 @@
 // everything after looks them up.
 template <int kPositions>
 struct PositionTable {
-    int64_t src[kPositions];
+    int64_t src[kPositions];  // in the source that is being read
     int64_t dst[kPositions];
     int64_t residual[kPositions];
+    int64_t gate[kPositions];
+};
+
+// Neighbouring input channels of a tile that one source has.
+struct Run {
+    const pw_source* source;
+    int64_t channel;  // the first of them among the source's
+    int64_t input;    // and among the channels of all groups, as in the weight's [groups][depth]
+    int depth;        // how many
 };
 
 // One tile of one group, and the range of input channels that this block sums. Neighbouring blocks
@@ -52,6 +61,19 @@ struct TileAt {
         return at;
     }
 
+    // The first input channel, among those of all groups, that this block sums and a source has.
+    __device__ int64_t first_input(const pw_fprop& p, const pw_source& source) const {
+        return max(int64_t(group) * p.depth + depth_begin, int64_t(source.begin));
+    }
+
+    // The part of source s that this block sums; its depth is 0 if there is none.
+    __device__ Run run(const pw_fprop& p, uint32_t s) const {
+        const pw_source& source = p.sources[s];
+        const int64_t from = first_input(p, source);
+        const int64_t to = min(int64_t(group) * p.depth + depth_begin + depth, int64_t(source.end));
+        return {&source, from - source.begin, from, to > from ? int(to - from) : 0};
+    }
+
     // False in the blocks beyond the last: a grid may hold a few more than are needed.
     __device__ bool exists(const pw_fprop& p) const { return split < p.splits && index < tiles; }
 };
@@ -68,22 +90,36 @@ __device__ inline int64_t divide(int64_t value, int64_t by, int64_t& remainder) 
     return q;
 }
 
-template <int kPositions>
-__device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop& p, int64_t first,
-                               int threads) {
+// Calls put(axis, at) with where a position is along each axis.
+template <class Put>
+__device__ void locate(const pw_fprop& p, int64_t position, Put put) {
+    for (uint32_t axis = 0; axis < p.axis_count; ++axis) {
+        int64_t at = position;
+        if (axis + 1 < p.axis_count) position = divide(position, p.axes[axis].extent, at);
+        put(axis, at);
+    }
+}
+
+// The offsets of a tile's positions in one source; with kAll, in all the other tensors too.
+template <bool kAll, int kPositions>
+__device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop& p,
+                               const pw_source& source, int64_t first, int threads) {
     for (int i = threadIdx.x; i < kPositions; i += threads) {
+        int64_t src = 0, dst = 0, residual = 0, gate = 0;
         // Past the end the last position stands in, so that no address is out of bounds.
-        int64_t rest = min(first + i, p.positions - 1);
-        int64_t src = 0, dst = 0, residual = 0;
-        for (uint32_t axis = 0; axis < p.axis_count; ++axis) {
-            int64_t at = rest;
-            if (axis + 1 < p.axis_count) rest = divide(rest, p.axes[axis].extent, at);
-            src += at * p.axes[axis].src;
-            dst += at * p.axes[axis].dst;
-            residual += at * p.axes[axis].residual;
-        }
+        locate(p, min(first + i, p.positions - 1), [&](uint32_t axis, int64_t at) {
+            src += at * source.axes[axis];
+            if (kAll) {
+                dst += at * p.axes[axis].dst;
+                residual += at * p.axes[axis].residual;
+                gate += at * p.axes[axis].gate;
+            }
+        });
         table.src[i] = src;
-        table.dst[i] = dst;
-        table.residual[i] = residual;
+        if (kAll) {
+            table.dst[i] = dst;
+            table.residual[i] = residual;
+            table.gate[i] = gate;
+        }
     }
 }

@@ -299,8 +299,8 @@ impl Sequence {
             return Err(Error::Aliased { tensor: "src" });
         }
         #[cfg(feature = "cuda")]
-        if self.layers[0].place() != Place::Host {
-            return run_chain(&self.layers, &src, &dst);
+        if self.layers[0].place() != Place::Host && run_chain(&self.layers, &src, &dst)? {
+            return Ok(());
         }
         BETWEEN.with(|between| match between.try_borrow_mut() {
             Ok(mut between) => self.run(src, &mut dst, &mut between),

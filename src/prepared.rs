@@ -171,7 +171,39 @@ impl Prepared {
     /// # Ok::<(), pointwise::Error>(())
     /// ```
     pub fn call<'a, S: AsTensor + ?Sized>(&'a self, src: &'a S) -> Call<'a, S> {
-        Call { layer: self, src, extra: Extra::default() }
+        Call {
+            layer: self,
+            src,
+            extra: Extra::default(),
+            #[cfg(feature = "cuda")]
+            scratch: None,
+        }
+    }
+
+    /// Bytes of device memory that a call on a source of this shape, channels first, needs for what
+    /// its blocks leave for one another: for [`Call::scratch`](Call#method.scratch). 0 on the CPU,
+    /// and for most calls on CUDA.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer, or no memory holds so much.
+    pub fn scratch_bytes(&self, src: &[usize]) -> Result<usize> {
+        self.scratch_bytes_in(src, Layout::default())
+    }
+
+    /// As [`scratch_bytes`](Self::scratch_bytes), for a source and a result in the given memory
+    /// order.
+    ///
+    /// # Errors
+    /// As [`scratch_bytes`](Self::scratch_bytes).
+    pub fn scratch_bytes_in(&self, src: &[usize], layout: Layout) -> Result<usize> {
+        self.with_problem(src, layout, |problem| match &self.inner.backend {
+            Backend::Cpu(_) => {
+                let _ = problem;
+                Ok(0)
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.scratch_bytes(problem),
+        })
     }
 
     /// The device that the layer was prepared for.
@@ -244,7 +276,7 @@ impl Prepared {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.explain(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem)?,
+                Backend::Cuda(layer) => layer.explain(problem),
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
@@ -436,7 +468,12 @@ impl Prepared {
         Ok(dst_shape(&self.inner.shape, src, std::iter::empty())?.padded())
     }
 
-    fn run(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<()> {
+    fn run(
+        &self,
+        operands: &Operands<'_>,
+        dst: &mut TensorMut<'_>,
+        #[cfg(feature = "cuda")] scratch: Option<&TensorMut<'_>>,
+    ) -> Result<()> {
         if self.place() == Place::Host {
             on_host(&operands.src)?;
         }
@@ -446,7 +483,7 @@ impl Prepared {
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(layer, &problem)]),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(&problem)?,
+            Backend::Cuda(layer) => layer.run(&problem, scratch)?,
         }
         Ok(())
     }
@@ -456,9 +493,8 @@ impl Prepared {
         crate::trace::enter(|| {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.explain(problem).0,
-                // The call itself reports what no kernel can do.
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem).map_or("none", |(kernel, _)| kernel),
+                Backend::Cuda(layer) => layer.explain(problem).0,
             };
             crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
         })
@@ -487,20 +523,21 @@ pub(crate) fn run_together(
             Backend::Cpu(cpu) => calls.push((cpu, problem)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(problem)?,
+            Backend::Cuda(layer) => layer.run(problem, None)?,
         }
     }
     cpu::run(&calls);
     Ok(())
 }
 
-/// Runs layers of one CUDA device and stream one after another.
+/// Runs layers of one CUDA device and stream one after another; false if host tensors have to go
+/// through them one by one.
 #[cfg(feature = "cuda")]
 pub(crate) fn run_chain(
     layers: &[Prepared],
     src: &TensorRef<'_>,
     dst: &TensorMut<'_>,
-) -> Result<()> {
+) -> Result<bool> {
     let layers = layers.iter().filter_map(|layer| match &layer.inner.backend {
         Backend::Cpu(_) => None,
         Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),
@@ -559,6 +596,8 @@ pub struct Call<'a, S: ?Sized> {
     layer: &'a Prepared,
     src: &'a S,
     extra: Extra<'a>,
+    #[cfg(feature = "cuda")]
+    scratch: Option<TensorMut<'a>>,
 }
 
 impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
@@ -583,17 +622,45 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
         self
     }
 
+    /// Device memory for what the blocks of the call leave for one another, in place of that which
+    /// the stream keeps, and which a graph that captures the call would own: a dense tensor of
+    /// [`scratch_bytes`](Prepared::scratch_bytes) or more, whatever it holds, in nobody else's use
+    /// until the call has run. The call is ordered behind its stream's work, and that behind the
+    /// call. A CPU's call takes none.
+    ///
+    /// More than 16 sources of a concatenation also need memory to be put together, which comes
+    /// from the device's memory pool all the same.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn scratch(mut self, memory: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+        match memory.as_tensor_mut() {
+            Ok(memory) => self.scratch = Some(memory),
+            Err(error) => _ = self.extra.error.get_or_insert(error),
+        }
+        self
+    }
+
     /// Runs into any non-overlapping strides.
     ///
     /// # Errors
     /// As [`Prepared::forward_into`].
+    #[cfg_attr(
+        feature = "cuda",
+        doc = "Of a [`scratch`](Self::scratch) that is too small or has gaps [`Error::Shape`], that is",
+        doc = "elsewhere [`Error::WrongDevice`], that is not aligned to 16 bytes [`Error::Misaligned`]."
+    )]
     pub fn run_into(self, dst: &mut (impl AsTensorMut + ?Sized)) -> Result<()> {
         let Extra { more, residual, gate, error } = self.extra;
         if let Some(error) = error {
             return Err(error);
         }
         let operands = Operands { src: self.src.as_tensor()?, more: &more, residual, gate };
-        self.layer.run(&operands, &mut dst.as_tensor_mut()?)
+        self.layer.run(
+            &operands,
+            &mut dst.as_tensor_mut()?,
+            #[cfg(feature = "cuda")]
+            self.scratch.as_ref(),
+        )
     }
 
     /// Runs into a new tensor in the memory order of the first source.

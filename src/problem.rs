@@ -126,7 +126,7 @@ impl Operand {
 }
 
 /// What `[n, c, …spatial]` has of each spatial axis, padded in front.
-fn spatial<T: Copy>(axes: &[T], padding: T) -> [T; MAX_SPATIAL] {
+pub(crate) fn spatial<T: Copy>(axes: &[T], padding: T) -> [T; MAX_SPATIAL] {
     let missing = MAX_RANK - axes.len();
     std::array::from_fn(|i| if i < missing { padding } else { axes[2 + i - missing] })
 }
@@ -206,13 +206,23 @@ impl<'a> Problem<'a> {
             partial: layer.partial.clone(),
             dst: cut(dst.view()),
             residual: residual.map(cut),
-            gate: gate.map(Operand::new),
+            // Axes of length 1 may have any stride.
+            gate: gate.map(|t| Operand { spatial: [0; MAX_SPATIAL], ..Operand::new(t) }),
         })
     }
 
     /// Of every how many positions of a spatial axis of src one is kept.
     pub(crate) fn stride(&self) -> usize {
         self.stride
+    }
+
+    /// The CUDA streams of its tensors, as far as they are known.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn streams(&self) -> impl Iterator<Item = usize> + Clone + '_ {
+        let beside = [self.dst.stream].into_iter();
+        let optional = [&self.residual, &self.gate].into_iter().flatten();
+        let beside = beside.chain(optional.map(|operand| operand.stream));
+        self.all_sources().map(|source| source.stream()).chain(beside).flatten()
     }
 
     /// Positions of one sample.
@@ -291,7 +301,7 @@ impl<'a> Problem<'a> {
         })
     }
 
-    fn all_sources(&self) -> impl Iterator<Item = &TensorRef<'a>> {
+    fn all_sources(&self) -> impl Iterator<Item = &TensorRef<'a>> + Clone {
         std::iter::once(&self.src).chain(self.more)
     }
 

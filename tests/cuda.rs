@@ -14,16 +14,22 @@ mod counting;
 mod driver;
 #[path = "cuda/faults.rs"]
 mod faults;
+#[path = "common/mod.rs"]
+mod fixtures;
 #[path = "cuda/host.rs"]
 mod host;
 #[path = "cuda/numbers.rs"]
 mod numbers;
+#[path = "cuda/operator.rs"]
+mod operator;
 #[path = "cuda/splits.rs"]
 mod splits;
 #[path = "cuda/streams.rs"]
 mod streams;
 #[path = "cuda/tensor_cores.rs"]
 mod tensor_cores;
+#[path = "cuda/traffic.rs"]
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -52,13 +58,14 @@ fn main() -> ExitCode {
         streams::TRIALS,
         host::TRIALS,
         compose::TRIALS,
+        operator::TRIALS,
         tensor_cores::TRIALS,
         driver::TRIALS,
     ]
     .concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
     let stand_in =
-        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, tensor_cores::STAND_IN_TRIALS].concat();
+        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, traffic::STAND_IN_TRIALS].concat();
     let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {

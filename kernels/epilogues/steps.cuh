@@ -1,38 +1,8 @@
 // What happens to a tile of accumulators before its only store: bias, then elementwise steps.
 #pragma once
 
-#include "../params.h"
+#include "../steps.cuh"
 #include "../tiles.cuh"
-
-// PyTorch's formulas, in forms that keep their relative accuracy in the tails. NaN passes through
-// each: comparisons are written so that it falls to a branch that returns it (fminf and fmaxf would
-// drop it).
-namespace activation {
-
-__device__ inline float clip(float x, float lo, float hi) { return x < lo ? lo : (x > hi ? hi : x); }
-
-__device__ inline float sigmoid(float x) {
-    const float e = expf(-fabsf(x));
-    const float r = 1.f / (1.f + e);
-    return x >= 0.f ? r : e * r;
-}
-
-__device__ inline float gelu_tanh(float x) {
-    // (1 + tanh(u)) / 2 is sigmoid(2u), without the cancellation.
-    const float u = 0.79788456080286536f * fmaf(0.044715f * x * x, x, x);
-    return x * sigmoid(2.f * u);
-}
-
-__device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
-
-__device__ inline float mish(float x) {
-    // tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2).
-    const float e = expf(x);
-    const float n = e * (e + 2.f);
-    return x > 20.f ? x : x * (n / (n + 2.f));
-}
-
-}  // namespace activation
 
 // Finishes one thread's share of the tile, four neighbours along the fast axis at a time.
 template <class Tile>
@@ -75,17 +45,43 @@ private:
         return {at_slow, at_fast, in ? (Tile::kChannelsFast ? rows : positions) - at_fast : 0};
     }
 
+    // What the steps ask of four elements.
+    struct Operands {
+        const TileWriter& tile;
+        const Four& here;
+        __device__ void per_channel(float (&to)[4], const float* from) const {
+            tile.per_channel(to, from, here);
+        }
+        __device__ void second(float (&to)[4]) const { tile.read_residual(to, here); }
+    };
+
+    // Along the channels in the outer loop: each channel's bias is read once.
     template <bool kResidual>
     __device__ void write_clipped(float (&acc)[Tile::kSlow][Tile::kFast]) const {
+        constexpr int kOuter = Tile::kChannelsFast ? Tile::kFast / 4 : Tile::kSlow;
+        constexpr int kInner = Tile::kChannelsFast ? Tile::kSlow : Tile::kFast / 4;
 #pragma unroll
-        for (int s = 0; s < Tile::kSlow; ++s) {
+        for (int outer = 0; outer < kOuter; ++outer) {
+            const int row = Tile::kChannelsFast ? fast + Tile::fast_offset(outer * 4)
+                                                : slow + Tile::slow_offset(outer);
+            if (row >= rows) continue;
+            float bias[4];
+            per_channel(bias, p.bias, Four{row, row, 4});
 #pragma unroll
-            for (int f = 0; f < Tile::kFast; f += 4) {
+            for (int inner = 0; inner < kInner; ++inner) {
+                const int s = Tile::kChannelsFast ? inner : outer;
+                const int f = Tile::kChannelsFast ? outer * 4 : inner * 4;
                 const Four here = four(s, f);
                 if (here.count <= 0) continue;
                 float v[4] = {acc[s][f], acc[s][f + 1], acc[s][f + 2], acc[s][f + 3]};
-                add_bias(v, here);
-                if (kResidual) add_residual_vector(v, here, nullptr);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[i] += bias[i];
+                if (kResidual) {
+                    float residual[4];
+                    read_residual_vector(residual, here, nullptr);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) v[i] += residual[i];
+                }
                 each(v, [this](float x) { return activation::clip(x, p.clip_lo, p.clip_hi); });
                 store_vector(v, here, nullptr);
             }
@@ -115,16 +111,7 @@ private:
 
     __device__ void finish(float (&v)[4], const Four& here) const {
         add_bias(v, here);
-#pragma unroll 1
-        for (uint32_t i = 0; i < p.step_count; ++i) {
-            pw_step step;
-            if (i < PW_INLINE_STEPS) {
-                step = p.steps[i];
-            } else {
-                step = p.more_steps[i - PW_INLINE_STEPS];
-            }
-            run(step, v, here);
-        }
+        run_steps(p.steps, p.more_steps, p.step_count, v, Operands{*this, here});
         if (p.flags & PW_FLAG_DST_VEC4) {
             store_vector(v, here, p.dst_map);
         } else {
@@ -132,50 +119,6 @@ private:
             for (int i = 0; i < 4; ++i) {
                 if (i < here.count) p.dst[offset(here, i, at.dst, p.dst_channel, p.dst_map)] = v[i];
             }
-        }
-    }
-
-    template <class Function>
-    static __device__ void each(float (&v)[4], Function function) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = function(v[i]);
-    }
-
-    __device__ void run(const pw_step& step, float (&v)[4], const Four& here) const {
-        const float a = step.a, b = step.b;
-        switch (step.op) {
-            case PW_OP_AFFINE: {
-                float scale[4], shift[4];
-                per_channel(scale, step.first, here);
-                per_channel(shift, step.second, here);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) v[i] = fmaf(v[i], scale[i], shift[i]);
-                break;
-            }
-            case PW_OP_PRELU: {
-                float slope[4];
-                per_channel(slope, step.first, here);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) v[i] = v[i] >= 0.f ? v[i] : slope[i] * v[i];
-                break;
-            }
-            case PW_OP_RESIDUAL: add_residual(v, here); break;
-            case PW_OP_CLIP: each(v, [=](float x) { return activation::clip(x, a, b); }); break;
-            case PW_OP_LEAKY_RELU: each(v, [=](float x) { return x >= 0.f ? x : a * x; }); break;
-            case PW_OP_ELU: each(v, [=](float x) { return x > 0.f ? x : a * expm1f(x); }); break;
-            case PW_OP_SIGMOID: each(v, [](float x) { return activation::sigmoid(x); }); break;
-            case PW_OP_TANH: each(v, [](float x) { return tanhf(x); }); break;
-            case PW_OP_SILU: each(v, [](float x) { return x * activation::sigmoid(x); }); break;
-            case PW_OP_GELU: each(v, [](float x) { return x * normcdff(x); }); break;
-            case PW_OP_GELU_TANH: each(v, [](float x) { return activation::gelu_tanh(x); }); break;
-            case PW_OP_HARD_SIGMOID:
-                each(v, [](float x) { return activation::clip(x + 3.f, 0.f, 6.f) / 6.f; });
-                break;
-            case PW_OP_HARD_SWISH:
-                each(v, [](float x) { return x * (activation::clip(x + 3.f, 0.f, 6.f) / 6.f); });
-                break;
-            case PW_OP_SOFTPLUS: each(v, [](float x) { return activation::softplus(x); }); break;
-            case PW_OP_MISH: each(v, [](float x) { return activation::mish(x); }); break;
         }
     }
 
@@ -210,18 +153,22 @@ private:
     }
 
     // Reads of the residual do not pass through the read-only cache: it may be dst itself.
-    __device__ void add_residual_vector(float (&v)[4], const Four& here,
-                                        const uint32_t* map) const {
+    __device__ void read_residual_vector(float (&to)[4], const Four& here,
+                                         const uint32_t* map) const {
         const int64_t from = offset(here, 0, at.residual, p.residual_channel, map);
         const float4 r = *reinterpret_cast<const float4*>(p.residual + from);
-        v[0] += r.x, v[1] += r.y, v[2] += r.z, v[3] += r.w;
+        to[0] = r.x, to[1] = r.y, to[2] = r.z, to[3] = r.w;
     }
-    __device__ void add_residual(float (&v)[4], const Four& here) const {
-        if (p.flags & PW_FLAG_RESIDUAL_VEC4) return add_residual_vector(v, here, p.residual_map);
+    __device__ void read_residual(float (&to)[4], const Four& here) const {
+        if (p.flags & PW_FLAG_RESIDUAL_VEC4) {
+            return read_residual_vector(to, here, p.residual_map);
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (i >= here.count) break;
-            v[i] += p.residual[offset(here, i, at.residual, p.residual_channel, p.residual_map)];
+            to[i] = i < here.count
+                        ? p.residual[offset(here, i, at.residual, p.residual_channel,
+                                            p.residual_map)]
+                        : 0.f;
         }
     }
 

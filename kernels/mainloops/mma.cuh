@@ -6,6 +6,7 @@
 #include "../params.h"
 #include "../ptx.cuh"
 #include "../tiles.cuh"
+#include "source.cuh"
 
 // A tile of kRows output channels x kPositions positions; a warp has kWarpRows x kWarpPositions of
 // them, in blocks of 32 x 32. kChannelsFast is the axis along which dst is contiguous, as for the
@@ -101,6 +102,7 @@ class SlabCopier {
     static constexpr int kDeepScalarStep = kThreads / kDepth;
 
     const pw_fprop& p;
+    const pw_source& source;
     const PositionTable<Tile::kPositions>& at;
     const float* weight;
     const float* src;
@@ -110,31 +112,30 @@ class SlabCopier {
     int src_left;     // the same of src
     int to;
     int column;
+    int k;            // this thread's first channel of a slab
     int valid;        // positions of the tile that exist
 
 public:
-    __device__ SlabCopier(const pw_fprop& p, const TileAt& tile,
+    __device__ SlabCopier(const pw_fprop& p, const TileAt& tile, const Run& run,
                           const PositionTable<Tile::kPositions>& at)
-        : p(p), at(at), left(tile.depth) {
+        : p(p), source(*run.source), at(at), left(run.depth) {
         const int t = threadIdx.x;
-        const int64_t first = int64_t(tile.group) * p.depth + tile.depth_begin;
 
         const int row = t % kWeightVectors * 4, weight_k = t / kWeightVectors;
         weight_to = weight_k * Tile::kRows + (row ^ Tile::weight_swizzle(weight_k));
         weight_left = tile.row + row < p.row_pitch ? left - weight_k : 0;
-        weight = p.weight + (first + weight_k) * p.row_pitch + tile.row + row;
+        weight = p.weight + (run.input + weight_k) * p.row_pitch + tile.row + row;
 
         const int64_t rest = p.positions - tile.position;
         valid = rest < Tile::kPositions ? int(rest) : Tile::kPositions;
-        int k;
-        switch (p.read) {
+        switch (source.read) {
             case PW_READ_POSITIONS_VEC4: column = t % kVectors * 4, k = t / kVectors; break;
             case PW_READ_CHANNELS_VEC4: column = t / (kDepth / 4), k = t % (kDepth / 4) * 4; break;
             case PW_READ_POSITIONS: column = t % Tile::kPositions, k = t / Tile::kPositions; break;
             default: column = t / kDepth, k = t % kDepth; break;
         }
-        src = p.src + (first + k) * p.src_channel;
-        if (p.read == PW_READ_POSITIONS || p.read == PW_READ_POSITIONS_VEC4) {
+        src = source.data + (run.channel + k) * source.channel;
+        if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
             // The last position, which stands in for those past the end, may not be aligned.
             src += at.src[column < valid ? column : 0];
             src_left = column < valid ? left - k : 0;
@@ -155,6 +156,30 @@ public:
         ptx::commit();
     }
 
+    // Runs the steps on this thread's part of a slab that has arrived; `first` is the slab's first
+    // channel, `rest` the depth from there on.
+    __device__ void transform(float4* src_slab, int64_t first, int rest) {
+        float* const slab = reinterpret_cast<float*>(src_slab);
+        run_source_steps<kDepth * Tile::kPositions / kThreads, 4>(p, at, first, [&](int i) {
+            // As `copy_src` has placed them.
+            const bool vectors = source.read == PW_READ_POSITIONS_VEC4 ||
+                                 source.read == PW_READ_CHANNELS_VEC4;
+            const int vector = vectors ? rotated(i) : 0;
+            if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
+                const int deeper = vectors ? i / 4 * kVectorStep : i * kScalarStep;
+                float* const here = slab + (to ^ Tile::src_swizzle(deeper)) +
+                                    deeper * Tile::kPositions + vector;
+                const bool exists = column < valid && k + deeper < rest;
+                return SlabElement{here, k + deeper, column + vector, exists};
+            }
+            const int across = vectors ? i / 4 * kDeepStep : i * kDeepScalarStep;
+            float* const here = slab + (to ^ Tile::position_swizzle(across) * kDepth) +
+                                across * kDepth + vector;
+            const bool exists = column + across < valid && k < rest;
+            return SlabElement{here, k + vector, column + across, exists};
+        });
+    }
+
 private:
     __device__ void copy_weight(float* slab) {
 #pragma unroll
@@ -166,7 +191,7 @@ private:
     }
 
     __device__ void copy_src(float* slab) {
-        switch (p.read) {
+        switch (source.read) {
             case PW_READ_POSITIONS_VEC4: along_positions<16, kVectorStep>(slab); break;
             case PW_READ_POSITIONS: along_positions<4, kScalarStep>(slab); break;
             case PW_READ_CHANNELS_VEC4: along_channels<16, kDeepStep>(slab); break;
@@ -180,7 +205,7 @@ private:
         for (int i = 0; i < kDepth; i += kStep) {
             float* const here = slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
             ptx::copy_async<kBytes>(here, src, i < src_left);
-            src += kStep * p.src_channel;
+            src += kStep * source.channel;
         }
     }
 
@@ -192,7 +217,7 @@ private:
             float* const here = slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
             ptx::copy_async<kBytes>(here, src + at.src[column + i], in);
         }
-        src += kDepth * p.src_channel;
+        src += kDepth * source.channel;
     }
 };
 
@@ -349,11 +374,11 @@ __device__ void repair(const pw_fprop& p, const TileAt& tile,
             }
             if (fits) continue;
             const float* weight = p.weight + first * p.row_pitch + tile.row + channel;
-            const float* src = p.src + first * p.src_channel + at.src[column];
             float sum = 0.f;
 #pragma unroll 1
             for (int k = 0; k < tile.depth; ++k) {
-                sum = fmaf(weight[int64_t(k) * p.row_pitch], src[k * p.src_channel], sum);
+                const float x = source_value(p, at, tile.position + column, column, first + k);
+                sum = fmaf(weight[int64_t(k) * p.row_pitch], x, sum);
             }
 #pragma unroll
             for (int i = 0; i < Tile::kRowSums; ++i) {
@@ -367,19 +392,22 @@ __device__ void repair(const pw_fprop& p, const TileAt& tile,
 }
 
 template <class Tile, bool kAlongChannels>
-__device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>& shared,
-                          float (&acc)[Tile::kSlow][Tile::kFast]) {
-    SlabCopier<Tile> copier(p, tile, shared.at);
+__device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
+                          MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+    SlabCopier<Tile> copier(p, tile, run, shared.at);
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
         copier.next(shared.weight[stage], shared.src[stage]);
     }
     int read = 0, write = Tile::kStages - 1;
 #pragma unroll 1
-    for (int done = 0; done < tile.depth; done += Tile::kDepth) {
+    for (int done = 0; done < run.depth; done += Tile::kDepth) {
         // This slab is there for every thread, and every thread is done with the one before, whose
         // place the next copies take.
         ptx::wait<Tile::kStages - 2>();
+        if (p.source_step_count > 0) {
+            copier.transform(shared.src[read], run.input + done, run.depth - done);
+        }
         __syncthreads();
         copier.next(shared.weight[write], shared.src[write]);
         if (Tile::kParts == 1) {
@@ -392,20 +420,21 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>
     }
 }
 
-// Sums this block's products of one tile. Every thread of the block calls it after the position
-// table is filled and visible.
+// Adds the products of some channels of one tile. Every thread of the block calls it after the
+// position table is filled and visible.
 template <class Tile>
-__device__ void mainloop(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>& shared,
-                         float (&acc)[Tile::kSlow][Tile::kFast]) {
-#pragma unroll
-    for (int s = 0; s < Tile::kSlow; ++s) {
-#pragma unroll
-        for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
-    }
-    if (p.read == PW_READ_CHANNELS || p.read == PW_READ_CHANNELS_VEC4) {
-        sum_slabs<Tile, true>(p, tile, shared, acc);
+__device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
+                         MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+    if (run.source->read == PW_READ_CHANNELS || run.source->read == PW_READ_CHANNELS_VEC4) {
+        sum_slabs<Tile, true>(p, tile, run, shared, acc);
     } else {
-        sum_slabs<Tile, false>(p, tile, shared, acc);
+        sum_slabs<Tile, false>(p, tile, run, shared, acc);
     }
-    if (Tile::kParts > 1) repair<Tile>(p, shared.tile, shared.at, acc);
+}
+
+// What is left to do once the whole depth is summed.
+template <class Tile>
+__device__ void finish_sums(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>& shared,
+                            float (&acc)[Tile::kSlow][Tile::kFast]) {
+    if (Tile::kParts > 1) repair<Tile>(p, tile, shared.at, acc);
 }

@@ -4,6 +4,7 @@
 
 #include "../params.h"
 #include "../tiles.cuh"
+#include "source.cuh"
 
 // A tile of kRows output channels x kPositions positions, kDepth deep. Threads hold kSlow x kFast
 // accumulators, where the fast axis is the one along which dst is contiguous: positions if
@@ -79,12 +80,11 @@ struct WeightLoader {
     bool inside;
     float4 stage[Tile::kWeightLoads];
 
-    __device__ WeightLoader(const pw_fprop& p, const TileAt& tile) {
+    __device__ WeightLoader(const pw_fprop& p, const TileAt& tile, const Run& run) {
         row = threadIdx.x % kVectors * 4;
         k = threadIdx.x / kVectors;
         inside = tile.row + row < p.row_pitch;
-        from = p.weight + (int64_t(tile.group) * p.depth + tile.depth_begin + k) * p.row_pitch +
-               tile.row + row;
+        from = p.weight + (run.input + k) * p.row_pitch + tile.row + row;
     }
 
     // `left` is how much depth is left, this slab included.
@@ -122,36 +122,40 @@ struct SrcLoader {
     static constexpr int kPasses = Tile::kDepth / 8;
     static constexpr int kPassStep = Tile::kThreads / 8;
 
+    const pw_source& source;
     const float* from;
     int column, k;
     int valid;  // positions of the tile that exist
     int to;     // where (k, column) is stored
     float stage[Tile::kSrcLoads];
 
-    __device__ SrcLoader(const pw_fprop& p, const TileAt& tile,
-                         const PositionTable<Tile::kPositions>& at) {
+    __device__ SrcLoader(const pw_fprop& p, const TileAt& tile, const Run& run,
+                         const PositionTable<Tile::kPositions>& at)
+        : source(*run.source) {
         const int t = threadIdx.x;
         const int64_t left = p.positions - tile.position;
         valid = left < Tile::kPositions ? int(left) : Tile::kPositions;
-        switch (p.read) {
+        switch (source.read) {
             case PW_READ_POSITIONS_VEC4: column = t % kVectors * 4, k = t / kVectors; break;
             case PW_READ_CHANNELS_VEC4: column = t / kDeep, k = t % kDeep * 4; break;
             case PW_READ_POSITIONS: column = t % Tile::kPositions, k = t / Tile::kPositions; break;
             default: column = t / 8, k = t % 8; break;
         }
         to = k * Tile::kPositions + (column ^ Tile::swizzle(k));
-        from = p.src + (int64_t(tile.group) * p.depth + tile.depth_begin + k) * p.src_channel;
-        if (p.read == PW_READ_POSITIONS || p.read == PW_READ_POSITIONS_VEC4) from += at.src[column];
+        from = source.data + (run.channel + k) * source.channel;
+        if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
+            from += at.src[column];
+        }
     }
 
-    __device__ void load(const pw_fprop& p, const PositionTable<Tile::kPositions>& at, int left) {
-        switch (p.read) {
+    __device__ void load(const PositionTable<Tile::kPositions>& at, int left) {
+        switch (source.read) {
             case PW_READ_POSITIONS_VEC4:
 #pragma unroll
                 for (int i = 0; i < Tile::kSrcLoads / 4; ++i) {
                     const bool in = column < valid && k + i * kVectorStep < left;
                     put(i, in ? load4(from) : zero());
-                    from += kVectorStep * p.src_channel;
+                    from += kVectorStep * source.channel;
                 }
                 break;
             case PW_READ_CHANNELS_VEC4:
@@ -167,7 +171,7 @@ struct SrcLoader {
                 for (int i = 0; i < Tile::kSrcLoads; ++i) {
                     const bool in = column < valid && k + i * kScalarStep < left;
                     stage[i] = in ? __ldg(from) : 0.f;
-                    from += kScalarStep * p.src_channel;
+                    from += kScalarStep * source.channel;
                 }
                 break;
             default:
@@ -177,13 +181,13 @@ struct SrcLoader {
                     const int c = column + i % kColumns * kPassStep;
                     const bool in = c < valid && k + i / kColumns * 8 < left;
                     stage[i] = in ? __ldg(from + at.src[c]) : 0.f;
-                    if (i % kColumns == kColumns - 1) from += 8 * p.src_channel;
+                    if (i % kColumns == kColumns - 1) from += 8 * source.channel;
                 }
         }
     }
 
-    __device__ void store(const pw_fprop& p, float (&slab)[Tile::kDepth][Tile::kPositions]) const {
-        switch (p.read) {
+    __device__ void store(float (&slab)[Tile::kDepth][Tile::kPositions]) const {
+        switch (source.read) {
             case PW_READ_POSITIONS_VEC4:
 #pragma unroll
                 for (int i = 0; i < Tile::kSrcLoads / 4; ++i) {
@@ -208,6 +212,29 @@ struct SrcLoader {
                     *place(slab, i / kColumns * 8, i % kColumns * kPassStep) = stage[i];
                 }
         }
+    }
+
+    // Runs the steps on what was stored; `first` is the slab's first channel.
+    __device__ void transform(const pw_fprop& p, const PositionTable<Tile::kPositions>& at,
+                              float (&slab)[Tile::kDepth][Tile::kPositions], int64_t first,
+                              int left) const {
+        // More than two at once would not fit into registers beside the largest tile's sums.
+        run_source_steps<Tile::kSrcLoads, 2>(p, at, first, [&](int i) {
+            // As in `store`.
+            constexpr int kColumns = Tile::kSrcLoads / kPasses;
+            int deeper, across, vector = 0;
+            switch (source.read) {
+                case PW_READ_POSITIONS_VEC4:
+                    deeper = i / 4 * kVectorStep, across = 0, vector = rotated(i);
+                    break;
+                case PW_READ_CHANNELS_VEC4: deeper = i % 4, across = i / 4 * kDeepStep; break;
+                case PW_READ_POSITIONS: deeper = i * kScalarStep, across = 0; break;
+                default: deeper = i / kColumns * 8, across = i % kColumns * kPassStep;
+            }
+            const bool exists = column + across < valid && k + deeper < left;
+            return SlabElement{place(slab, deeper, across) + vector, k + deeper,
+                               column + across + vector, exists};
+        });
     }
 
 private:
@@ -254,38 +281,42 @@ __device__ void multiply(const float (&weight)[Tile::kDepth][Tile::kRows],
     }
 }
 
-// Sums this block's products of one tile. Every thread of the block calls it after the position table is
-// filled and visible; the shared slabs are free again when it returns.
+// Adds the products of some channels of one tile. Every thread of the block calls it after the
+// position table is filled and visible; the shared slabs are free again when it returns.
 template <class Tile>
-__device__ void mainloop(const pw_fprop& p, const TileAt& tile, SimtShared<Tile>& shared,
-                         float (&acc)[Tile::kSlow][Tile::kFast]) {
-    WeightLoader<Tile> weight(p, tile);
-    SrcLoader<Tile> src(p, tile, shared.at);
-
-#pragma unroll
-    for (int s = 0; s < Tile::kSlow; ++s) {
-#pragma unroll
-        for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
-    }
+__device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
+                         SimtShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+    WeightLoader<Tile> weight(p, tile, run);
+    SrcLoader<Tile> src(p, tile, run, shared.at);
 
     // Global reads of the next slab are in flight while this one is multiplied; two buffers make
     // one barrier per slab enough. The first turn only reads.
-    int left = tile.depth;
+    int left = run.depth;
     for (int buffer = 1;; buffer ^= 1) {
         const bool more = left > 0;
         if (more) {
             weight.load(p, left);
-            src.load(p, shared.at, left);
+            src.load(shared.at, left);
         }
-        if (left != tile.depth) {
+        if (left != run.depth) {
             multiply<Tile>(shared.weight[buffer], shared.src[buffer], acc);
         }
         if (more) {
             weight.store(shared.weight[buffer ^ 1]);
-            src.store(p, shared.src[buffer ^ 1]);
+            src.store(shared.src[buffer ^ 1]);
+            if (p.source_step_count > 0) {
+                // Computed anew, so that the loop's registers need not hold it.
+                const int64_t first = tile.first_input(p, *run.source) + (run.depth - left);
+                src.transform(p, shared.at, shared.src[buffer ^ 1], first, left);
+            }
         }
         __syncthreads();
         if (!more) break;
         left -= Tile::kDepth;
     }
 }
+
+// What is left to do once the whole depth is summed: nothing.
+template <class Tile>
+__device__ void finish_sums(const pw_fprop&, const TileAt&, SimtShared<Tile>&,
+                            float (&)[Tile::kSlow][Tile::kFast]) {}

@@ -1,27 +1,31 @@
 //! Layers one after another on one stream: what lies between them stays on the device.
 //!
 //! A kernel computes each position by itself, so the positions that a later layer's stride leaves
-//! out are left out from the start.
+//! out are left out from the start, or from behind the last normalisation over all positions on.
 
 use super::device::Buffer;
-use super::launch::Tensor;
-use super::layer::{Layer, on_device};
+use super::launch::{self, Tensor};
+use super::layer::{Layer, channels_of, on_device};
 use super::staging::{self, HostCall, Slice};
 use crate::error::{Error, Result};
-use crate::problem::{DstShape, LayerShape, Operand, dst_shape, expect_shape, same_place};
-use crate::tensor::{MAX_RANK, MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product};
+use crate::problem::{DstShape, LayerShape, Operand, dst_shape, expect_shape, same_place, spatial};
+use crate::tensor::{MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product};
 
 /// Where a chain runs: on whole tensors, or on a slice of them.
 struct At {
+    /// Of the positions that the first layers compute.
     extents: [u64; 1 + MAX_SPATIAL],
+    /// Without the positions that they leave out.
     src: Tensor,
+    channels: usize,
     dst: Tensor,
     /// Two pieces of memory that the layers alternate between.
     between: [u64; 2],
 }
 
 /// Runs layers of one device and stream, none of which takes a second tensor, as
-/// [`Layer::run`] runs one.
+/// [`Layer::run`] runs one. False if host tensors have to go through the layers one by one, since no
+/// slice of them goes through all.
 ///
 /// # Errors
 /// As [`Layer::run`]; [`Error::DeviceMemory`] if what lies between the layers does not fit;
@@ -30,19 +34,18 @@ pub(crate) fn run<'l>(
     layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)> + Clone,
     src: &TensorRef<'_>,
     dst: &TensorMut<'_>,
-) -> Result<()> {
+) -> Result<bool> {
     let mut shape = None::<DstShape>;
-    let (mut stride, mut widest) = (1usize, 0);
+    let mut widest = 0;
     for (_, layer) in layers.clone() {
-        if shape.is_some() {
+        if let Some(shape) = &shape {
             // What goes into a layer that is not the first lies between two.
-            widest = layer.c_in.max(widest);
+            widest = shape.as_slice()[1].max(widest);
         }
         let from = shape.as_ref().map_or(src.shape(), DstShape::as_slice);
         shape = Some(dst_shape(layer, from, std::iter::empty())?);
-        stride = stride.saturating_mul(layer.stride);
     }
-    let (Some((first, _)), Some(shape)) = (layers.clone().next(), shape) else { return Ok(()) };
+    let (Some((first, _)), Some(shape)) = (layers.clone().next(), shape) else { return Ok(true) };
     let device = first.device();
     expect_shape("dst", dst.shape(), shape.as_slice())?;
     if src.place() != Place::Host {
@@ -50,32 +53,45 @@ pub(crate) fn run<'l>(
     }
     same_place("dst", src.place(), dst.place())?;
     if dst.view().is_empty() {
-        return Ok(());
+        return Ok(true);
     }
 
+    let stride = stride_of(layers.clone());
     let (source, target) = (Operand::new(src).subsampled(stride), Operand::new(dst.view()));
-    let [d, h, w] = shape.spatial();
+    let [d, h, w] = spatial(src.shape(), 1).map(|len| len.div_ceil(stride));
     let extents = [shape.as_slice()[0], d, h, w];
+    let whole_samples = layers.clone().any(|(layer, _)| layer.over_samples());
     let part = |slice: &Slice| At {
         extents: slice.extents,
         src: slice.src,
+        channels: source.channels,
         dst: slice.dst,
         between: slice.between,
     };
     match src.place() {
         Place::Host => {
+            if [d, h, w] != shape.spatial() {
+                return Ok(false);
+            }
             let host = HostCall {
-                src: &source,
+                sources: &[source],
                 residual: None,
+                gate: None,
                 dst: &target,
+                discard: false,
                 between: widest,
                 extents,
                 slice_bytes: first.slice_bytes(),
+                whole_samples,
             };
             let whole = part(&host.undivided());
             // SAFETY: the views vouch for the host tensors.
-            unsafe {
+            let done = unsafe {
                 staging::run(device, &host, |slice| queue(layers.clone(), &whole, &part(slice)))
+            };
+            match done {
+                Err(Error::DeviceMemory { .. }) if whole_samples => Ok(false),
+                done => done.map(|()| true),
             }
         }
         Place::Cuda(_) => {
@@ -95,56 +111,74 @@ pub(crate) fn run<'l>(
             let at = At {
                 extents: extents.map(|extent| extent as u64),
                 src: on_device(&source),
+                channels: source.channels,
                 dst: on_device(&target),
                 between: [memory.address(), memory.address() + half as u64],
             };
-            first.ordered(&[source.stream, target.stream], || queue(layers, &at, &at))
+            let streams = [source.stream, target.stream].into_iter().flatten();
+            first.ordered(streams, || queue(layers, &at, &at))?;
+            Ok(true)
         }
     }
 }
 
+/// Of how many positions of a spatial axis one is computed, by all layers up to the first that needs
+/// those of its source's neighbours, too: one that normalises over all of its own.
+fn stride_of<'l>(layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)>) -> usize {
+    let mut stride = 1usize;
+    for (layer, shape) in layers {
+        stride = stride.saturating_mul(shape.stride);
+        if layer.over_samples() {
+            break;
+        }
+    }
+    stride
+}
+
 /// Queues every layer at `at`, each as it would run on the whole.
 fn queue<'l>(
-    layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)>,
+    mut layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)> + Clone,
     whole: &At,
     at: &At,
 ) -> Result<()> {
-    let mut layers = layers.enumerate().peekable();
-    let (mut whole_src, mut src) = (whole.src, at.src);
-    while let Some((i, (layer, shape))) = layers.next() {
-        let last = layers.peek().is_none();
-        let next = |at: &At| match last {
-            true => at.dst,
-            false => between(at, shape.c_out, at.between[i % 2]),
+    let (mut whole_src, mut src, mut channels) = (whole.src, at.src, at.channels);
+    let (mut whole_extents, mut extents) = (whole.extents, at.extents);
+    let mut between = [0, 1].into_iter().cycle();
+    while let Some((layer, shape)) = layers.next() {
+        let last = layers.clone().next().is_none();
+        let (range, passed) = match &shape.partial {
+            Some(range) => (range.clone(), channels - range.len()),
+            None => (0..channels, 0),
         };
-        let (whole_dst, dst) = (next(whole), next(at));
-        let choice = layer.choose(&layer.part(whole.extents, whole_src, whole_dst));
-        layer.launch(choice, &layer.part(at.extents, src, dst))?;
-        (whole_src, src) = (whole_dst, dst);
+        let c_dst = passed + shape.c_out;
+        let slot = between.next().unwrap_or(0);
+        let next = |at: &At, extents: &[u64; 1 + MAX_SPATIAL]| match last {
+            true => at.dst,
+            false => at.src.dense_like(extents, c_dst as u64, at.between[slot]),
+        };
+        let (whole_dst, dst) = (next(whole, &whole_extents), next(at, &extents));
+        let part = |extents, src: Tensor, dst: Tensor| {
+            layer.part(extents, src.skip_channels(range.start), dst.skip_channels(range.start))
+        };
+        let choice = layer.choose(&part(whole_extents, whole_src, whole_dst));
+        layer.launch(choice, &part(extents, src, dst))?;
+        for (from, count, to) in
+            [(0, range.start, 0), (range.end, channels - range.end, range.start + shape.c_out)]
+        {
+            let source = (src.skip_channels(from), channels_of(count)?);
+            // SAFETY: the caller's tensors, and memory for what lies between the layers.
+            unsafe { launch::copy(layer.device(), &extents, source, dst.skip_channels(to))? };
+        }
+        (whole_src, src, channels) = (whole_dst, dst, c_dst);
+        if layer.over_samples() {
+            let stride = stride_of(layers.clone());
+            (whole_src, src) = (whole_src.subsampled(stride), src.subsampled(stride));
+            for extents in [&mut whole_extents, &mut extents] {
+                for extent in &mut extents[1..] {
+                    *extent = extent.div_ceil(stride as u64);
+                }
+            }
+        }
     }
     Ok(())
-}
-
-/// A dense tensor with the axes in the order that they have in src.
-fn between(at: &At, channels: usize, address: u64) -> Tensor {
-    let [n, d, h, w] = at.extents.map(|extent| extent as i64);
-    let [sample, along_d, along_h, along_w] = at.src.axes;
-    // An axis that src has no stride for is the outermost, but for the channels, of which there is
-    // one.
-    let outer = |stride: i64| if stride == 0 { u64::MAX } else { stride.unsigned_abs() };
-    let mut axes = [
-        (outer(sample), n, 0),
-        (at.src.channel.unsigned_abs(), channels as i64, 1),
-        (outer(along_d), d, 2),
-        (outer(along_h), h, 3),
-        (outer(along_w), w, 4),
-    ];
-    axes.sort_by_key(|&(stride, ..)| stride);
-    let (mut strides, mut next) = ([0; MAX_RANK], 1);
-    for (_, len, axis) in axes {
-        strides[axis] = next;
-        next *= len;
-    }
-    let [sample, channel, d, h, w] = strides;
-    Tensor { address, channel, axes: [sample, d, h, w] }
 }

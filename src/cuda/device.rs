@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::{Family, KERNELS, Kernel};
+use super::plan::{Family, Helper, KERNELS, Kernel};
 use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
@@ -48,7 +48,7 @@ pub(crate) struct Facts {
 /// What is loaded once per context.
 struct Context {
     context: Arc<CudaContext>,
-    /// In the order of [`KERNELS`]; `None` is for other chips.
+    /// In the order of [`KERNELS`], then of [`Helper`]; `None` is for other chips.
     functions: Vec<Option<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
@@ -320,7 +320,8 @@ impl CudaDevice {
         &self.shared.facts
     }
 
-    /// The function of a row of [`KERNELS`], if it runs on this device.
+    /// The function of a row of [`KERNELS`], or behind them of a [`Helper`], if it runs on this
+    /// device.
     pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
         self.shared.functions.get(kernel)?.as_ref()
     }
@@ -591,7 +592,9 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
         }
         Ok(Some(function))
     };
-    KERNELS.iter().map(function).collect()
+    let helpers = Helper::ALL.into_iter();
+    let helpers = helpers.map(|helper| module.load_function(helper.name()).map(Some).map_err(code));
+    KERNELS.iter().map(function).chain(helpers).collect()
 }
 
 fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {

@@ -1,24 +1,109 @@
-//! From a call to the parameters of one launch, and the launch.
+//! From a call to the parameters of its launches, and the launches.
 
 use std::ffi::c_void;
 
 use cudarc::driver::result;
 
 use super::device::CudaDevice;
-use super::params::{PW_MAX_AXES, pw_axis, pw_epilogue, pw_flags, pw_fprop, pw_read};
-use super::plan::{Choice, KERNELS, Kernel, Letters};
-use super::scratch::{Room, in_graph};
+use super::params::{
+    PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_merge, pw_norm_job,
+    pw_read, pw_source,
+};
+use super::plan::{Choice, Helper, KERNELS, Kernel, Letters};
+use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::error::{Error, Result};
+use crate::stages::NormOver;
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
+const MERGED: u64 = PW_MERGED as u64;
+
+/// The most sources that one launch reads.
+pub(super) const MAX_SOURCES: usize = PW_MAX_SOURCES as usize;
 
 /// One tensor of a launch: a device address and strides in elements.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tensor {
     pub address: u64,
     pub channel: i64,
     /// Of the batch and the three spatial axes.
     pub axes: [i64; MAX_AXES],
+}
+
+impl Tensor {
+    /// Without its first channels.
+    pub(super) fn skip_channels(self, channel: usize) -> Tensor {
+        let offset = self.channel.wrapping_mul(channel as i64).wrapping_mul(4);
+        Tensor { address: self.address.wrapping_add_signed(offset), ..self }
+    }
+
+    /// A dense tensor at an address, with the axes in the order that they have in this one.
+    pub(super) fn dense_like(
+        &self,
+        extents: &[u64; MAX_AXES],
+        channels: u64,
+        address: u64,
+    ) -> Tensor {
+        let [n, d, h, w] = *extents;
+        let [sample, along_d, along_h, along_w] = self.axes;
+        // An axis that this has no stride for is the outermost, but for the channels, of which
+        // there is one.
+        let outer = |stride: i64| if stride == 0 { u64::MAX } else { stride.unsigned_abs() };
+        let mut axes = [
+            (outer(sample), n, 0),
+            (self.channel.unsigned_abs(), channels, 1),
+            (outer(along_d), d, 2),
+            (outer(along_h), h, 3),
+            (outer(along_w), w, 4),
+        ];
+        axes.sort_by_key(|&(stride, ..)| stride);
+        let (mut strides, mut next) = ([0; MAX_AXES + 1], 1);
+        for (_, len, axis) in axes {
+            strides[axis] = next;
+            next *= len as i64;
+        }
+        let [sample, channel, d, h, w] = strides;
+        Tensor { address, channel, axes: [sample, d, h, w] }
+    }
+
+    /// Every `s`-th position of each spatial axis.
+    pub(super) fn subsampled(self, s: usize) -> Tensor {
+        let [sample, spatial @ ..] = self.axes;
+        let [d, h, w] = spatial.map(|stride: i64| stride.wrapping_mul(s as i64));
+        Tensor { axes: [sample, d, h, w], ..self }
+    }
+}
+
+/// The tensors that src is the concatenation of, and the channels of each.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sources {
+    list: [(Tensor, u32); MAX_SOURCES],
+    count: usize,
+}
+
+impl Sources {
+    pub(crate) fn new() -> Self {
+        Sources { list: [(Tensor::default(), 0); MAX_SOURCES], count: 0 }
+    }
+
+    pub(crate) fn one(tensor: Tensor, channels: u32) -> Self {
+        let mut sources = Sources::new();
+        sources.push(tensor, channels);
+        sources
+    }
+
+    /// Whether there was room for it.
+    pub(crate) fn push(&mut self, tensor: Tensor, channels: u32) -> bool {
+        let room = self.count < MAX_SOURCES;
+        if room {
+            self.list[self.count] = (tensor, channels);
+            self.count += 1;
+        }
+        room
+    }
+
+    pub(crate) fn as_slice(&self) -> &[(Tensor, u32)] {
+        &self.list[..self.count]
+    }
 }
 
 /// One convolution, all its tensors on the device.
@@ -31,70 +116,72 @@ pub(crate) struct Call {
     pub depth: u32,
     /// Batch and the three spatial axes; none is empty.
     pub extents: [u64; MAX_AXES],
-    pub src: Tensor,
+    pub sources: Sources,
     pub dst: Tensor,
     pub residual: Option<Tensor>,
+    pub gate: Option<Tensor>,
+    pub moments: Moments,
+    /// Of the caller, in place of the stream's.
+    pub scratch: Option<Given>,
 }
 
-/// The axes of the positions; on the stack, as a launch allocates nothing.
-#[derive(Clone, Copy, Default)]
+/// Where the moments of a layer norm over whole samples are.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Moments {
+    /// In the stream's scratch: the call has every position of its samples.
+    #[default]
+    Scratch,
+    /// At the addresses of this tensor the call leaves those of its positions, and no result.
+    Leave(Tensor),
+    /// Those of the sample, of so many positions, are at this address.
+    At(u64, u64),
+}
+
+/// A layer's part of the parameters of its launches.
+pub(super) struct Program {
+    pub fprop: pw_fprop,
+    /// The normalisation and the steps behind it, for all rows as one group.
+    pub norm: Option<(NormOver, pw_fprop)>,
+}
+
+/// The axes of the positions, innermost first: in the order of the first tensor's strides, since the
+/// order in which positions are numbered is ours to choose, and merged where all tensors allow it.
+/// On the stack, as a launch allocates nothing.
 struct Axes {
-    axes: [pw_axis; MAX_AXES],
     count: usize,
+    extents: [i64; MAX_AXES],
+    /// Of each tensor.
+    strides: [[i64; MAX_AXES]; MAX_SOURCES + 4],
 }
 
 impl Axes {
-    fn as_slice(&self) -> &[pw_axis] {
-        &self.axes[..self.count]
-    }
-}
-
-impl Call {
-    /// The problem as the planner sees it.
-    pub(crate) fn letters(&self) -> Letters {
-        let nearest =
-            self.axes().as_slice().first().map_or(u64::MAX, |axis| axis.dst.unsigned_abs());
-        Letters {
-            groups: self.groups,
-            rows: self.rows,
-            depth: self.depth,
-            positions: self.extents.iter().product(),
-            channels_fast: self.dst.channel.unsigned_abs() < nearest,
+    fn new(extents: &[u64; MAX_AXES], tensors: impl Iterator<Item = [i64; MAX_AXES]>) -> Axes {
+        let mut merged =
+            Axes { count: 0, extents: [1; MAX_AXES], strides: [[0; MAX_AXES]; MAX_SOURCES + 4] };
+        let (mut all, mut used) = (merged.strides, 0);
+        for (slot, strides) in all.iter_mut().zip(tensors) {
+            *slot = strides;
+            used += 1;
         }
-    }
-
-    /// The axes of the positions, innermost first: ordered by dst's strides, since the order in
-    /// which positions are numbered is ours to choose, and merged where all tensors allow it.
-    fn axes(&self) -> Axes {
-        let residual = self.residual.unwrap_or_default();
-        let mut all = [pw_axis::default(); MAX_AXES];
-        for (axis, slot) in all.iter_mut().enumerate() {
-            *slot = pw_axis {
-                extent: self.extents[axis] as i64,
-                src: self.src.axes[axis],
-                dst: self.dst.axes[axis],
-                residual: residual.axes[axis],
-            };
-        }
+        let all = &all[..used];
         // Ties keep the logical order: the last axis is the innermost.
-        all.reverse();
-        all.sort_by_key(|axis| axis.dst.unsigned_abs());
-        let mut merged = Axes::default();
-        for outer in all.into_iter().filter(|axis| axis.extent != 1) {
-            let end = merged.count;
-            let inner = merged.axes[..end].last_mut();
-            let behind = |inner: &pw_axis| {
-                let follows = |inner_stride: i64, outer_stride: i64| {
-                    inner_stride.checked_mul(inner.extent) == Some(outer_stride)
-                };
-                follows(inner.src, outer.src)
-                    && follows(inner.dst, outer.dst)
-                    && follows(inner.residual, outer.residual)
+        let mut order = [3, 2, 1, 0];
+        order.sort_by_key(|&axis| all[0][axis].unsigned_abs());
+        for axis in order.into_iter().filter(|&axis| extents[axis] != 1) {
+            let extent = extents[axis] as i64;
+            let last = merged.count.checked_sub(1);
+            let behind = |last: usize| {
+                all.iter().zip(&merged.strides).all(|(strides, inner)| {
+                    inner[last].checked_mul(merged.extents[last]) == Some(strides[axis])
+                })
             };
-            match inner {
-                Some(inner) if behind(inner) => inner.extent *= outer.extent,
+            match last {
+                Some(last) if behind(last) => merged.extents[last] *= extent,
                 _ => {
-                    merged.axes[end] = outer;
+                    merged.extents[merged.count] = extent;
+                    for (strides, slot) in all.iter().zip(&mut merged.strides) {
+                        slot[merged.count] = strides[axis];
+                    }
                     merged.count += 1;
                 }
             }
@@ -102,93 +189,186 @@ impl Call {
         merged
     }
 
-    /// Fills in what depends on this call's tensors; the rest is the layer's (see
-    /// [`super::layer::Weights`]).
-    fn describe(&self, kernel: &Kernel, params: &mut pw_fprop) {
-        let axes = self.axes();
-        params.axis_count = axes.count as u32;
-        params.axes = axes.axes;
-        let axes = axes.as_slice();
-        params.positions = self.extents.iter().map(|&n| n as i64).product();
-        params.groups = self.groups;
-        params.rows = self.rows;
-        params.depth = self.depth;
-        let residual = self.residual.unwrap_or_default();
-        params.src = self.src.address as *const f32;
-        params.dst = self.dst.address as *mut f32;
-        params.residual = residual.address as *const f32;
-        params.src_channel = self.src.channel;
-        params.dst_channel = self.dst.channel;
-        params.residual_channel = residual.channel;
+    fn positions(&self) -> i64 {
+        self.extents.iter().product()
+    }
 
-        // A vector of four must never be cut by the end of an axis, and every step along any other
-        // axis must keep it aligned.
-        let inner = axes.first().copied().unwrap_or(pw_axis { extent: 1, ..pw_axis::default() });
-        let outer = axes.get(1..).unwrap_or_default();
-        let along_positions = |tensor: &Tensor, stride: fn(&pw_axis) -> i64| {
-            tensor.address.is_multiple_of(16)
-                && stride(&inner) == 1
-                && inner.extent % 4 == 0
-                && tensor.channel % 4 == 0
-                && outer.iter().all(|axis| stride(axis) % 4 == 0)
-        };
-        let along_channels = |tensor: &Tensor, stride: fn(&pw_axis) -> i64, channels: u32| {
-            tensor.address.is_multiple_of(16)
-                && tensor.channel == 1
-                && channels.is_multiple_of(4)
-                && axes.iter().all(|axis| stride(axis) % 4 == 0)
-        };
-        params.read = if along_channels(&self.src, |axis| axis.src, self.depth) {
+    /// Whether four positions of a tensor can be read or written at once: a vector must never be
+    /// cut by the end of an axis, and every step along any other axis must keep it aligned.
+    fn vectors_along_positions(&self, tensor: usize, address: u64, channel: i64) -> bool {
+        let strides = &self.strides[tensor][..self.count];
+        let (inner, outer) = strides.split_first().map_or((0, &[][..]), |(i, outer)| (*i, outer));
+        address.is_multiple_of(16)
+            && inner == 1
+            && self.extents[0] % 4 == 0
+            && channel % 4 == 0
+            && outer.iter().all(|stride| stride % 4 == 0)
+    }
+
+    /// Whether four channels of a tensor can.
+    fn vectors_along_channels(&self, tensor: usize, address: u64, channel: i64) -> bool {
+        let strides = &self.strides[tensor][..self.count];
+        address.is_multiple_of(16) && channel == 1 && strides.iter().all(|stride| stride % 4 == 0)
+    }
+
+    /// How a source is read; `whole` says that vectors of channels lie within it and its groups.
+    fn read(&self, tensor: usize, source: &Tensor, whole: bool) -> pw_read {
+        let (address, channel) = (source.address, source.channel);
+        if whole && self.vectors_along_channels(tensor, address, channel) {
             pw_read::PW_READ_CHANNELS_VEC4
-        } else if along_positions(&self.src, |axis| axis.src) {
+        } else if self.vectors_along_positions(tensor, address, channel) {
             pw_read::PW_READ_POSITIONS_VEC4
-        } else if inner.extent == 1 || self.src.channel.unsigned_abs() < inner.src.unsigned_abs() {
+        } else if self.count == 0 || channel.unsigned_abs() < self.strides[tensor][0].unsigned_abs()
+        {
             pw_read::PW_READ_CHANNELS
         } else {
             pw_read::PW_READ_POSITIONS
-        };
-        let vectors = |tensor: &Tensor, stride: fn(&pw_axis) -> i64, mapped: bool| {
-            if kernel.channels_fast {
-                !mapped && along_channels(tensor, stride, self.rows)
-            } else {
-                along_positions(tensor, stride)
-            }
-        };
-        let dst = vectors(&self.dst, |axis| axis.dst, !params.dst_map.is_null());
-        let residual = self.residual.is_some_and(|residual| {
-            vectors(&residual, |axis| axis.residual, !params.residual_map.is_null())
-        });
-        params.flags = if dst { pw_flags::PW_FLAG_DST_VEC4.0 } else { 0 }
-            | if residual { pw_flags::PW_FLAG_RESIDUAL_VEC4.0 } else { 0 };
-        let short_cut = dst
-            && params.dst_map.is_null()
-            && (self.residual.is_none() || residual && params.residual_map.is_null());
-        if !short_cut {
-            params.epilogue = pw_epilogue::PW_EPILOGUE_STEPS;
         }
     }
 }
 
-/// Queues one convolution on the device's stream. The only launch of this crate.
-///
-/// `params` brings the layer's part: weights, bias, steps, maps, and the short cut that its steps
-/// allow.
+// What the tensors of a launch are in `Axes`: dst, residual, gate, moments, then the sources.
+const DST: usize = 0;
+const RESIDUAL: usize = 1;
+const SOURCE: usize = 4;
+
+impl Call {
+    /// The problem as the planner sees it.
+    pub(crate) fn letters(&self) -> Letters {
+        let axes = self.extents.iter().zip(&self.dst.axes).filter(|&(&extent, _)| extent != 1);
+        let nearest = axes.map(|(_, stride)| stride.unsigned_abs()).min().unwrap_or(u64::MAX);
+        Letters {
+            groups: self.groups,
+            rows: self.rows,
+            depth: self.depth,
+            positions: self.positions(),
+            channels_fast: self.dst.channel.unsigned_abs() < nearest,
+        }
+    }
+
+    /// Of all samples.
+    fn positions(&self) -> u64 {
+        self.extents.iter().product()
+    }
+
+    /// Of one sample.
+    fn sample(&self) -> u64 {
+        self.extents[1..].iter().product()
+    }
+
+    /// Fills in what depends on this call's tensors; the rest is the layer's (see
+    /// [`super::layer::Weights`]). A launch of the norm reads no source.
+    fn describe(&self, params: &mut pw_fprop, sources: &Sources, moments: [i64; MAX_AXES]) -> Axes {
+        let residual = self.residual.unwrap_or_default();
+        let gate = self.gate.unwrap_or_default();
+        let sources = sources.as_slice();
+        let beside = [self.dst.axes, residual.axes, gate.axes, moments];
+        let tensors = beside.into_iter().chain(sources.iter().map(|(source, _)| source.axes));
+        let axes = Axes::new(&self.extents, tensors);
+        params.axis_count = axes.count as u32;
+        for (i, axis) in params.axes.iter_mut().enumerate() {
+            axis.extent = axes.extents[i];
+            [axis.dst, axis.residual, axis.gate, axis.moments] =
+                [0, 1, 2, 3].map(|tensor: usize| axes.strides[tensor][i]);
+        }
+        params.positions = axes.positions();
+        params.dst = self.dst.address as *mut f32;
+        params.dst_channel = self.dst.channel;
+        params.residual = residual.address as *const f32;
+        params.residual_channel = residual.channel;
+        params.gate = gate.address as *const f32;
+        params.gate_channel = gate.channel;
+
+        params.source_count = sources.len() as u32;
+        let mut begin = 0;
+        for (i, (slot, (source, channels))) in params.sources.iter_mut().zip(sources).enumerate() {
+            let end = begin + channels;
+            let whole = [self.depth, begin, end].iter().all(|channel| channel.is_multiple_of(4));
+            *slot = pw_source {
+                data: source.address as *const f32,
+                channel: source.channel,
+                axes: axes.strides[SOURCE + i],
+                begin,
+                end,
+                read: axes.read(SOURCE + i, source, whole),
+                reserved: 0,
+            };
+            begin = end;
+        }
+        axes
+    }
+
+    /// The parameters of the convolution itself.
+    fn convolution(&self, kernel: &Kernel, params: &mut pw_fprop) {
+        let axes = self.describe(params, &self.sources, [0; MAX_AXES]);
+        (params.groups, params.rows, params.depth) = (self.groups, self.rows, self.depth);
+        self.set_vectors(&axes, kernel.channels_fast, params);
+        let (dst, residual) = (pw_flags::PW_FLAG_DST_VEC4.0, pw_flags::PW_FLAG_RESIDUAL_VEC4.0);
+        let needed = if self.residual.is_some() { dst | residual } else { dst };
+        let mapped =
+            !params.dst_map.is_null() || self.residual.is_some() && !params.residual_map.is_null();
+        if params.flags & needed != needed || mapped {
+            params.epilogue = pw_epilogue::PW_EPILOGUE_STEPS;
+        }
+    }
+
+    /// The parameters of the normalisation of what the convolution has left in dst.
+    fn normalisation(&self, job: pw_norm_job, moments: &Tensor, params: &mut pw_fprop) {
+        let axes = self.describe(params, &Sources::new(), moments.axes);
+        (params.groups, params.rows) = (1, self.groups * self.rows);
+        params.norm_job = job;
+        params.norm.moments = moments.address as *mut f64;
+        let positions = match self.moments {
+            Moments::At(_, positions) => positions,
+            _ => self.sample(),
+        };
+        params.norm.values = positions as f64 * f64::from(params.rows);
+        let channels_fast = self.letters().channels_fast;
+        self.set_vectors(&axes, true, params);
+        if channels_fast {
+            params.flags |= pw_flags::PW_FLAG_CHANNELS_FAST.0;
+        }
+    }
+
+    /// Which of dst and residual are accessed in vectors of four along the fast axis.
+    fn set_vectors(&self, axes: &Axes, channels_fast: bool, params: &mut pw_fprop) {
+        let rows = params.rows;
+        let vectors = |tensor: usize, at: &Tensor, map: *const u32| {
+            if channels_fast {
+                map.is_null()
+                    && rows.is_multiple_of(4)
+                    && axes.vectors_along_channels(tensor, at.address, at.channel)
+            } else {
+                axes.vectors_along_positions(tensor, at.address, at.channel)
+            }
+        };
+        let dst = vectors(DST, &self.dst, params.dst_map);
+        let residual =
+            self.residual.is_some_and(|residual| vectors(RESIDUAL, &residual, params.residual_map));
+        params.flags = if dst { pw_flags::PW_FLAG_DST_VEC4.0 } else { 0 }
+            | if residual { pw_flags::PW_FLAG_RESIDUAL_VEC4.0 } else { 0 };
+    }
+}
+
+/// Queues one convolution on the device's stream, and the normalisation that may follow it.
 ///
 /// # Safety
-/// Every element that `call` describes must be on `device` and, in stream order, readable (src,
-/// residual, weights) or writable and nobody else's (dst). dst's positions do not overlap.
-pub(crate) unsafe fn launch(
+/// Every element that `call` describes must be on `device` and, in stream order, readable (sources,
+/// residual, gate, weights) or writable and nobody else's (dst, moments). dst's positions do not
+/// overlap.
+pub(super) unsafe fn launch(
     device: &CudaDevice,
     choice: Choice,
     call: &Call,
-    mut params: pw_fprop,
+    program: &Program,
 ) -> Result<()> {
     let letters = call.letters();
     if letters.positions == 0 {
         return Ok(());
     }
     let kernel = &KERNELS[choice.kernel];
-    call.describe(kernel, &mut params);
+    let mut params = program.fprop;
+    call.convolution(kernel, &mut params);
     let _bound = device.bind()?;
     let mut queue = |splits: u32, scratch: Option<Room>| {
         params.splits = splits;
@@ -196,13 +376,21 @@ pub(crate) unsafe fn launch(
         params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
         let blocks = kernel.tiles(&letters).saturating_mul(u64::from(splits));
         let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
-        // SAFETY: the caller's promises; `describe` keeps those of params.h.
-        unsafe { start(device, choice.kernel, grid, &mut params) }
+        // SAFETY: the caller's promises; `describe` keeps those of params.h. The sums of splits are
+        // read before what comes next in stream order writes moments in their place.
+        unsafe {
+            start(device, Launch::fprop(choice.kernel), grid, &mut params)?;
+            normalise(device, call, program, scratch)
+        }
     };
-    if choice.splits == 1 {
+    let [sums, moments] = needs(choice, call, program)?;
+    let need = sums.or(moments);
+    if need == Need::default() {
         return queue(1, None);
     }
-    let need = kernel.scratch(&letters, choice.splits).ok_or_else(|| too_large(&letters))?;
+    if let Some(memory) = call.scratch {
+        return queue(choice.splits, Some(given(device, memory, need)?));
+    }
     if !device.is_capturing()? {
         let mut scratch = device.scratch();
         let place = scratch.room(device, need)?;
@@ -211,8 +399,168 @@ pub(crate) unsafe fn launch(
     match device.has_pools() {
         true => in_graph(device, need, |place| queue(choice.splits, Some(place))),
         // Nothing can be allocated for the graph alone.
-        false => queue(1, None),
+        false if moments == Need::default() => queue(1, None),
+        false => Err(Error::Unsupported {
+            device: device.to_string(),
+            what: "capturing a layer norm over all positions in a graph: the device has no memory \
+                   pools, from which the graph would take the moments"
+                .into(),
+        }),
     }
+}
+
+/// What a launch needs for sums that blocks share, and then for moments.
+fn needs(choice: Choice, call: &Call, program: &Program) -> Result<[Need; 2]> {
+    let letters = call.letters();
+    let sums = match choice.splits {
+        1 => Some(Need::default()),
+        splits => KERNELS[choice.kernel].scratch(&letters, splits),
+    };
+    let moments = match (&program.norm, call.moments) {
+        (Some((NormOver::All, _)), Moments::Scratch) => moments_need(call)?,
+        _ => Need::default(),
+    };
+    Ok([sums.ok_or_else(|| too_large(&letters))?, moments])
+}
+
+/// The bytes of [`needs`] together.
+pub(super) fn scratch_bytes(choice: Choice, call: &Call, program: &Program) -> Result<usize> {
+    let [sums, moments] = needs(choice, call, program)?;
+    Ok(sums.or(moments).bytes())
+}
+
+/// # Safety
+/// As [`launch`], for what the convolution has left.
+unsafe fn normalise(
+    device: &CudaDevice,
+    call: &Call,
+    program: &Program,
+    scratch: Option<Room>,
+) -> Result<()> {
+    let Some((over, params)) = &program.norm else { return Ok(()) };
+    let run = |job: pw_norm_job, moments: &Tensor| {
+        let mut params = *params;
+        call.normalisation(job, moments, &mut params);
+        let letters = call.letters();
+        let tiles = letters.positions.div_ceil(Helper::Norm.positions());
+        let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
+        // SAFETY: the caller's promise.
+        unsafe { start(device, Launch::helper(Helper::Norm), grid, &mut params) }
+    };
+    let of_samples = |address| Tensor { address, channel: 0, axes: [1, 0, 0, 0] };
+    match (over, call.moments) {
+        (NormOver::Channels, _) => run(pw_norm_job::PW_NORM_CHANNELS, &Tensor::default()),
+        (NormOver::All, Moments::Leave(at)) => run(pw_norm_job::PW_NORM_MOMENTS, &at),
+        (NormOver::All, Moments::At(address, _)) => {
+            run(pw_norm_job::PW_NORM_APPLY, &of_samples(address))
+        }
+        (NormOver::All, Moments::Scratch) => {
+            let address = scratch.map_or(0, |place| place.sums);
+            run(pw_norm_job::PW_NORM_MOMENTS, &moments_at(address, &call.extents))?;
+            let rows = u64::from(call.groups) * u64::from(call.rows);
+            let samples = (call.extents[0], call.sample());
+            // SAFETY: the moments were queued above, in memory for all of them.
+            let merged = unsafe { merge(device, address, samples, rows)? };
+            run(pw_norm_job::PW_NORM_APPLY, &of_samples(merged))
+        }
+    }
+}
+
+/// Where the moments of each position are: in the logical order of positions, in pairs.
+pub(super) fn moments_at(address: u64, extents: &[u64; MAX_AXES]) -> Tensor {
+    let [_, d, h, w] = extents.map(|extent| extent as i64);
+    Tensor { address, channel: 0, axes: [d * h * w, h * w, w, 1] }
+}
+
+/// Bytes of the moments of so many positions of each of so many samples, and of what is merged of
+/// them.
+pub(super) fn moments_bytes(samples: u64, positions: u64) -> Option<u64> {
+    let (mut pairs, mut items) = (positions, positions);
+    while items > 1 {
+        items = items.div_ceil(MERGED);
+        pairs = pairs.checked_add(items)?;
+    }
+    pairs.checked_mul(samples)?.checked_mul(16).filter(|&bytes| bytes < u64::MAX / 16)
+}
+
+fn moments_need(call: &Call) -> Result<Need> {
+    let bytes = moments_bytes(call.extents[0], call.sample());
+    let sums = bytes.and_then(|bytes| usize::try_from(bytes / 4).ok());
+    Ok(Need { sums: sums.ok_or_else(|| too_large(&call.letters()))?, tiles: 0 })
+}
+
+/// Merges the moments of the positions of each sample, `(samples, positions)`, each of so many values;
+/// gives the address of the samples'.
+///
+/// # Safety
+/// There are [`moments_bytes`] from the address on, the first of them the positions' moments.
+pub(super) unsafe fn merge(
+    device: &CudaDevice,
+    address: u64,
+    (samples, positions): (u64, u64),
+    values: u64,
+) -> Result<u64> {
+    let (mut from, mut items, mut unit) = (address, positions, values);
+    while items > 1 {
+        let (next, to) = (items.div_ceil(MERGED), from + 16 * samples * items);
+        let mut params = pw_merge {
+            from: from as *const f64,
+            to: to as *mut f64,
+            items: items as i64,
+            unit: unit as i64,
+            values: (positions * values) as i64,
+        };
+        let blocks = samples * next;
+        let too_large = || Error::TooLarge {
+            what: "the grid of a launch",
+            sizes: vec![samples as usize, items as usize],
+        };
+        let grid = Kernel::grid(blocks).ok_or_else(too_large)?;
+        // SAFETY: the caller's promise.
+        unsafe { start(device, Launch::helper(Helper::Merge), grid, &mut params)? };
+        (from, items, unit) = (to, next, unit.saturating_mul(MERGED));
+    }
+    Ok(from)
+}
+
+/// Queues a copy of some channels at all positions.
+///
+/// # Safety
+/// As [`launch`].
+pub(super) unsafe fn copy(
+    device: &CudaDevice,
+    extents: &[u64; MAX_AXES],
+    (source, channels): (Tensor, u32),
+    dst: Tensor,
+) -> Result<()> {
+    let call = Call {
+        groups: 1,
+        rows: channels,
+        depth: channels,
+        extents: *extents,
+        sources: Sources::one(source, channels),
+        dst,
+        residual: None,
+        gate: None,
+        moments: Moments::Scratch,
+        scratch: None,
+    };
+    let letters = call.letters();
+    if letters.positions == 0 || channels == 0 {
+        return Ok(());
+    }
+    let mut params = pw_fprop::default();
+    call.describe(&mut params, &call.sources, [0; MAX_AXES]);
+    (params.groups, params.rows) = (1, channels);
+    if letters.channels_fast {
+        params.flags = pw_flags::PW_FLAG_CHANNELS_FAST.0;
+    }
+    let columns = letters.positions.div_ceil(Helper::Copy.positions());
+    let tiles = columns.saturating_mul(u64::from(channels).div_ceil(Helper::COPY_CHANNELS));
+    let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
+    let _bound = device.bind()?;
+    // SAFETY: the caller's promise.
+    unsafe { start(device, Launch::helper(Helper::Copy), grid, &mut params) }
 }
 
 fn too_large(letters: &Letters) -> Error {
@@ -222,27 +570,50 @@ fn too_large(letters: &Letters) -> Error {
     }
 }
 
+/// A kernel as its launch needs it.
+struct Launch {
+    /// Of the device's functions.
+    function: usize,
+    name: &'static str,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+impl Launch {
+    fn fprop(kernel: usize) -> Launch {
+        let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
+        Launch { function: kernel, name, threads, shared_bytes }
+    }
+
+    fn helper(helper: Helper) -> Launch {
+        let function = KERNELS.len() + helper as usize;
+        Launch { function, name: helper.name(), threads: Helper::THREADS, shared_bytes: 0 }
+    }
+}
+
+/// The only launch of this crate.
+///
 /// # Safety
-/// As [`launch`]; what the parameters say must be true.
-unsafe fn start(
+/// As [`launch`]; what the parameters say must be true, and they are what the kernel takes.
+unsafe fn start<P>(
     device: &CudaDevice,
-    kernel: usize,
+    kernel: Launch,
     (x, y): (u32, u32),
-    params: &mut pw_fprop,
+    params: &mut P,
 ) -> Result<()> {
-    let function = device.function(kernel).ok_or_else(|| Error::Kernel {
-        kernel: KERNELS[kernel].name.into(),
+    let function = device.function(kernel.function).ok_or_else(|| Error::Kernel {
+        kernel: kernel.name.into(),
         reason: format!("{device} does not run it"),
     })?;
     let mut arguments = [(&raw mut *params).cast::<c_void>()];
-    // SAFETY: the kernel takes one pw_fprop by value, which the driver copies now; what it points
-    // to is the caller's promise.
+    // SAFETY: the kernel takes one P by value, which the driver copies now; what it points to is
+    // the caller's promise.
     unsafe {
         result::launch_kernel(
             function.cu_function(),
             (x, y, 1),
-            (KERNELS[kernel].threads, 1, 1),
-            KERNELS[kernel].shared_bytes,
+            (kernel.threads, 1, 1),
+            kernel.shared_bytes,
             device.stream().cu_stream(),
             &mut arguments,
         )
@@ -268,14 +639,25 @@ mod tests {
         let [d, h, w] = spatial;
         let src = dense(1 << 20, i64::from(depth), spatial, last[0]);
         let dst = dense(1 << 30, i64::from(rows), spatial, last[1]);
-        Call { groups: 1, rows, depth, extents: [n, d, h, w], src, dst, residual: None }
+        Call {
+            groups: 1,
+            rows,
+            depth,
+            extents: [n, d, h, w],
+            sources: Sources::one(src, depth),
+            dst,
+            residual: None,
+            gate: None,
+            moments: Moments::Scratch,
+            scratch: None,
+        }
     }
 
     fn described(call: &Call, channels_fast: bool) -> pw_fprop {
         let kernel = KERNELS.iter().find(|kernel| kernel.channels_fast == channels_fast).unwrap();
         let mut params =
             pw_fprop { epilogue: pw_epilogue::PW_EPILOGUE_CLIP, ..pw_fprop::default() };
-        call.describe(kernel, &mut params);
+        call.convolution(kernel, &mut params);
         params
     }
 
@@ -286,7 +668,7 @@ mod tests {
         for (i, axis) in params.axes[..count].iter().enumerate() {
             let at = if i + 1 < count { position % axis.extent } else { position };
             position /= axis.extent;
-            offsets[0] += at * axis.src;
+            offsets[0] += at * params.sources[0].axes[i];
             offsets[1] += at * axis.dst;
             offsets[2] += at * axis.residual;
         }
@@ -313,7 +695,11 @@ mod tests {
                     let at = [index / w / h / d, index / w / h % d, index / w % h, index % w];
                     let offset = |t: &Tensor| (0..4).map(|i| at[i] * t.axes[i]).sum::<i64>();
                     let residual = residual.unwrap_or_default();
-                    expected.push([offset(&call.src), offset(&call.dst), offset(&residual)]);
+                    expected.push([
+                        offset(&call.sources.list[0].0),
+                        offset(&call.dst),
+                        offset(&residual),
+                    ]);
                 }
                 found.sort_unstable();
                 expected.sort_unstable();
@@ -334,29 +720,29 @@ mod tests {
     fn vectors_are_used_only_where_they_are_aligned_and_whole() {
         let nhwc = call(2, 32, 16, [1, 7, 7], [true, true]);
         let params = described(&nhwc, true);
-        assert_eq!(params.read, pw_read::PW_READ_CHANNELS_VEC4);
+        assert_eq!(params.sources[0].read, pw_read::PW_READ_CHANNELS_VEC4);
         assert_eq!(params.flags, pw_flags::PW_FLAG_DST_VEC4.0);
         assert_eq!(params.epilogue, pw_epilogue::PW_EPILOGUE_CLIP);
         let nchw = call(2, 32, 16, [1, 14, 14], [false, false]);
         let params = described(&nchw, false);
-        assert_eq!(params.read, pw_read::PW_READ_POSITIONS_VEC4);
+        assert_eq!(params.sources[0].read, pw_read::PW_READ_POSITIONS_VEC4);
         assert_eq!(params.flags, pw_flags::PW_FLAG_DST_VEC4.0);
 
         // An odd plane, an odd number of channels, an address off by one element.
         let params = described(&call(2, 32, 16, [1, 7, 7], [false, false]), false);
-        assert_eq!((params.read, params.flags), (pw_read::PW_READ_POSITIONS, 0));
+        assert_eq!((params.sources[0].read, params.flags), (pw_read::PW_READ_POSITIONS, 0));
         assert_eq!(params.epilogue, pw_epilogue::PW_EPILOGUE_STEPS);
         let params = described(&call(2, 30, 18, [1, 8, 8], [true, true]), true);
-        assert_eq!((params.read, params.flags), (pw_read::PW_READ_CHANNELS, 0));
+        assert_eq!((params.sources[0].read, params.flags), (pw_read::PW_READ_CHANNELS, 0));
         let mut shifted = nhwc;
-        shifted.src.address += 4;
+        shifted.sources.list[0].0.address += 4;
         shifted.dst.address += 4;
         let params = described(&shifted, true);
-        assert_eq!((params.read, params.flags), (pw_read::PW_READ_CHANNELS, 0));
+        assert_eq!((params.sources[0].read, params.flags), (pw_read::PW_READ_CHANNELS, 0));
         // A row that no vector divides, although the plane is divisible.
         let mut row = call(1, 32, 16, [1, 4, 6], [false, false]);
-        row.src.axes[2] = 8;
-        assert_eq!(described(&row, false).read, pw_read::PW_READ_POSITIONS);
+        row.sources.list[0].0.axes[2] = 8;
+        assert_eq!(described(&row, false).sources[0].read, pw_read::PW_READ_POSITIONS);
     }
 
     #[test]

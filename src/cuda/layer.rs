@@ -3,20 +3,22 @@
 use std::sync::Arc;
 
 use super::device::{Buffer, CudaDevice};
-use super::launch::{Call, Tensor, launch};
-use super::params::{PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_op, pw_step};
+use super::launch::{self, Call, MAX_SOURCES, Moments, Program, Sources, Tensor, launch};
+use super::params::{
+    PW_INLINE_SOURCE_STEPS, PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_norm, pw_op,
+    pw_step,
+};
 use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};
+use super::scratch::Given;
 use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
-use crate::epilogue::{Lowered, Step};
+use crate::epilogue::{Lowered, SourceStep, Step};
 use crate::error::{Error, Result};
 use crate::plan::{Candidate, wanted_kernel};
 use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Problem};
-use crate::stages::Activation;
-use crate::tensor::Place;
-
-const INLINE_STEPS: usize = PW_INLINE_STEPS as usize;
+use crate::stages::{Activation, NormOver};
+use crate::tensor::{MAX_SPATIAL, Place, TensorMut, checked_product};
 
 /// A layer on one stream of a device.
 #[derive(Clone)]
@@ -32,14 +34,16 @@ pub(crate) struct Layer {
 struct Weights {
     /// Holds everything that `params` points to.
     memory: Buffer,
-    /// A launch's parameters, the call's part still empty.
-    params: pw_fprop,
+    /// The launches' parameters, the call's part still empty.
+    program: Program,
+    /// How source stages and normalisation run, for `explain`.
+    words: String,
     groups: u32,
     rows: u32,
     depth: u32,
 }
 
-// SAFETY: the pointers in `params` are device addresses; nothing is dereferenced on the host.
+// SAFETY: the pointers in `program` are device addresses; nothing is dereferenced on the host.
 unsafe impl Send for Weights {}
 // SAFETY: as above, and nothing is changed after the upload.
 unsafe impl Sync for Weights {}
@@ -48,8 +52,8 @@ impl Layer {
     /// Packs and uploads; the device is ready to run when this returns.
     ///
     /// # Errors
-    /// [`Error::Kernel`] for a forced kernel that does not exist, [`Error::Unsupported`] for what
-    /// the kernels cannot do, [`Error::TooLarge`], [`Error::Cuda`].
+    /// [`Error::Kernel`] for a forced kernel that does not exist or refuses the layer,
+    /// [`Error::TooLarge`], [`Error::Cuda`].
     pub(crate) fn new(
         device: &CudaDevice,
         shape: &LayerShape,
@@ -73,9 +77,6 @@ impl Layer {
         {
             let (kernel, reason) = (kernel.name.into(), reason(device.facts()));
             return Err(Error::Kernel { kernel, reason });
-        }
-        if let Some(what) = missing(shape, &lowered) {
-            return Err(unsupported(device, what));
         }
         let weights = Arc::new(Weights::upload(device, shape, &lowered, terms.tf32)?);
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
@@ -115,11 +116,8 @@ impl Layer {
     }
 
     /// The kernel that would run a problem, and why.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for what no kernel can do.
-    pub(crate) fn explain(&self, problem: &Problem<'_>) -> Result<(&'static str, String)> {
-        let letters = self.call(problem)?.letters();
+    pub(crate) fn explain(&self, problem: &Problem<'_>) -> (&'static str, String) {
+        let letters = self.call(problem).letters();
         let choice = plan::choose(&letters, self.device.facts(), &self.terms);
         let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
         let facts = self.device.facts();
@@ -129,22 +127,13 @@ impl Layer {
             (true, Family::Simt) if facts.tf32 => "; products in f32 cost no more here".into(),
             (true, Family::Simt) => format!("; {}", plan::no_tf32(facts)),
         };
-        Ok((KERNELS[choice.kernel].name, format!("{forced}{words}{products}")))
+        let stages = &self.weights.words;
+        (KERNELS[choice.kernel].name, format!("{forced}{words}{stages}{products}"))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
     pub(crate) fn plans(&self, problem: &Problem<'_>) -> Vec<Candidate> {
-        let call = match self.call(problem) {
-            Ok(call) => call,
-            Err(error) => {
-                let refused = |kernel: &plan::Kernel| Candidate {
-                    kernel: kernel.name,
-                    verdict: Err(error.to_string()),
-                };
-                return KERNELS.iter().map(refused).collect();
-            }
-        };
-        let (letters, facts) = (call.letters(), self.device.facts());
+        let (letters, facts) = (self.call(problem).letters(), self.device.facts());
         let first = plan::choose(&letters, facts, &self.terms);
         let mut order = plan::ranked(&letters, facts, &self.terms);
         order.sort_by_key(|&choice| choice != first);
@@ -161,9 +150,9 @@ impl Layer {
     /// Runs a call: on device tensors it is queued, on host tensors it is done when this returns.
     ///
     /// # Errors
-    /// [`Error::WrongDevice`], [`Error::Unsupported`], [`Error::Cuda`].
-    pub(crate) fn run(&self, problem: &Problem<'_>) -> Result<()> {
-        let call = self.call(problem)?;
+    /// [`Error::WrongDevice`], [`Error::DeviceMemory`], [`Error::Unsupported`] for what cannot be
+    /// captured, [`Error::Cuda`]; those of scratch that does not do.
+    pub(crate) fn run(&self, problem: &Problem<'_>, scratch: Option<&TensorMut<'_>>) -> Result<()> {
         if problem.place != Place::Host && problem.place != self.place() {
             return Err(Error::WrongDevice {
                 tensor: "src",
@@ -171,53 +160,196 @@ impl Layer {
                 got: problem.place.to_string(),
             });
         }
+        let given = scratch.map(|memory| Given::new(memory, problem.place)).transpose()?;
         if problem.n == 0 || problem.positions() == 0 {
             return Ok(());
         }
-        match problem.place {
-            Place::Host => {
-                let source = single_source(&self.device, problem)?;
-                let host = HostCall {
-                    src: &source,
-                    residual: problem.residual.as_ref(),
-                    dst: &problem.dst,
-                    between: 0,
-                    extents: call.extents.map(|extent| extent as usize),
-                    slice_bytes: self.slice_bytes,
-                };
-                let part = |slice: &Slice| {
-                    let Slice { extents, src, residual, dst, .. } = *slice;
-                    Call { extents, src, residual, dst, ..call }
-                };
-                let choice = self.choose(&part(&host.undivided()));
-                // SAFETY: the problem's views vouch for the host tensors.
+        if problem.place == Place::Host {
+            return self.run_on_host_tensors(problem);
+        }
+        let mut call = Call { scratch: given, ..self.call(problem) };
+        let scratch = scratch.and_then(|memory| memory.view().stream());
+        self.ordered(problem.streams().chain(scratch), || {
+            // Freed in stream order.
+            let _together = self.put_together(problem, &mut call)?;
+            for (from, to) in problem.passed_through() {
+                // SAFETY: the problem's views vouch for its tensors.
                 unsafe {
-                    staging::run(&self.device, &host, |slice| self.launch(choice, &part(slice)))
+                    let source = (on_device(&from), channels_of(from.channels)?);
+                    launch::copy(&self.device, &call.extents, source, on_device(&to))?;
                 }
             }
-            Place::Cuda(_) => {
-                let source = single_source(&self.device, problem)?;
-                let residual = problem.residual.as_ref().and_then(|residual| residual.stream);
-                self.ordered(&[source.stream, problem.dst.stream, residual], || {
-                    self.launch(self.choose(&call), &call)
-                })
+            self.launch(self.choose(&call), &call)
+        })
+    }
+
+    /// What [`run`](Self::run) takes of the caller's scratch.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`].
+    pub(crate) fn scratch_bytes(&self, problem: &Problem<'_>) -> Result<usize> {
+        let call = self.call(problem);
+        launch::scratch_bytes(self.choose(&call), &call, &self.weights.program)
+    }
+
+    fn run_on_host_tensors(&self, problem: &Problem<'_>) -> Result<()> {
+        let [d, h, w] = problem.spatial;
+        let extents = [problem.n, d, h, w];
+        let mut sources = problem.sources();
+        let (first, more): (_, Vec<Operand>) = (sources.next(), sources.collect());
+        let Some(first) = first else { return Ok(()) };
+        let several: Vec<Operand>;
+        let sources = match more.is_empty() {
+            true => std::slice::from_ref(&first),
+            false => {
+                several = std::iter::once(first).chain(more).collect();
+                &several
             }
+        };
+        let host = HostCall {
+            sources,
+            residual: problem.residual.as_ref(),
+            gate: problem.gate.as_ref(),
+            dst: &problem.dst,
+            discard: false,
+            between: 0,
+            extents,
+            slice_bytes: self.slice_bytes,
+            whole_samples: self.over_samples(),
+        };
+        let choice = self.choose(&self.slice(&host.undivided()));
+        let fits = !host.whole_samples || host.fits();
+        let compute = |slice: &Slice| self.launch(choice, &self.slice(slice));
+        // SAFETY: the problem's views vouch for the host tensors.
+        let done = fits.then(|| unsafe { staging::run(&self.device, &host, compute) });
+        match done {
+            // The device has no room for a whole sample.
+            Some(Err(Error::DeviceMemory { .. })) if host.whole_samples => {
+                self.sample_by_sample(&host, choice)?;
+            }
+            None => self.sample_by_sample(&host, choice)?,
+            Some(done) => done?,
         }
+        for (from, to) in problem.passed_through() {
+            // SAFETY: the problem's views vouch for the host tensors.
+            unsafe { staging::copy_on_host(extents, &from, &to) };
+        }
+        Ok(())
+    }
+
+    /// A call that normalises over samples that are too large for a slice: each goes through twice,
+    /// for its moments and for its result.
+    fn sample_by_sample(&self, host: &HostCall<'_>, choice: Choice) -> Result<()> {
+        let [n, spatial @ ..] = host.extents;
+        let positions = checked_product("positions", &spatial)? as u64;
+        let too_large = || Error::TooLarge { what: "moments", sizes: spatial.to_vec() };
+        let bytes = launch::moments_bytes(1, positions).ok_or_else(too_large)?;
+        let bytes = usize::try_from(bytes).map_err(|_| too_large())?;
+        let moments = Buffer::new(&self.device, "the moments of a layer norm", bytes)?;
+        let mut extents = host.extents.map(|extent| extent as u64);
+        extents[0] = 1;
+        let of_positions = launch::moments_at(moments.address(), &extents);
+        let values = u64::from(self.weights.groups) * u64::from(self.weights.rows);
+        for i in 0..n {
+            let sample = |operand: &Operand| Operand {
+                ptr: operand.ptr.wrapping_offset(operand.sample.wrapping_mul(i as isize)),
+                ..*operand
+            };
+            let sources: Vec<Operand> = host.sources.iter().map(sample).collect();
+            let (residual, gate) = (host.residual.map(sample), host.gate.map(sample));
+            let part = HostCall {
+                sources: &sources,
+                residual: residual.as_ref(),
+                gate: gate.as_ref(),
+                dst: &sample(host.dst),
+                discard: true,
+                extents: [1, spatial[0], spatial[1], spatial[2]],
+                whole_samples: false,
+                ..*host
+            };
+            let leave = |slice: &Slice| {
+                let offset: i64 =
+                    slice.start.iter().zip(of_positions.axes).map(|(&at, s)| at as i64 * s).sum();
+                // Pairs of f64.
+                let address = of_positions.address.wrapping_add_signed(16 * offset);
+                let moments = Moments::Leave(Tensor { address, ..of_positions });
+                self.launch(choice, &Call { moments, ..self.slice(slice) })
+            };
+            // SAFETY: the caller's views vouch for the host tensors; every position's moments are
+            // left before they are merged.
+            let sample = unsafe {
+                staging::run(&self.device, &part, leave)?;
+                let bound = self.device.bind()?;
+                let sample =
+                    launch::merge(&self.device, moments.address(), (1, positions), values)?;
+                drop(bound);
+                sample
+            };
+            let part = HostCall { discard: false, ..part };
+            let finish = |slice: &Slice| {
+                let moments = Moments::At(sample, positions);
+                self.launch(choice, &Call { moments, ..self.slice(slice) })
+            };
+            // SAFETY: as above.
+            unsafe { staging::run(&self.device, &part, finish)? };
+        }
+        Ok(())
+    }
+
+    /// Copies the sources beyond those that a launch takes into one, the call's last.
+    fn put_together(&self, problem: &Problem<'_>, call: &mut Call) -> Result<Option<Buffer>> {
+        let count = problem.sources().count();
+        if count <= MAX_SOURCES {
+            return Ok(None);
+        }
+        if self.device.is_capturing()? && !self.device.has_pools() {
+            return Err(Error::Unsupported {
+                device: self.device.to_string(),
+                what: format!(
+                    "capturing a concatenation of {count} sources in a graph: a launch takes                      {MAX_SOURCES}, and the device has no memory pools, from which the graph would                      take the room to put the others together"
+                ),
+            });
+        }
+        let rest = || problem.sources().skip(MAX_SOURCES - 1);
+        let channels = rest().map(|source| source.channels).sum();
+        let sizes = call.extents.map(|extent| extent as usize);
+        let positions = checked_product("positions", &sizes)?;
+        let bytes = checked_product("sources put together", &[positions, channels, 4])?;
+        let memory = Buffer::new(&self.device, "sources put together", bytes)?;
+        let Some(first) = rest().next() else { return Ok(None) };
+        let together =
+            on_device(&first).dense_like(&call.extents, channels as u64, memory.address());
+        let mut channel = 0;
+        for source in rest() {
+            let part = (on_device(&source), source.channels as u32);
+            // SAFETY: the problem's views vouch for its tensors; the memory is for all of them.
+            unsafe {
+                let to = together.skip_channels(channel);
+                launch::copy(&self.device, &call.extents, part, to)?;
+            }
+            channel += source.channels;
+        }
+        let mut sources = Sources::new();
+        for source in problem.sources().take(MAX_SOURCES - 1) {
+            sources.push(on_device(&source), source.channels as u32);
+        }
+        sources.push(together, channels as u32);
+        call.sources = sources;
+        Ok(Some(memory))
     }
 
     /// Queues work behind that of its tensors' streams, and theirs behind it.
     pub(super) fn ordered(
         &self,
-        streams: &[Option<usize>],
+        streams: impl Iterator<Item = usize> + Clone,
         queue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let streams = || streams.iter().flatten().copied();
         // SAFETY: the tensors that named these streams are borrowed for the call, and keep them
         // alive.
-        streams().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
+        streams.clone().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
         queue()?;
         // SAFETY: as above.
-        let ordered = streams().try_for_each(|stream| unsafe { self.device.make_wait(stream) });
+        let ordered = { streams }.try_for_each(|stream| unsafe { self.device.make_wait(stream) });
         if ordered.is_err() {
             // The caller may free the tensors on streams that do not wait for this one.
             let _ = self.device.synchronize();
@@ -225,10 +357,32 @@ impl Layer {
         ordered
     }
 
-    /// A call without a residual.
+    /// A call of one source without residual and gate.
     pub(super) fn part(&self, extents: [u64; 4], src: Tensor, dst: Tensor) -> Call {
         let Weights { groups, rows, depth, .. } = *self.weights;
-        Call { groups, rows, depth, extents, src, dst, residual: None }
+        let sources = Sources::one(src, groups * depth);
+        Call {
+            groups,
+            rows,
+            depth,
+            extents,
+            sources,
+            dst,
+            residual: None,
+            gate: None,
+            moments: Moments::Scratch,
+            scratch: None,
+        }
+    }
+
+    fn slice(&self, slice: &Slice) -> Call {
+        let Slice { extents, src, residual, gate, dst, .. } = *slice;
+        Call { residual, gate, ..self.part(extents, src, dst) }
+    }
+
+    /// Whether it normalises over all positions of a sample.
+    pub(super) fn over_samples(&self) -> bool {
+        matches!(self.weights.program.norm, Some((NormOver::All, _)))
     }
 
     pub(super) fn choose(&self, call: &Call) -> Choice {
@@ -238,26 +392,26 @@ impl Layer {
     pub(super) fn launch(&self, choice: Choice, call: &Call) -> Result<()> {
         // SAFETY: the problem's views vouch for its tensors, `Weights` for what the parameters
         // point to, and both live until the launch is queued; what frees them is queued later.
-        unsafe { launch(&self.device, choice, call, self.weights.params) }
+        unsafe { launch(&self.device, choice, call, &self.weights.program) }
     }
 
-    /// A problem in the kernels' terms.
-    fn call(&self, problem: &Problem<'_>) -> Result<Call> {
-        let source = single_source(&self.device, problem)?;
-        let mut extents = [1; 4];
+    /// A problem in the kernels' terms, of the sources as many as a launch takes.
+    fn call(&self, problem: &Problem<'_>) -> Call {
+        let mut extents = [1; 1 + MAX_SPATIAL];
         extents[0] = problem.n as u64;
         for (extent, &n) in extents[1..].iter_mut().zip(&problem.spatial) {
             *extent = n as u64;
         }
-        Ok(Call {
-            groups: self.weights.groups,
-            rows: self.weights.rows,
-            depth: self.weights.depth,
-            extents,
-            src: on_device(&source),
-            dst: on_device(&problem.dst),
+        let mut sources = Sources::new();
+        for source in problem.sources() {
+            sources.push(on_device(&source), source.channels as u32);
+        }
+        Call {
+            sources,
             residual: problem.residual.as_ref().map(on_device),
-        })
+            gate: problem.gate.as_ref().map(on_device),
+            ..self.part(extents, Tensor::default(), on_device(&problem.dst))
+        }
     }
 }
 
@@ -281,35 +435,20 @@ impl std::fmt::Debug for Layer {
     }
 }
 
+/// Channels as the kernels count them.
+///
+/// # Errors
+/// [`Error::TooLarge`].
+pub(super) fn channels_of(count: usize) -> Result<u32> {
+    u32::try_from(count).map_err(|_| Error::TooLarge { what: "channels", sizes: vec![count] })
+}
+
 pub(super) fn on_device(operand: &Operand) -> Tensor {
     let [d, h, w] = operand.spatial;
     Tensor {
         address: operand.ptr.addr() as u64,
         channel: operand.channel as i64,
         axes: [operand.sample as i64, d as i64, h as i64, w as i64],
-    }
-}
-
-fn unsupported(device: &CudaDevice, what: &str) -> Error {
-    Error::Unsupported { device: device.to_string(), what: what.into() }
-}
-
-/// What of a layer the kernels do not have.
-fn missing(shape: &LayerShape, lowered: &Lowered) -> Option<&'static str> {
-    [
-        (!lowered.source_steps.is_empty(), "source stages"),
-        (lowered.norm.is_some(), "layer norm"),
-        (shape.partial.is_some(), "a partial convolution"),
-    ]
-    .into_iter()
-    .find_map(|(needed, what)| needed.then_some(what))
-}
-
-fn single_source(device: &CudaDevice, problem: &Problem<'_>) -> Result<Operand> {
-    let mut sources = problem.sources();
-    match (sources.next(), sources.next()) {
-        (Some(source), None) => Ok(source),
-        _ => Err(unsupported(device, "a concatenation of several sources")),
     }
 }
 
@@ -328,52 +467,91 @@ impl Weights {
         let groups = count("groups", shape.groups)?;
         let rows = count("output channels per group", shape.c_out / shape.groups)?;
         let depth = count("input channels per group", shape.k())?;
-        let mut packer = Packer::new(shape);
+        // A channel of all groups is a number of 32 bits, too.
+        count("output channels", shape.c_out)?;
+        count("input channels", shape.c_in)?;
+        let mut packer = Packer::new(shape.groups, rows as usize, depth as usize);
         let weight = match tf32 && device.facts().tf32 {
             // Once, here, instead of each time that a kernel reads them.
             true => packer.weight(&lowered.weight.iter().copied().map(to_tf32).collect::<Vec<_>>()),
             false => packer.weight(&lowered.weight),
         };
         let bias = packer.rows(&lowered.bias);
-        let steps: Vec<(pw_step, [Option<usize>; 2])> =
-            lowered.steps.iter().map(|step| packer.step(step)).collect();
+        let steps = packer.steps(&lowered.steps, PW_INLINE_STEPS);
+        let source_steps: Vec<PackedStep> =
+            lowered.source_steps.iter().map(|step| packer.source_step(step)).collect();
+        let source_steps = packer.behind(source_steps, PW_INLINE_SOURCE_STEPS);
         let mut map = |map: &Option<Vec<u32>>| map.as_ref().map(|map| packer.map(map));
         let (dst_map, residual_map) = (map(&lowered.dst_map), map(&lowered.residual_map));
+        let pitch = packer.pitch as u32;
+        // The normalisation knows no groups.
+        (packer.groups, packer.rows) = (1, shape.c_out);
+        packer.pitch = shape.c_out.next_multiple_of(PW_ROW_ALIGN as usize);
+        let norm = lowered.norm.as_ref().map(|norm| {
+            let arrays = [packer.rows(&norm.gamma), packer.rows(&norm.beta)];
+            (norm, arrays, packer.steps(&lowered.after_norm, PW_INLINE_STEPS))
+        });
 
-        // Addresses are known once the memory is, and the steps that do not fit inline lie in it.
-        let more = packer.align();
-        let inline = steps.len().min(INLINE_STEPS);
-        let total = more + (steps.len() - inline) * size_of::<pw_step>();
-        let mut memory = Buffer::new(device, "a layer's weights", total)?;
+        // Addresses are known once the memory is.
+        let mut memory = Buffer::new(device, "a layer's weights", packer.bytes.len())?;
         let base = memory.address();
-        let at = |offset: usize| (base + offset as u64) as *const f32;
-        let steps: Vec<pw_step> = steps
-            .into_iter()
-            .map(|(step, [first, second])| pw_step {
-                first: first.map_or(std::ptr::null(), at),
-                second: second.map_or(std::ptr::null(), at),
-                ..step
-            })
-            .collect();
-        for step in &steps[inline..] {
-            packer.bytes.extend_from_slice(&step_bytes(step));
+        let lists = [Some(&steps), Some(&source_steps), norm.as_ref().map(|(_, _, steps)| steps)];
+        for list in lists.into_iter().flatten() {
+            list.write(base, &mut packer.bytes);
         }
         memory.upload(&packer.bytes)?;
 
+        let at = |offset: usize| (base + offset as u64) as *const f32;
+        let shared = pw_fprop {
+            dst_map: dst_map.map_or(std::ptr::null(), at).cast(),
+            residual_map: residual_map.map_or(std::ptr::null(), at).cast(),
+            ..pw_fprop::default()
+        };
         let mut params = pw_fprop {
             weight: at(weight),
             bias: at(bias),
-            dst_map: dst_map.map_or(std::ptr::null(), at).cast(),
-            residual_map: residual_map.map_or(std::ptr::null(), at).cast(),
-            more_steps: at(more).cast(),
-            row_pitch: packer.pitch as u32,
-            step_count: count("steps", steps.len())?,
-            ..pw_fprop::default()
+            more_steps: at(steps.more).cast(),
+            more_source_steps: at(source_steps.more).cast(),
+            row_pitch: pitch,
+            step_count: count("steps", steps.list.len())?,
+            source_step_count: count("source steps", source_steps.list.len())?,
+            ..shared
         };
-        params.steps[..inline].copy_from_slice(&steps[..inline]);
-        (params.epilogue, params.clip_lo, params.clip_hi) = short_cut(&steps);
-        Ok(Weights { memory, params, groups, rows, depth })
+        steps.inline(base, &mut params.steps);
+        source_steps.inline(base, &mut params.source_steps);
+        let ops: Vec<pw_step> = steps.list.iter().map(|(step, _)| *step).collect();
+        (params.epilogue, params.clip_lo, params.clip_hi) = short_cut(&ops);
+        let norm = match norm {
+            None => None,
+            Some((norm, [gamma, beta], steps)) => {
+                let (gamma, beta, eps) = (at(gamma), at(beta), norm.eps);
+                let mut params = pw_fprop {
+                    norm: pw_norm { gamma, beta, eps, ..pw_norm::default() },
+                    more_steps: at(steps.more).cast(),
+                    row_pitch: packer.pitch as u32,
+                    step_count: count("steps", steps.list.len())?,
+                    ..shared
+                };
+                steps.inline(base, &mut params.steps);
+                Some((norm.over, params))
+            }
+        };
+        let program = Program { fprop: params, norm };
+        Ok(Weights { memory, program, words: words(lowered), groups, rows, depth })
     }
+}
+
+/// What runs beside the convolution and its steps.
+fn words(lowered: &Lowered) -> String {
+    let source = match lowered.source_steps.len() {
+        0 => "",
+        _ => "; source stages on each slab of src in shared memory",
+    };
+    let norm = lowered.norm.as_ref().map_or("", |norm| match norm.over {
+        NormOver::Channels => "; layer norm in a launch of its own, in place",
+        NormOver::All => "; layer norm in launches of its own, in place: moments, then the values",
+    });
+    format!("{source}{norm}")
 }
 
 /// The nearest TF32, ties away from zero: as the device's instruction rounds.
@@ -410,11 +588,58 @@ struct Packer {
     pitch: usize,
 }
 
+/// A step, and where its arrays are.
+type PackedStep = (pw_step, [Option<usize>; 2]);
+
+/// A list of steps; those that do not fit into the launch's parameters lie at `more`.
+struct PackedSteps {
+    list: Vec<PackedStep>,
+    inline: usize,
+    more: usize,
+}
+
+impl PackedSteps {
+    /// The steps, with the addresses that their arrays have behind `base`.
+    fn placed(&self, base: u64) -> impl Iterator<Item = pw_step> + '_ {
+        let at = move |offset: usize| (base + offset as u64) as *const f32;
+        self.list.iter().map(move |(step, [first, second])| pw_step {
+            first: first.map_or(std::ptr::null(), at),
+            second: second.map_or(std::ptr::null(), at),
+            ..*step
+        })
+    }
+
+    fn inline(&self, base: u64, to: &mut [pw_step]) {
+        for (slot, step) in to.iter_mut().zip(self.placed(base)) {
+            *slot = step;
+        }
+    }
+
+    fn write(&self, base: u64, to: &mut [u8]) {
+        let rest = self.placed(base).skip(self.inline);
+        for (slot, step) in to[self.more..].chunks_exact_mut(size_of::<pw_step>()).zip(rest) {
+            slot.copy_from_slice(&step_bytes(&step));
+        }
+    }
+}
+
 impl Packer {
-    fn new(shape: &LayerShape) -> Self {
-        let rows = shape.c_out / shape.groups;
+    fn new(groups: usize, rows: usize, depth: usize) -> Self {
         let pitch = rows.next_multiple_of(PW_ROW_ALIGN as usize);
-        Packer { bytes: Vec::new(), groups: shape.groups, rows, depth: shape.k(), pitch }
+        Packer { bytes: Vec::new(), groups, rows, depth, pitch }
+    }
+
+    /// A list with room for what does not fit inline.
+    fn behind(&mut self, list: Vec<PackedStep>, inline: u32) -> PackedSteps {
+        let (inline, more) = (inline as usize, self.align());
+        let rest = list.len().saturating_sub(inline);
+        self.bytes.resize(more + rest * size_of::<pw_step>(), 0);
+        PackedSteps { list, inline, more }
+    }
+
+    fn steps(&mut self, steps: &[Step], inline: u32) -> PackedSteps {
+        let list = steps.iter().map(|step| self.step(step)).collect();
+        self.behind(list, inline)
     }
 
     fn align(&mut self) -> usize {
@@ -457,9 +682,28 @@ impl Packer {
         start
     }
 
-    /// A step, and where its arrays are.
-    fn step(&mut self, step: &Step) -> (pw_step, [Option<usize>; 2]) {
-        let plain = |op, a, b| pw_step { op, a, b, ..pw_step::default() };
+    /// `[groups * depth]` as it is.
+    fn inputs(&mut self, values: &[f32]) -> usize {
+        let start = self.align();
+        self.extend(values.iter().copied());
+        start
+    }
+
+    fn source_step(&mut self, step: &SourceStep) -> PackedStep {
+        match step {
+            SourceStep::Affine { scale, shift } => {
+                let arrays = [Some(self.inputs(scale)), Some(self.inputs(shift))];
+                (plain(pw_op::PW_OP_AFFINE, 0.0, 0.0), arrays)
+            }
+            SourceStep::Gate => (plain(pw_op::PW_OP_GATE, 0.0, 0.0), [None; 2]),
+            SourceStep::Activation(activation) => {
+                let (op, a, b) = activation_op(*activation);
+                (plain(op, a, b), [None; 2])
+            }
+        }
+    }
+
+    fn step(&mut self, step: &Step) -> PackedStep {
         match step {
             Step::Affine { scale, shift } => {
                 let arrays = [Some(self.rows(scale)), Some(self.rows(shift))];
@@ -475,6 +719,10 @@ impl Packer {
             }
         }
     }
+}
+
+fn plain(op: pw_op, a: f32, b: f32) -> pw_step {
+    pw_step { op, a, b, ..pw_step::default() }
 }
 
 fn activation_op(activation: Activation) -> (pw_op, f32, f32) {
@@ -514,19 +762,6 @@ fn step_bytes(step: &pw_step) -> [u8; size_of::<pw_step>()] {
 mod tests {
     use super::*;
 
-    fn shape(groups: usize, rows: usize, depth: usize) -> LayerShape {
-        LayerShape {
-            c_in: groups * depth,
-            c_out: groups * rows,
-            groups,
-            stride: 1,
-            partial: None,
-            residual: false,
-            gate: false,
-            norm_over_all: false,
-        }
-    }
-
     fn floats(packer: &Packer, start: usize, len: usize) -> Vec<f32> {
         let bytes = packer.bytes[start..start + 4 * len].chunks_exact(4);
         bytes.map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect()
@@ -537,7 +772,7 @@ mod tests {
         // weight[row][k] = 10 * row + k, two groups of 3 rows, depth 2.
         let weight: Vec<f32> =
             (0..6).flat_map(|row| [row as f32 * 10.0, row as f32 * 10.0 + 1.0]).collect();
-        let mut packer = Packer::new(&shape(2, 3, 2));
+        let mut packer = Packer::new(2, 3, 2);
         let start = packer.weight(&weight);
         assert_eq!(
             floats(&packer, start, 16),
@@ -570,7 +805,7 @@ mod tests {
 
     #[test]
     fn the_usual_lists_have_a_short_cut() {
-        let mut packer = Packer::new(&shape(1, 4, 1));
+        let mut packer = Packer::new(1, 4, 1);
         let mut cut = |steps: &[Step]| {
             let steps: Vec<pw_step> = steps.iter().map(|step| packer.step(step).0).collect();
             short_cut(&steps)

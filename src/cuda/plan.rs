@@ -48,6 +48,42 @@ pub(crate) struct Kernel {
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// The kernels that go before or after those of [`KERNELS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Helper {
+    /// Copies channels that pass through.
+    Copy,
+    /// Layer norm of what is in dst.
+    Norm,
+    /// Moments of neighbours as one.
+    Merge,
+}
+
+impl Helper {
+    pub(super) const ALL: [Helper; 3] = [Helper::Copy, Helper::Norm, Helper::Merge];
+    pub(super) const THREADS: u32 = 256;
+    /// Channels of a block of [`Helper::Copy`].
+    pub(super) const COPY_CHANNELS: u64 = 32;
+
+    /// Also its symbol.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Helper::Copy => "copy_f32_32x64",
+            Helper::Norm => "norm_f32_8x32",
+            Helper::Merge => "norm_merge_f64_1024",
+        }
+    }
+
+    /// Positions of a block; the moments that one takes.
+    pub(super) fn positions(self) -> u64 {
+        match self {
+            Helper::Copy => 64,
+            Helper::Norm => 32,
+            Helper::Merge => 1024,
+        }
+    }
+}
+
 /// In how many splits the channels of a tile may be summed.
 const SPLITS: [u32; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 

@@ -1,23 +1,30 @@
 //! What launches of one stream use in between and leave behind: the sums of tiles that several blocks
-//! share, and how many of these have arrived.
+//! share, how many of these have arrived, and the moments of a layer norm.
 
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::device::{CudaDevice, allocate, free};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::problem::same_place;
+use crate::tensor::{Place, TensorMut};
 
 /// What one launch needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Need {
-    /// Sums of all splits of all tiles.
+    /// Sums of all splits of all tiles, or as much of something else.
     pub sums: usize,
     /// Tiles, each with a counter.
     pub tiles: usize,
 }
 
 impl Need {
+    /// Room for either of two uses, one after the other.
+    pub(super) fn or(self, other: Need) -> Need {
+        Need { sums: self.sums.max(other.sums), tiles: self.tiles.max(other.tiles) }
+    }
+
     /// Sums begin at a multiple of this.
     const ALIGN: usize = 256;
 
@@ -26,8 +33,34 @@ impl Need {
         (self.tiles * size_of::<u32>()).next_multiple_of(Need::ALIGN)
     }
 
-    fn bytes(self) -> usize {
+    pub(super) fn bytes(self) -> usize {
         self.sums_offset() + self.sums * size_of::<f32>()
+    }
+}
+
+/// Memory of the caller's, aligned to 16 bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Given {
+    pub address: u64,
+    pub bytes: usize,
+}
+
+impl Given {
+    /// # Errors
+    /// [`Error::WrongDevice`], [`Error::Misaligned`], [`Error::Shape`] if it has gaps.
+    pub(super) fn new(memory: &TensorMut<'_>, place: Place) -> Result<Self> {
+        let view = memory.view();
+        same_place("scratch", place, view.place())?;
+        let (address, shape) = (view.as_ptr().addr(), view.shape());
+        let values: usize = shape.iter().product();
+        if values > 0 && view.reach() != Some((0, values as isize - 1)) {
+            let (expected, got) = (vec![values], shape.to_vec());
+            return Err(Error::Shape { tensor: "dense scratch", expected, got });
+        }
+        if !address.is_multiple_of(16) {
+            return Err(Error::Misaligned { tensor: "scratch", address, alignment: 16 });
+        }
+        Ok(Given { address: address as u64, bytes: values * size_of::<f32>() })
     }
 }
 
@@ -90,6 +123,16 @@ impl Drop for Scratch {
     }
 }
 
+/// The caller's memory as room for one launch. The context is bound.
+pub(super) fn given(device: &CudaDevice, memory: Given, need: Need) -> Result<Room> {
+    if memory.bytes < need.bytes() {
+        let [expected, got] = [need.bytes(), memory.bytes].map(|bytes| vec![bytes / 4]);
+        return Err(Error::Shape { tensor: "scratch", expected, got });
+    }
+    clear(device, memory.address, need)?;
+    Ok(Room::new(memory.address, need))
+}
+
 /// Room that belongs to the graph that the stream captures, since it may run beside other work of
 /// the stream. `queue` queues what uses it. The context is bound.
 pub(super) fn in_graph(
@@ -107,16 +150,25 @@ pub(super) fn in_graph(
 
 /// Memory of which the counters are zero.
 fn zeroed(device: &CudaDevice, capacity: Need) -> Result<u64> {
-    let (context, stream) = (device.stream().context(), device.stream());
-    let address = allocate(device, "the sums of tiles that blocks share", capacity.bytes())?;
-    // SAFETY: within the allocation.
-    let cleared =
-        unsafe { result::memset_d8_async(address, 0, capacity.sums_offset(), stream.cu_stream()) };
+    let what = "what the blocks of a call leave for one another";
+    let address = allocate(device, what, capacity.bytes())?;
+    let cleared = clear(device, address, capacity);
     if cleared.is_err() {
         // SAFETY: ours, and nothing uses it.
-        unsafe { free(context, stream, address) };
+        unsafe { free(device.stream().context(), device.stream(), address) };
     }
-    cleared.map(|()| address).map_err(device.failed("cuMemsetD8Async"))
+    cleared.map(|()| address)
+}
+
+/// Sets the counters to 0, in stream order.
+fn clear(device: &CudaDevice, address: u64, capacity: Need) -> Result<()> {
+    if capacity.tiles == 0 {
+        return Ok(());
+    }
+    let stream = device.stream().cu_stream();
+    // SAFETY: within the memory, of which nothing else is in use.
+    unsafe { result::memset_d8_async(address, 0, capacity.sums_offset(), stream) }
+        .map_err(device.failed("cuMemsetD8Async"))
 }
 
 #[cfg(test)]

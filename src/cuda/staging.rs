@@ -18,23 +18,34 @@ pub(super) const SLICE_BYTES: usize = 16 << 20;
 pub(super) const ALIGNMENT: usize = 256;
 
 /// A call's tensors in host memory.
+#[derive(Clone, Copy)]
 pub(super) struct HostCall<'a> {
-    pub src: &'a Operand,
+    /// They stand for their concatenation, which a slice has in one piece.
+    pub sources: &'a [Operand],
+    /// Read beside them.
     pub residual: Option<&'a Operand>,
+    pub gate: Option<&'a Operand>,
     pub dst: &'a Operand,
+    /// Whether nobody wants what is in dst.
+    pub discard: bool,
     /// Channels of the largest tensor that is computed on the way.
     pub between: usize,
     /// Batch and the three spatial axes; none is empty.
     pub extents: [usize; 1 + MAX_SPATIAL],
-    /// The most that a slice may take on the device, unless one position takes more.
+    /// The most that a slice may take on the device, unless the least takes more.
     pub slice_bytes: usize,
+    /// Whether the least is a whole sample, instead of one position.
+    pub whole_samples: bool,
 }
 
 /// A slice's tensors on the device, dense in the host's order of axes.
 pub(super) struct Slice {
+    /// Where it begins among the call's positions.
+    pub start: [u64; 1 + MAX_SPATIAL],
     pub extents: [u64; 1 + MAX_SPATIAL],
     pub src: Tensor,
     pub residual: Option<Tensor>,
+    pub gate: Option<Tensor>,
     pub dst: Tensor,
     /// Twice the room for what is computed on the way.
     pub between: [u64; 2],
@@ -47,27 +58,55 @@ impl HostCall<'_> {
         self.layout(&Piece { start: [0; 1 + MAX_SPATIAL], extents: self.extents }).slice(0)
     }
 
+    fn channels(&self) -> usize {
+        self.sources.iter().map(|source| source.channels).fold(0, usize::saturating_add)
+    }
+
+    /// Positions of one sample.
+    fn sample(&self) -> usize {
+        self.extents[1..].iter().product()
+    }
+
+    /// Of a sample's gate.
+    fn gate_bytes(&self) -> usize {
+        self.gate.map_or(0, |gate| gate.channels.saturating_mul(size_of::<f32>()))
+    }
+
     /// Bytes of all tensors at one position.
     fn position_bytes(&self) -> usize {
         let residual = self.residual.map_or(0, |residual| residual.channels);
-        let values = self.src.channels.saturating_add(residual).saturating_add(self.dst.channels);
-        values.saturating_add(2 * self.between).saturating_mul(size_of::<f32>())
+        let values = self.channels().saturating_add(residual).saturating_add(self.dst.channels);
+        let bytes = values.saturating_add(2 * self.between).saturating_mul(size_of::<f32>());
+        bytes.saturating_add(self.gate_bytes().div_ceil(self.sample()))
+    }
+
+    /// Positions of the smallest slice.
+    fn least(&self) -> usize {
+        if self.whole_samples { self.sample() } else { 1 }
+    }
+
+    /// Whether the smallest slice keeps to the call's limit.
+    pub(super) fn fits(&self) -> bool {
+        self.position_bytes().saturating_mul(self.least()) <= self.slice_bytes
     }
 
     fn layout(&self, piece: &Piece) -> Layout {
-        let src = Dense::of(self.src, piece);
-        let residual = self.residual.map(|residual| Dense::of(residual, piece));
-        let dst = Dense::of(self.dst, piece);
-        let residual_at = src.bytes().next_multiple_of(ALIGNMENT);
-        let read = residual_at + residual.as_ref().map_or(0, Dense::bytes);
+        let src = Dense::of(self.sources, piece);
+        let mut read = src.bytes();
+        let beside = [self.residual, self.gate].map(|operand| {
+            let dense = Dense::of(std::slice::from_ref(operand?), piece);
+            let at = read.next_multiple_of(ALIGNMENT);
+            read = at + dense.bytes();
+            Some((dense, at))
+        });
+        let dst = Dense::of(std::slice::from_ref(self.dst), piece);
         let dst_at = read.next_multiple_of(ALIGNMENT);
         let host = dst_at + dst.bytes();
         let half = piece.positions() * self.between * size_of::<f32>();
         let first = host.next_multiple_of(ALIGNMENT);
         let between = [first, (first + half).next_multiple_of(ALIGNMENT)];
         let device = if half > 0 { between[1] + half } else { host };
-        let extents = piece.extents;
-        Layout { extents, src, residual, residual_at, read, dst, dst_at, host, between, device }
+        Layout { piece: *piece, src, beside, read, dst, dst_at, host, between, device }
     }
 }
 
@@ -153,23 +192,26 @@ impl Staging {
     /// Memory for as large slices as the call and the device allow.
     fn reserve(&mut self, call: &HostCall<'_>) -> Result<Pieces> {
         // Each of the tensors begins aligned.
-        let room = call.slice_bytes.saturating_sub(4 * ALIGNMENT);
+        let room = call.slice_bytes.saturating_sub(4 * ALIGNMENT).saturating_sub(call.gate_bytes());
         let mut most = room / call.position_bytes().max(1);
         loop {
-            let pieces = Pieces::new(call.extents, most.max(1));
+            let pieces = Pieces::new(call.extents, most.max(call.least()));
             let Layout { host, device: bytes, .. } = call.layout(&pieces.largest());
             let slots = if pieces.total() == 1 { 1 } else { 2 };
             let mut slots = self.slots[..slots].iter_mut();
             let room = slots.try_for_each(|slot| slot.reserve(bytes, host));
             match room {
                 Ok(()) => return Ok(pieces),
-                Err(Error::DeviceMemory { .. }) if pieces.largest().positions() > 1 => {
+                Err(Error::DeviceMemory { .. }) if pieces.largest().positions() > call.least() => {
                     // Together the slots may have held what one of them now needs.
                     self.slots.iter_mut().try_for_each(Slot::release)?;
                     most = pieces.largest().positions() / 2;
                 }
                 Err(Error::DeviceMemory { device, .. }) => {
-                    let what = "the smallest slice of a call on host tensors, one position";
+                    let what = match call.whole_samples {
+                        false => "the smallest slice of a call on host tensors, one position",
+                        true => "the smallest slice of a call on host tensors, one sample",
+                    };
                     return Err(Error::DeviceMemory { device, what, bytes });
                 }
                 Err(error) => return Err(error),
@@ -197,8 +239,6 @@ struct Slot {
     done: Event,
     /// What is in flight.
     pending: Option<Layout>,
-    /// Where `pending` is in dst.
-    offset: isize,
 }
 
 impl Slot {
@@ -211,7 +251,6 @@ impl Slot {
             computed: event()?,
             done: event()?,
             pending: None,
-            offset: 0,
         })
     }
 
@@ -254,10 +293,15 @@ impl Slot {
         // SAFETY: the caller vouches for the operands; the pinned memory has room for the layout,
         // and nothing in flight uses it.
         unsafe {
-            layout.src.copy_in(call.src.ptr.wrapping_offset(piece.offset(call.src)), host);
-            if let (Some(dense), Some(residual)) = (&layout.residual, call.residual) {
-                let from = residual.ptr.wrapping_offset(piece.offset(residual));
-                dense.copy_in(from, host.byte_add(layout.residual_at));
+            let mut channel = 0;
+            for source in call.sources {
+                layout.src.copy_in(source, &piece, channel, host);
+                channel += source.channels;
+            }
+            for (part, operand) in layout.beside.iter().zip([call.residual, call.gate]) {
+                if let (Some((dense, at)), Some(operand)) = (part, operand) {
+                    dense.copy_in(operand, &piece, 0, host.byte_add(*at));
+                }
             }
         }
         let _bound = device.bind()?;
@@ -270,6 +314,11 @@ impl Slot {
             self.copied.between(input, device)?;
             compute(&layout.slice(address))?;
             self.computed.between(device, output)?;
+            if call.discard {
+                self.done.after(output)?;
+                self.pending = Some(layout);
+                return Ok(());
+            }
             let written = host.byte_add(layout.dst_at).cast::<u8>();
             let written = std::slice::from_raw_parts_mut(written, layout.dst.bytes());
             let from = address + layout.dst_at as u64;
@@ -277,7 +326,6 @@ impl Slot {
                 .map_err(device.failed("cuMemcpyDtoHAsync"))?;
             self.done.after(output)?;
         }
-        self.offset = piece.offset(call.dst);
         self.pending = Some(layout);
         Ok(())
     }
@@ -290,10 +338,12 @@ impl Slot {
         // SAFETY: the event was recorded when the slice was queued.
         unsafe { self.done.wait() }.map_err(stream.failed("cuEventSynchronize"))?;
         drop(bound);
-        // SAFETY: the caller vouches for dst; the pinned memory holds the layout.
-        unsafe {
-            let from = self.host.values().byte_add(layout.dst_at);
-            layout.dst.copy_out(from, call.dst.ptr.cast_mut().wrapping_offset(self.offset));
+        if !call.discard {
+            // SAFETY: the caller vouches for dst; the pinned memory holds the layout.
+            unsafe {
+                let from = self.host.values().byte_add(layout.dst_at);
+                layout.dst.copy_out(from, call.dst, &layout.piece);
+            }
         }
         self.pending = None;
         Ok(())
@@ -443,12 +493,12 @@ impl Iterator for Pieces {
     }
 }
 
-/// Where the tensors of a slice lie in its memory: src, residual, dst, what is between.
+/// Where the tensors of a slice lie in its memory: src, residual, gate, dst, what is between.
 struct Layout {
-    extents: [usize; 1 + MAX_SPATIAL],
+    piece: Piece,
     src: Dense,
-    residual: Option<Dense>,
-    residual_at: usize,
+    /// Residual and gate.
+    beside: [Option<(Dense, usize)>; 2],
     /// The end of what is copied in.
     read: usize,
     dst: Dense,
@@ -462,47 +512,55 @@ struct Layout {
 
 impl Layout {
     fn slice(&self, address: u64) -> Slice {
+        let tensor = |(dense, at): (Dense, usize)| dense.tensor(address + at as u64);
+        let [residual, gate] = self.beside.map(|part| part.map(tensor));
         Slice {
-            extents: self.extents.map(|extent| extent as u64),
+            start: self.piece.start.map(|start| start as u64),
+            extents: self.piece.extents.map(|extent| extent as u64),
             src: self.src.tensor(address),
-            residual: self.residual.map(|dense| dense.tensor(address + self.residual_at as u64)),
+            residual,
+            gate,
             dst: self.dst.tensor(address + self.dst_at as u64),
             between: self.between.map(|at| address + at as u64),
         }
     }
 }
 
-/// How a box of a strided host tensor is laid out without gaps.
+/// How a box of a strided host tensor, or of several that stand for their concatenation, is laid out
+/// without gaps.
 #[derive(Clone, Copy)]
 struct Dense {
-    /// Outermost first: length, host stride, dense stride.
-    axes: [(usize, isize, isize); MAX_RANK],
-    /// Strides of `[n, c, d, h, w]` in the dense form.
+    /// The axes, outermost first in memory.
+    order: [usize; MAX_RANK],
+    lengths: [usize; MAX_RANK],
+    /// Of `[n, c, d, h, w]`; 0 for an axis along which all is the same.
     strides: [i64; MAX_RANK],
     len: usize,
 }
 
 impl Dense {
-    fn of(host: &Operand, piece: &Piece) -> Self {
+    /// In the first tensor's order of axes.
+    fn of(hosts: &[Operand], piece: &Piece) -> Self {
         let [n, d, h, w] = piece.extents;
-        let [along_d, along_h, along_w] = host.spatial;
-        let lengths = [n, host.channels, d, h, w];
-        let from = [host.sample, host.channel, along_d, along_h, along_w];
+        let channels = hosts.iter().map(|host| host.channels).sum();
+        let lengths = [n, channels, d, h, w];
         let mut order = [0, 1, 2, 3, 4];
-        order.sort_by_key(|&axis| std::cmp::Reverse(from[axis].unsigned_abs()));
+        if let Some(host) = hosts.first() {
+            let from = host_strides(host);
+            order.sort_by_key(|&axis| std::cmp::Reverse(from[axis].unsigned_abs()));
+        }
         let mut strides = [0; MAX_RANK];
-        let mut axes = [(1, 0, 0); MAX_RANK];
         let mut next = 1;
-        for (slot, &axis) in axes.iter_mut().zip(&order).rev() {
+        for &axis in order.iter().rev() {
             // What is broadcast on the host needs to be there once.
-            if from[axis] == 0 {
+            let same = hosts.iter().all(|host| host_strides(host)[axis] == 0);
+            if same && (axis != 1 || hosts.len() == 1) {
                 continue;
             }
             strides[axis] = next as i64;
-            *slot = (lengths[axis], from[axis], next);
-            next *= lengths[axis] as isize;
+            next *= lengths[axis];
         }
-        Dense { axes, strides, len: next as usize }
+        Dense { order, lengths, strides, len: next }
     }
 
     fn bytes(&self) -> usize {
@@ -514,22 +572,60 @@ impl Dense {
         Tensor { address, channel, axes: [sample, d, h, w] }
     }
 
+    /// One tensor's part, outermost first: length, host stride, dense stride.
+    fn axes(&self, host: &Operand) -> [Axis; MAX_RANK] {
+        let from = host_strides(host);
+        self.order.map(|axis| match self.strides[axis] {
+            0 => (1, 0, 0),
+            stride if axis == 1 => (host.channels, from[axis], stride as isize),
+            stride => (self.lengths[axis], from[axis], stride as isize),
+        })
+    }
+
+    /// Copies a tensor's part of the piece, from channel `first` of the dense form on.
+    ///
     /// # Safety
-    /// Every element that the host's strides reach from `host` must be readable, and `len` elements
-    /// from `dense` on writable and nobody else's.
-    unsafe fn copy_in(&self, host: *const f32, dense: *mut f32) {
-        let (axes, count) = merged(self.axes);
+    /// Every element of the piece must be readable, and `len` elements from `dense` on writable and
+    /// nobody else's.
+    unsafe fn copy_in(&self, host: &Operand, piece: &Piece, first: usize, dense: *mut f32) {
+        let (axes, count) = merged(self.axes(host));
+        let from = host.ptr.wrapping_offset(piece.offset(host));
+        let to = dense.wrapping_offset(first as isize * self.strides[1] as isize);
         // SAFETY: the caller's promise.
-        unsafe { copy_in_parts(&axes[..count], host, dense, PART) };
+        unsafe { copy_in_parts(&axes[..count], from, to, PART) };
     }
 
     /// # Safety
     /// As [`copy_in`](Self::copy_in), the other way round.
-    unsafe fn copy_out(&self, dense: *const f32, host: *mut f32) {
-        let (axes, count) = merged(self.axes.map(|(len, host, dense)| (len, dense, host)));
+    unsafe fn copy_out(&self, dense: *const f32, host: &Operand, piece: &Piece) {
+        let (axes, count) = merged(self.axes(host).map(|(len, host, dense)| (len, dense, host)));
+        let to = host.ptr.cast_mut().wrapping_offset(piece.offset(host));
         // SAFETY: the caller's promise.
-        unsafe { copy_in_parts(&axes[..count], dense, host, PART) };
+        unsafe { copy_in_parts(&axes[..count], dense, to, PART) };
     }
+}
+
+fn host_strides(host: &Operand) -> [isize; MAX_RANK] {
+    let [d, h, w] = host.spatial;
+    [host.sample, host.channel, d, h, w]
+}
+
+/// Copies one host tensor to another of the same channels, both with these positions.
+///
+/// # Safety
+/// Every element of the one must be readable, of the other writable and nobody else's.
+pub(super) unsafe fn copy_on_host(extents: [usize; 1 + MAX_SPATIAL], from: &Operand, to: &Operand) {
+    if from.channels == 0 || extents.contains(&0) {
+        return;
+    }
+    let [n, d, h, w] = extents;
+    let lengths = [n, to.channels, d, h, w];
+    let (source, target) = (host_strides(from), host_strides(to));
+    let mut axes = [0, 1, 2, 3, 4].map(|axis: usize| (lengths[axis], source[axis], target[axis]));
+    axes.sort_by_key(|&(_, _, stride)| std::cmp::Reverse(stride.unsigned_abs()));
+    let (axes, count) = merged(axes);
+    // SAFETY: the caller's promise.
+    unsafe { copy_in_parts(&axes[..count], from.ptr, to.ptr.cast_mut(), PART) };
 }
 
 type Axis = (usize, isize, isize);
@@ -637,10 +733,14 @@ mod tests {
         Piece { start: [0; 4], extents }
     }
 
-    fn gathered(data: &[f32], at: usize, dense: &Dense) -> Vec<f32> {
+    fn at(host: Operand, offset: usize) -> Operand {
+        Operand { ptr: host.ptr.wrapping_add(offset), ..host }
+    }
+
+    fn gathered(host: &Operand, dense: &Dense) -> Vec<f32> {
         let mut values = vec![f32::NAN; dense.len];
-        // SAFETY: the tests' strides stay within `data`.
-        unsafe { dense.copy_in(data.as_ptr().add(at), values.as_mut_ptr()) };
+        // SAFETY: the tests' strides stay within their data.
+        unsafe { dense.copy_in(host, &whole([1; 4]), 0, values.as_mut_ptr()) };
         values
     }
 
@@ -648,24 +748,27 @@ mod tests {
     fn host_tensors_keep_their_own_order() {
         // Channels last, dense: one run.
         let data: Vec<f32> = (0..120).map(|i| i as f32).collect();
-        let dense = Dense::of(&operand(&data, 3, [60, 1, 60, 15, 3]), &whole([2, 1, 4, 5]));
+        let host = operand(&data, 3, [60, 1, 60, 15, 3]);
+        let dense = Dense::of(&[host], &whole([2, 1, 4, 5]));
         assert_eq!(dense.strides, [60, 1, 60, 15, 3]);
-        let (axes, count) = merged(dense.axes);
+        let (axes, count) = merged(dense.axes(&host));
         assert_eq!(axes[..count], [(120, 1, 1)]);
-        assert_eq!(gathered(&data, 0, &dense), data);
+        assert_eq!(gathered(&host, &dense), data);
     }
 
     #[test]
     fn gaps_and_negative_strides_are_gathered_and_scattered() {
         let data: Vec<f32> = (0..64).map(|i| i as f32).collect();
-        let dense = Dense::of(&operand(&data, 3, [64, 20, 64, -5, 2]), &whole([1, 1, 3, 2]));
+        let host = at(operand(&data, 3, [64, 20, 64, -5, 2]), 12);
+        let dense = Dense::of(&[host], &whole([1, 1, 3, 2]));
         assert_eq!([dense.strides[1], dense.strides[3], dense.strides[4]], [6, 2, 1]);
-        let values = gathered(&data, 12, &dense);
+        let values = gathered(&host, &dense);
         let expected = (0..18).map(|i| (12 + i / 6 * 20 - i % 6 / 2 * 5 + i % 2 * 2) as f32);
         assert_eq!(values, expected.collect::<Vec<_>>());
         let mut back = vec![-1.0; 64];
+        let target = Operand { ptr: back.as_mut_ptr().wrapping_add(12), ..host };
         // SAFETY: the same elements.
-        unsafe { dense.copy_out(values.as_ptr(), back.as_mut_ptr().add(12)) };
+        unsafe { dense.copy_out(values.as_ptr(), &target, &whole([1; 4])) };
         let touched: Vec<f32> = back.into_iter().filter(|&x| x != -1.0).collect();
         let mut sorted = values;
         sorted.sort_by(f32::total_cmp);
@@ -701,9 +804,28 @@ mod tests {
     #[test]
     fn what_is_broadcast_is_copied_once() {
         let data = [1.0, 2.0, 3.0, 4.0];
-        let dense = Dense::of(&operand(&data, 2, [0, 2, 0, 0, 1]), &whole([5, 1, 3, 2]));
+        let host = operand(&data, 2, [0, 2, 0, 0, 1]);
+        let dense = Dense::of(&[host], &whole([5, 1, 3, 2]));
         assert_eq!((dense.len, dense.strides), (4, [0, 2, 0, 0, 1]));
-        assert_eq!(gathered(&data, 0, &dense), data);
+        assert_eq!(gathered(&host, &dense), data);
+    }
+
+    #[test]
+    fn sources_lie_behind_one_another_in_the_order_of_the_first() {
+        // Channels last, then channels first: [n, c, w] of 2 x (2, 1) x 3.
+        let data: Vec<f32> = (0..18).map(|i| i as f32).collect();
+        let hosts =
+            [operand(&data, 2, [6, 1, 0, 0, 2]), at(operand(&data, 1, [3, 3, 0, 0, 1]), 12)];
+        let dense = Dense::of(&hosts, &whole([2, 1, 1, 3]));
+        assert_eq!((dense.len, dense.strides), (18, [9, 1, 0, 0, 3]));
+        let mut values = vec![f32::NAN; 18];
+        // SAFETY: within `data` and `values`.
+        unsafe {
+            dense.copy_in(&hosts[0], &whole([1; 4]), 0, values.as_mut_ptr());
+            dense.copy_in(&hosts[1], &whole([1; 4]), 2, values.as_mut_ptr());
+        }
+        let expected = (0..6).flat_map(|p| [2 * p, 2 * p + 1, 12 + p]).map(|i| i as f32);
+        assert_eq!(values, expected.collect::<Vec<_>>());
     }
 
     #[test]

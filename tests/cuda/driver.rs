@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
-use super::{OnDevice, Outcome, cases, faults, tensor_cores};
+use super::{OnDevice, Outcome, cases, faults, traffic};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -43,7 +43,9 @@ pub fn child(what: &str) -> ExitCode {
         }),
         "current" => current_contexts(&layer, &src),
         "far" => CudaDevice::open(0).and_then(|device| cases::far_apart(&device)),
-        "counted" => CudaDevice::open(0).and_then(|device| tensor_cores::large(&device)),
+        "counted kernels" | "counted layers" => {
+            CudaDevice::open(0).and_then(|device| traffic::child(what, &device))
+        }
         other => faults::child(other),
     };
     match answer {

@@ -52,7 +52,7 @@ impl Random {
     }
 }
 
-const ACTIVATIONS: [Activation; 14] = [
+pub const ACTIVATIONS: [Activation; 14] = [
     Activation::Relu,
     Activation::Relu6,
     Activation::Clip { lo: -0.5, hi: 2.0 },

@@ -3,8 +3,8 @@
 use ndarray::{Array2, Array3, s};
 use pointwise::cudarc::driver::{CudaContext, result, sys};
 use pointwise::{
-    CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, Device, Error, LayerNorm, Place, Pointwise,
-    TensorMut, TensorRef,
+    CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, Device, Error, Place, Pointwise, TensorMut,
+    TensorRef,
 };
 
 use super::numbers::Random;
@@ -21,7 +21,6 @@ pub const TRIALS: &[OnDevice] = &[
     ("a_call_can_be_captured_in_a_graph", graph),
     ("layers_write_into_channel_ranges", channel_ranges),
     ("plans_name_every_kernel_and_explain_the_first", plans),
-    ("what_cuda_lacks_is_named", unsupported),
     ("tensors_of_another_device_are_refused", wrong_device),
 ];
 
@@ -292,27 +291,6 @@ fn plans(device: &CudaDevice) -> Outcome {
     };
     let error = Pointwise::new(Array2::ones((3, 2))).prepare_with(&gpu, options).unwrap_err();
     assert!(matches!(&error, Error::Kernel { kernel, .. } if kernel == "fprop_f32_simt_1x1x1"));
-    Ok(())
-}
-
-fn unsupported(device: &CudaDevice) -> Outcome {
-    let gpu = Device::from(device.clone());
-    let bare = || Pointwise::new(Array2::<f32>::ones((4, 4)));
-    for (layer, what) in [
-        (bare().source_activation(pointwise::Activation::Relu), "source stages"),
-        (bare().gate(), "source stages"),
-        (bare().layer_norm(LayerNorm::over_channels()), "layer norm"),
-        (bare().partial(2..6), "a partial convolution"),
-    ] {
-        let error = layer.prepare(&gpu).unwrap_err();
-        assert!(
-            matches!(&error, Error::Unsupported { what: named, .. } if named == what),
-            "{error}"
-        );
-    }
-    let half = Array3::<f32>::ones((1, 2, 5));
-    let error = bare().prepare(&gpu)?.call(&half).concat(&half).run().unwrap_err();
-    assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains("concatenation")));
     Ok(())
 }
 

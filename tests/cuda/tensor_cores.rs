@@ -1,14 +1,9 @@
-//! TF32 on tensor cores: exact where the arithmetic is, rounded to the nearest where it is not, and
-//! near the least traffic.
+//! TF32 on tensor cores: exact where the arithmetic is, rounded to the nearest where it is not.
 
 use ndarray::{Array2, Array3, Array5, s};
-use pointwise::{
-    CudaDevice, CudaTensor, Device, Error, Layout as Order, Math, Pointwise, PrepareOptions,
-    reference,
-};
+use pointwise::{CudaDevice, Device, Error, Math, Pointwise, PrepareOptions, reference};
 
 use super::cases::{Case, Layout, Placed, chain, in_layouts, same_bits};
-use super::driver::expect;
 use super::numbers::Random;
 use super::{OnDevice, Outcome};
 
@@ -21,10 +16,6 @@ pub const TRIALS: &[OnDevice] = &[
     ("tf32_results_need_not_depend_on_the_batch", batch_invariance),
     ("tf32_is_a_permission", permission),
 ];
-
-/// For the stand-in driver, which counts.
-pub const STAND_IN_TRIALS: &[OnDevice] =
-    &[("tf32_kernels_move_little_more_than_they_must", traffic)];
 
 fn tf32(kernel: Option<String>) -> PrepareOptions {
     PrepareOptions { math: Math::Tf32, kernel, ..PrepareOptions::default() }
@@ -50,7 +41,7 @@ fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
 }
 
 /// All of them, and what they need.
-fn all(device: &CudaDevice) -> Vec<(&'static str, Math)> {
+pub fn all(device: &CudaDevice) -> Vec<(&'static str, Math)> {
     let rounded = kernels(device).into_iter().map(|kernel| (kernel, Math::Tf32));
     rounded.chain(in_parts(device).into_iter().map(|kernel| (kernel, Math::F32))).collect()
 }
@@ -290,89 +281,6 @@ fn permission(device: &CudaDevice) -> Outcome {
         assert!(may.reason.contains("no TF32 on compute capability 7.5"), "{may}");
     } else {
         assert!(may.kernel.starts_with("fprop_tf32_sm80_"), "{may}");
-    }
-    Ok(())
-}
-
-/// Sizes of the launches whose traffic is counted: large, aligned, whole tiles.
-const LARGE: (usize, usize, usize, usize) = (2, 512, 256, 16 * 16);
-
-/// Runs each kernel once, where the environment has the stand-in driver write its counters.
-pub fn large(device: &CudaDevice) -> Result<String, Error> {
-    let (n, c_in, c_out, positions) = LARGE;
-    let layer = Pointwise::new(Array2::<f32>::ones((c_out, c_in))).relu();
-    let src = CudaTensor::<f32>::zeros(device, &[n, c_in, positions])?;
-    let mut ran = 0;
-    for (kernel, math) in all(device) {
-        let order =
-            if kernel.ends_with("nhwc") { Order::ChannelsLast } else { Order::ChannelsFirst };
-        let prepared =
-            layer.prepare_with(&device.clone().into(), force(&format!("{kernel}/1"), math))?;
-        let mut dst = CudaTensor::<f32>::zeros(device, &[n, c_out, positions])?;
-        match order {
-            Order::ChannelsFirst => prepared.forward_into(&src, &mut dst)?,
-            _ => {
-                // The same memory, read and written as [n, positions, channels].
-                let last = |c: usize| [(positions * c) as isize, 1, c as isize];
-                let place = pointwise::Place::Cuda(device.ordinal());
-                let (from, to) = (src.address() as usize, dst.address() as usize);
-                // SAFETY: dense tensors of as many elements, alive to the end of the call.
-                let (from, mut to) = unsafe {
-                    (
-                        pointwise::TensorRef::<f32>::from_raw_parts(
-                            std::ptr::without_provenance(from),
-                            place,
-                            &[n, c_in, positions],
-                            &last(c_in),
-                        )?,
-                        pointwise::TensorMut::<f32>::from_raw_parts(
-                            std::ptr::without_provenance_mut(to),
-                            place,
-                            &[n, c_out, positions],
-                            &last(c_out),
-                        )?,
-                    )
-                };
-                prepared.forward_into(&from, &mut to)?;
-            }
-        }
-        device.synchronize()?;
-        ran += 1;
-    }
-    Ok(format!("{ran} kernels ran"))
-}
-
-fn traffic(device: &CudaDevice) -> Outcome {
-    let all = all(device);
-    let report = std::env::temp_dir().join(format!("pointwise-{}.txt", std::process::id()));
-    let path = report.to_string_lossy().into_owned();
-    let ran = format!("{} kernels ran", all.len());
-    expect("counted", &[("PW_EMULATOR_REPORT", &path)], &[&ran])?;
-    if all.is_empty() {
-        return Ok(());
-    }
-    let text = std::fs::read_to_string(&report)?;
-    std::fs::remove_file(&report)?;
-    let (n, c_in, c_out, positions) = LARGE;
-    for (kernel, _) in all {
-        let line = text.lines().find(|line| line.contains(&format!("kernel={kernel} ")));
-        let line = line.ok_or_else(|| format!("{kernel} is not in the report"))?;
-        let count = |key: &str| -> f64 {
-            let field = line.split(' ').find_map(|field| field.strip_prefix(&format!("{key}=")));
-            field.unwrap().parse().unwrap()
-        };
-        let tile = kernel.split('_').find(|part| part.matches('x').count() == 2).unwrap();
-        let sizes: Vec<usize> = tile.split('x').map(|size| size.parse().unwrap()).collect();
-        // Each tile reads its rows of the weight and its positions of src once.
-        let tiles = c_out.div_ceil(sizes[0]) * (n * positions).div_ceil(sizes[1]);
-        let read = tiles * (sizes[0] + sizes[1]) * c_in * 4;
-        let written = n * positions * c_out * 4;
-        let loads = 32.0 * count("global_load_sectors") / read as f64;
-        let stores = 32.0 * count("global_store_sectors") / written as f64;
-        let conflicts = count("bank_conflicts") / count("shared_wavefronts");
-        assert!((1.0..=1.15).contains(&loads), "{kernel}: loads {loads}: {line}");
-        assert!((1.0..=1.15).contains(&stores), "{kernel}: stores {stores}: {line}");
-        assert!(conflicts <= 0.01, "{kernel}: conflicts {conflicts}: {line}");
     }
     Ok(())
 }

@@ -1,0 +1,53 @@
+// Channels that pass through: a copy between any two layouts, whole lines on both sides.
+#pragma once
+
+#include "params.h"
+#include "tiles.cuh"
+
+constexpr int kCopyPositions = 64;
+constexpr int kCopyChannels = 32;
+constexpr int kCopyThreads = 256;
+
+struct CopyShared {
+    // One column more than there are positions: reads and writes across then meet all banks.
+    float values[kCopyChannels][kCopyPositions + 1];
+    PositionTable<kCopyPositions> at;
+};
+
+// Calls move(channel, column) for this thread's part of a tile; neighbours follow one axis.
+template <class Move>
+__device__ void walk_tile(bool channels_fast, int channels, int columns, Move move) {
+    const int t = threadIdx.x;
+    const int channel = channels_fast ? t % kCopyChannels : t / kCopyPositions;
+    const int column = channels_fast ? t / kCopyChannels : t % kCopyPositions;
+    const int deeper = channels_fast ? kCopyChannels : kCopyThreads / kCopyPositions;
+    const int across = channels_fast ? kCopyThreads / kCopyChannels : kCopyPositions;
+#pragma unroll 8
+    for (int i = 0; i < kCopyChannels * kCopyPositions / kCopyThreads; ++i) {
+        const int c = channels_fast ? channel : channel + i * deeper;
+        const int p = channels_fast ? column + i * across : column;
+        if (c < channels && p < columns) move(c, p);
+    }
+}
+
+__device__ inline void copy_channels(const pw_fprop& p, CopyShared& shared, int64_t block) {
+    const pw_source& source = p.sources[0];
+    const int64_t channel_tiles = (p.rows + kCopyChannels - 1) / kCopyChannels;
+    const int64_t first = block / channel_tiles * kCopyPositions;
+    const int64_t channel = block % channel_tiles * kCopyChannels;
+    if (first >= p.positions) return;
+    fill_positions<true>(shared.at, p, source, first, kCopyThreads);
+    __syncthreads();
+    const int columns = int(min(int64_t(kCopyPositions), p.positions - first));
+    const int channels = int(min(int64_t(kCopyChannels), p.rows - channel));
+    const bool from_channels =
+        source.read == PW_READ_CHANNELS || source.read == PW_READ_CHANNELS_VEC4;
+    walk_tile(from_channels, channels, columns, [&](int c, int column) {
+        shared.values[c][column] =
+            __ldg(source.data + (channel + c) * source.channel + shared.at.src[column]);
+    });
+    __syncthreads();
+    walk_tile(p.flags & PW_FLAG_CHANNELS_FAST, channels, columns, [&](int c, int column) {
+        p.dst[(channel + c) * p.dst_channel + shared.at.dst[column]] = shared.values[c][column];
+    });
+}

@@ -1,0 +1,204 @@
+//! What the kernels move, beside what they must, as the stand-in driver counts it: sectors as they
+//! leave a warp, before any cache, and wavefronts of shared memory.
+
+use ndarray::{Array2, Array5};
+use pointwise::{
+    CudaDevice, Error, LayerNorm, Layout as Order, Math, Pointwise, PrepareOptions, SourceStage,
+};
+
+use super::cases::{Case, Layout, Placed, kernels};
+use super::driver::expect;
+use super::tensor_cores;
+use super::{OnDevice, Outcome};
+
+pub const STAND_IN_TRIALS: &[OnDevice] = &[
+    ("every_kernel_moves_little_more_than_it_must", of_every_kernel),
+    ("large_layers_of_networks_move_little_more_than_they_must", of_layers),
+];
+
+/// Positions that are interpreted; the channels are the layers' own.
+const POSITIONS: usize = 256;
+
+/// One call whose launches are counted, on whole tiles and aligned tensors.
+struct Counted {
+    name: String,
+    kernel: String,
+    math: Math,
+    case: Case,
+    stages: Stages,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Stages {
+    None,
+    BatchNormRelu,
+    Gate,
+    LayerNorm,
+}
+
+impl Counted {
+    fn layer(&self) -> Pointwise {
+        let Case { c_in, c_out, .. } = self.case;
+        let layer = Pointwise::new(Array2::ones((c_out, c_in)));
+        match self.stages {
+            Stages::None => layer.relu(),
+            Stages::BatchNormRelu => layer
+                .source_affine(vec![1.0; c_in], vec![0.0; c_in])
+                .source_activation(pointwise::Activation::Relu),
+            Stages::Gate => layer.source_stage(SourceStage::Gate),
+            Stages::LayerNorm => layer.layer_norm(LayerNorm::over_channels()),
+        }
+    }
+
+    fn run(&self, device: &CudaDevice) -> Result<(), Error> {
+        let Counted { kernel, math, case, .. } = self;
+        let options =
+            PrepareOptions { math: *math, kernel: Some(kernel.clone()), ..Default::default() };
+        let layout = if kernel.contains("nhwc") { Layout::Last } else { Layout::First };
+        let src = Placed::filled(device, Array5::zeros(case.src_shape()).view(), layout);
+        let gate = Array5::zeros([case.n, case.c_in, 1, 1, 1]);
+        let gate = Placed::filled(device, gate.view(), Layout::First);
+        let mut dst = Placed::blank(device, case.dst_shape(), layout);
+        let prepared = self.layer().prepare_with(&device.clone().into(), options)?;
+        let (src, gate) = (src.view(), gate.view());
+        let call = prepared.call(&src);
+        let call = if self.stages == Stages::Gate { call.gate(&gate) } else { call };
+        call.run_into(&mut dst.view_mut())?;
+        device.synchronize()
+    }
+
+    /// What each launch must load and store, in bytes, if every tile reads its rows of the weight and
+    /// its positions of src once.
+    fn least(&self) -> Vec<(f64, f64)> {
+        let Case { n, c_in, c_out, .. } = self.case;
+        let positions = n * POSITIONS;
+        let tile = self.kernel.split(['_', '/']).find(|part| part.matches('x').count() == 2);
+        let tile: Vec<usize> = tile.unwrap().split('x').map(|size| size.parse().unwrap()).collect();
+        let weight = positions.div_ceil(tile[1]) * c_in * c_out;
+        let src = c_out.div_ceil(tile[0]) * c_in * positions;
+        let dst = (c_out * positions) as f64;
+        let mut launches = vec![(4.0 * (weight + src) as f64, 4.0 * dst)];
+        if self.stages == Stages::LayerNorm {
+            // For the mean, for the deviations, for the values.
+            launches.push((3.0 * 4.0 * dst, 4.0 * dst));
+        }
+        launches
+    }
+}
+
+fn every_kernel(device: &CudaDevice) -> Vec<Counted> {
+    let simt = kernels(device).into_iter().map(|kernel| (kernel, Math::F32));
+    let all = simt.chain(tensor_cores::all(device));
+    let counted = |(kernel, math): (&str, Math)| Counted {
+        name: "512 -> 256".into(),
+        kernel: format!("{kernel}/1"),
+        math,
+        case: Case::new(2, 512, 256, [1, 16, 16]),
+        stages: Stages::None,
+    };
+    all.map(counted).collect()
+}
+
+/// The layers of `benches/layers.csv` with 50 million products and more that are one product of whole
+/// tensors, each with the kernel that the planner takes for 32 samples of the real size.
+fn layers(device: &CudaDevice) -> Vec<Counted> {
+    let table = include_str!("../../benches/layers.csv");
+    let mut all = Vec::new();
+    for (i, row) in table.lines().skip(1).enumerate() {
+        let fields: Vec<&str> = row.split(',').collect();
+        let size = |column: usize| fields[column].parse::<usize>().unwrap();
+        let (c_in, c_out, h, w) = (size(3), size(4), size(5), size(6));
+        if c_in * c_out * h * w < 50_000_000 || size(7) * size(8) > 1 {
+            continue;
+        }
+        let name = format!("{} {}", fields[0], fields[1]);
+        let order = [Order::ChannelsFirst, Order::ChannelsLast][i % 2];
+        for math in [Math::F32, Math::Tf32] {
+            let options = PrepareOptions { math, ..PrepareOptions::default() };
+            let layer = Pointwise::new(Array2::ones((c_out, c_in)));
+            let layer = layer.prepare_with(&device.clone().into(), options).unwrap();
+            let kernel = layer.explain_in(&[32, c_in, h, w], order).unwrap().kernel;
+            let kernel = format!("{kernel}/1");
+            let case = Case::new(1, c_in, c_out, [1, 16, 16]);
+            all.push(Counted { name: name.clone(), kernel, math, case, stages: Stages::None });
+        }
+    }
+    // Stages of src cost no traffic worth the name; layer norm reads dst again.
+    for (name, c_in, c_out, stages) in [
+        ("densenet b2.bottleneck", 256, 128, Stages::BatchNormRelu),
+        ("efficientnet_b0 b15.proj, gated", 1152, 192, Stages::Gate),
+        ("convnext_t s1.pw2, normalised", 384, 96, Stages::LayerNorm),
+    ] {
+        for tile in ["64x64x16_nchw", "128x128x8_nhwc"] {
+            let kernel = format!("fprop_f32_simt_{tile}/1");
+            let case = Case::new(1, c_in, c_out, [1, 16, 16]);
+            all.push(Counted { name: name.into(), kernel, math: Math::F32, case, stages });
+        }
+    }
+    all
+}
+
+/// What the started processes do.
+pub fn child(what: &str, device: &CudaDevice) -> Result<String, Error> {
+    let all = if what == "counted kernels" { every_kernel(device) } else { layers(device) };
+    all.iter().try_for_each(|counted| counted.run(device))?;
+    Ok(format!("{} calls", all.len()))
+}
+
+fn of_every_kernel(device: &CudaDevice) -> Outcome {
+    compare("counted kernels", &every_kernel(device))
+}
+
+fn of_layers(device: &CudaDevice) -> Outcome {
+    let all = layers(device);
+    assert!(all.len() > 30, "only {}", all.len());
+    compare("counted layers", &all)
+}
+
+fn compare(what: &str, all: &[Counted]) -> Outcome {
+    let file = format!("pointwise-{}-{}.txt", what.replace(' ', "-"), std::process::id());
+    let report = std::env::temp_dir().join(file);
+    let path = report.to_string_lossy().into_owned();
+    let variables = [("PW_EMULATOR_REPORT", &*path), ("PW_EMULATOR_CHECKS", "0")];
+    expect(what, &variables, &[&format!("{} calls", all.len())])?;
+    let text = std::fs::read_to_string(&report)?;
+    std::fs::remove_file(&report)?;
+    let mut lines = text.lines();
+    let mut wrong = Vec::new();
+    for counted in all {
+        for (load, store) in counted.least() {
+            let line = lines.next().ok_or("a launch is not in the report")?;
+            let count = |key: &str| -> f64 {
+                let field = line.split(' ').find_map(|f| f.strip_prefix(&format!("{key}=")));
+                field.unwrap().parse().unwrap()
+            };
+            let kernel = line.split(' ').next().unwrap();
+            let loads = 32.0 * count("global_load_sectors") / load;
+            let stores = 32.0 * count("global_store_sectors") / store;
+            let conflicts = count("bank_conflicts") / count("shared_wavefronts").max(1.0);
+            let found = format!(
+                "{}: {kernel}: loads {loads:.3}, stores {stores:.3}, conflicts {conflicts:.4}, \
+                 instructions {}",
+                counted.name,
+                count("instructions")
+            );
+            if std::env::var_os("POINTWISE_SHOW_TRAFFIC").is_some() {
+                println!("{found}");
+            }
+            // Stages of src and norms look up values per channel again and again, in L1, and a gate
+            // its sample per position, outside of the products' loop.
+            let (most, most_conflicts) = match counted.stages {
+                Stages::None => (1.15, 0.03),
+                _ => (1.35, 0.08),
+            };
+            let fits = (0.99..=most).contains(&loads)
+                && (0.99..=1.15).contains(&stores)
+                && conflicts <= most_conflicts;
+            if !fits {
+                wrong.push(found);
+            }
+        }
+    }
+    assert!(lines.next().is_none(), "more launches than expected");
+    if wrong.is_empty() { Ok(()) } else { Err(wrong.join("\n").into()) }
+}
