@@ -902,3 +902,89 @@ fn slopes_follow_the_reference() {
         }
     }
 }
+
+#[test]
+fn the_references_gradients_are_pytorchs() {
+    let fixtures = Fixtures::training();
+    let mut compared = 0;
+    for case in fixtures.cases() {
+        let layer = case.layer();
+        let d_dst = fixtures.d_dst(&case.name);
+        let got = reference::backward(&layer, &case.inputs(), Statistics::Batch, d_dst.view());
+        let got = got.unwrap_or_else(|error| panic!("{}: {error}", case.name));
+        let mut check = |what: &str, got: &[f64], want: ArrayD<f64>| {
+            assert_eq!(got.len(), want.len(), "{} {what}", case.name);
+            for (got, want) in got.iter().zip(&want) {
+                let err = (got - want).abs();
+                assert!(err <= 1e-11 * want.abs().max(1.0), "{} {what}: {got}, {want}", case.name);
+            }
+            compared += 1;
+        };
+        let flat = |d: &ArrayD<f64>| d.iter().copied().collect::<Vec<_>>();
+        let wide = |tensor: &str| fixtures.wide(&case.name, tensor);
+        check("dst", &flat(&got.dst), case.dst.clone());
+        for (i, d) in got.d_sources.iter().enumerate() {
+            check("d_src", &flat(d), wide(&format!("d_src{i}")).unwrap());
+        }
+        check("d_weight", got.parameter(name::WEIGHT).unwrap(), wide("d_weight").unwrap());
+        for (stage, source) in case
+            .source_stages
+            .iter()
+            .map(|stage| (stage, true))
+            .chain(case.stages.iter().map(|stage| (stage, false)))
+        {
+            let names: &[(&str, &str)] = match (stage.name.as_str(), source) {
+                ("bias", _) => &[("bias", name::BIAS)],
+                ("affine", _) => &[("scale", name::SRC_SCALE), ("shift", name::SRC_SHIFT)],
+                ("batch_norm", false) => &[("gamma", name::GAMMA), ("beta", name::BETA)],
+                ("batch_norm", true) => &[("gamma", name::SRC_GAMMA), ("beta", name::SRC_BETA)],
+                ("layer_norm" | "layer_norm_all", _) => {
+                    &[("gamma", name::LN_GAMMA), ("beta", name::LN_BETA)]
+                }
+                ("prelu", _) => &[("slope", name::SLOPE)],
+                _ => &[],
+            };
+            for (operand, parameter) in names {
+                if let Some(tensor) = stage.name_of(operand) {
+                    let want = wide(&format!("d_{tensor}")).unwrap();
+                    check(parameter, got.parameter(parameter).unwrap(), want);
+                }
+            }
+            if stage.name == "residual" {
+                let want = wide(&format!("d_{}", stage.name_of("residual").unwrap())).unwrap();
+                // PyTorch's has the convolved channels only.
+                let start = case.partial.as_ref().map_or(0, |range| range.start);
+                let d = got.d_residual.as_ref().unwrap();
+                let end = start + want.shape()[1];
+                check(
+                    "d_residual",
+                    &flat(&d.slice_axis(Axis(1), Slice::from(start..end)).to_owned()),
+                    want,
+                );
+            }
+            if stage.name == "gate" {
+                let d = got.d_gate.as_ref().unwrap().clone().into_dyn();
+                check("d_gate", &flat(&d), wide("d_gate").unwrap());
+            }
+            if stage.name == "batch_norm" {
+                let count = (case.dst.len() / case.dst.shape()[1]) as f64;
+                let names = match source {
+                    true => [("mean", name::SRC_RUNNING_MEAN), ("var", name::SRC_RUNNING_VAR)],
+                    false => [("mean", name::RUNNING_MEAN), ("var", name::RUNNING_VAR)],
+                };
+                for (operand, statistic) in names {
+                    let before = stage.tensor(operand).unwrap();
+                    let unbiased = if operand == "var" { count / (count - 1.0) } else { 1.0 };
+                    let after: Vec<f64> = before
+                        .iter()
+                        .zip(got.statistic(statistic).unwrap())
+                        .map(|(&old, batch)| 0.9 * f64::from(old) + 0.1 * batch * unbiased)
+                        .collect();
+                    let new = format!("new_{}", stage.name_of(operand).unwrap());
+                    check(statistic, &after, wide(&new).unwrap());
+                }
+            }
+        }
+    }
+    assert!(compared > 150, "only {compared} tensors");
+}
