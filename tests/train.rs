@@ -916,7 +916,14 @@ fn the_references_gradients_are_pytorchs() {
             assert_eq!(got.len(), want.len(), "{} {what}", case.name);
             for (got, want) in got.iter().zip(&want) {
                 let err = (got - want).abs();
-                assert!(err <= 1e-11 * want.abs().max(1.0), "{} {what}: {got}, {want}", case.name);
+                // PyTorch's slope of hard-sigmoid is 1/6 rounded to f32, in f64 too.
+                let exact = !case.name.contains("hard_sigmoid");
+                let tolerance = if exact { 1e-11 } else { f64::from(f32::EPSILON) };
+                assert!(
+                    err <= tolerance * want.abs().max(1.0),
+                    "{} {what}: {got}, {want}",
+                    case.name
+                );
             }
             compared += 1;
         };

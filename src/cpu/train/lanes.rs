@@ -241,28 +241,46 @@ unsafe fn moments_block<V: Simd>(x: &[f32], [means, rests, deviations]: [&mut [f
     assert!(x.len().is_multiple_of(line), "whole lines");
     let lines = x.len() / line;
     let x = x.as_ptr();
+    let (means, rests) = (means.as_mut_ptr(), rests.as_mut_ptr());
+    let deviations = deviations.as_mut_ptr();
+    // Line by line, as memory delivers them; sums are in cache. Values are taken relative to the
+    // first line, so that a large mean costs no digits.
     // SAFETY: the CPU has V's instruction set; vectors end with the line.
     unsafe {
-        for first in (0..line).step_by(V::LANES) {
-            let tail = V::tail(V::LANES.min(line - first));
-            let at = |i: usize| x.add(i * line + first);
-            // Relative to the first line, so that a large mean costs no digits.
-            let origin = V::load_tail(at(0), tail);
-            let mut sum = V::splat(0.0);
-            for i in 1..lines {
-                sum = sum + (V::load_tail(at(i), tail) - origin);
+        let share = V::splat(1.0 / lines as f32);
+        let each = (0..line).step_by(V::LANES);
+        for at in each.clone() {
+            V::splat(0.0).store_tail(means.add(at), V::tail(V::LANES.min(line - at)));
+            V::splat(0.0).store_tail(rests.add(at), V::tail(V::LANES.min(line - at)));
+            V::splat(0.0).store_tail(deviations.add(at), V::tail(V::LANES.min(line - at)));
+        }
+        for i in 1..lines {
+            for at in each.clone() {
+                let tail = V::tail(V::LANES.min(line - at));
+                let value =
+                    V::load_tail(x.add(i * line + at), tail) - V::load_tail(x.add(at), tail);
+                (V::load_tail(means.add(at), tail) + value).store_tail(means.add(at), tail);
             }
-            let share = V::splat(1.0 / lines as f32);
-            let mean = sum.mul_add(share, origin);
-            let (mut squares, mut rest) = (V::splat(0.0), V::splat(0.0));
-            for i in 0..lines {
-                let x = V::load_tail(at(i), tail) - mean;
-                squares = x.mul_add(x, squares);
-                rest = rest + x;
+        }
+        for at in each.clone() {
+            let tail = V::tail(V::LANES.min(line - at));
+            let sum = V::load_tail(means.add(at), tail);
+            let mean = sum.mul_add(share, V::load_tail(x.add(at), tail));
+            mean.store_tail(means.add(at), tail);
+        }
+        for i in 0..lines {
+            for at in each.clone() {
+                let tail = V::tail(V::LANES.min(line - at));
+                let value =
+                    V::load_tail(x.add(i * line + at), tail) - V::load_tail(means.add(at), tail);
+                let squares = value.mul_add(value, V::load_tail(deviations.add(at), tail));
+                squares.store_tail(deviations.add(at), tail);
+                (V::load_tail(rests.add(at), tail) + value).store_tail(rests.add(at), tail);
             }
-            mean.store_tail(means.as_mut_ptr().add(first), tail);
-            (rest * share).store_tail(rests.as_mut_ptr().add(first), tail);
-            squares.store_tail(deviations.as_mut_ptr().add(first), tail);
+        }
+        for at in each {
+            let tail = V::tail(V::LANES.min(line - at));
+            (V::load_tail(rests.add(at), tail) * share).store_tail(rests.add(at), tail);
         }
     }
 }

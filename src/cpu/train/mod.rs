@@ -2,9 +2,11 @@
 //!
 //! The convolution, its gradient by src (the transposed weight) and its gradient by the weight are
 //! the microkernels' ([`wgrad`]); the stages around it are a [`chain`] that [`sweep`] replays over
-//! blocks, by the operations of [`lanes`].
+//! blocks, by the operations
+//! of [`lanes`]; [`fused`] has the chain that most layers have.
 
 mod chain;
+mod fused;
 mod lanes;
 mod sweep;
 mod wgrad;
@@ -24,7 +26,7 @@ use crate::layer::Pointwise;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
 use crate::stages::{Activation, SourceStage, Stage};
-use crate::tensor::{MAX_RANK, TensorMut, TensorRef, checked_product, try_zeros};
+use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Positions of a plane below which its rows are too short to run along.
@@ -129,6 +131,14 @@ pub(crate) struct Outputs<'o, 't> {
     pub d_residual: Option<&'o mut TensorMut<'t>>,
     pub d_gate: Option<&'o mut TensorMut<'t>>,
     pub accumulate: Accumulate,
+}
+
+/// Where the gradient by the convolution's input goes.
+enum Target<'o, 't> {
+    /// Contiguous values, in this order.
+    Values(Axis, &'o mut [f32]),
+    /// The positions of a tensor that the stride keeps.
+    Tensor(&'o mut TensorMut<'t>),
 }
 
 /// What of the forward pass the backward pass needs.
@@ -246,6 +256,7 @@ impl Training<'_> {
         let walk = problem.walk(&problem.dst, true);
         let dst_view = View::new(&rows_of(&problem.dst, rows), walk, dst_map.as_deref());
         let mut sweep = self.sweep(isa, chain, axis, &problem, input);
+        sweep.input_is_contiguous = true;
         sweep.residual = problem.residual.as_ref().map(|residual| {
             let walk = problem.walk(residual, true);
             View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
@@ -301,6 +312,7 @@ impl Training<'_> {
         let channels = chain.channels.clone();
         let d_view = View::contiguous(d, axis, rows, total);
         let mut sweep = self.sweep(isa, chain, axis, &problem, d_view.clone());
+        sweep.input_is_contiguous = true;
         sweep.residual = problem.residual.as_ref().map(|residual| {
             let walk = problem.walk(residual, true);
             View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
@@ -310,7 +322,7 @@ impl Training<'_> {
             Some(tensor) => {
                 let start = self.shape.partial.as_ref().map_or(0, |range| range.start);
                 if self.shape.partial.is_some() && outputs.accumulate == Accumulate::Set {
-                    fill_zero(tensor);
+                    fill_zero(self.device, tensor);
                 }
                 let view = tensor.view().channels(start, start + rows);
                 let operand = Operand::new(&view);
@@ -333,6 +345,7 @@ impl Training<'_> {
             d_residual,
             accumulate: [Accumulate::Set, outputs.accumulate],
             kept,
+            in_place: true,
         })?;
         self.put(&sweep.chain, &channels, &sum.ops, grads, accumulate);
 
@@ -382,8 +395,19 @@ impl Training<'_> {
             self.pool.put(buffer);
             return Ok(());
         }
+        if let ([d_src], true, None, Accumulate::Set, false) =
+            (&mut *outputs.d_sources, plain, &self.shape.partial, outputs.accumulate, total == 0)
+        {
+            // Straight to where it belongs.
+            if self.shape.stride > 1 {
+                fill_zero(self.device, d_src);
+            }
+            self.multiply_back(axis, d, &problem, Target::Tensor(d_src))?;
+            self.pool.put(buffer);
+            return Ok(());
+        }
         let mut d_src = self.pool.take("the gradient by src", &[c_in, total])?;
-        self.multiply_back(axis, d, &problem, src_axis, &mut d_src)?;
+        self.multiply_back(axis, d, &problem, Target::Values(src_axis, &mut d_src))?;
         self.pool.put(buffer);
         let d_src_view = View::contiguous(d_src.as_mut_ptr(), src_axis, c_in, total);
         source_sweep.axis = src_axis;
@@ -396,7 +420,7 @@ impl Training<'_> {
                 None => (0, c_in),
             };
             if self.shape.stride > 1 && add == Accumulate::Set {
-                outputs.d_sources.iter_mut().for_each(|d| fill_zero(d));
+                outputs.d_sources.iter_mut().for_each(|d| fill_zero(self.device, d));
             }
             let parts = |lo: usize, hi: usize| {
                 let mut first = 0;
@@ -435,6 +459,7 @@ impl Training<'_> {
             d_residual: None,
             accumulate: [accumulate_src, Accumulate::Set],
             kept: if plain { Kept::Nothing } else { Kept::Input },
+            in_place: false,
         })?;
         self.put(&source_sweep.chain, &source_channels, &sum.ops, grads, accumulate);
         self.pool.put(d_src);
@@ -561,7 +586,7 @@ impl Training<'_> {
         let mut dst = unsafe {
             TensorMut::from_raw_parts(
                 values.as_mut_ptr(),
-                crate::tensor::Place::Host,
+                Place::Host,
                 &dst_shape[..rank],
                 &strides[..rank],
             )?
@@ -577,20 +602,12 @@ impl Training<'_> {
         axis: Axis,
         d: *mut f32,
         problem: &Problem<'_>,
-        src_axis: Axis,
-        values: &mut [f32],
+        into: Target<'_, '_>,
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
         let (k, rows) = (c_in / groups, c_out / groups);
         let weight = self.layer.weight.as_slice().expect("contiguous in training");
-        let mut turned = vec![0.0f32; weight.len()];
-        for group in 0..groups {
-            for row in 0..rows {
-                for (i, &w) in weight[(group * rows + row) * k..][..k].iter().enumerate() {
-                    turned[(group * k + i) * rows + row] = w;
-                }
-            }
-        }
+        let turned = turned(weight, groups, rows, k);
         let lowered = Lowered {
             weight: turned,
             bias: vec![0.0; c_in],
@@ -614,13 +631,25 @@ impl Training<'_> {
         let layer = Layer::new(self.device, &shape, lowered, &PrepareOptions::default())?;
         let rank = MAX_RANK;
         let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
-        let (to_shape, to_strides) = contiguous(problem, rank, c_in, src_axis);
-        // SAFETY: as many values as the shapes have.
+        let (to_shape, mut to_strides) = contiguous(problem, rank, c_in, axis);
+        let to = match into {
+            Target::Values(axis, values) => {
+                to_strides = contiguous(problem, rank, c_in, axis).1;
+                values.as_mut_ptr()
+            }
+            Target::Tensor(tensor) => {
+                let operand = Operand::new(tensor.view()).subsampled(self.shape.stride);
+                to_strides[0] = operand.sample;
+                to_strides[1] = operand.channel;
+                to_strides[2..].copy_from_slice(&operand.spatial);
+                tensor.as_mut_ptr()
+            }
+        };
+        // SAFETY: values or a tensor of these shapes.
         let (src, mut dst) = unsafe {
-            let host = crate::tensor::Place::Host;
             (
-                TensorRef::from_raw_parts(d, host, &from_shape, &from_strides)?,
-                TensorMut::from_raw_parts(values.as_mut_ptr(), host, &to_shape, &to_strides)?,
+                TensorRef::from_raw_parts(d, Place::Host, &from_shape, &from_strides)?,
+                TensorMut::from_raw_parts(to, Place::Host, &to_shape, &to_strides)?,
             )
         };
         let operands = Operands { src, more: &[], residual: None, gate: None };
@@ -645,6 +674,7 @@ impl Training<'_> {
             samples: problem.n,
             positions: problem.positions(),
             input,
+            input_is_contiguous: false,
             residual: None,
             gate: problem.gate.map(|gate| Gate {
                 ptr: gate.ptr,
@@ -715,6 +745,27 @@ fn chain_of(rows: usize) -> Chain {
 
 fn rows_of(operand: &Operand, rows: usize) -> Operand {
     Operand { channels: rows, ..*operand }
+}
+
+/// Each group's `[rows, k]` as `[k, rows]`.
+fn turned(weight: &[f32], groups: usize, rows: usize, k: usize) -> Vec<f32> {
+    // Squares, so that the lines of both are used whole.
+    const SIDE: usize = 16;
+    let mut turned = vec![0.0f32; weight.len()];
+    for group in 0..groups {
+        let range = group * rows * k..(group + 1) * rows * k;
+        let (from, to) = (&weight[range.clone()], &mut turned[range]);
+        for first_row in (0..rows).step_by(SIDE) {
+            for first in (0..k).step_by(SIDE) {
+                for i in first..k.min(first + SIDE) {
+                    for row in first_row..rows.min(first_row + SIDE) {
+                        to[i * rows + row] = from[row * k + i];
+                    }
+                }
+            }
+        }
+    }
+    turned
 }
 
 /// Which way to cut a tensor: along its memory.
@@ -805,25 +856,38 @@ fn check(moments: &[Moments], mean: &'static str) -> Result<()> {
 }
 
 /// Sets every element to zero.
-fn fill_zero(tensor: &mut TensorMut<'_>) {
-    let operand = Operand::new(tensor.view());
-    let shape = tensor.view().shape().to_vec();
+fn fill_zero(device: &CpuDevice, tensor: &mut TensorMut<'_>) {
+    /// Shared by the units, each of which has samples of its own.
+    struct To(Operand);
+    // SAFETY: units write to disjoint samples.
+    unsafe impl Sync for To {}
+
+    let to = To(Operand::new(tensor.view()));
+    let shape = tensor.view().shape();
     let missing = MAX_RANK - shape.len();
     let mut axes = [(1, 0); MAX_RANK - 1];
     for i in 2..shape.len() {
-        axes[i - 2 + missing] = (shape[i], operand.spatial[i - 2 + missing]);
+        axes[i - 2 + missing] = (shape[i], to.0.spatial[i - 2 + missing]);
     }
-    // Channels innermost, which joins the axes of channels last; the others stand by themselves.
-    axes[MAX_RANK - 2] = (shape[1], operand.channel);
+    // Channels innermost joins the axes of channels last, channels outermost those of channels first.
+    axes[MAX_RANK - 2] = (shape[1], to.0.channel);
+    if to.0.channel != 1 {
+        axes.rotate_right(1);
+    }
     let walk = Positions::new(&axes);
-    let count = shape[1..].iter().product();
-    let ptr = tensor.as_mut_ptr();
-    for n in 0..shape[0] as isize {
+    let count: usize = shape[1..].iter().product();
+    device.for_each(shape[0], shape[0].saturating_mul(count) / 4, &|n| {
+        let to = &to;
+        let ptr = to.0.ptr.cast_mut().wrapping_offset(n as isize * to.0.sample);
         for (offset, stride, len) in walk.runs(0, count) {
-            for i in 0..len as isize {
-                // SAFETY: an element of the tensor.
-                unsafe { *ptr.offset(n * operand.sample + offset + i * stride) = 0.0 };
+            let ptr = ptr.wrapping_offset(offset);
+            // SAFETY: elements of this sample.
+            unsafe {
+                match stride {
+                    1 => ptr.write_bytes(0, len),
+                    _ => (0..len as isize).for_each(|i| *ptr.offset(i * stride) = 0.0),
+                }
             }
         }
-    }
+    });
 }

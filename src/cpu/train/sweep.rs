@@ -14,9 +14,10 @@ use crate::cpu::norm::Moments;
 use crate::cpu::runs;
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::chain::{Chain, Linear, Op};
+use crate::cpu::train::fused;
 use crate::cpu::train::lanes::{self, LineMoments, Per, Sums};
 use crate::problem::{Operand, Positions};
-use crate::stages::NormOver;
+use crate::stages::{Activation, NormOver};
 use crate::train::Accumulate;
 
 /// Values of a block of one row.
@@ -223,6 +224,48 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Whether blocks of it can be used where they are.
+    fn is_direct(&self, axis: Axis) -> bool {
+        let [part] = &self.parts[..] else { return false };
+        self.map.is_none()
+            && match axis {
+                Axis::Rows => part.walk.runs(0, 1).next().is_some_and(|(_, stride, _)| stride == 1),
+                Axis::Lanes => part.channel == 1,
+            }
+    }
+
+    /// Calls `f(values, first, len)` for each part of a block of a direct view that is contiguous:
+    /// `len` values from `first` on, counted as in a copy of the block.
+    fn pieces(&self, at: &At, mut f: impl FnMut(*mut f32, usize, usize)) {
+        let [part] = &self.parts[..] else { unreachable!("a direct view") };
+        let positions = at.positions.clone();
+        let runs = part.walk.runs(positions.start, positions.len());
+        let mut first = 0;
+        match at.row {
+            Some(row) => {
+                let from = part.ptr.wrapping_offset(row as isize * part.channel);
+                for (offset, _, len) in runs {
+                    f(from.wrapping_offset(offset), first, len);
+                    first += len;
+                }
+            }
+            None => {
+                for (offset, stride, len) in runs {
+                    let from = part.ptr.wrapping_offset(offset);
+                    if stride == part.rows as isize {
+                        f(from, first, len * part.rows);
+                        first += len * part.rows;
+                        continue;
+                    }
+                    for i in 0..len as isize {
+                        f(from.wrapping_offset(i * stride), first, part.rows);
+                        first += part.rows;
+                    }
+                }
+            }
+        }
+    }
+
     fn rows(&self) -> usize {
         self.parts.iter().map(|part| part.rows).sum()
     }
@@ -273,6 +316,8 @@ pub(super) struct Sweep<'a> {
     /// Positions of one sample.
     pub positions: usize,
     pub input: View<'a>,
+    /// Whether the input is [`View::contiguous`].
+    pub input_is_contiguous: bool,
     pub residual: Option<View<'a>>,
     pub gate: Option<Gate>,
     /// Mean and `1 / std` of each sample, for a layer norm over all.
@@ -289,6 +334,8 @@ pub(super) struct Backward<'a> {
     /// What happens to `d_input` and `d_residual`.
     pub accumulate: [Accumulate; 2],
     pub kept: Kept<'a>,
+    /// Whether `d_input` is where the input is.
+    pub in_place: bool,
 }
 
 /// What of the forward pass a backward pass has.
@@ -571,6 +618,121 @@ impl<'a> Sweep<'a> {
         of_units.concat()
     }
 
+    /// The chain as a batch norm and the bounds of a clip behind it, if that is what it is.
+    fn fused(&self) -> Option<(&Linear, Option<[f32; 2]>)> {
+        let (Op::Linear(linear), rest) = self.chain.ops.split_first()? else { return None };
+        linear.batch?;
+        let clip = match rest {
+            [] => None,
+            [Op::Activation(activation)] => Some(match *activation {
+                Activation::Relu => [0.0, f32::INFINITY],
+                Activation::Relu6 => [0.0, 6.0],
+                Activation::Clip { lo, hi } => [lo, hi],
+                _ => return None,
+            }),
+            _ => return None,
+        };
+        self.input.is_direct(self.axis).then_some((linear, clip))
+    }
+
+    /// [`store`](Self::store) for a [fused](Self::fused) chain and a direct dst.
+    fn store_fused(
+        &self,
+        unit: usize,
+        own: &Own,
+        (linear, clip): (&Linear, Option<[f32; 2]>),
+        dst: &View<'_>,
+    ) {
+        let clip = clip.unwrap_or([f32::NEG_INFINITY, f32::INFINITY]);
+        for at in self.blocks(unit) {
+            let per = self.linear(linear, &at, own);
+            self.input.pieces(&at, |x, begin, count| {
+                dst.pieces(&at, |to, first, len| {
+                    let (start, end) = (begin.max(first), (begin + count).min(first + len));
+                    if start < end {
+                        let (x, to) =
+                            (x.wrapping_add(start - begin), to.wrapping_add(start - first));
+                        // SAFETY: parts of the block in both tensors; no other unit has it.
+                        unsafe { fused::forward(self.isa, per, clip, x, to, end - start) };
+                    }
+                });
+            });
+        }
+    }
+
+    /// [`unit`](Self::unit) for a [fused](Self::fused) chain and direct gradients: the sums of its
+    /// batch norm, or the gradient by the input.
+    fn unit_fused(
+        &self,
+        unit: usize,
+        (linear, clip): (&Linear, Option<[f32; 2]>),
+        sums: Option<&mut [Vec<f64>; 2]>,
+        coefficients: &Coefficients,
+        own: &Own,
+        tensors: &Backward<'_>,
+    ) {
+        let isa = self.isa;
+        let mut sums = sums;
+        with_scratch(|scratch| {
+            let [ones, products, _] = scratch.moments.each_mut().map(|b| slot(b, self.rows()));
+            for at in self.blocks(unit) {
+                let params = self.linear(linear, &at, own);
+                let all = match (params, at.row) {
+                    (Per::One([hi, scale, shift]), Some(row)) => {
+                        let [a, b, c] = match (own.combine, sums.is_some()) {
+                            (Some(values), _) => values,
+                            (None, true) => [0.0; 3],
+                            (None, false) => [0, 1, 2].map(|j| coefficients.rows[j][row]),
+                        };
+                        Per::One([hi, scale, shift, a, b, c])
+                    }
+                    (Per::Each([hi, scale, shift]), _) => {
+                        let [a, b, c] = match sums.is_some() {
+                            true => [hi; 3],
+                            false => coefficients.rows.each_ref().map(|values| &values[..]),
+                        };
+                        Per::Each([hi, scale, shift, a, b, c])
+                    }
+                    _ => unreachable!("a row has one value of each"),
+                };
+                ones.fill(0.0);
+                products.fill(0.0);
+                self.input.pieces(&at, |x, begin, count| {
+                    tensors.d_dst.pieces(&at, |d, first, len| {
+                        let (start, end) = (begin.max(first), (begin + count).min(first + len));
+                        if start >= end {
+                            return;
+                        }
+                        let len = end - start;
+                        let (x, d) = (x.wrapping_add(start - begin), d.wrapping_add(start - first));
+                        // SAFETY: parts of the block in both tensors; the input is what its
+                        // gradient replaces, and no other unit has it.
+                        unsafe {
+                            match (&mut sums, params) {
+                                (None, _) => fused::backward(isa, all, clip, x, d, x, len),
+                                (Some(sums), Per::One(per)) => {
+                                    let mut of_piece = [0.0; 2];
+                                    fused::sums_of_row(isa, per, clip, x, d, len, &mut of_piece);
+                                    sums[0][0] += of_piece[0];
+                                    sums[1][0] += of_piece[1];
+                                }
+                                (Some(_), Per::Each(per)) => {
+                                    let to = [&mut *ones, &mut *products];
+                                    fused::sums_of_lines(isa, per, clip, x, d, len, to);
+                                }
+                            }
+                        }
+                    });
+                });
+                if let (Some(sums), None) = (&mut sums, at.row) {
+                    for (to, from) in sums.iter_mut().zip([&*ones, &*products]) {
+                        to.iter_mut().zip(from).for_each(|(to, &x)| *to += f64::from(x));
+                    }
+                }
+            }
+        });
+    }
+
     fn block_len(&self, at: &At) -> usize {
         at.positions.len() * if at.row.is_some() { 1 } else { self.rows() }
     }
@@ -578,6 +740,8 @@ impl<'a> Sweep<'a> {
     /// The moments of a barrier's input.
     fn find(&self, unit: usize, barrier: usize) -> Found {
         let over_channels = matches!(self.chain.ops[barrier], Op::Linear(_));
+        // Contiguous values that nothing happens to before are used where they are.
+        let direct = barrier == 0 && self.input_is_contiguous;
         with_scratch(|scratch| {
             let mut lines = LineMoments::new(match self.axis {
                 Axis::Lanes if over_channels => self.rows(),
@@ -585,9 +749,18 @@ impl<'a> Sweep<'a> {
             });
             let mut all = Moments::default();
             for at in self.blocks(unit) {
-                self.replay(&at, barrier, false, &Own::default(), scratch);
+                let len = self.block_len(&at);
+                if !direct {
+                    self.replay(&at, barrier, false, &Own::default(), scratch);
+                }
                 let Scratch { x, moments, .. } = &mut *scratch;
-                let x = &x[..self.block_len(&at)];
+                let mut x = x.get(..len).unwrap_or_default();
+                if direct {
+                    let mut there = std::ptr::null();
+                    self.input.pieces(&at, |values, _, _| there = values.cast_const());
+                    // SAFETY: a block of the input, which nobody writes to meanwhile.
+                    x = unsafe { std::slice::from_raw_parts(there, len) };
+                }
                 if self.axis == Axis::Lanes && over_channels {
                     let [means, rests, deviations] =
                         moments.each_mut().map(|buffer| slot(buffer, self.rows()));
@@ -679,6 +852,12 @@ impl<'a> Sweep<'a> {
     }
 
     fn store(&self, unit: usize, own: &Own, (dst, accumulate): (&View<'_>, Accumulate)) {
+        if let Some(fused) = self.fused()
+            && dst.is_direct(self.axis)
+            && accumulate == Accumulate::Set
+        {
+            return self.store_fused(unit, own, fused, dst);
+        }
         with_scratch(|scratch| {
             for at in self.blocks(unit) {
                 self.replay(&at, self.chain.ops.len(), false, own, scratch);
@@ -874,6 +1053,16 @@ impl<'a> Sweep<'a> {
             if let (Op::Gate, Axis::Lanes) = (&self.chain.ops[i], self.axis) {
                 sums.gate = vec![0.0; self.rows()];
             }
+        }
+        if let Some(fused) = self.fused()
+            && self.input_is_contiguous
+            && matches!(tensors.kept, Kept::Input)
+            && tensors.d_dst.is_direct(self.axis)
+            && tensors.in_place
+        {
+            let to = barrier.map(|_| &mut sums.ops[0]);
+            self.unit_fused(unit, fused, to, coefficients, own, tensors);
+            return sums;
         }
         with_scratch(|scratch| {
             for at in self.blocks(unit) {

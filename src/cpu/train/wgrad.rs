@@ -1,9 +1,9 @@
 //! The gradient by the weight: `d_weight[row, i] = Σ_p d[row, p] · src[i, p]`, by the microkernels,
 //! with positions as the axis of the sum.
 //!
-//! Lanes run along src's channels, out of panels `[positions][lanes]` of a block of positions; the
-//! gradient by the convolution's result is read in place, its rows being either neighbours (channels
-//! last) or apart. The sum is split over positions where the weight is small, by the problem alone,
+//! Lanes run along src's channels, out of panels `[positions][lanes]` of a block of positions. The
+//! gradient by the convolution's result is read in place where its rows are neighbours (channels
+//! last), else from a copy `[positions][rows]` of some rows. The sum is split over positions where the weight is small, by the problem alone,
 //! and the parts are added up in order.
 
 use std::ops::Range;
@@ -14,19 +14,22 @@ use crate::cpu::microkernel::{Grid, Segment, Sizes};
 use crate::cpu::pack::Buffer;
 use crate::cpu::plan::{Run, even, pieces_of};
 use crate::cpu::threads::CpuDevice;
+use crate::cpu::train::lanes;
 use crate::cpu::train::sweep::View;
 use crate::epilogue::Step;
 use crate::train::Accumulate;
 
 /// Values of a block of src, at most: half of a common L2.
-const BLOCK_VALUES: usize = 64 << 10;
-/// Positions of a block.
+const BLOCK_VALUES: usize = 128 << 10;
+/// Positions of a block, and input channels that are multiplied at a time.
 const MOST_POSITIONS: usize = 256;
+const MOST_CHANNELS: usize = BLOCK_VALUES / MOST_POSITIONS;
 /// Values of all parts of a sum that is split.
 const PARTS_VALUES: usize = 2 << 20;
-/// The most parts of a sum, and units that a sum's rows and parts should make.
-const PARTS: usize = 16;
+/// Units that rows and parts of a sum should make.
 const UNITS: usize = 16;
+/// Tiles of rows of a copy of the gradient.
+const TURNED_TILES: usize = 8;
 /// Rows that are worth a unit of their own, which packs src again.
 const UNIT_ROWS: usize = 128;
 
@@ -77,6 +80,7 @@ thread_local! {
 struct Scratch {
     panels: Buffer,
     lines: Vec<f32>,
+    turned: Buffer,
 }
 
 /// The most lanes of a tile.
@@ -91,16 +95,20 @@ fn tile_lanes(isa: Isa) -> usize {
 impl Wgrad<'_> {
     /// Positions of a block.
     fn block(&self) -> usize {
-        (BLOCK_VALUES / self.k.next_multiple_of(8)).clamp(32, MOST_POSITIONS)
+        match self.src {
+            Src::InPlace(_) => MOST_POSITIONS,
+            // Every channel is computed.
+            Src::Computed(_) => (BLOCK_VALUES / (self.k * self.groups)).clamp(32, MOST_POSITIONS),
+        }
     }
 
     /// Parts of the sum, and ranges that a group's rows are cut into.
     fn cut(&self) -> (usize, usize) {
         let blocks = self.positions.div_ceil(self.block()).max(1);
-        let parts = (PARTS_VALUES / (self.rows * self.k).max(1)).clamp(1, PARTS).min(blocks);
-        let of_group = self.rows / self.groups;
-        let ranges = UNITS.div_ceil(parts * self.groups).min(of_group.div_ceil(UNIT_ROWS));
-        (parts, ranges.max(1))
+        let ranges = (self.rows / self.groups).div_ceil(UNIT_ROWS).min(UNITS);
+        let parts = UNITS.div_ceil(ranges * self.groups);
+        let most = PARTS_VALUES / (self.rows * self.k);
+        (parts.min(most).min(blocks).max(1), ranges)
     }
 
     /// Computes the gradient into `out [rows, k]`.
@@ -187,93 +195,139 @@ impl Wgrad<'_> {
         let sizes = Sizes::of(self.isa.isa());
         let tile_lanes = tile_lanes(self.isa.isa());
         let first_row = group * (self.rows / self.groups) + rows.start;
-        // Zeros for every channel that an epilogue may ask for.
-        let zeros = vec![0.0; self.rows.max(self.k)];
+        // The bias of every row of a unit: none.
+        let zeros = vec![0.0; rows.len()];
         let (plain, adding) = (Steps::new(Vec::new()), Steps::new(vec![Step::Residual]));
-        let axis = if self.d.row == 1 { ChannelAxis::Rows } else { ChannelAxis::Lanes };
         let out = out.wrapping_add(first_row * self.k);
-        let mut first = positions.start;
-        while first < positions.end {
-            let block = first..positions.end.min(first + self.block());
-            self.pack(group, block.clone(), tile_lanes, scratch);
+        let most = if self.d.row == 1 { rows.len() } else { sizes.rows(tile_lanes) * TURNED_TILES };
+        for (channels, block) in self.blocks(&positions) {
+            self.pack(group, channels.clone(), block.clone(), tile_lanes, scratch);
             let count = block.len();
-            let steps = if first > positions.start || add { &adding } else { &plain };
-            for lanes in pieces_of(self.k, tile_lanes) {
-                for run in even(rows.len(), sizes.rows(lanes.len)) {
-                    let width = lanes.len.next_multiple_of(8);
-                    let panel = scratch.panels.get(0).as_ptr();
-                    let segment = Segment {
-                        k: count,
-                        a: self.d.ptr.wrapping_offset(
-                            (first_row + run.first) as isize * self.d.row
-                                + first as isize * self.d.position,
-                        ),
-                        a_row: self.d.row,
-                        a_k: self.d.position,
-                        a_step: [run.len as isize * self.d.row, 0],
-                        b: panel.wrapping_add(lanes.first * count),
-                        b_k: width as isize,
-                        b_step: [0, (width * count) as isize],
-                    };
-                    let to = out.wrapping_add(run.first * self.k + lanes.first);
-                    let (channel_stride, position_stride) = match axis {
-                        ChannelAxis::Rows => (self.k as isize, 1),
-                        ChannelAxis::Lanes => (1, self.k as isize),
-                    };
-                    let operand = epilogue::Operand {
-                        ptr: to,
-                        channel_stride,
-                        position_stride,
-                        channels: None,
-                        positions: None,
-                    };
-                    let epilogue = TileEpilogue {
-                        axis,
-                        channel: 0,
-                        bias: &zeros,
-                        steps,
-                        residual: Some(epilogue::Operand {
-                            ptr: to.cast_const(),
-                            channel_stride,
-                            position_stride,
+            let steps = if block.start > positions.start || add { &adding } else { &plain };
+            let out = out.wrapping_add(channels.start);
+            for chunk in pieces_of(rows.len(), most).flat_map(Run::each) {
+                // SAFETY: rows and positions of the gradient.
+                let (d, d_position) = unsafe {
+                    self.turned(first_row + chunk.first, chunk.len, block.clone(), scratch)
+                };
+                let panel = scratch.panels.get(0).as_ptr();
+                for lanes in pieces_of(channels.len(), tile_lanes) {
+                    for run in even(chunk.len, sizes.rows(lanes.len)) {
+                        let width = lanes.len.next_multiple_of(8);
+                        let segment = Segment {
+                            k: count,
+                            a: d.wrapping_add(run.first),
+                            a_row: 1,
+                            a_k: d_position,
+                            a_step: [run.len as isize, 0],
+                            b: panel.wrapping_add(lanes.first * count),
+                            b_k: width as isize,
+                            b_step: [0, (width * count) as isize],
+                        };
+                        let to = (chunk.first + run.first) * self.k + lanes.first;
+                        let at = epilogue::Operand {
+                            ptr: out.wrapping_add(to),
+                            channel_stride: self.k as isize,
+                            position_stride: 1,
                             channels: None,
                             positions: None,
-                        }),
-                        dst: operand,
-                    };
-                    let (down, across) = ([run.len, 0], [0, lanes.len]);
-                    let (channel_step, position_step) = match axis {
-                        ChannelAxis::Rows => (down, across),
-                        ChannelAxis::Lanes => (across, down),
-                    };
-                    let grid = Grid {
-                        rows: run.len,
-                        cols: lanes.len,
-                        tiles: [run.tiles, lanes.tiles],
-                        ahead: if axis == ChannelAxis::Rows { 8 * width as isize } else { 0 },
-                        far_dst: false,
-                        segments: &[segment],
-                        epilogue: &epilogue,
-                        channel_step,
-                        position_step,
-                    };
-                    // SAFETY: the CPU has the instruction set; A is the gradient at rows and
-                    // positions of the block, B the packed panels; the caller's promise for `out`,
-                    // which is also what is added.
-                    unsafe { (sizes.run)(&grid) };
+                        };
+                        let before = epilogue::Operand {
+                            ptr: at.ptr.cast_const(),
+                            channel_stride: at.channel_stride,
+                            position_stride: 1,
+                            channels: None,
+                            positions: None,
+                        };
+                        let epilogue = TileEpilogue {
+                            axis: ChannelAxis::Rows,
+                            channel: 0,
+                            bias: &zeros,
+                            steps,
+                            residual: Some(before),
+                            dst: at,
+                        };
+                        let grid = Grid {
+                            rows: run.len,
+                            cols: lanes.len,
+                            tiles: [run.tiles, lanes.tiles],
+                            ahead: 8 * width as isize,
+                            far_dst: false,
+                            segments: &[segment],
+                            epilogue: &epilogue,
+                            channel_step: [run.len, 0],
+                            position_step: [0, lanes.len],
+                        };
+                        // SAFETY: the CPU has the instruction set; A is the gradient at rows and
+                        // positions of the block, B the packed panels; the caller's promise for
+                        // `out`, which is also what is added.
+                        unsafe { (sizes.run)(&grid) };
+                    }
                 }
             }
-            first = block.end;
         }
     }
 
-    /// Packs a group's channels at a block of positions: panels of `lanes` channels, each
+    /// Ranges of a group's channels, and of positions; positions run faster.
+    fn blocks(
+        &self,
+        positions: &Range<usize>,
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
+        let (k, block, positions) = (self.k, self.block(), positions.clone());
+        (0..k).step_by(MOST_CHANNELS).flat_map(move |channel| {
+            let channels = channel..k.min(channel + MOST_CHANNELS);
+            let end = positions.end;
+            positions
+                .clone()
+                .step_by(block)
+                .map(move |first| (channels.clone(), first..end.min(first + block)))
+        })
+    }
+
+    /// Where some rows of the gradient are as neighbours, at a block of positions, and the distance
+    /// of positions there.
+    ///
+    /// # Safety
+    /// The gradient is readable at these rows and positions.
+    unsafe fn turned(
+        &self,
+        row: usize,
+        rows: usize,
+        block: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> (*const f32, isize) {
+        let Gradient { ptr, row: row_stride, position } = self.d;
+        let from = ptr
+            .wrapping_offset(row as isize * row_stride)
+            .wrapping_offset(block.start as isize * position);
+        if row_stride == 1 {
+            return (from, position);
+        }
+        // An odd number of cache lines, so that positions do not share few sets of a cache.
+        let line = (rows.div_ceil(16) | 1) * 16;
+        let out = scratch.turned.get(block.len() * line);
+        // SAFETY: the caller's promise; positions are neighbours.
+        unsafe {
+            let stride = row_stride as usize;
+            lanes::turn(self.isa, from, stride, rows, block.len(), line, out);
+        }
+        (out.as_ptr(), line as isize)
+    }
+
+    /// Packs some of a group's channels at a block of positions: panels of `lanes` channels, each
     /// `[positions][lanes]`.
-    fn pack(&self, group: usize, block: Range<usize>, lanes: usize, scratch: &mut Scratch) {
+    fn pack(
+        &self,
+        group: usize,
+        channels: Range<usize>,
+        block: Range<usize>,
+        lanes: usize,
+        scratch: &mut Scratch,
+    ) {
         let count = block.len();
-        let Scratch { panels, lines } = scratch;
-        let out = panels.get(count * self.k.next_multiple_of(8));
-        let start = group * self.k;
+        let Scratch { panels, lines, .. } = scratch;
+        let out = panels.get(count * channels.len().next_multiple_of(8));
+        let start = group * self.k + channels.start;
         let all = self.k * self.groups;
         if let Src::Computed(compute) = &self.src {
             if lines.len() < count * all {
@@ -281,7 +335,7 @@ impl Wgrad<'_> {
             }
             compute(block.clone(), &mut lines[..count * all]);
         }
-        for piece in pieces_of(self.k, lanes).flat_map(Run::each) {
+        for piece in pieces_of(channels.len(), lanes).flat_map(Run::each) {
             let width = piece.len.next_multiple_of(8);
             let out = &mut out[piece.first * count..][..width * count];
             let channels = start + piece.first..start + piece.first + piece.len;
