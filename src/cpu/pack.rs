@@ -65,9 +65,15 @@ impl Weights {
             for (panel, rows) in group.chunks(width * k).enumerate() {
                 let stride = weights.stride(panel);
                 let (now, later) = packed.split_at_mut(stride * k);
-                for (row, values) in rows.chunks_exact(k).enumerate() {
-                    for (slot, &value) in now[row..].iter_mut().step_by(stride).zip(values) {
-                        *slot = value;
+                // A part of each row at a time, so that the lines that are written stay in cache.
+                const PART: usize = 16;
+                for first in (0..k).step_by(PART) {
+                    let part = first..k.min(first + PART);
+                    for (row, values) in rows.chunks_exact(k).enumerate() {
+                        let slots = now[first * stride + row..].iter_mut().step_by(stride);
+                        for (slot, &value) in slots.zip(&values[part.clone()]) {
+                            *slot = value;
+                        }
                     }
                 }
                 packed = later;
