@@ -252,6 +252,29 @@ pub enum Error {
         /// What would have been accepted.
         expected: &'static str,
     },
+    /// A workspace does not fit the backward pass that it was given to.
+    #[error("the workspace does not fit this backward pass: {reason}")]
+    Workspace {
+        /// Why not.
+        reason: String,
+    },
+    /// Batch statistics of a single value per channel, whose variance would be zero.
+    #[error("batch statistics need more than one value per channel, src has shape {shape:?}")]
+    BatchTooSmall {
+        /// src's shape.
+        shape: Vec<usize>,
+    },
+    /// A mean or a variance of a batch is infinite or NaN: src or the weight has such values, or
+    /// values too large to be squared.
+    #[error("{what} is {value} in channel {channel}")]
+    NonFinite {
+        /// Which statistic.
+        what: String,
+        /// The first channel that has it.
+        channel: usize,
+        /// Its value.
+        value: f32,
+    },
     /// A checkpoint could not be read.
     #[error("checkpoint: {0}")]
     Checkpoint(String),

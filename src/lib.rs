@@ -31,6 +31,7 @@
 //!   arrays are taken as they are, channels last through [`nhwc`].
 //! - [`Prepared::call`] takes further tensors: sources of a concatenation, a residual, a gate.
 //! - [`Branches`] and [`Sequence`] compose prepared layers.
+//! - [`train`] has forward and backward passes for training.
 //! - [`reference::forward`] says in f64 what all of this means.
 //!
 //! | feature | |
@@ -62,6 +63,7 @@ mod stages;
 mod tensor;
 #[cfg(feature = "tracing")]
 mod trace;
+pub mod train;
 mod tuning;
 
 pub use compose::{Branches, BranchesCall, Sequence};

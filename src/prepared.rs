@@ -519,7 +519,7 @@ fn ones(shape: &[usize]) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-fn on_host(src: &TensorRef<'_>) -> Result<()> {
+pub(crate) fn on_host(src: &TensorRef<'_>) -> Result<()> {
     match src.place() {
         Place::Host => Ok(()),
         place => Err(Error::WrongDevice {
@@ -544,6 +544,11 @@ impl<'a> Extra<'a> {
         tensor.as_tensor().map_err(|error| self.error.get_or_insert(error)).ok()
     }
 
+    pub(crate) fn add_source(&mut self, src: &'a (impl AsTensor + ?Sized)) {
+        let view = self.view(src);
+        self.more.extend(view);
+    }
+
     pub(crate) fn set_residual(&mut self, residual: &'a (impl AsTensor + ?Sized)) {
         self.residual = self.view(residual);
     }
@@ -565,8 +570,7 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
     /// A further source: all of them stand for their concatenation along the channels, in the
     /// order in which they are given, and are read in place.
     pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
-        let view = self.extra.view(src);
-        self.extra.more.extend(view);
+        self.extra.add_source(src);
         self
     }
 

@@ -3,12 +3,21 @@
 //!
 //! It interprets the description as it is written: nothing is folded, merged or reordered.
 
-use ndarray::{ArrayD, ArrayViewD, Axis, IxDyn, concatenate};
+use std::ops::Range;
+
+use ndarray::{
+    Array2, Array3, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut3, Axis, IxDyn, Slice, concatenate,
+};
 
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::problem::{LayerShape, dst_shape, without_trailing_ones};
-use crate::stages::{Activation, NormOver, SourceStage, Stage};
+use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
+use crate::train::Statistics;
+
+mod gradients;
+
+pub use gradients::{Gradients, backward, slope};
 
 /// The tensors of one call, each `[n, c, …spatial]`.
 #[derive(Clone, Debug, Default)]
@@ -40,156 +49,234 @@ pub struct Inputs<'a> {
 /// # Ok::<(), pointwise::Error>(())
 /// ```
 pub fn forward(layer: &Pointwise, inputs: &Inputs<'_>) -> Result<ArrayD<f64>> {
-    layer.check()?;
-    let Some((first, more)) = inputs.sources.split_first() else {
-        return Err(Error::MissingInput { input: "src" });
-    };
-    let shape = dst_shape(&LayerShape::new(layer), first.shape(), more.iter().map(|s| s.shape()))?;
-    let shape = shape.as_slice();
-    let (n, channels) = (shape[0], shape[1]);
+    let call = Call::new(layer, inputs)?;
+    let tape = call.run(layer, Statistics::Frozen);
+    Ok(call.dst(layer, &tape.dst))
+}
 
-    let views: Vec<_> = inputs.sources.iter().map(|s| s.mapv(f64::from)).collect();
-    let views: Vec<_> = views.iter().map(|s| s.view()).collect();
-    let mut src = concatenate(Axis(1), &views).expect("shapes were compared above");
-    for axis in 2..src.ndim() {
-        let step = layer.stride.min(isize::MAX as usize) as isize;
-        let step = ndarray::Slice::new(0, None, step);
-        src = src.slice_axis(Axis(axis), step).to_owned();
-    }
-    let positions: usize = shape[2..].iter().product();
-    let total = src.shape()[1];
-    let src = src.to_shape((n, total, positions)).expect("axes are kept in order").to_owned();
+/// The tensors of one call in f64, positions in a row: `[n, c, positions]`.
+struct Call {
+    /// Every channel of src at the positions that the stride keeps.
+    src: Array3<f64>,
+    gate: Option<Array2<f64>>,
+    residual: Option<Array3<f64>>,
+    /// dst's.
+    shape: Vec<usize>,
+    /// The channels of src that are convolved.
+    convolved: Range<usize>,
+}
 
-    let (start, end) = layer.partial.as_ref().map_or((0, total), |range| (range.start, range.end));
-    let (c_in, c_out) = (layer.c_in(), layer.c_out());
-    let (k, rows) = (c_in / layer.groups, c_out / layer.groups);
-    let optional = [
-        ("residual", &inputs.residual, layer.has_residual(), shape),
-        ("gate", &inputs.gate, layer.has_gate(), &[n, c_in]),
-    ];
-    for (input, tensor, wanted, expected) in optional {
-        let got = tensor.as_ref().map(|tensor| match input {
-            "gate" => without_trailing_ones(tensor.shape()),
-            _ => tensor.shape(),
-        });
-        match got {
-            None if wanted => return Err(Error::MissingInput { input }),
-            Some(_) if !wanted => return Err(Error::UnexpectedInput { input }),
-            Some(got) if got != expected => {
-                let (expected, got) = (expected.to_vec(), got.to_vec());
-                return Err(Error::Shape { tensor: input, expected, got });
+/// What a call computes on its way: the input of every stage, in order, and the last result.
+struct Tape {
+    source: Vec<Array3<f64>>,
+    /// The convolution's input and result.
+    src: Array3<f64>,
+    stages: Vec<Array3<f64>>,
+    dst: Array3<f64>,
+}
+
+impl Call {
+    fn new(layer: &Pointwise, inputs: &Inputs<'_>) -> Result<Call> {
+        layer.check()?;
+        let Some((first, more)) = inputs.sources.split_first() else {
+            return Err(Error::MissingInput { input: "src" });
+        };
+        let shape =
+            dst_shape(&LayerShape::new(layer), first.shape(), more.iter().map(|s| s.shape()))?;
+        let shape = shape.as_slice();
+        let (n, channels) = (shape[0], shape[1]);
+
+        let views: Vec<_> = inputs.sources.iter().map(|s| s.mapv(f64::from)).collect();
+        let views: Vec<_> = views.iter().map(|s| s.view()).collect();
+        let src = concatenate(Axis(1), &views).expect("shapes were compared above");
+        let src = kept(src.view(), layer.stride).to_owned();
+        let positions: usize = shape[2..].iter().product();
+        let total = src.shape()[1];
+        let src = src.to_shape((n, total, positions)).expect("axes are kept in order").to_owned();
+
+        let optional = [
+            ("residual", &inputs.residual, layer.has_residual(), shape),
+            ("gate", &inputs.gate, layer.has_gate(), &[n, layer.c_in()]),
+        ];
+        for (input, tensor, wanted, expected) in optional {
+            let got = tensor.as_ref().map(|tensor| match input {
+                "gate" => without_trailing_ones(tensor.shape()),
+                _ => tensor.shape(),
+            });
+            match got {
+                None if wanted => return Err(Error::MissingInput { input }),
+                Some(_) if !wanted => return Err(Error::UnexpectedInput { input }),
+                Some(got) if got != expected => {
+                    let (expected, got) = (expected.to_vec(), got.to_vec());
+                    return Err(Error::Shape { tensor: input, expected, got });
+                }
+                _ => {}
             }
-            _ => {}
         }
+        let convolved = layer.partial.clone().unwrap_or(0..total);
+        let rows = convolved.start..convolved.start + layer.c_out();
+        let gate = inputs.gate.as_ref().map(|gate| {
+            let gate = gate.to_shape((n, layer.c_in())).expect("compared above");
+            gate.mapv(f64::from)
+        });
+        let residual = inputs.residual.as_ref().map(|residual| {
+            let residual = residual.to_shape((n, channels, positions)).expect("the same axes");
+            residual.slice_axis(Axis(1), Slice::from(rows.clone())).mapv(f64::from)
+        });
+        Ok(Call { src, gate, residual, shape: shape.to_vec(), convolved })
     }
-    let gate = inputs.gate.as_ref().map(|gate| gate.to_shape((n, c_in)).expect("compared above"));
-    let residual = inputs
-        .residual
-        .as_ref()
-        .map(|r| r.to_shape((n, channels, positions)).expect("the same axes").to_owned());
 
-    let mut dst = ndarray::Array3::<f64>::zeros((n, channels, positions));
-    for sample in 0..n {
-        // values[c][p], first of src, then of dst.
-        let mut values: Vec<Vec<f64>> =
-            (start..end).map(|c| (0..positions).map(|p| src[[sample, c, p]]).collect()).collect();
+    fn run(&self, layer: &Pointwise, statistics: Statistics) -> Tape {
+        let mut x = self.src.slice_axis(Axis(1), Slice::from(self.convolved.clone())).to_owned();
+        let mut source = Vec::new();
         for stage in &layer.source_stages {
-            for (c, row) in values.iter_mut().enumerate() {
-                for x in row {
-                    *x = match stage {
-                        SourceStage::Affine { scale, shift } => {
-                            *x * f64::from(scale[c]) + f64::from(shift[c])
-                        }
-                        SourceStage::BatchNorm(norm) => {
-                            let (scale, shift) = norm.fold(c);
-                            *x * scale + shift
-                        }
-                        SourceStage::Activation(a) => activate(*a, *x),
-                        SourceStage::Gate => {
-                            *x * gate.as_ref().map_or(f64::NAN, |gate| f64::from(gate[[sample, c]]))
-                        }
-                    };
+            let input = x.clone();
+            match stage {
+                SourceStage::Affine { scale, shift } => {
+                    each(&mut x, |_, c, _, x| x * f64::from(scale[c]) + f64::from(shift[c]));
+                }
+                SourceStage::BatchNorm(norm) => batch_norm(norm, statistics, &mut x),
+                SourceStage::Activation(a) => each(&mut x, |_, _, _, x| activate(*a, x)),
+                SourceStage::Gate => {
+                    let gate = self.gate.as_ref().expect("checked above");
+                    each(&mut x, |n, c, _, x| x * gate[[n, c]]);
                 }
             }
+            source.push(input);
         }
-        let mut values: Vec<Vec<f64>> = (0..c_out)
-            .map(|row| {
-                let first = row / rows * k;
-                let dot = |p: usize| {
-                    (0..k).map(|i| f64::from(layer.weight[[row, i]]) * values[first + i][p]).sum()
-                };
-                (0..positions).map(dot).collect()
-            })
-            .collect();
+        let src = x;
+        let (c_out, k) = layer.weight.dim();
+        let rows = c_out / layer.groups;
+        let (n, _, positions) = src.dim();
+        let mut x = Array3::from_shape_fn((n, c_out, positions), |(n, row, p)| {
+            let first = row / rows * k;
+            (0..k).map(|i| f64::from(layer.weight[[row, i]]) * src[[n, first + i, p]]).sum()
+        });
+        let mut stages = Vec::new();
         for stage in &layer.stages {
+            let input = x.clone();
             match stage {
-                Stage::Bias(bias) => each(&mut values, |c, _, x| x + f64::from(bias[c])),
-                Stage::BatchNorm(norm) => each(&mut values, |c, _, x| {
-                    let (scale, shift) = norm.fold(c);
-                    x * scale + shift
-                }),
-                Stage::Activation(a) => each(&mut values, |_, _, x| activate(*a, x)),
-                Stage::PRelu(slope) => each(&mut values, |c, _, x| {
+                Stage::Bias(bias) => each(&mut x, |_, c, _, x| x + f64::from(bias[c])),
+                Stage::BatchNorm(norm) => batch_norm(norm, statistics, &mut x),
+                Stage::Activation(a) => each(&mut x, |_, _, _, x| activate(*a, x)),
+                Stage::PRelu(slope) => each(&mut x, |_, c, _, x| {
                     let slope = f64::from(slope[if slope.len() == 1 { 0 } else { c }]);
                     if x < 0.0 { slope * x } else { x }
                 }),
-                Stage::Residual => each(&mut values, |c, p, x| {
-                    x + residual.as_ref().map_or(f64::NAN, |r| f64::from(r[[sample, start + c, p]]))
-                }),
+                Stage::Residual => x += self.residual.as_ref().expect("checked above"),
                 Stage::LayerNorm(norm) => {
-                    match norm.over {
-                        NormOver::Channels => {
-                            for p in 0..positions {
-                                let column: Vec<f64> = values.iter().map(|row| row[p]).collect();
-                                let (mean, std) = mean_and_std(&column, norm.eps);
-                                values.iter_mut().for_each(|row| row[p] = (row[p] - mean) / std);
-                            }
-                        }
-                        NormOver::All => {
-                            let (mean, std) = mean_and_std(&values.concat(), norm.eps);
-                            each(&mut values, |_, _, x| (x - mean) / std);
-                        }
+                    for mut values in normalised_together(norm.over, &mut x) {
+                        let moments = Moments::of(values.iter(), norm.eps);
+                        values.mapv_inplace(|x| (x - moments.mean) / moments.std);
                     }
                     if let Some((gamma, beta)) = &norm.affine {
-                        each(&mut values, |c, _, x| x * f64::from(gamma[c]) + f64::from(beta[c]));
+                        each(&mut x, |_, c, _, x| x * f64::from(gamma[c]) + f64::from(beta[c]));
                     }
                 }
                 Stage::ChannelShuffle { groups } => {
                     let per_group = c_out / groups;
-                    values = (0..c_out)
-                        .map(|c| values[c % groups * per_group + c / groups].clone())
-                        .collect();
+                    let from = |c: usize| c % groups * per_group + c / groups;
+                    each(&mut x, |n, c, p, _| input[[n, from(c), p]]);
+                }
+            }
+            stages.push(input);
+        }
+        Tape { source, src, stages, dst: x }
+    }
+
+    /// dst with what a partial convolution passes through.
+    fn dst(&self, layer: &Pointwise, convolved: &Array3<f64>) -> ArrayD<f64> {
+        let (start, c_out) = (self.convolved.start, layer.c_out());
+        let (n, positions) = (self.shape[0], self.src.dim().2);
+        let dst = Array3::from_shape_fn((n, self.shape[1], positions), |(n, c, p)| {
+            if c < start {
+                self.src[[n, c, p]]
+            } else if c < start + c_out {
+                convolved[[n, c - start, p]]
+            } else {
+                self.src[[n, c - c_out + self.convolved.len(), p]]
+            }
+        });
+        dst.into_shape_with_order(IxDyn(&self.shape)).expect("the same number of elements")
+    }
+}
+
+/// The positions that a stride keeps.
+fn kept<T>(mut tensor: ArrayViewD<'_, T>, stride: usize) -> ArrayViewD<'_, T> {
+    let step = stride.min(isize::MAX as usize) as isize;
+    for axis in 2..tensor.ndim() {
+        tensor.slice_axis_inplace(Axis(axis), Slice::new(0, None, step));
+    }
+    tensor
+}
+
+fn each(values: &mut Array3<f64>, f: impl Fn(usize, usize, usize, f64) -> f64) {
+    values.indexed_iter_mut().for_each(|((n, c, p), x)| *x = f(n, c, p, *x));
+}
+
+fn batch_norm(norm: &BatchNorm, statistics: Statistics, x: &mut Array3<f64>) {
+    for (c, mut values) in x.axis_iter_mut(Axis(1)).enumerate() {
+        let moments = Moments::of_channel(norm, c, statistics, values.view());
+        let (gamma, beta) = match &norm.affine {
+            Some((gamma, beta)) => (f64::from(gamma[c]), f64::from(beta[c])),
+            None => (1.0, 0.0),
+        };
+        values.mapv_inplace(|x| (x - moments.mean) / moments.std * gamma + beta);
+    }
+}
+
+/// What a normalisation subtracts, and what it divides by.
+struct Moments {
+    mean: f64,
+    std: f64,
+    /// Without `eps`, biased.
+    var: f64,
+}
+
+impl Moments {
+    fn of<'v>(values: impl Iterator<Item = &'v f64> + Clone, eps: f32) -> Moments {
+        let count = values.clone().count() as f64;
+        let mean = values.clone().sum::<f64>() / count;
+        let var = values.map(|x| (x - mean).powi(2)).sum::<f64>() / count;
+        Moments { mean, var, std: (var + f64::from(eps)).sqrt() }
+    }
+
+    /// A channel's, of the values at hand or running ones.
+    fn of_channel(
+        norm: &BatchNorm,
+        channel: usize,
+        statistics: Statistics,
+        values: ArrayView2<'_, f64>,
+    ) -> Moments {
+        match statistics {
+            Statistics::Batch => Moments::of(values.iter(), norm.eps),
+            Statistics::Frozen => {
+                let mean = f64::from(norm.running_mean[channel]);
+                let var = f64::from(norm.running_var[channel]);
+                Moments { mean, var, std: (var + f64::from(norm.eps)).sqrt() }
+            }
+        }
+    }
+}
+
+/// The sets of values of a layer norm that share a mean and a variance.
+fn normalised_together(over: NormOver, x: &mut Array3<f64>) -> Vec<ArrayViewMut3<'_, f64>> {
+    let positions = x.dim().2;
+    let mut sets = Vec::new();
+    for sample in x.axis_chunks_iter_mut(Axis(0), 1) {
+        match over {
+            NormOver::All => sets.push(sample),
+            NormOver::Channels => {
+                let mut rest = sample;
+                for _ in 0..positions {
+                    let (position, later) = rest.split_at(Axis(2), 1);
+                    sets.push(position);
+                    rest = later;
                 }
             }
         }
-        for c in 0..channels {
-            for p in 0..positions {
-                dst[[sample, c, p]] = if c < start {
-                    src[[sample, c, p]]
-                } else if c < start + c_out {
-                    values[c - start][p]
-                } else {
-                    src[[sample, c - c_out + (end - start), p]]
-                };
-            }
-        }
     }
-    Ok(dst.into_shape_with_order(IxDyn(shape)).expect("the same number of elements"))
-}
-
-fn each(values: &mut [Vec<f64>], f: impl Fn(usize, usize, f64) -> f64) {
-    for (c, row) in values.iter_mut().enumerate() {
-        for (p, x) in row.iter_mut().enumerate() {
-            *x = f(c, p, *x);
-        }
-    }
-}
-
-fn mean_and_std(values: &[f64], eps: f32) -> (f64, f64) {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let var = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count;
-    (mean, (var + f64::from(eps)).sqrt())
+    sets
 }
 
 /// One activation in f64, by PyTorch's formula: NaN in gives NaN out.

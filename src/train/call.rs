@@ -1,0 +1,549 @@
+//! One forward and one backward pass: what the user hands over, checked.
+
+use ndarray::{ArrayD, ArrayViewD, IxDyn};
+
+use crate::alias::share_memory;
+use crate::error::{Error, Result};
+use crate::prepared::{Extra, on_host};
+use crate::problem::{
+    DstShape, Operands, Problem, dst_shape, expect_shape, same_place, without_trailing_ones,
+};
+use crate::reference::{self, Inputs};
+use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
+use crate::train::params::{get, get_mut};
+use crate::train::{Accumulate, Grads, Params, Statistics, name};
+
+/// What a backward pass needs of its forward pass beside what the caller has anyway. It fits one
+/// backward pass, of the same parameters and tensors.
+#[derive(Debug)]
+#[must_use = "a workspace is what the backward pass begins with"]
+pub struct Workspace {
+    params: u64,
+    generation: u64,
+    sources: Vec<Vec<usize>>,
+}
+
+impl Params {
+    /// The forward pass of a batch, with one source.
+    ///
+    /// # Shapes
+    /// As [`Prepared::forward`](crate::Prepared::forward).
+    ///
+    /// # Errors
+    /// As there; [`Error::BatchTooSmall`] for batch statistics of one value per channel;
+    /// [`Error::NonFinite`] for statistics that are not finite. Running statistics then stay as they
+    /// were, and dst holds anything.
+    pub fn forward<S: Source + ?Sized>(&mut self, src: &S) -> Result<(S::Output, Workspace)> {
+        self.call(src).run()
+    }
+
+    /// Starts a forward pass that takes more than one tensor: a concatenation, a residual, a gate.
+    pub fn call<'a, S: AsTensor + ?Sized>(&'a mut self, src: &'a S) -> Call<'a, S> {
+        Call { params: self, src, extra: Extra::default() }
+    }
+
+    /// The backward pass of a batch with one source: returns the gradient by src, in the memory
+    /// order of `src`, and puts those by the parameters into `grads`.
+    ///
+    /// `src` is what the forward pass was given, `d_dst` the gradient of the loss by its result.
+    ///
+    /// # Errors
+    /// [`Error::Workspace`] if the workspace is of other parameters, of other shapes, or if the
+    /// parameters have changed since; whatever does not fit, with its values.
+    pub fn backward<S: Source + ?Sized>(
+        &self,
+        src: &S,
+        workspace: Workspace,
+        d_dst: &(impl AsTensor + ?Sized),
+        grads: &mut Grads,
+        accumulate: Accumulate,
+    ) -> Result<S::Output> {
+        let mut d_src = src.allocate(src.as_tensor()?.shape())?;
+        let call = self.backward_call(src, workspace, d_dst).accumulate(accumulate);
+        call.d_src(&mut d_src).run(grads)?;
+        Ok(d_src)
+    }
+
+    /// Starts a backward pass of more than one tensor, or one that leaves gradients out: only those
+    /// are computed for which it is given a tensor.
+    ///
+    /// ```
+    /// # use ndarray::{Array2, Array3};
+    /// # use pointwise::{Device, Pointwise, train::Params};
+    /// let layer = Pointwise::new(Array2::ones((4, 5))).residual().relu();
+    /// let mut params = Params::new(&layer, &Device::cpu())?;
+    /// let mut grads = params.grads();
+    /// let (a, b, residual) =
+    ///     (Array3::ones((1, 2, 7)), Array3::ones((1, 3, 7)), Array3::ones((1, 4, 7)));
+    /// let (dst, workspace) = params.call(&a).concat(&b).residual(&residual).run()?;
+    /// let (mut d_a, mut d_b) = (Array3::zeros(a.dim()), Array3::zeros(b.dim()));
+    /// params
+    ///     .backward_call(&a, workspace, &dst)
+    ///     .concat(&b)
+    ///     .residual(&residual)
+    ///     .d_src(&mut d_a) // of the first source, then of each further one
+    ///     .d_src(&mut d_b)
+    ///     .run(&mut grads)?;
+    /// assert!(d_b.iter().all(|&d| d == 24.0));
+    /// # Ok::<(), pointwise::Error>(())
+    /// ```
+    pub fn backward_call<'a>(
+        &'a self,
+        src: &'a (impl AsTensor + ?Sized),
+        workspace: Workspace,
+        d_dst: &'a (impl AsTensor + ?Sized),
+    ) -> BackwardCall<'a> {
+        BackwardCall {
+            params: self,
+            src: src.as_tensor(),
+            extra: Extra::default(),
+            workspace,
+            d_dst: d_dst.as_tensor(),
+            d_sources: Vec::new(),
+            d_residual: None,
+            d_gate: None,
+            accumulate: Accumulate::Set,
+            accumulate_inputs: Accumulate::Set,
+        }
+    }
+
+    /// Bytes that the workspace of a forward pass on a source of this shape holds.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn workspace_bytes(&self, src: &[usize]) -> Result<usize> {
+        dst_shape(&self.shape, src, std::iter::empty())?;
+        Ok(0)
+    }
+}
+
+/// A forward pass, put together from its tensors.
+#[must_use = "a call does nothing until it is run"]
+pub struct Call<'a, S: ?Sized> {
+    params: &'a mut Params,
+    src: &'a S,
+    extra: Extra<'a>,
+}
+
+impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
+    /// A further source: all of them stand for their concatenation along the channels.
+    pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
+        self.extra.add_source(src);
+        self
+    }
+
+    /// The tensor that a residual stage adds; dst's shape.
+    pub fn residual(mut self, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+        self.extra.set_residual(residual);
+        self
+    }
+
+    /// The tensor that a gate source stage multiplies by; `[n, c_in]`.
+    pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+        self.extra.set_gate(gate);
+        self
+    }
+
+    /// Runs into any non-overlapping strides.
+    ///
+    /// # Errors
+    /// As [`Params::forward`], and [`Error::Aliased`] if `dst` shares memory with a tensor that is
+    /// read.
+    pub fn run_into(self, dst: &mut (impl AsTensorMut + ?Sized)) -> Result<Workspace> {
+        let Extra { more, residual, gate, error } = self.extra;
+        if let Some(error) = error {
+            return Err(error);
+        }
+        let operands = Operands { src: self.src.as_tensor()?, more: &more, residual, gate };
+        self.params.run_forward(&operands, &mut dst.as_tensor_mut()?)
+    }
+
+    /// Runs into a new tensor in the memory order of the first source.
+    ///
+    /// # Errors
+    /// As [`Params::forward`].
+    pub fn run(self) -> Result<(S::Output, Workspace)>
+    where
+        S: Source,
+    {
+        let src = self.src.as_tensor()?;
+        if let Some(error) = self.extra.error {
+            return Err(error);
+        }
+        let more = self.extra.more.iter().map(TensorRef::shape);
+        let shape = dst_shape(&self.params.shape, src.shape(), more)?;
+        let mut dst = self.src.allocate(shape.as_slice())?;
+        let workspace = self.run_into(&mut dst)?;
+        Ok((dst, workspace))
+    }
+}
+
+/// A backward pass, put together from its tensors.
+#[must_use = "a call does nothing until it is run"]
+pub struct BackwardCall<'a> {
+    params: &'a Params,
+    src: Result<TensorRef<'a>>,
+    extra: Extra<'a>,
+    workspace: Workspace,
+    d_dst: Result<TensorRef<'a>>,
+    d_sources: Vec<TensorMut<'a>>,
+    d_residual: Option<TensorMut<'a>>,
+    d_gate: Option<TensorMut<'a>>,
+    accumulate: Accumulate,
+    accumulate_inputs: Accumulate,
+}
+
+impl<'a> BackwardCall<'a> {
+    /// A further source, as in the forward pass.
+    pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
+        self.extra.add_source(src);
+        self
+    }
+
+    /// The residual, as in the forward pass.
+    pub fn residual(mut self, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+        self.extra.set_residual(residual);
+        self
+    }
+
+    /// The gate, as in the forward pass.
+    pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+        self.extra.set_gate(gate);
+        self
+    }
+
+    /// Where the gradient by the first source goes, then by each further one; of the source's
+    /// shape. Either all sources get one, or none does.
+    pub fn d_src(mut self, d_src: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+        match d_src.as_tensor_mut() {
+            Ok(d_src) => self.d_sources.push(d_src),
+            Err(error) => {
+                self.extra.error.get_or_insert(error);
+            }
+        }
+        self
+    }
+
+    /// Where the gradient by the residual goes; dst's shape. It is zero in the channels that a
+    /// partial convolution passes through.
+    pub fn d_residual(mut self, d_residual: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+        match d_residual.as_tensor_mut() {
+            Ok(d_residual) => self.d_residual = Some(d_residual),
+            Err(error) => {
+                self.extra.error.get_or_insert(error);
+            }
+        }
+        self
+    }
+
+    /// Where the gradient by the gate goes; the gate's shape.
+    pub fn d_gate(mut self, d_gate: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+        match d_gate.as_tensor_mut() {
+            Ok(d_gate) => self.d_gate = Some(d_gate),
+            Err(error) => {
+                self.extra.error.get_or_insert(error);
+            }
+        }
+        self
+    }
+
+    /// Whether the parameters' gradients replace what `grads` holds, as they do unless told
+    /// otherwise, or are added to it.
+    pub fn accumulate(mut self, accumulate: Accumulate) -> Self {
+        self.accumulate = accumulate;
+        self
+    }
+
+    /// The same for the gradients by sources, residual and gate: several layers that read one
+    /// source add to one `d_src`.
+    pub fn accumulate_inputs(mut self, accumulate: Accumulate) -> Self {
+        self.accumulate_inputs = accumulate;
+        self
+    }
+
+    /// Runs the pass.
+    ///
+    /// # Errors
+    /// As [`Params::backward`], and [`Error::Aliased`] if a gradient shares memory with another
+    /// tensor.
+    pub fn run(self, grads: &mut Grads) -> Result<()> {
+        let BackwardCall { params, extra, workspace, accumulate, accumulate_inputs, .. } = self;
+        let Extra { more, residual, gate, error } = extra;
+        if let Some(error) = error {
+            return Err(error);
+        }
+        let operands = Operands { src: self.src?, more: &more, residual, gate };
+        let mut outputs =
+            Outputs { d_sources: self.d_sources, d_residual: self.d_residual, d_gate: self.d_gate };
+        let d_dst = self.d_dst?;
+        params.check_backward(&operands, &workspace, &d_dst, &outputs, grads)?;
+        params.run_backward(
+            &operands,
+            workspace,
+            &d_dst,
+            &mut outputs,
+            grads,
+            accumulate,
+            accumulate_inputs,
+        )
+    }
+}
+
+/// Where the gradients by a call's tensors go.
+struct Outputs<'a> {
+    d_sources: Vec<TensorMut<'a>>,
+    d_residual: Option<TensorMut<'a>>,
+    d_gate: Option<TensorMut<'a>>,
+}
+
+impl Outputs<'_> {
+    fn all(&self) -> impl Iterator<Item = (&'static str, &TensorMut<'_>)> {
+        let sources = self.d_sources.iter().map(|d| ("d_src", d));
+        let residual = self.d_residual.iter().map(|d| ("d_residual", d));
+        sources.chain(residual).chain(self.d_gate.iter().map(|d| ("d_gate", d)))
+    }
+}
+
+fn shapes(operands: &Operands<'_>) -> Vec<Vec<usize>> {
+    let more = operands.more.iter().map(|t| t.shape().to_vec());
+    std::iter::once(operands.src.shape().to_vec()).chain(more).collect()
+}
+
+impl Params {
+    fn dst_shape(&self, operands: &Operands<'_>) -> Result<DstShape> {
+        let more = operands.more.iter().map(TensorRef::shape);
+        dst_shape(&self.shape, operands.src.shape(), more)
+    }
+
+    fn run_forward(
+        &mut self,
+        operands: &Operands<'_>,
+        dst: &mut TensorMut<'_>,
+    ) -> Result<Workspace> {
+        on_host(&operands.src)?;
+        Problem::new(&self.shape, operands, dst)?;
+        self.check_batch(operands)?;
+        let arrays = Arrays::new(operands);
+        let zeros = ArrayD::zeros(IxDyn(dst.shape()));
+        let statistics = self.options.statistics;
+        let run = reference::backward(&self.layer, &arrays.inputs(), statistics, zeros.view())?;
+        for (name, values) in &run.statistics {
+            if let Some(channel) = values.iter().position(|value| !value.is_finite()) {
+                return Err(Error::NonFinite {
+                    what: format!("the batch's value for {name}"),
+                    channel,
+                    value: values[channel] as f32,
+                });
+            }
+        }
+        write(&run.dst, dst, Accumulate::Set);
+        if !run.statistics.is_empty() && run.dst.len() > 0 {
+            self.num_batches_tracked += 1;
+            let momentum = self.options.momentum.unwrap_or(1.0 / self.num_batches_tracked as f64);
+            let count = self.values_per_channel(operands)? as f64;
+            for (name, batch) in &run.statistics {
+                let unbiased = if name.ends_with("var") { count / (count - 1.0) } else { 1.0 };
+                let running = get_mut(&mut self.layer, name).expect("a batch norm has it");
+                for (running, batch) in running.iter_mut().zip(batch) {
+                    let old = f64::from(*running);
+                    *running = (old + momentum * (batch * unbiased - old)) as f32;
+                }
+            }
+        }
+        let (params, generation, sources) = (self.id, self.generation, shapes(operands));
+        Ok(Workspace { params, generation, sources })
+    }
+
+    /// Values that a batch norm takes a mean of.
+    fn values_per_channel(&self, operands: &Operands<'_>) -> Result<usize> {
+        let shape = self.dst_shape(operands)?;
+        let [n, _, spatial @ ..] = shape.as_slice() else { return Ok(0) };
+        Ok(spatial.iter().product::<usize>() * n)
+    }
+
+    fn check_batch(&self, operands: &Operands<'_>) -> Result<()> {
+        let normalises = self.options.statistics == Statistics::Batch
+            && [name::RUNNING_MEAN, name::SRC_RUNNING_MEAN]
+                .iter()
+                .any(|name| get(&self.layer, name).is_some());
+        if normalises && self.values_per_channel(operands)? == 1 {
+            return Err(Error::BatchTooSmall { shape: operands.src.shape().to_vec() });
+        }
+        Ok(())
+    }
+
+    fn check_backward(
+        &self,
+        operands: &Operands<'_>,
+        workspace: &Workspace,
+        d_dst: &TensorRef<'_>,
+        outputs: &Outputs<'_>,
+        grads: &Grads,
+    ) -> Result<()> {
+        let refuse = |reason: String| Err(Error::Workspace { reason });
+        if workspace.params != self.id {
+            return refuse("it was made by another layer's forward pass".into());
+        }
+        if workspace.generation != self.generation {
+            return refuse("the layer's parameters or options have changed since".into());
+        }
+        let given = shapes(operands);
+        if workspace.sources != given {
+            return refuse(format!(
+                "it was made for sources of shapes {:?}, not {given:?}",
+                workspace.sources
+            ));
+        }
+        grads.check(self.shapes().into_iter())?;
+        on_host(&operands.src)?;
+        let shape = self.dst_shape(operands)?;
+        expect_shape("d_dst", d_dst.shape(), shape.as_slice())?;
+        same_place("d_dst", Place::Host, d_dst.place())?;
+        for (input, wanted, tensor) in [
+            ("residual", self.shape.residual, &operands.residual),
+            ("gate", self.shape.gate, &operands.gate),
+        ] {
+            match tensor {
+                None if wanted => return Err(Error::MissingInput { input }),
+                Some(_) if !wanted => return Err(Error::UnexpectedInput { input }),
+                Some(tensor) => same_place(input, Place::Host, tensor.place())?,
+                None => {}
+            }
+        }
+        if let Some(residual) = &operands.residual {
+            expect_shape("residual", residual.shape(), shape.as_slice())?;
+        }
+        if let Some(gate) = &operands.gate {
+            let expected = [operands.src.shape()[0], self.shape.c_in];
+            expect_shape("gate", without_trailing_ones(gate.shape()), &expected)?;
+        }
+        if !outputs.d_sources.is_empty() && outputs.d_sources.len() != given.len() {
+            return Err(Error::Shape {
+                tensor: "the list of d_src",
+                expected: vec![given.len()],
+                got: vec![outputs.d_sources.len()],
+            });
+        }
+        for (d_src, shape) in outputs.d_sources.iter().zip(&given) {
+            expect_shape("d_src", d_src.shape(), shape)?;
+        }
+        if let Some(d_residual) = &outputs.d_residual {
+            if !self.shape.residual {
+                return Err(Error::UnexpectedInput { input: "residual" });
+            }
+            expect_shape("d_residual", d_residual.shape(), shape.as_slice())?;
+        }
+        if let Some(d_gate) = &outputs.d_gate {
+            let Some(gate) = &operands.gate else {
+                return Err(Error::UnexpectedInput { input: "gate" });
+            };
+            expect_shape("d_gate", d_gate.shape(), gate.shape())?;
+        }
+        let read = std::iter::once(&operands.src).chain(operands.more).chain([d_dst]);
+        let read: Vec<_> = read.chain(&operands.residual).chain(&operands.gate).collect();
+        let written: Vec<_> = outputs.all().collect();
+        for (i, (tensor, d)) in written.iter().enumerate() {
+            same_place(tensor, Place::Host, d.place())?;
+            let shares = |other: &TensorRef<'_>| share_memory(other, d.view());
+            if read.iter().any(|other| shares(other))
+                || written[..i].iter().any(|(_, other)| shares(other.view()))
+            {
+                return Err(Error::Aliased { tensor });
+            }
+        }
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a backward pass has that many tensors")]
+    fn run_backward(
+        &self,
+        operands: &Operands<'_>,
+        _workspace: Workspace,
+        d_dst: &TensorRef<'_>,
+        outputs: &mut Outputs<'_>,
+        grads: &mut Grads,
+        accumulate: Accumulate,
+        accumulate_inputs: Accumulate,
+    ) -> Result<()> {
+        let arrays = Arrays::new(operands);
+        let d_dst = read(d_dst);
+        let statistics = self.options.statistics;
+        let run = reference::backward(&self.layer, &arrays.inputs(), statistics, d_dst.view())?;
+        for (name, values) in &run.parameters {
+            if !self.wants(name) {
+                continue;
+            }
+            let mut values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+            if *name == name::WEIGHT {
+                let k = self.layer.weight.ncols();
+                for rows in &self.options.frozen_rows {
+                    values[rows.start * k..rows.end * k].fill(0.0);
+                }
+            }
+            grads.put(name, values, accumulate);
+        }
+        for (d, to) in run.d_sources.iter().zip(&mut outputs.d_sources) {
+            write(d, to, accumulate_inputs);
+        }
+        if let (Some(d), Some(to)) = (&run.d_residual, &mut outputs.d_residual) {
+            write(d, to, accumulate_inputs);
+        }
+        if let (Some(d), Some(to)) = (&run.d_gate, &mut outputs.d_gate) {
+            let d = d.to_shape(IxDyn(to.shape())).expect("further axes have length 1").to_owned();
+            write(&d, to, accumulate_inputs);
+        }
+        Ok(())
+    }
+}
+
+/// Copies of a call's tensors.
+struct Arrays {
+    sources: Vec<ArrayD<f32>>,
+    residual: Option<ArrayD<f32>>,
+    gate: Option<ArrayD<f32>>,
+}
+
+impl Arrays {
+    fn new(operands: &Operands<'_>) -> Self {
+        let sources = std::iter::once(&operands.src).chain(operands.more).map(read).collect();
+        let [residual, gate] = [&operands.residual, &operands.gate].map(|t| t.as_ref().map(read));
+        Arrays { sources, residual, gate }
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            sources: self.sources.iter().map(|array| array.view()).collect(),
+            residual: self.residual.as_ref().map(|array| array.view()),
+            gate: self.gate.as_ref().map(|array| array.view()),
+        }
+    }
+}
+
+fn offset(strides: &[isize], index: &[usize]) -> isize {
+    strides.iter().zip(index).map(|(stride, &i)| stride * i as isize).sum()
+}
+
+fn read(tensor: &TensorRef<'_>) -> ArrayD<f32> {
+    ArrayD::from_shape_fn(IxDyn(tensor.shape()), |index| {
+        // SAFETY: a host tensor's elements are readable at every index.
+        unsafe {
+            *tensor.as_ptr().offset(offset(tensor.strides(), ndarray::Dimension::slice(&index)))
+        }
+    })
+}
+
+fn write(values: &ArrayD<f64>, tensor: &mut TensorMut<'_>, accumulate: Accumulate) {
+    let strides = tensor.strides().to_vec();
+    let ptr = tensor.as_mut_ptr();
+    let values: ArrayViewD<'_, f64> = values.view();
+    for (index, &value) in values.indexed_iter() {
+        // SAFETY: a host tensor's elements are writable at every index.
+        unsafe {
+            let to = ptr.offset(offset(&strides, ndarray::Dimension::slice(&index)));
+            *to = match accumulate {
+                Accumulate::Set => value as f32,
+                Accumulate::Add => *to + value as f32,
+            };
+        }
+    }
+}

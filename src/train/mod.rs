@@ -1,0 +1,134 @@
+//! Training: forward with batch statistics, the gradient of everything, parameters to update.
+//!
+//! ```
+//! use ndarray::{Array3, Array2};
+//! use pointwise::train::{Accumulate, Params};
+//! use pointwise::{BatchNorm, Device, Pointwise};
+//!
+//! let norm = BatchNorm::new(vec![0.0; 4], vec![1.0; 4]).affine(vec![1.0; 4], vec![0.0; 4]);
+//! let layer = Pointwise::new(Array2::from_elem((4, 3), 0.5)).batch_norm(norm).relu();
+//! let mut params = Params::new(&layer, &Device::cpu())?;
+//! let mut grads = params.grads();
+//!
+//! let src = Array3::from_shape_fn((2, 3, 10), |(n, c, p)| (n + c * p) as f32);
+//! let (dst, workspace) = params.forward(&src)?;
+//! let d_dst = dst.mapv(|y| y - 1.0); // of the loss (y - 1)² / 2
+//! let d_src = params.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set)?;
+//! # assert_eq!(d_src.shape(), src.shape());
+//!
+//! // An optimiser is a loop over the parameters and their gradients.
+//! params.update(&grads, |_name, values, grads| {
+//!     values.iter_mut().zip(grads).for_each(|(w, d)| *w -= 0.1 * d);
+//! })?;
+//! let ready = params.prepare()?; // for inference, with the running statistics
+//! # let _ = ready.forward(&src)?;
+//! # Ok::<(), pointwise::Error>(())
+//! ```
+//!
+//! # What is computed
+//!
+//! [`reference::backward`](crate::reference::backward) says it in f64. Every stage and source stage
+//! has a gradient, in any order, with groups, stride, partial and concatenation. Where an activation
+//! has a kink, the derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
+//!
+//! A batch norm, at the place where it stands, normalises with the mean and the biased variance of
+//! the batch, and moves the running statistics as PyTorch does: by `momentum` towards the batch's
+//! mean and unbiased variance. With [`Statistics::Frozen`] it uses the running ones and leaves them.
+//!
+//! # Names
+//!
+//! Parameters are called as in a PyTorch module whose convolution is the module itself and whose
+//! other stages are children: `weight`, `bias`; `bn.weight`, `bn.bias`, `bn.running_mean`,
+//! `bn.running_var`; `ln.weight`, `ln.bias`; `prelu.weight`; before the convolution `src_bn.…`,
+//! `src_affine.weight` and `src_affine.bias`. [`name`] has them as constants.
+
+mod call;
+mod grads;
+mod params;
+
+use std::ops::Range;
+
+pub use call::{BackwardCall, Call, Workspace};
+pub use grads::Grads;
+pub use params::Params;
+
+/// The names of parameters and running statistics.
+pub mod name {
+    /// `[c_out, c_in / groups]`.
+    pub const WEIGHT: &str = "weight";
+    /// `[c_out]`, of the stage bias.
+    pub const BIAS: &str = "bias";
+    /// `[c_out]`, of the stage batch norm.
+    pub const GAMMA: &str = "bn.weight";
+    /// `[c_out]`, of the stage batch norm.
+    pub const BETA: &str = "bn.bias";
+    /// `[c_out]`, of the stage batch norm; a statistic.
+    pub const RUNNING_MEAN: &str = "bn.running_mean";
+    /// `[c_out]`, of the stage batch norm; a statistic.
+    pub const RUNNING_VAR: &str = "bn.running_var";
+    /// `[c_out]`, or one value.
+    pub const SLOPE: &str = "prelu.weight";
+    /// `[c_out]`, of the stage layer norm.
+    pub const LN_GAMMA: &str = "ln.weight";
+    /// `[c_out]`, of the stage layer norm.
+    pub const LN_BETA: &str = "ln.bias";
+    /// `[c_in]`, of the source stage affine.
+    pub const SRC_SCALE: &str = "src_affine.weight";
+    /// `[c_in]`, of the source stage affine.
+    pub const SRC_SHIFT: &str = "src_affine.bias";
+    /// `[c_in]`, of the source stage batch norm.
+    pub const SRC_GAMMA: &str = "src_bn.weight";
+    /// `[c_in]`, of the source stage batch norm.
+    pub const SRC_BETA: &str = "src_bn.bias";
+    /// `[c_in]`, of the source stage batch norm; a statistic.
+    pub const SRC_RUNNING_MEAN: &str = "src_bn.running_mean";
+    /// `[c_in]`, of the source stage batch norm; a statistic.
+    pub const SRC_RUNNING_VAR: &str = "src_bn.running_var";
+}
+
+/// What a batch norm normalises with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Statistics {
+    /// Those of the batch; the running statistics follow.
+    #[default]
+    Batch,
+    /// The running ones, which stay as they are.
+    Frozen,
+}
+
+/// What happens to what a gradient holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Accumulate {
+    /// It is replaced.
+    #[default]
+    Set,
+    /// The new gradient is added to it.
+    Add,
+}
+
+/// How a layer is trained.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// What batch norms normalise with.
+    pub statistics: Statistics,
+    /// The share of a batch in the running statistics, 0 to 1; `None` gives every batch so far the
+    /// same share. 0.1 by default.
+    pub momentum: Option<f64>,
+    /// [`name`]s of parameters whose gradients are not wanted: not computed, left as they are, and
+    /// not visited by [`Params::update`].
+    pub frozen: Vec<String>,
+    /// Rows of the weight (output channels) that keep their values: their gradients are zero, and
+    /// [`Params::update`] does not change them.
+    pub frozen_rows: Vec<Range<usize>>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            statistics: Statistics::Batch,
+            momentum: Some(0.1),
+            frozen: Vec::new(),
+            frozen_rows: Vec::new(),
+        }
+    }
+}
