@@ -166,9 +166,31 @@ impl<'a> Problem<'a> {
         operands: &Operands<'a>,
         dst: &mut TensorMut<'_>,
     ) -> Result<Self> {
+        let problem = Self::reading(layer, operands, "dst", dst.view())?;
+        let optional = [("residual", &operands.residual), ("gate", &operands.gate)];
+        let optional = optional.into_iter().filter_map(|(name, t)| Some((name, t.as_ref()?)));
+        let sources = std::iter::once(&operands.src).chain(operands.more);
+        for (tensor, view) in sources.map(|source| ("src", source)).chain(optional) {
+            if share_memory(view, dst.view()) {
+                return Err(Error::Aliased { tensor });
+            }
+        }
+        Ok(problem)
+    }
+
+    /// As [`new`](Self::new), for a tensor of dst's shape that is read too: the gradient by it.
+    ///
+    /// # Errors
+    /// As there, but for aliasing.
+    pub(crate) fn reading(
+        layer: &LayerShape,
+        operands: &Operands<'a>,
+        name: &'static str,
+        dst: &TensorRef<'_>,
+    ) -> Result<Self> {
         let expected =
             dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
-        expect_shape("dst", dst.shape(), expected.as_slice())?;
+        expect_shape(name, dst.shape(), expected.as_slice())?;
         let place = operands.src.place();
         let rest = operands.more.iter().map(|t| ("src", t));
         let residual = present("residual", layer.residual, &operands.residual)?;
@@ -178,11 +200,8 @@ impl<'a> Problem<'a> {
         let read = std::iter::once(("src", &operands.src)).chain(rest).chain(optional);
         for (tensor, view) in read {
             same_place(tensor, place, view.place())?;
-            if share_memory(view, dst.view()) {
-                return Err(Error::Aliased { tensor });
-            }
         }
-        same_place("dst", place, dst.place())?;
+        same_place(name, place, dst.place())?;
         if let Some(residual) = residual {
             expect_shape("residual", residual.shape(), expected.as_slice())?;
         }
@@ -204,7 +223,7 @@ impl<'a> Problem<'a> {
             more: operands.more,
             stride: layer.stride,
             partial: layer.partial.clone(),
-            dst: cut(dst.view()),
+            dst: cut(dst),
             residual: residual.map(cut),
             gate: gate.map(Operand::new),
         })

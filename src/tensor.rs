@@ -282,7 +282,6 @@ impl<'a, T> TensorRef<'a, T> {
     }
 
     /// This view with its channel axis cut down to `start..end`.
-    #[cfg(feature = "cuda")]
     pub(crate) fn channels(mut self, start: usize, end: usize) -> Self {
         debug_assert!(start <= end && end <= self.extents.shape[1]);
         self.ptr = self.ptr.wrapping_offset(self.extents.strides[1].wrapping_mul(start as isize));

@@ -14,6 +14,10 @@
 use crate::cpu::simd::Simd;
 use crate::stages::Activation;
 
+mod slopes;
+
+pub(crate) use slopes::{apply_slope, leaky};
+
 /// Replaces `vectors` whole vectors at `data` by their activation.
 ///
 /// # Safety
@@ -164,38 +168,40 @@ fn times_exp<V: Simd>(x: V, factor: V, m: V, n: V) -> V {
     x.mul_add(x.like(0.0), factor.mul_add(m, factor).scale_exp2(n))
 }
 
+/// The Mills ratio's `a`, and `P`: see [`gelu`].
+const MILLS_A: f32 = 2.5;
+const MILLS_P: [f32; 10] = [
+    0.706_656_63,
+    -0.433_692_13,
+    0.131_987_29,
+    0.009_238_114,
+    -0.016_389_929,
+    -0.001_614_106_5,
+    0.002_537_497_3,
+    0.000_713_609_5,
+    -0.000_326_298_03,
+    -0.000_179_171_53,
+];
+
 /// `x * Φ(x)`. Near zero, `Φ(x) = 1/2 + x S(x²)`. Elsewhere `Φ(-t) = exp(-t²/2) R(t)`, where the
 /// Mills ratio `R` is `P((t - a) / (t + a)) / (t + a)`: the form of Shepherd and Laframboise (1981)
 /// for erfcx.
 #[inline(always)]
 fn gelu<V: Simd>(x: V) -> V {
-    const A: f32 = 2.5;
     const S: [f32; 4] = [0.398_942_3, -0.066_489_94, 0.009_964_83, -0.001_131_108_6];
-    const P: [f32; 10] = [
-        0.706_656_63,
-        -0.433_692_13,
-        0.131_987_29,
-        0.009_238_114,
-        -0.016_389_929,
-        -0.001_614_106_5,
-        0.002_537_497_3,
-        0.000_713_609_5,
-        -0.000_326_298_03,
-        -0.000_179_171_53,
-    ];
     // Beyond 15, Φ(-t) * t is zero.
     let t = x.abs().min(x.like(15.0));
     let (square, square_low) = t.mul_exact(t);
     let near_zero = x.mul_add(polynomial(square, S), x.like(0.5));
 
     // The quotient in two floats, since its error would count twice.
-    let sum = t + A;
+    let sum = t + MILLS_A;
     let inverse = x.like(1.0) / sum;
     let (one, one_low) = sum.mul_exact(inverse);
-    let lost = (x.like(1.0) - one) - one_low - (t - (sum - A)) * inverse;
+    let lost = (x.like(1.0) - one) - one_low - (t - (sum - MILLS_A)) * inverse;
     let inverse_low = inverse * lost;
-    let q = (t - A).mul_add(inverse_low, (t - A) * inverse);
-    let p = polynomial(q, P);
+    let q = (t - MILLS_A).mul_add(inverse_low, (t - MILLS_A) * inverse);
+    let p = polynomial(q, MILLS_P);
     // t R(t), in two floats again.
     let (share, share_low) = t.mul_exact(inverse);
     let (product, product_low) = p.mul_exact(share);

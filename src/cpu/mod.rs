@@ -1,7 +1,7 @@
 //! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it,
 //! `area` cuts grids of tiles out of a unit, `pack` lays weights (and, where it pays, src) out for the
 //! microkernels, `norm` normalises a block of positions, `threads` spreads units over a pool, `roof`
-//! measures the machine's ceilings, `tune` measures kernels. Everything that depends on the
+//! measures the machine's ceilings, `tune` measures kernels, `train` has the passes of training. Everything that depends on the
 //! instruction set is in `microkernel`, `epilogue`, `runs` and `math`, written over one vector type
 //! in `simd`.
 
@@ -18,6 +18,7 @@ mod roof;
 mod runs;
 mod simd;
 mod threads;
+pub(crate) mod train;
 mod tune;
 
 pub(crate) use gemm::{Layer, run};

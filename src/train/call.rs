@@ -1,14 +1,14 @@
 //! One forward and one backward pass: what the user hands over, checked.
 
-use ndarray::{ArrayD, ArrayViewD, IxDyn};
-
 use crate::alias::share_memory;
+use crate::cpu;
+use crate::cpu::train::Moments;
+use crate::device::Kind;
 use crate::error::{Error, Result};
 use crate::prepared::{Extra, on_host};
 use crate::problem::{
-    DstShape, Operands, Problem, dst_shape, expect_shape, same_place, without_trailing_ones,
+    DstShape, Operands, dst_shape, expect_shape, same_place, without_trailing_ones,
 };
-use crate::reference::{self, Inputs};
 use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
 use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
@@ -21,6 +21,14 @@ pub struct Workspace {
     params: u64,
     generation: u64,
     sources: Vec<Vec<usize>>,
+    state: cpu::train::State,
+}
+
+impl Workspace {
+    /// Bytes that it holds, beside some per channel.
+    pub fn bytes(&self) -> usize {
+        self.state.bytes()
+    }
 }
 
 impl Params {
@@ -112,8 +120,9 @@ impl Params {
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn workspace_bytes(&self, src: &[usize]) -> Result<usize> {
-        dst_shape(&self.shape, src, std::iter::empty())?;
-        Ok(0)
+        let shape = dst_shape(&self.shape, src, std::iter::empty())?;
+        let positions = shape.as_slice()[2..].iter().product();
+        self.with_training(|training| Ok(training.bytes(src[0], positions)))
     }
 }
 
@@ -321,37 +330,47 @@ impl Params {
         dst: &mut TensorMut<'_>,
     ) -> Result<Workspace> {
         on_host(&operands.src)?;
-        Problem::new(&self.shape, operands, dst)?;
         self.check_batch(operands)?;
-        let arrays = Arrays::new(operands);
-        let zeros = ArrayD::zeros(IxDyn(dst.shape()));
-        let statistics = self.options.statistics;
-        let run = reference::backward(&self.layer, &arrays.inputs(), statistics, zeros.view())?;
-        for (name, values) in &run.statistics {
-            if let Some(channel) = values.iter().position(|value| !value.is_finite()) {
-                return Err(Error::NonFinite {
-                    what: format!("the batch's value for {name}"),
-                    channel,
-                    value: values[channel] as f32,
-                });
+        let state = self.with_training(|training| training.forward(operands, dst))?;
+        let mut counted = false;
+        for statistics in state.statistics.iter().flatten() {
+            if !counted {
+                self.num_batches_tracked += 1;
+                counted = true;
             }
-        }
-        write(&run.dst, dst, Accumulate::Set);
-        if !run.statistics.is_empty() && run.dst.len() > 0 {
-            self.num_batches_tracked += 1;
             let momentum = self.options.momentum.unwrap_or(1.0 / self.num_batches_tracked as f64);
-            let count = self.values_per_channel(operands)? as f64;
-            for (name, batch) in &run.statistics {
-                let unbiased = if name.ends_with("var") { count / (count - 1.0) } else { 1.0 };
+            let [mean, var] = statistics.names;
+            for (name, value) in [
+                (mean, (|m| m.mean) as fn(&Moments) -> f64),
+                (var, |m| m.deviations / (m.count - 1.0)),
+            ] {
                 let running = get_mut(&mut self.layer, name).expect("a batch norm has it");
-                for (running, batch) in running.iter_mut().zip(batch) {
+                for (running, moments) in running.iter_mut().zip(&statistics.moments) {
                     let old = f64::from(*running);
-                    *running = (old + momentum * (batch * unbiased - old)) as f32;
+                    *running = (old + momentum * (value(moments) - old)) as f32;
                 }
             }
         }
         let (params, generation, sources) = (self.id, self.generation, shapes(operands));
-        Ok(Workspace { params, generation, sources })
+        Ok(Workspace { params, generation, sources, state })
+    }
+
+    /// The layer as its device's passes see it.
+    fn with_training<R>(&self, f: impl FnOnce(cpu::train::Training<'_>) -> Result<R>) -> Result<R> {
+        let Kind::Cpu(device) = self.device.kind()? else {
+            return Err(Error::Unsupported {
+                device: self.device.to_string(),
+                what: "training".into(),
+            });
+        };
+        f(cpu::train::Training {
+            device,
+            layer: &self.layer,
+            shape: &self.shape,
+            statistics: self.options.statistics,
+            wants: &|name| self.wants(name),
+            reduce: None,
+        })
     }
 
     /// Values that a batch norm takes a mean of.
@@ -458,92 +477,39 @@ impl Params {
     fn run_backward(
         &self,
         operands: &Operands<'_>,
-        _workspace: Workspace,
+        workspace: Workspace,
         d_dst: &TensorRef<'_>,
         outputs: &mut Outputs<'_>,
         grads: &mut Grads,
         accumulate: Accumulate,
         accumulate_inputs: Accumulate,
     ) -> Result<()> {
-        let arrays = Arrays::new(operands);
-        let d_dst = read(d_dst);
-        let statistics = self.options.statistics;
-        let run = reference::backward(&self.layer, &arrays.inputs(), statistics, d_dst.view())?;
-        for (name, values) in &run.parameters {
-            if !self.wants(name) {
-                continue;
-            }
-            let mut values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
-            if *name == name::WEIGHT {
-                let k = self.layer.weight.ncols();
-                for rows in &self.options.frozen_rows {
-                    values[rows.start * k..rows.end * k].fill(0.0);
+        self.with_training(|training| {
+            let Outputs { d_sources, d_residual, d_gate } = outputs;
+            let outputs = cpu::train::Outputs {
+                d_sources,
+                d_residual: d_residual.as_mut(),
+                d_gate: d_gate.as_mut(),
+                accumulate: accumulate_inputs,
+            };
+            let frozen: Vec<_> = self.frozen_values(grads);
+            training.backward(operands, workspace.state, d_dst, outputs, grads, accumulate)?;
+            let weight = grads.get_mut(name::WEIGHT).expect("every layer has one");
+            for (first, values) in frozen {
+                match accumulate {
+                    Accumulate::Set => weight[first..first + values.len()].fill(0.0),
+                    Accumulate::Add => weight[first..first + values.len()].copy_from_slice(&values),
                 }
             }
-            grads.put(name, values, accumulate);
-        }
-        for (d, to) in run.d_sources.iter().zip(&mut outputs.d_sources) {
-            write(d, to, accumulate_inputs);
-        }
-        if let (Some(d), Some(to)) = (&run.d_residual, &mut outputs.d_residual) {
-            write(d, to, accumulate_inputs);
-        }
-        if let (Some(d), Some(to)) = (&run.d_gate, &mut outputs.d_gate) {
-            let d = d.to_shape(IxDyn(to.shape())).expect("further axes have length 1").to_owned();
-            write(&d, to, accumulate_inputs);
-        }
-        Ok(())
-    }
-}
-
-/// Copies of a call's tensors.
-struct Arrays {
-    sources: Vec<ArrayD<f32>>,
-    residual: Option<ArrayD<f32>>,
-    gate: Option<ArrayD<f32>>,
-}
-
-impl Arrays {
-    fn new(operands: &Operands<'_>) -> Self {
-        let sources = std::iter::once(&operands.src).chain(operands.more).map(read).collect();
-        let [residual, gate] = [&operands.residual, &operands.gate].map(|t| t.as_ref().map(read));
-        Arrays { sources, residual, gate }
+            Ok(())
+        })
     }
 
-    fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            sources: self.sources.iter().map(|array| array.view()).collect(),
-            residual: self.residual.as_ref().map(|array| array.view()),
-            gate: self.gate.as_ref().map(|array| array.view()),
-        }
-    }
-}
-
-fn offset(strides: &[isize], index: &[usize]) -> isize {
-    strides.iter().zip(index).map(|(stride, &i)| stride * i as isize).sum()
-}
-
-fn read(tensor: &TensorRef<'_>) -> ArrayD<f32> {
-    ArrayD::from_shape_fn(IxDyn(tensor.shape()), |index| {
-        // SAFETY: a host tensor's elements are readable at every index.
-        unsafe {
-            *tensor.as_ptr().offset(offset(tensor.strides(), ndarray::Dimension::slice(&index)))
-        }
-    })
-}
-
-fn write(values: &ArrayD<f64>, tensor: &mut TensorMut<'_>, accumulate: Accumulate) {
-    let strides = tensor.strides().to_vec();
-    let ptr = tensor.as_mut_ptr();
-    let values: ArrayViewD<'_, f64> = values.view();
-    for (index, &value) in values.indexed_iter() {
-        // SAFETY: a host tensor's elements are writable at every index.
-        unsafe {
-            let to = ptr.offset(offset(&strides, ndarray::Dimension::slice(&index)));
-            *to = match accumulate {
-                Accumulate::Set => value as f32,
-                Accumulate::Add => *to + value as f32,
-            };
-        }
+    /// The gradients of frozen rows of the weight: where they begin, what they hold.
+    fn frozen_values(&self, grads: &Grads) -> Vec<(usize, Vec<f32>)> {
+        let k = self.layer.weight.ncols();
+        let weight = grads.get(name::WEIGHT).unwrap_or(&[]);
+        let rows = self.options.frozen_rows.iter();
+        rows.map(|rows| (rows.start * k, weight[rows.start * k..rows.end * k].to_vec())).collect()
     }
 }

@@ -1,0 +1,784 @@
+//! Forward and backward passes on the CPU.
+//!
+//! The convolution, its gradient by src (the transposed weight) and its gradient by the weight are
+//! the microkernels' ([`wgrad`]); the stages around it are a [`chain`] that [`sweep`] replays over
+//! blocks, by the operations of [`lanes`].
+
+mod chain;
+mod lanes;
+mod sweep;
+mod wgrad;
+
+use crate::cpu::gemm::{self, Layer};
+use crate::cpu::isa::{Isa, Supported};
+pub(crate) use crate::cpu::norm::Moments;
+use crate::cpu::threads::CpuDevice;
+use crate::cpu::train::chain::{Chain, Op};
+use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Part, Reduce, Sweep, View};
+use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
+use crate::epilogue::{Lowered, SourceStep};
+use crate::error::{Error, Result};
+use crate::layer::Pointwise;
+use crate::prepared::PrepareOptions;
+use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
+use crate::stages::{Activation, SourceStage, Stage};
+use crate::tensor::{MAX_RANK, TensorMut, TensorRef, try_zeros};
+use crate::train::{Accumulate, Grads, Statistics, name};
+
+/// Positions of a plane below which its rows are too short to run along.
+const SHORT_PLANE: usize = 16;
+
+/// A layer in training, as a pass sees it.
+pub(crate) struct Training<'a> {
+    pub device: &'a CpuDevice,
+    pub layer: &'a Pointwise,
+    pub shape: &'a LayerShape,
+    pub statistics: Statistics,
+    /// Whether a parameter's gradient is wanted.
+    pub wants: &'a dyn Fn(&str) -> bool,
+    /// Sums statistics over all processes.
+    pub reduce: Reduce<'a>,
+}
+
+/// What a forward pass keeps for the backward pass.
+#[derive(Debug)]
+pub(crate) enum Saved {
+    /// The convolution's result.
+    Values(Vec<f32>),
+    /// Which values of dst lie inside the bounds of the last activation.
+    Bits(Vec<u8>),
+    Nothing,
+}
+
+/// A batch norm's statistics of a batch: under the names of the running mean and variance.
+pub(crate) struct BatchStatistics {
+    pub names: [&'static str; 2],
+    pub moments: Vec<Moments>,
+}
+
+/// Everything that a forward pass keeps.
+pub(crate) struct State {
+    saved: Saved,
+    axis: Axis,
+    /// The statistics of batch norms: of the source's, of the other one.
+    pub statistics: [Option<BatchStatistics>; 2],
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "State({:?}, {} bytes)", self.axis, self.bytes())
+    }
+}
+
+impl State {
+    /// Bytes that it holds, beside some per channel.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.saved {
+            Saved::Values(values) => size_of_val(&values[..]),
+            Saved::Bits(bits) => bits.len(),
+            Saved::Nothing => 0,
+        }
+    }
+}
+
+/// The gradients by a call's tensors that are wanted.
+pub(crate) struct Outputs<'o, 't> {
+    pub d_sources: &'o mut [TensorMut<'t>],
+    pub d_residual: Option<&'o mut TensorMut<'t>>,
+    pub d_gate: Option<&'o mut TensorMut<'t>>,
+    pub accumulate: Accumulate,
+}
+
+/// What of the forward pass the backward pass needs.
+#[derive(Clone, Copy, PartialEq)]
+enum Need {
+    Values,
+    /// Where dst lies between two bounds; the slope elsewhere.
+    Bits([f32; 2], f32),
+    Nothing,
+}
+
+impl Training<'_> {
+    /// Bytes that the state of a forward pass will hold, beside some per channel.
+    pub(crate) fn bytes(&self, n: usize, positions: usize) -> usize {
+        let (rows, total) = (self.shape.c_out, n.saturating_mul(positions));
+        match self.need() {
+            Need::Values => rows.saturating_mul(total).saturating_mul(size_of::<f32>()),
+            Need::Bits(..) => Sweep::bits_len(Axis::Rows, rows, total),
+            Need::Nothing => 0,
+        }
+    }
+
+    fn need(&self) -> Need {
+        let chain = Chain::of_stages(self.layer, self.statistics);
+        let mut need = Need::Nothing;
+        for (i, op) in chain.ops.iter().enumerate() {
+            let last = i + 1 == chain.ops.len();
+            match op {
+                Op::Residual => {}
+                Op::Linear(linear) if linear.batch.is_none() => {
+                    if linear.names[0].is_some_and(|name| (self.wants)(name)) {
+                        return Need::Values;
+                    }
+                }
+                Op::Activation(activation) if last => {
+                    let infinite = f32::INFINITY;
+                    need = match *activation {
+                        Activation::Relu => Need::Bits([0.0, infinite], 0.0),
+                        Activation::Relu6 => Need::Bits([0.0, 6.0], 0.0),
+                        Activation::Clip { lo, hi } => Need::Bits([lo, hi], 0.0),
+                        Activation::LeakyRelu { alpha } if alpha > 0.0 => {
+                            Need::Bits([0.0, infinite], alpha)
+                        }
+                        _ => return Need::Values,
+                    };
+                }
+                _ => return Need::Values,
+            }
+        }
+        need
+    }
+
+    fn isa(&self) -> Result<Supported> {
+        Isa::detect().map_err(|reason| Error::Environment {
+            variable: crate::cpu::isa::ISA_VARIABLE,
+            value: std::env::var_os(crate::cpu::isa::ISA_VARIABLE)
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into(),
+            reason,
+        })
+    }
+
+    /// Runs forward into `dst`.
+    pub(crate) fn forward(
+        &self,
+        operands: &Operands<'_>,
+        dst: &mut TensorMut<'_>,
+    ) -> Result<State> {
+        let isa = self.isa()?;
+        let problem = Problem::new(self.shape, operands, dst)?;
+        let (n, positions) = (problem.n, problem.positions());
+        let mut chain = Chain::of_stages(self.layer, self.statistics);
+        let axis = axis_of(&problem.dst, &problem, &chain);
+        let mut state = State { saved: Saved::Nothing, axis, statistics: [None, None] };
+        if n * positions == 0 && self.reduce.is_none() {
+            return Ok(state);
+        }
+
+        // The source's own batch norm.
+        let mut source_chain = Chain::of_source(self.layer, self.statistics);
+        if let Some((op, batch)) = source_chain.batch_norm() {
+            let mut sweep = self.source_sweep(isa, &problem, source_chain);
+            let moments = sweep.forward(None)?;
+            check(&moments, batch.mean)?;
+            source_chain = sweep.chain;
+            debug_assert!(matches!(source_chain.ops[op], Op::Linear(_)));
+            let names = [batch.mean, batch.var];
+            state.statistics[0] = Some(BatchStatistics { names, moments });
+        }
+
+        let need = self.need();
+        if need != Need::Values {
+            // As in inference: everything in one pass.
+            let layer = Layer::new(
+                self.device,
+                self.shape,
+                self.lowered(&source_chain),
+                &PrepareOptions::default(),
+            )?;
+            gemm::run(&[(&layer, &problem)]);
+            if let Need::Bits(bounds, _) = need {
+                let view = self.dst_view(&problem, &problem.dst, &chain, true);
+                let sweep = self.sweep(isa, chain_of(chain.rows), axis, &problem, view.clone());
+                state.saved = Saved::Bits(sweep.keep_bits(&view, bounds));
+            }
+            return Ok(state);
+        }
+
+        let rows = self.shape.c_out;
+        let mut values: Vec<f32> = try_zeros("the workspace", &[rows, n, positions])?;
+        self.multiply(&source_chain, operands, &problem, axis, &mut values)?;
+        let input = View::contiguous(values.as_mut_ptr(), axis, rows, n * positions);
+        let batch = chain.batch_norm();
+        let (dst_map, residual_map) = (chain.dst_map.take(), chain.residual_map.take());
+        let walk = problem.walk(&problem.dst, true);
+        let dst_view = View::new(&rows_of(&problem.dst, rows), walk, dst_map.as_deref());
+        let mut sweep = self.sweep(isa, chain, axis, &problem, input);
+        sweep.residual = problem.residual.as_ref().map(|residual| {
+            let walk = problem.walk(residual, true);
+            View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
+        });
+        let moments = sweep.forward(Some((&dst_view, Accumulate::Set)))?;
+        if let Some((_, batch)) = batch {
+            check(&moments, batch.mean)?;
+            let names = [batch.mean, batch.var];
+            state.statistics[1] = Some(BatchStatistics { names, moments });
+        }
+        for (src, dst) in problem.passed_through() {
+            self.copy(isa, &problem, &src, &dst, Accumulate::Set)?;
+        }
+        state.saved = Saved::Values(values);
+        Ok(state)
+    }
+
+    /// Runs backward.
+    pub(crate) fn backward(
+        &self,
+        operands: &Operands<'_>,
+        mut state: State,
+        d_dst: &TensorRef<'_>,
+        outputs: Outputs<'_, '_>,
+        grads: &mut Grads,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        let isa = self.isa()?;
+        let problem = Problem::reading(self.shape, operands, "d_dst", d_dst)?;
+        let (n, positions) = (problem.n, problem.positions());
+        let total = n * positions;
+        let rows = self.shape.c_out;
+        let axis = state.axis;
+
+        // The stages, down to the convolution's result.
+        let mut chain = Chain::of_stages(self.layer, self.statistics);
+        settle(&mut chain, &state.statistics[1]);
+        let (dst_map, residual_map) = (chain.dst_map.take(), chain.residual_map.take());
+        let walk = problem.walk(&problem.dst, true);
+        let d_dst_view = View::new(&rows_of(&problem.dst, rows), walk, dst_map.as_deref());
+        let mut buffer: Vec<f32>;
+        // The gradient by the convolution's result takes the place of the result.
+        let d = match &mut state.saved {
+            Saved::Values(values) => values.as_mut_ptr(),
+            _ => {
+                buffer = try_zeros("the gradient by the convolution", &[rows, total])?;
+                buffer.as_mut_ptr()
+            }
+        };
+        let kept = match (&state.saved, self.need()) {
+            (Saved::Values(_), _) => Kept::Input,
+            (Saved::Bits(bits), Need::Bits(_, alpha)) => Kept::Bits(bits, alpha),
+            _ => Kept::Nothing,
+        };
+        let channels = chain.channels.clone();
+        let d_view = View::contiguous(d, axis, rows, total);
+        let mut sweep = self.sweep(isa, chain, axis, &problem, d_view.clone());
+        sweep.residual = problem.residual.as_ref().map(|residual| {
+            let walk = problem.walk(residual, true);
+            View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
+        });
+        let d_residual = match outputs.d_residual {
+            None => None,
+            Some(tensor) => {
+                let start = self.shape.partial.as_ref().map_or(0, |range| range.start);
+                if self.shape.partial.is_some() && outputs.accumulate == Accumulate::Set {
+                    fill_zero(tensor);
+                }
+                let view = tensor.view().channels(start, start + rows);
+                let operand = Operand::new(&view);
+                let walk = problem.walk(&operand, true);
+                Some(View::new(&operand, walk, residual_map.as_deref()))
+            }
+        };
+        // Layer norms over all need their forward statistics again.
+        if sweep
+            .chain
+            .barriers()
+            .iter()
+            .any(|&i| matches!(sweep.chain.ops[i], Op::LayerNorm { .. }))
+        {
+            sweep.statistics_again()?;
+        }
+        let sum = sweep.backward(&Backward {
+            d_dst: d_dst_view,
+            d_input: d_view.clone(),
+            d_residual,
+            accumulate: [Accumulate::Set, outputs.accumulate],
+            kept,
+        })?;
+        self.put(&sweep.chain, &channels, &sum.ops, grads, accumulate);
+
+        // Through the convolution.
+        let mut source_chain = Chain::of_source(self.layer, self.statistics);
+        settle(&mut source_chain, &state.statistics[0]);
+        let source_channels = source_chain.channels.clone();
+        let source_grads = source_chain.ops.iter().any(|op| match op {
+            Op::Linear(linear) => linear.names.iter().flatten().any(|name| (self.wants)(name)),
+            _ => false,
+        });
+        let c_in = self.shape.c_in;
+        let plain = source_chain.ops.is_empty();
+        let src_axis = match problem.sources().next() {
+            Some(source) => axis_of(&source, &problem, &source_chain),
+            None => axis,
+        };
+        let mut source_sweep = self.source_sweep(isa, &problem, source_chain);
+        source_sweep.axis = Axis::Lanes;
+        if (self.wants)(name::WEIGHT)
+            && let Some(out) = grads.get_mut(name::WEIGHT)
+        {
+            let d = match axis {
+                Axis::Rows => Gradient { ptr: d, row: total as isize, position: 1 },
+                Axis::Lanes => Gradient { ptr: d, row: 1, position: rows as isize },
+            };
+            let view = source_sweep.input.clone();
+            let compute = |range: std::ops::Range<usize>, out: &mut [f32]| {
+                source_sweep.result(range, out);
+            };
+            let wgrad = Wgrad {
+                isa,
+                device: self.device,
+                groups: self.shape.groups,
+                rows,
+                k: self.shape.k(),
+                positions: total,
+                d,
+                src: if plain { Src::InPlace(&view) } else { Src::Computed(&compute) },
+            };
+            // SAFETY: `d` and src are readable at every row, channel and position.
+            unsafe { wgrad.run(out, accumulate) };
+        }
+
+        let d_sources_wanted = !outputs.d_sources.is_empty();
+        if !(d_sources_wanted || source_grads || outputs.d_gate.is_some()) {
+            return Ok(());
+        }
+        let mut d_src: Vec<f32> = try_zeros("the gradient by src", &[c_in, total])?;
+        self.multiply_back(axis, d, &problem, src_axis, &mut d_src)?;
+        let d_src_view = View::contiguous(d_src.as_mut_ptr(), src_axis, c_in, total);
+        source_sweep.axis = src_axis;
+        // Without a tensor for it, the gradient stays where it is.
+        let mut d_input = d_src_view.clone();
+        if d_sources_wanted {
+            let add = outputs.accumulate;
+            let (start, end) = match &self.shape.partial {
+                Some(range) => (range.start, range.end),
+                None => (0, c_in),
+            };
+            if self.shape.stride > 1 && add == Accumulate::Set {
+                outputs.d_sources.iter_mut().for_each(|d| fill_zero(d));
+            }
+            let parts = |lo: usize, hi: usize| {
+                let mut first = 0;
+                let mut parts = Vec::new();
+                for tensor in outputs.d_sources.iter() {
+                    let view = tensor.view();
+                    let channels = view.shape()[1];
+                    let (a, b) = (lo.max(first), hi.min(first + channels));
+                    if a < b {
+                        let cut = view.channels(a - first, b - first);
+                        parts.push(Operand::new(&cut).subsampled(self.shape.stride));
+                    }
+                    first += channels;
+                }
+                parts
+            };
+            d_input = View { parts: self.parts(&problem, parts(start, end)), map: None };
+            // What passed through.
+            let total_channels: usize = outputs.d_sources.iter().map(|d| d.shape()[1]).sum();
+            let ranges = [(0, start, -(start as isize)), (end, total_channels, rows as isize)];
+            for (lo, hi, first) in ranges {
+                let mut channel = first;
+                for d in parts(lo, hi) {
+                    let ptr =
+                        problem.dst.ptr.wrapping_offset(channel.wrapping_mul(problem.dst.channel));
+                    channel += d.channels as isize;
+                    let from = Operand { ptr, channels: d.channels, ..problem.dst };
+                    self.copy(isa, &problem, &from, &d, add)?;
+                }
+            }
+        }
+        let accumulate_src = if d_sources_wanted { outputs.accumulate } else { Accumulate::Set };
+        let sum = source_sweep.backward(&Backward {
+            d_dst: d_src_view,
+            d_input,
+            d_residual: None,
+            accumulate: [accumulate_src, Accumulate::Set],
+            kept: if plain { Kept::Nothing } else { Kept::Input },
+        })?;
+        self.put(&source_sweep.chain, &source_channels, &sum.ops, grads, accumulate);
+        if let Some(d_gate) = outputs.d_gate {
+            let (sample, channel) = (d_gate.strides()[0], d_gate.strides()[1]);
+            let ptr = d_gate.as_mut_ptr();
+            for (i, &x) in sum.gate.iter().enumerate() {
+                let (n, c) = ((i / c_in) as isize, (i % c_in) as isize);
+                // SAFETY: the gradient by the gate has the gate's shape.
+                unsafe {
+                    let to = ptr.offset(n * sample + c * channel);
+                    *to = match outputs.accumulate {
+                        Accumulate::Set => x as f32,
+                        Accumulate::Add => *to + x as f32,
+                    };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the sums of a chain's ops where the gradients of its parameters are.
+    fn put(
+        &self,
+        chain: &Chain,
+        channels: &[Vec<usize>],
+        sums: &[[Vec<f64>; 2]],
+        grads: &mut Grads,
+        accumulate: Accumulate,
+    ) {
+        for ((op, channels), sums) in chain.ops.iter().zip(channels).zip(sums) {
+            let [ones, products] = sums;
+            let mut put = |name: Option<&'static str>, value: &dyn Fn(usize) -> f64| {
+                let Some(name) = name.filter(|name| (self.wants)(name)) else { return };
+                let len = grads.get(name).map_or(0, <[f32]>::len);
+                let mut values = vec![0.0f64; len];
+                for (row, &c) in channels.iter().enumerate() {
+                    values[if len == 1 { 0 } else { c }] += value(row);
+                }
+                grads.put(name, values.into_iter().map(|x| x as f32), accumulate);
+            };
+            match op {
+                Op::Linear(linear) => {
+                    let [lo, inv] = [&linear.lo, &linear.inv];
+                    put(linear.names[0], &|row| {
+                        (products[row] - f64::from(lo[row]) * ones[row]) * f64::from(inv[row])
+                    });
+                    put(linear.names[1], &|row| ones[row]);
+                }
+                Op::PRelu { .. } => put(Some(name::SLOPE), &|row| products[row]),
+                Op::LayerNorm { affine: Some(_), .. } => {
+                    put(Some(name::LN_GAMMA), &|row| products[row]);
+                    put(Some(name::LN_BETA), &|row| ones[row]);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The layer as inference has it, with the batch's statistics in its source's batch norm.
+    fn lowered(&self, source_chain: &Chain) -> Lowered {
+        let mut layer = self.layer.clone();
+        for (stage, op) in layer.source_stages.iter_mut().zip(&source_chain.ops) {
+            if let (SourceStage::BatchNorm(_), Op::Linear(linear)) = (&*stage, op) {
+                let shift = linear.scale.iter().zip(&linear.hi).zip(&linear.shift);
+                let shift = shift
+                    .map(|((s, hi), t)| (f64::from(*t) - f64::from(*s) * f64::from(*hi)) as f32);
+                let (scale, shift) = (linear.scale.clone().into(), shift.collect());
+                *stage = SourceStage::Affine { scale, shift };
+            }
+        }
+        Lowered::new(&layer)
+    }
+
+    /// The convolution alone, into contiguous values.
+    fn multiply(
+        &self,
+        source_chain: &Chain,
+        operands: &Operands<'_>,
+        problem: &Problem<'_>,
+        axis: Axis,
+        values: &mut [f32],
+    ) -> Result<()> {
+        let mut layer = self.layer.clone();
+        layer.stages = vec![Stage::Bias(vec![0.0; self.shape.c_out].into())];
+        layer.partial = None;
+        let lowered = Lowered {
+            weight: self.layer.weight.iter().copied().collect(),
+            bias: vec![0.0; self.shape.c_out],
+            source_steps: source_steps(source_chain),
+            steps: Vec::new(),
+            norm: None,
+            after_norm: Vec::new(),
+            dst_map: None,
+            residual_map: None,
+        };
+        let shape = LayerShape {
+            partial: None,
+            residual: false,
+            norm_over_all: false,
+            ..self.shape.clone()
+        };
+        let layer = Layer::new(self.device, &shape, lowered, &PrepareOptions::default())?;
+        // The channels that are convolved.
+        let convolved = match &self.shape.partial {
+            Some(range) => (range.start, range.end),
+            None => (0, self.shape.c_in),
+        };
+        let mut first = 0;
+        let mut sources = Vec::new();
+        for source in std::iter::once(&operands.src).chain(operands.more) {
+            let channels = source.shape()[1];
+            let (lo, hi) = (convolved.0.max(first), convolved.1.min(first + channels));
+            if lo < hi {
+                sources.push(source.channels(lo - first, hi - first));
+            }
+            first += channels;
+        }
+        let operands =
+            Operands { src: sources[0], more: &sources[1..], residual: None, gate: operands.gate };
+        let rank = operands.src.shape().len();
+        let (dst_shape, strides) = contiguous(problem, rank, self.shape.c_out, axis);
+        // SAFETY: as many values as the shape has.
+        let mut dst = unsafe {
+            TensorMut::from_raw_parts(
+                values.as_mut_ptr(),
+                crate::tensor::Place::Host,
+                &dst_shape[..rank],
+                &strides[..rank],
+            )?
+        };
+        let problem = Problem::new(&shape, &operands, &mut dst)?;
+        gemm::run(&[(&layer, &problem)]);
+        Ok(())
+    }
+
+    /// The gradient by the convolution's input: the transposed weight.
+    fn multiply_back(
+        &self,
+        axis: Axis,
+        d: *mut f32,
+        problem: &Problem<'_>,
+        src_axis: Axis,
+        values: &mut [f32],
+    ) -> Result<()> {
+        let LayerShape { c_in, c_out, groups, .. } = *self.shape;
+        let (k, rows) = (c_in / groups, c_out / groups);
+        let weight = self.layer.weight.as_slice().expect("contiguous in training");
+        let mut turned = vec![0.0f32; weight.len()];
+        for group in 0..groups {
+            for row in 0..rows {
+                for (i, &w) in weight[(group * rows + row) * k..][..k].iter().enumerate() {
+                    turned[(group * k + i) * rows + row] = w;
+                }
+            }
+        }
+        let lowered = Lowered {
+            weight: turned,
+            bias: vec![0.0; c_in],
+            source_steps: Vec::new(),
+            steps: Vec::new(),
+            norm: None,
+            after_norm: Vec::new(),
+            dst_map: None,
+            residual_map: None,
+        };
+        let shape = LayerShape {
+            c_in: c_out,
+            c_out: c_in,
+            groups,
+            stride: 1,
+            partial: None,
+            residual: false,
+            gate: false,
+            norm_over_all: false,
+        };
+        let layer = Layer::new(self.device, &shape, lowered, &PrepareOptions::default())?;
+        let rank = MAX_RANK;
+        let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
+        let (to_shape, to_strides) = contiguous(problem, rank, c_in, src_axis);
+        // SAFETY: as many values as the shapes have.
+        let (src, mut dst) = unsafe {
+            let host = crate::tensor::Place::Host;
+            (
+                TensorRef::from_raw_parts(d, host, &from_shape, &from_strides)?,
+                TensorMut::from_raw_parts(values.as_mut_ptr(), host, &to_shape, &to_strides)?,
+            )
+        };
+        let operands = Operands { src, more: &[], residual: None, gate: None };
+        let problem = Problem::new(&shape, &operands, &mut dst)?;
+        gemm::run(&[(&layer, &problem)]);
+        Ok(())
+    }
+
+    fn sweep<'s>(
+        &'s self,
+        isa: Supported,
+        chain: Chain,
+        axis: Axis,
+        problem: &Problem<'_>,
+        input: View<'s>,
+    ) -> Sweep<'s> {
+        Sweep {
+            isa,
+            device: self.device,
+            chain,
+            axis,
+            samples: problem.n,
+            positions: problem.positions(),
+            input,
+            residual: None,
+            gate: problem.gate.map(|gate| Gate {
+                ptr: gate.ptr,
+                sample: gate.sample,
+                channel: gate.channel,
+            }),
+            of_samples: Vec::new(),
+            reduce: self.reduce,
+        }
+    }
+
+    fn source_sweep<'s>(
+        &'s self,
+        isa: Supported,
+        problem: &Problem<'_>,
+        chain: Chain,
+    ) -> Sweep<'s> {
+        let sources: Vec<Operand> = problem.sources().collect();
+        let axis = axis_of(&sources[0], problem, &chain);
+        let input = View { parts: self.parts(problem, sources), map: None };
+        self.sweep(isa, chain, axis, problem, input)
+    }
+
+    fn parts(&self, problem: &Problem<'_>, operands: Vec<Operand>) -> Vec<Part> {
+        let part = |operand: Operand| Part {
+            ptr: operand.ptr.cast_mut(),
+            channel: operand.channel,
+            rows: operand.channels,
+            walk: problem.walk(&operand, true),
+        };
+        operands.into_iter().map(part).collect()
+    }
+
+    fn dst_view<'s>(
+        &self,
+        problem: &Problem<'_>,
+        operand: &Operand,
+        chain: &'s Chain,
+        mapped: bool,
+    ) -> View<'s> {
+        let walk = problem.walk(operand, true);
+        let map = chain.dst_map.as_deref().filter(|_| mapped);
+        View::new(&rows_of(operand, self.shape.c_out), walk, map)
+    }
+
+    /// Copies one tensor's rows to another's, or adds them.
+    fn copy(
+        &self,
+        isa: Supported,
+        problem: &Problem<'_>,
+        from: &Operand,
+        to: &Operand,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        let axis = if to.channel == 1 { Axis::Lanes } else { Axis::Rows };
+        let from = View::new(from, problem.walk(from, true), None);
+        let to = View::new(to, problem.walk(to, true), None);
+        let mut sweep = self.sweep(isa, chain_of(to.parts[0].rows), axis, problem, from);
+        sweep.forward(Some((&to, accumulate)))?;
+        Ok(())
+    }
+}
+
+/// A chain of nothing.
+fn chain_of(rows: usize) -> Chain {
+    Chain { ops: Vec::new(), channels: Vec::new(), dst_map: None, residual_map: None, rows }
+}
+
+fn rows_of(operand: &Operand, rows: usize) -> Operand {
+    Operand { channels: rows, ..*operand }
+}
+
+/// Which way to cut a tensor: along its memory.
+fn axis_of(operand: &Operand, problem: &Problem<'_>, chain: &Chain) -> Axis {
+    let along = problem.walk(operand, false).uniform() == Some(1);
+    if chain.wants_lines() || problem.positions() < SHORT_PLANE || (operand.channel == 1 && !along)
+    {
+        Axis::Lanes
+    } else {
+        Axis::Rows
+    }
+}
+
+/// Shape and strides of contiguous values `[channels, n, positions]` or `[n, positions, channels]`.
+fn contiguous(
+    problem: &Problem<'_>,
+    rank: usize,
+    channels: usize,
+    axis: Axis,
+) -> ([usize; MAX_RANK], [isize; MAX_RANK]) {
+    let mut shape = [1; MAX_RANK];
+    let mut strides = [0; MAX_RANK];
+    shape[0] = problem.n;
+    shape[1] = channels;
+    let spatial = rank - 2;
+    shape[2..rank].copy_from_slice(&problem.spatial[problem.spatial.len() - spatial..]);
+    let (mut next, channel) = match axis {
+        Axis::Rows => (1, (problem.n * problem.positions()) as isize),
+        Axis::Lanes => (channels as isize, 1),
+    };
+    for i in (2..rank).rev() {
+        strides[i] = next;
+        next *= shape[i] as isize;
+    }
+    strides[0] = next;
+    strides[1] = channel;
+    (shape, strides)
+}
+
+fn source_steps(chain: &Chain) -> Vec<SourceStep> {
+    let step = |op: &Op| match op {
+        Op::Linear(linear) => {
+            let shift = linear.scale.iter().zip(&linear.hi).zip(&linear.shift);
+            let shift = shift
+                .map(|((s, hi), t)| (f64::from(*t) - f64::from(*s) * f64::from(*hi)) as f32)
+                .collect();
+            SourceStep::Affine { scale: linear.scale.clone(), shift }
+        }
+        Op::Activation(activation) => SourceStep::Activation(*activation),
+        Op::Gate => SourceStep::Gate,
+        Op::PRelu { .. } | Op::Residual | Op::LayerNorm { .. } => {
+            unreachable!("no source stage")
+        }
+    };
+    chain.ops.iter().map(step).collect()
+}
+
+fn settle(chain: &mut Chain, statistics: &Option<BatchStatistics>) {
+    let Some((i, batch)) = chain.batch_norm() else { return };
+    let (Op::Linear(linear), Some(statistics)) = (&mut chain.ops[i], statistics) else { return };
+    for (row, moments) in statistics.moments.iter().enumerate() {
+        let var = moments.deviations / moments.count;
+        linear.settle(row, moments.mean, 1.0 / (var + f64::from(batch.eps)).sqrt());
+    }
+}
+
+/// Statistics must be finite.
+fn check(moments: &[Moments], mean: &'static str) -> Result<()> {
+    let wrong = |m: &Moments| !(m.mean.is_finite() && m.deviations.is_finite());
+    match moments.iter().position(wrong) {
+        None => Ok(()),
+        Some(channel) => {
+            let (what, value) = match moments[channel].mean.is_finite() {
+                true => ("variance", moments[channel].deviations),
+                false => ("mean", moments[channel].mean),
+            };
+            let of = mean.trim_end_matches(".running_mean");
+            Err(Error::NonFinite {
+                what: format!("the {what} of the batch at {of}"),
+                channel,
+                value: value as f32,
+            })
+        }
+    }
+}
+
+/// Sets every element to zero.
+fn fill_zero(tensor: &mut TensorMut<'_>) {
+    let operand = Operand::new(tensor.view());
+    let shape = tensor.view().shape().to_vec();
+    let missing = MAX_RANK - shape.len();
+    let mut axes = [(1, 0); MAX_RANK - 1];
+    for i in 2..shape.len() {
+        axes[i - 2 + missing] = (shape[i], operand.spatial[i - 2 + missing]);
+    }
+    // Channels innermost, which joins the axes of channels last; the others stand by themselves.
+    axes[MAX_RANK - 2] = (shape[1], operand.channel);
+    let walk = Positions::new(&axes);
+    let count = shape[1..].iter().product();
+    let ptr = tensor.as_mut_ptr();
+    for n in 0..shape[0] as isize {
+        for (offset, stride, len) in walk.runs(0, count) {
+            for i in 0..len as isize {
+                // SAFETY: an element of the tensor.
+                unsafe { *ptr.offset(n * operand.sample + offset + i * stride) = 0.0 };
+            }
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! The gradient by the weight: `d_weight[row, i] = Σ_p d[row, p] · src[i, p]`, by the microkernels,
+//! with positions as the axis of the sum.
+//!
+//! Lanes run along src's channels, out of panels `[positions][lanes]` of a block of positions; the
+//! gradient by the convolution's result is read in place, its rows being either neighbours (channels
+//! last) or apart. The sum is split over positions where the weight is small, by the problem alone,
+//! and the parts are added up in order.
+
+use std::ops::Range;
+
+use crate::cpu::epilogue::{self, ChannelAxis, Steps, TileEpilogue};
+use crate::cpu::isa::{Isa, Supported};
+use crate::cpu::microkernel::{Grid, Segment, Sizes};
+use crate::cpu::pack::Buffer;
+use crate::cpu::plan::{Run, even, pieces_of};
+use crate::cpu::threads::CpuDevice;
+use crate::cpu::train::sweep::View;
+use crate::epilogue::Step;
+use crate::train::Accumulate;
+
+/// Values of a block of src, at most: half of a common L2.
+const BLOCK_VALUES: usize = 64 << 10;
+/// Positions of a block.
+const MOST_POSITIONS: usize = 256;
+/// Values of all parts of a sum that is split.
+const PARTS_VALUES: usize = 2 << 20;
+/// The most parts of a sum, and units that a sum's rows and parts should make.
+const PARTS: usize = 16;
+const UNITS: usize = 16;
+/// Rows that are worth a unit of their own, which packs src again.
+const UNIT_ROWS: usize = 128;
+
+/// The gradient by the convolution's result: rows at all positions.
+#[derive(Clone, Copy)]
+pub(super) struct Gradient {
+    pub ptr: *const f32,
+    /// Distance of neighbouring rows, and of neighbouring positions; one of them is 1.
+    pub row: isize,
+    pub position: isize,
+}
+
+// SAFETY: only read, and borrowed by the caller of a pass.
+unsafe impl Sync for Gradient {}
+
+/// Where a unit's sums go.
+#[derive(Clone, Copy)]
+struct Out(*mut f32);
+
+// SAFETY: units write to disjoint rows and parts.
+unsafe impl Sync for Out {}
+
+/// What is multiplied.
+pub(super) struct Wgrad<'a> {
+    pub isa: Supported,
+    pub device: &'a CpuDevice,
+    pub groups: usize,
+    /// Rows of all groups, and input channels of one.
+    pub rows: usize,
+    pub k: usize,
+    pub positions: usize,
+    pub d: Gradient,
+    pub src: Src<'a>,
+}
+
+/// Src at the positions that the stride keeps.
+pub(super) enum Src<'a> {
+    InPlace(&'a View<'a>),
+    /// Source stages: writes lines of all channels at some positions.
+    Computed(&'a (dyn Fn(Range<usize>, &mut [f32]) + Sync)),
+}
+
+thread_local! {
+    static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
+}
+
+#[derive(Default)]
+struct Scratch {
+    panels: Buffer,
+    lines: Vec<f32>,
+}
+
+/// Rows and lanes of a tile.
+fn tile(isa: Isa) -> (usize, usize) {
+    let lanes = match isa {
+        Isa::Avx512 => 32,
+        Isa::Avx2 => 16,
+        Isa::Portable => 8,
+    };
+    (Sizes::of(isa).rows(lanes), lanes)
+}
+
+impl Wgrad<'_> {
+    /// Positions of a block.
+    fn block(&self) -> usize {
+        (BLOCK_VALUES / self.k.next_multiple_of(8)).clamp(32, MOST_POSITIONS)
+    }
+
+    /// Parts of the sum, and ranges that a group's rows are cut into.
+    fn cut(&self) -> (usize, usize) {
+        let blocks = self.positions.div_ceil(self.block()).max(1);
+        let parts = (PARTS_VALUES / (self.rows * self.k).max(1)).clamp(1, PARTS).min(blocks);
+        let of_group = self.rows / self.groups;
+        let ranges = UNITS.div_ceil(parts * self.groups).min(of_group.div_ceil(UNIT_ROWS));
+        (parts, ranges.max(1))
+    }
+
+    /// Computes the gradient into `out [rows, k]`.
+    ///
+    /// # Safety
+    /// `d` is readable at every row and position, src at every channel and position.
+    pub(super) unsafe fn run(&self, out: &mut [f32], accumulate: Accumulate) {
+        let len = self.rows * self.k;
+        assert_eq!(out.len(), len, "a gradient of the weight's shape");
+        if self.positions == 0 {
+            if accumulate == Accumulate::Set {
+                out.fill(0.0);
+            }
+            return;
+        }
+        let (parts, ranges) = self.cut();
+        // A single part goes where it belongs.
+        let mut buffer = Buffer::default();
+        let to = match parts {
+            1 => out.as_mut_ptr(),
+            _ => buffer.get(parts * len).as_mut_ptr(),
+        };
+        let to = Out(to);
+        let add = parts == 1 && accumulate == Accumulate::Add;
+        let units = parts * self.groups * ranges;
+        let work = len.saturating_mul(self.positions);
+        let blocks = self.positions.div_ceil(self.block());
+        self.device.for_each(units, work, &|unit| {
+            let to = &to;
+            let (part, rest) = (unit / (self.groups * ranges), unit % (self.groups * ranges));
+            let (group, range) = (rest / ranges, rest % ranges);
+            let of_group = self.rows / self.groups;
+            let rows = of_group * range / ranges..of_group * (range + 1) / ranges;
+            let at = |part: usize| (blocks * part / parts * self.block()).min(self.positions);
+            SCRATCH.with(|scratch| {
+                let out = to.0.wrapping_add(part * len);
+                let positions = at(part)..at(part + 1);
+                match scratch.try_borrow_mut() {
+                    // SAFETY: the caller's promise; no other unit has these rows of this part.
+                    Ok(mut s) => unsafe { self.unit(group, rows, positions, out, add, &mut s) },
+                    // SAFETY: as above.
+                    Err(_) => unsafe {
+                        self.unit(group, rows, positions, out, add, &mut Scratch::default());
+                    },
+                }
+            });
+        });
+        if parts > 1 {
+            let sums = buffer.get(parts * len);
+            const CHUNK: usize = 4096;
+            let out = Out(out.as_mut_ptr());
+            let sums = &*sums;
+            self.device.for_each(len.div_ceil(CHUNK), parts * len, &|chunk| {
+                let out = &out;
+                let range = chunk * CHUNK..len.min((chunk + 1) * CHUNK);
+                // SAFETY: no other chunk has these values.
+                let out =
+                    unsafe { std::slice::from_raw_parts_mut(out.0.add(range.start), range.len()) };
+                if accumulate == Accumulate::Set {
+                    out.copy_from_slice(&sums[range.clone()]);
+                }
+                let first = usize::from(accumulate == Accumulate::Set);
+                for part in first..parts {
+                    let part = &sums[part * len..][range.clone()];
+                    crate::cpu::runs::add_lanes(self.isa, part, out);
+                }
+            });
+        }
+    }
+
+    /// Some rows of a group at some positions.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run); nobody else uses these rows of `out`.
+    unsafe fn unit(
+        &self,
+        group: usize,
+        rows: Range<usize>,
+        positions: Range<usize>,
+        out: *mut f32,
+        add: bool,
+        scratch: &mut Scratch,
+    ) {
+        let (tile_rows, tile_lanes) = tile(self.isa.isa());
+        let sizes = Sizes::of(self.isa.isa());
+        let first_row = group * (self.rows / self.groups) + rows.start;
+        // Zeros for every channel that an epilogue may ask for.
+        let zeros = vec![0.0; self.rows.max(self.k)];
+        let (plain, adding) = (Steps::new(Vec::new()), Steps::new(vec![Step::Residual]));
+        let axis = if self.d.row == 1 { ChannelAxis::Rows } else { ChannelAxis::Lanes };
+        let out = out.wrapping_add(first_row * self.k);
+        let mut first = positions.start;
+        while first < positions.end {
+            let block = first..positions.end.min(first + self.block());
+            self.pack(group, block.clone(), tile_lanes, scratch);
+            let count = block.len();
+            let steps = if first > positions.start || add { &adding } else { &plain };
+            for lanes in pieces_of(self.k, tile_lanes) {
+                for run in even(rows.len(), tile_rows) {
+                    let width = lanes.len.next_multiple_of(8);
+                    let panel = scratch.panels.get(0).as_ptr();
+                    let segment = Segment {
+                        k: count,
+                        a: self.d.ptr.wrapping_offset(
+                            (first_row + run.first) as isize * self.d.row
+                                + first as isize * self.d.position,
+                        ),
+                        a_row: self.d.row,
+                        a_k: self.d.position,
+                        a_step: [run.len as isize * self.d.row, 0],
+                        b: panel.wrapping_add(lanes.first * count),
+                        b_k: width as isize,
+                        b_step: [0, (width * count) as isize],
+                    };
+                    let to = out.wrapping_add(run.first * self.k + lanes.first);
+                    let (channel_stride, position_stride) = match axis {
+                        ChannelAxis::Rows => (self.k as isize, 1),
+                        ChannelAxis::Lanes => (1, self.k as isize),
+                    };
+                    let operand = epilogue::Operand {
+                        ptr: to,
+                        channel_stride,
+                        position_stride,
+                        channels: None,
+                        positions: None,
+                    };
+                    let epilogue = TileEpilogue {
+                        axis,
+                        channel: 0,
+                        bias: &zeros,
+                        steps,
+                        residual: Some(epilogue::Operand {
+                            ptr: to.cast_const(),
+                            channel_stride,
+                            position_stride,
+                            channels: None,
+                            positions: None,
+                        }),
+                        dst: operand,
+                    };
+                    let (down, across) = ([run.len, 0], [0, lanes.len]);
+                    let (channel_step, position_step) = match axis {
+                        ChannelAxis::Rows => (down, across),
+                        ChannelAxis::Lanes => (across, down),
+                    };
+                    let grid = Grid {
+                        rows: run.len,
+                        cols: lanes.len,
+                        tiles: [run.tiles, lanes.tiles],
+                        ahead: if axis == ChannelAxis::Rows { 8 * width as isize } else { 0 },
+                        far_dst: false,
+                        segments: &[segment],
+                        epilogue: &epilogue,
+                        channel_step,
+                        position_step,
+                    };
+                    // SAFETY: the CPU has the instruction set; A is the gradient at rows and
+                    // positions of the block, B the packed panels; the caller's promise for `out`,
+                    // which is also what is added.
+                    unsafe { (sizes.run)(&grid) };
+                }
+            }
+            first = block.end;
+        }
+    }
+
+    /// Packs a group's channels at a block of positions: panels of `lanes` channels, each
+    /// `[positions][lanes]`.
+    fn pack(&self, group: usize, block: Range<usize>, lanes: usize, scratch: &mut Scratch) {
+        let count = block.len();
+        let Scratch { panels, lines } = scratch;
+        let out = panels.get(count * self.k.next_multiple_of(8));
+        let start = group * self.k;
+        let all = self.k * self.groups;
+        if let Src::Computed(compute) = &self.src {
+            if lines.len() < count * all {
+                lines.resize(count * all, 0.0);
+            }
+            compute(block.clone(), &mut lines[..count * all]);
+        }
+        for piece in pieces_of(self.k, lanes).flat_map(Run::each) {
+            let width = piece.len.next_multiple_of(8);
+            let out = &mut out[piece.first * count..][..width * count];
+            let channels = start + piece.first..start + piece.first + piece.len;
+            match &self.src {
+                // SAFETY: src is readable at every channel and position.
+                Src::InPlace(view) => unsafe {
+                    view.load_lines(self.isa, channels, block.clone(), width, out);
+                },
+                Src::Computed(_) => {
+                    for (line, to) in lines.chunks_exact(all).zip(out.chunks_exact_mut(width)) {
+                        to[..piece.len].copy_from_slice(&line[channels.clone()]);
+                    }
+                }
+            }
+        }
+    }
+}
