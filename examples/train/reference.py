@@ -13,7 +13,7 @@
 `fixture`
     makes tests/fixtures/train.safetensors: a small network and its first steps of training.
       before/{parameter}      F32, the network as it starts
-      digits, shifts          I64 [steps, batch] and F32 [steps, batch, 2]: the batches
+      digits, maps            I64 [steps, batch] and F32 [steps, batch, 2, 3]: the batches
       losses, after/{parameter}   F64, computed in float64
       naive/losses, naive/{parameter}  F32, the same computed in float32
 """
@@ -38,7 +38,9 @@ HALVING = 8
 # Of the fixture's Adam, instead of 1e-8. Where a channel of bn3 is positive in every cloud, bn4
 # cancels its shift, whose gradient is then rounding and would be scaled up to a full step.
 FIXTURE_EPS = 1e-4
-# Each training cloud is moved by up to so much along each axis; a pixel is 2/7 wide.
+# Training clouds are distorted: by up to so much in each element of a linear map, then moved by up
+# to so much along each axis. A pixel is 2/7 wide.
+DISTORTION = 0.15
 SHIFT = 0.2
 
 
@@ -87,14 +89,20 @@ class Digits:
         ink = image[y, x].float() / 16
         return torch.stack([(x.float() - 3.5) / 3.5, (y.float() - 3.5) / 3.5, ink])
 
-    def batch(self, digits, shifts=None):
-        """Points, lengths, labels. `shifts` [batch, 2] moves each cloud along x and y."""
+    def batch(self, digits, maps=None):
+        """Points, lengths, labels. `maps` [batch, 2, 3] maps each cloud's (x, y, 1) to (x, y)."""
         clouds = [self.clouds[i] for i in digits]
         lengths = [cloud.shape[1] for cloud in clouds]
         points = torch.cat(clouds, 1)
-        if shifts is not None:
-            points[:2] += shifts.repeat_interleave(torch.tensor(lengths), 0).T
+        if maps is not None:
+            maps = maps.repeat_interleave(torch.tensor(lengths), 0)
+            points[:2] = torch.einsum("pij,jp->ip", maps[..., :2], points[:2]) + maps[..., 2].T
         return points[None], lengths, self.labels[digits]
+
+
+def random_maps(shape):
+    by = torch.tensor([DISTORTION, DISTORTION, SHIFT])
+    return torch.eye(2, 3) + by * (2 * torch.rand(*shape, 2, 3) - 1)
 
 
 def step(net, optimizer, points, lengths, labels):
@@ -128,8 +136,7 @@ def train(threads, epochs):
             order = data.training[torch.randperm(len(data.training))]
             # As many full batches as there are; what is left over comes in another epoch.
             for digits in order[: len(order) // BATCH * BATCH].split(BATCH):
-                shifts = SHIFT * (2 * torch.rand(BATCH, 2) - 1)
-                loss = step(net, optimizer, *data.batch(digits, shifts))
+                step(net, optimizer, *data.batch(digits, random_maps([BATCH])))
             schedule.step()
         results.append(accuracy(net, data))
         seconds = time.time() - start
@@ -159,7 +166,7 @@ def fixture():
     torch.manual_seed(0)
     steps, batch, digits = 5, 16, Digits()
     chosen = torch.stack([digits.training[torch.randperm(1437)[:batch]] for _ in range(steps)])
-    tensors = {"digits": chosen, "shifts": SHIFT * (2 * torch.rand(steps, batch, 2) - 1)}
+    tensors = {"digits": chosen, "maps": random_maps([steps, batch])}
     # Sizes that fill no vector; an affine that is not the identity.
     start = PointNet(13, 24, 37, 19)
     for norm in (start.bn1, start.bn2, start.bn3, start.bn4):
@@ -177,7 +184,7 @@ def fixture():
         optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, eps=FIXTURE_EPS)
         tensors[losses] = torch.empty(steps, dtype=dtype)
         for i in range(steps):
-            points, lengths, labels = digits.batch(chosen[i], tensors["shifts"][i])
+            points, lengths, labels = digits.batch(chosen[i], tensors["maps"][i])
             tensors[losses][i] = step(net, optimizer, points.to(dtype), lengths, labels)
         tensors |= {prefix + name: t for name, t in net.state_dict().items()}
     save_file(tensors, FIXTURE)
