@@ -275,6 +275,12 @@ pub enum Error {
         /// Its value.
         value: f32,
     },
+    /// A sum over several workers is not possible any more.
+    #[error("all-reduce: {reason}")]
+    AllReduce {
+        /// Why not.
+        reason: String,
+    },
     /// A checkpoint could not be read.
     #[error("checkpoint: {0}")]
     Checkpoint(String),

@@ -1,6 +1,6 @@
 //! A layer that is ready to run: checked, folded, packed and uploaded, once.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::cost::Cost;
 use crate::cpu;
@@ -73,20 +73,40 @@ struct Inner {
     /// Values per channel of what the folded layer uses, and of its weight.
     parameters: usize,
     device: Device,
+    options: PrepareOptions,
     backend: Backend,
+}
+
+/// A layer that [`Prepared::update`] may replace while calls run: each ends with the one that it
+/// began with.
+#[derive(Debug)]
+struct Current(RwLock<Arc<cpu::Layer>>);
+
+impl Current {
+    fn new(layer: cpu::Layer) -> Self {
+        Current(RwLock::new(Arc::new(layer)))
+    }
+
+    fn get(&self) -> Arc<cpu::Layer> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, layer: cpu::Layer) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layer);
+    }
 }
 
 #[derive(Debug)]
 enum Backend {
-    Cpu(cpu::Layer),
+    Cpu(Current),
     #[cfg(feature = "cuda")]
     Cuda(cuda::Layer),
 }
 
 impl Backend {
-    fn cpu(&self) -> Option<&cpu::Layer> {
+    fn cpu(&self) -> Option<Arc<cpu::Layer>> {
         match self {
-            Backend::Cpu(layer) => Some(layer),
+            Backend::Cpu(layer) => Some(layer.get()),
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => None,
         }
@@ -113,13 +133,15 @@ impl Pointwise {
         let lowered = Lowered::new(self);
         let parameters = lowered.parameters();
         let backend = match device.kind()? {
-            Kind::Cpu(cpu) => Backend::Cpu(cpu::Layer::new(cpu, &shape, lowered, &options)?),
+            Kind::Cpu(cpu) => {
+                Backend::Cpu(Current::new(cpu::Layer::new(cpu, &shape, lowered, &options)?))
+            }
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => Backend::Cuda(cuda::Layer::new(cuda, &shape, lowered, &options)?),
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
         Ok(Prepared {
-            inner: Arc::new(Inner { shape, parameters, device: device.clone(), backend }),
+            inner: Arc::new(Inner { shape, parameters, device: device.clone(), options, backend }),
         })
     }
 }
@@ -187,7 +209,7 @@ impl Prepared {
     #[cfg(feature = "cuda")]
     #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
     pub fn on(&self, device: &cuda::CudaDevice) -> Result<Prepared> {
-        let Inner { shape, parameters, backend, .. } = &*self.inner;
+        let Inner { shape, parameters, options, backend, .. } = &*self.inner;
         let Backend::Cuda(layer) = backend else {
             return Err(Error::WrongDevice {
                 tensor: "the layer's weight",
@@ -197,7 +219,8 @@ impl Prepared {
         };
         let backend = Backend::Cuda(layer.on(device)?);
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone().into());
-        Ok(Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) })
+        let options = options.clone();
+        Ok(Prepared { inner: Arc::new(Inner { shape, parameters, device, options, backend }) })
     }
 
     /// This layer on the stream of another one of the same device.
@@ -207,6 +230,40 @@ impl Prepared {
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => self.on(layer.device()),
         }
+    }
+
+    /// Takes the parameters and running statistics of a layer in training as they are now: in this
+    /// handle and its clones, [`Branches`](crate::Branches) and [`Sequence`](crate::Sequence)s that
+    /// hold one, not in handles from [`with_tuning`](Self::with_tuning). Calls in flight end with
+    /// the parameters that they began with; later ones take the new ones.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the weights differ in shape, [`Error::ParameterValue`] for a layer that
+    /// differs otherwise in what a call needs, or whose variance has become NaN;
+    /// [`Error::Unsupported`] on CUDA.
+    pub fn update(&self, params: &crate::train::Params) -> Result<()> {
+        let (Inner { shape, device, options, backend, .. }, layer) = (&*self.inner, params.layer());
+        layer.check()?;
+        let new = LayerShape::new(layer);
+        if (new.c_out, new.k(), new.groups) != (shape.c_out, shape.k(), shape.groups) {
+            let (expected, got) = (vec![shape.c_out, shape.k()], vec![new.c_out, new.k()]);
+            return Err(Error::Shape { tensor: "weight", expected, got });
+        }
+        if new != *shape {
+            return Err(Error::ParameterValue {
+                parameter: "the layer to update from".into(),
+                value: "another layer".into(),
+                expected: "the stride, range, residual, gate and norm of the prepared layer",
+            });
+        }
+        let (Kind::Cpu(cpu), Backend::Cpu(current)) = (device.kind()?, backend) else {
+            let what = "updating a layer from one in training".into();
+            return Err(Error::Unsupported { device: device.to_string(), what });
+        };
+        let tuned = current.get();
+        let new = cpu::Layer::new(cpu, shape, Lowered::new(layer), options)?;
+        current.set(tuned.choices_for(new));
+        Ok(())
     }
 
     /// The shape of the result for a source of this shape.
@@ -242,13 +299,13 @@ impl Prepared {
     pub fn explain_in(&self, src: &[usize], layout: Layout) -> Result<Explanation> {
         self.with_problem(src, layout, |problem| {
             let (kernel, reason) = match &self.inner.backend {
-                Backend::Cpu(layer) => layer.explain(problem),
+                Backend::Cpu(layer) => layer.get().explain(problem),
                 #[cfg(feature = "cuda")]
                 Backend::Cuda(layer) => layer.explain(problem)?,
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
-                Backend::Cpu(layer) => layer.roof(&cost),
+                Backend::Cpu(layer) => layer.get().roof(&cost),
                 #[cfg(feature = "cuda")]
                 Backend::Cuda(layer) => layer.roof(),
             };
@@ -273,7 +330,7 @@ impl Prepared {
     pub fn plans_in(&self, src: &[usize], layout: Layout) -> Result<Vec<Candidate>> {
         self.with_problem(src, layout, |problem| {
             Ok(match &self.inner.backend {
-                Backend::Cpu(layer) => layer.plans(problem),
+                Backend::Cpu(layer) => layer.get().plans(problem),
                 #[cfg(feature = "cuda")]
                 Backend::Cuda(layer) => layer.plans(problem),
             })
@@ -325,7 +382,7 @@ impl Prepared {
             let memory = [&mut src_values, &mut residual_values, &mut gate_values, &mut dst_values]
                 .map(|values| values.as_mut_ptr());
             self.with_problem_at(memory, src, layout, |problem| {
-                tuning.add(cpu::tune(layer, problem));
+                tuning.add(cpu::tune(&layer, problem));
                 Ok(())
             })?;
         }
@@ -340,11 +397,12 @@ impl Prepared {
     /// A kernel that is forced by [`PrepareOptions::kernel`] or `POINTWISE_KERNEL` goes first.
     #[must_use = "the layer itself stays as it is"]
     pub fn with_tuning(&self, tuning: &Tuning) -> Prepared {
-        let Inner { shape, parameters, device, backend } = &*self.inner;
+        let Inner { shape, parameters, device, options, backend } = &*self.inner;
         let Some(layer) = backend.cpu() else { return self.clone() };
-        let backend = Backend::Cpu(layer.with_tuning(shape, tuning));
+        let backend = Backend::Cpu(Current::new(layer.with_tuning(shape, tuning)));
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone());
-        Prepared { inner: Arc::new(Inner { shape, parameters, device, backend }) }
+        let options = options.clone();
+        Prepared { inner: Arc::new(Inner { shape, parameters, device, options, backend }) }
     }
 
     fn cost_of(&self, problem: &Problem<'_>) -> Cost {
@@ -444,7 +502,7 @@ impl Prepared {
         #[cfg(feature = "tracing")]
         let _span = self.span(&problem);
         match &self.inner.backend {
-            Backend::Cpu(layer) => cpu::run(&[(layer, &problem)]),
+            Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.run(&problem)?,
         }
@@ -455,7 +513,7 @@ impl Prepared {
     fn span(&self, problem: &Problem<'_>) -> Option<tracing::span::EnteredSpan> {
         crate::trace::enter(|| {
             let kernel = match &self.inner.backend {
-                Backend::Cpu(layer) => layer.explain(problem).0,
+                Backend::Cpu(layer) => layer.get().explain(problem).0,
                 // The call itself reports what no kernel can do.
                 #[cfg(feature = "cuda")]
                 Backend::Cuda(layer) => layer.explain(problem).map_or("none", |(kernel, _)| kernel),
@@ -481,15 +539,16 @@ pub(crate) fn run_together(
     // The layers run as one pass: a span in a span.
     #[cfg(feature = "tracing")]
     let _spans: Vec<_> = layers.iter().zip(&problems).map(|(l, problem)| l.span(problem)).collect();
-    let mut calls = Vec::with_capacity(layers.len());
+    let mut held = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {
         match &layer.inner.backend {
-            Backend::Cpu(cpu) => calls.push((cpu, problem)),
+            Backend::Cpu(cpu) => held.push((cpu.get(), problem)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.run(problem)?,
         }
     }
+    let calls: Vec<_> = held.iter().map(|(layer, problem)| (&**layer, *problem)).collect();
     cpu::run(&calls);
     Ok(())
 }

@@ -613,3 +613,103 @@ fn damaged_npy_headers_do_not_crash() {
         }
     }
 }
+
+#[test]
+fn training_writes_every_gradient_of_the_reference() {
+    use pointwise::reference::{self, Gradients};
+    use pointwise::train::{Statistics, name};
+
+    let folder = Folder::new("train");
+    let mut run = 0;
+    for case in Fixtures::load().cases_and_embedded() {
+        let Some((arguments, tensors)) = command_line(&case) else { continue };
+        let trains = case.repeated_stage().is_none() && !case.name.contains("not_finite");
+        if !trains || case.dst.is_empty() || run == 40 {
+            continue;
+        }
+        run += 1;
+        for last in [false, true] {
+            let file = |t: &ArrayD<f32>| if last { to_nhwc(t) } else { t.clone() };
+            let d_dst = case.dst.mapv(|y| (y * 7.0).sin() as f32);
+            folder.npy("dy.npy", &file(&d_dst));
+            folder.checkpoint("w.safetensors", &tensors);
+            for (i, source) in case.sources.iter().enumerate() {
+                folder.npy(&format!("src{i}.npy"), &file(source));
+            }
+            case.residual().into_iter().for_each(|r| folder.npy("residual.npy", &file(r)));
+            let mut arguments = arguments.clone();
+            let rest =
+                "--train --d-output dy.npy --gradients g.safetensors --momentum 1".split(' ');
+            arguments.extend(rest.map(str::to_owned));
+            if last {
+                arguments.extend(["--layout".into(), "nhwc".into()]);
+            }
+            let output = folder.apply(&arguments);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let batch_norm = case.stages.iter().any(|stage| stage.name == "batch_norm");
+            let single = case.dst.len() == case.dst.shape()[1];
+            if batch_norm && single {
+                assert!(stderr.contains("more than one value per channel"), "{stderr}");
+                continue;
+            }
+            assert!(output.status.success(), "{}: {stderr}", case.name);
+
+            let layer = case.layer();
+            let want: Gradients =
+                reference::backward(&layer, &case.inputs(), Statistics::Batch, d_dst.view())
+                    .unwrap();
+            let bytes = fs::read(folder.0.join("g.safetensors")).unwrap();
+            let file_of = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let mut names = 0;
+            let mut check = |name: &str, want: Vec<f64>| {
+                let tensor = file_of.tensor(name).unwrap_or_else(|_| panic!("{name} is written"));
+                let got = tensor.data().chunks_exact(4);
+                let got: Vec<f32> =
+                    got.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+                let scale = want.iter().fold(1.0f64, |a, b| a.max(b.abs()));
+                assert_eq!(got.len(), want.len(), "{name}");
+                for (got, want) in got.iter().zip(&want) {
+                    let err = (f64::from(*got) - want).abs();
+                    assert!(err <= 1e-4 * scale, "{} {name}: {got}, {want}", case.name);
+                }
+                names += 1;
+            };
+            let values = |t: &ArrayD<f64>| -> Vec<f64> {
+                let t = t.mapv(|x| x as f32);
+                file(&t).iter().map(|&x| f64::from(x)).collect()
+            };
+            for (i, d) in want.d_sources.iter().enumerate() {
+                let several = want.d_sources.len() > 1;
+                check(&if several { format!("d_src{i}") } else { "d_src".into() }, values(d));
+            }
+            if let Some(d) = &want.d_residual {
+                check("d_residual", values(d));
+            }
+            if let Some(d) = &want.d_gate {
+                check("d_gate", d.iter().copied().collect());
+            }
+            for (parameter, d) in &want.parameters {
+                let called = match *parameter {
+                    name::GAMMA => "d_gamma",
+                    name::BETA => "d_beta",
+                    name::SLOPE => "d_slope",
+                    name::LN_GAMMA => "d_ln_gamma",
+                    name::LN_BETA => "d_ln_beta",
+                    name::SRC_SCALE => "d_src_scale",
+                    name::SRC_SHIFT => "d_src_shift",
+                    other => &format!("d_{other}"),
+                };
+                check(called, d.clone());
+            }
+            // With momentum 1 the new statistics are the batch's.
+            let count = (case.dst.len() / case.dst.shape()[1]) as f64;
+            if let Some(mean) = want.statistic(name::RUNNING_MEAN) {
+                check("running_mean", mean.to_vec());
+                let var = want.statistic(name::RUNNING_VAR).unwrap();
+                check("running_var", var.iter().map(|v| v * count / (count - 1.0)).collect());
+            }
+            assert_eq!(names, file_of.len(), "{}: {:?}", case.name, file_of.names());
+        }
+    }
+    assert_eq!(run, 40);
+}

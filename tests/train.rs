@@ -3,10 +3,18 @@
 mod common;
 
 use common::{Case, Fixtures, channels_last};
-use ndarray::{ArrayD, IxDyn};
-use pointwise::reference::{self, Gradients};
-use pointwise::train::{Accumulate, Grads, Options, Params, Statistics};
-use pointwise::{Device, Pointwise};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice};
+use pointwise::reference::{self, Gradients, Inputs};
+use pointwise::train::{
+    Accumulate, AllReduce, Grads, Options, Params, Statistics, ThreadWorker, name,
+};
+use pointwise::{
+    Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, SourceStage, Stage,
+    TensorMut, TensorRef,
+};
 
 /// A gradient that looks like nothing else: no two channels or positions alike.
 fn d_dst(shape: &[usize]) -> ArrayD<f32> {
@@ -91,32 +99,60 @@ fn largest<'a>(values: impl IntoIterator<Item = &'a f64>) -> f64 {
     values.into_iter().fold(0.0, |a, b| a.max(b.abs()))
 }
 
-/// The largest error relative to the largest value, and what has it.
-fn worst(got: &Got, want: &Gradients) -> (f64, String) {
-    let mut all: Vec<(String, Vec<f64>, Vec<f64>)> = Vec::new();
-    let wide = |t: &ArrayD<f32>| t.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+/// The values of a result under their names, in f64.
+fn named(want: &Gradients) -> Vec<(String, Vec<f64>)> {
     let flat = |t: &ArrayD<f64>| t.iter().copied().collect::<Vec<_>>();
-    all.push(("dst".into(), wide(&got.dst), flat(&want.dst)));
-    for (i, (d, want)) in got.d_sources.iter().zip(&want.d_sources).enumerate() {
-        all.push((format!("d_src{i}"), wide(d), flat(want)));
+    let mut all = vec![("dst".into(), flat(&want.dst))];
+    let sources = want.d_sources.iter().enumerate();
+    all.extend(sources.map(|(i, d)| (format!("d_src{i}"), flat(d))));
+    all.extend(want.d_residual.iter().map(|d| ("d_residual".into(), flat(d))));
+    all.extend(want.d_gate.iter().map(|d| ("d_gate".into(), d.iter().copied().collect())));
+    all.extend(want.parameters.iter().map(|(name, values)| (name.to_string(), values.clone())));
+    all
+}
+
+impl Got {
+    fn named(&self) -> Vec<(String, Vec<f64>)> {
+        let wide = |t: &ArrayD<f32>| t.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let mut all = vec![("dst".into(), wide(&self.dst))];
+        let sources = self.d_sources.iter().enumerate();
+        all.extend(sources.map(|(i, d)| (format!("d_src{i}"), wide(d))));
+        all.extend(self.d_residual.iter().map(|d| ("d_residual".into(), wide(d))));
+        all.extend(self.d_gate.iter().map(|d| ("d_gate".into(), wide(d))));
+        self.grads.visit(|name, _, values| {
+            all.push((name.into(), values.iter().map(|&x| f64::from(x)).collect()));
+        });
+        all
     }
-    if let (Some(d), Some(want)) = (&got.d_residual, &want.d_residual) {
-        all.push(("d_residual".into(), wide(d), flat(want)));
-    }
-    if let (Some(d), Some(want)) = (&got.d_gate, &want.d_gate) {
-        all.push(("d_gate".into(), wide(d), want.iter().copied().collect()));
-    }
-    got.grads.visit(|name, _, values| {
-        let want = want.parameter(name).expect("the reference has every parameter");
-        let values = values.iter().map(|&x| f64::from(x)).collect();
-        all.push((name.into(), values, want.to_vec()));
-    });
+}
+
+/// The largest error in units of what rounding may do, and what has it.
+///
+/// A gradient is a chain of sums of `terms` products in all, each of which may be off by that many
+/// halves of an ulp of its largest term. A normalisation takes away what is common to all values,
+/// so that sums may cancel: their terms are as large as those of `uncancelled`, the gradients with
+/// the same statistics, but frozen.
+fn worst(
+    got: &[(String, Vec<f64>)],
+    want: &Gradients,
+    uncancelled: &Gradients,
+    terms: usize,
+    steepest: f64,
+) -> (f64, String) {
+    let (want, uncancelled) = (named(want), named(uncancelled));
+    let find = |all: &[(String, Vec<f64>)], name: &str| {
+        all.iter().find(|(other, _)| other == name).map(|(_, values)| values.clone())
+    };
     let mut worst = (0.0, String::new());
-    for (name, got, want) in all {
+    assert_eq!(got.len(), want.len(), "everything is compared");
+    for (name, got) in got {
+        let want = find(&want, name).unwrap_or_else(|| panic!("the reference has no {name}"));
         assert_eq!(got.len(), want.len(), "{name}");
-        let scale = largest(&want).max(1e-3);
+        let terms_of = find(&uncancelled, name).unwrap_or_default();
+        let scale = largest(&want).max(largest(&terms_of)) * steepest;
+        let unit = f64::from(f32::EPSILON) * terms as f64 * scale;
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-            let err = (got - want).abs() / scale;
+            let err = if got == want { 0.0 } else { (got - want).abs() / unit };
             if !(err <= worst.0) {
                 worst = (err, format!("{name}[{i}] = {got} instead of {want}"));
             }
@@ -125,8 +161,70 @@ fn worst(got: &Got, want: &Gradients) -> (f64, String) {
     worst
 }
 
+/// The layer with the statistics of a batch as its running ones.
+fn with_statistics(layer: &Pointwise, of: &Gradients) -> Pointwise {
+    let mut params = Params::new(layer, &Device::cpu()).unwrap();
+    params.visit_mut(|name, _, values| {
+        if let Some(batch) = of.statistic(name) {
+            let batch = batch.iter().map(|&x| x as f32);
+            values.iter_mut().zip(batch).filter(|(_, b)| b.is_finite()).for_each(|(x, b)| *x = b);
+        }
+    });
+    params.layer().clone()
+}
+
 fn trainable(case: &Case) -> bool {
     case.repeated_stage().is_none() && !case.name.starts_with("not_finite")
+}
+
+/// Compares a run with the reference; the error as [`worst`] counts it.
+fn compare(
+    layer: &Pointwise,
+    tensors: &Tensors,
+    statistics: Statistics,
+    device: &Device,
+) -> pointwise::Result<(f64, String)> {
+    let options = Options { statistics, ..Options::default() };
+    let got = run(layer, tensors, options, device)?;
+    let inputs = Inputs {
+        sources: tensors.sources.iter().map(|t| t.view()).collect(),
+        residual: tensors.residual.as_ref().map(|t| t.view()),
+        gate: tensors.gate.as_ref().map(|t| t.view()),
+    };
+    let d_dst = d_dst(got.dst.shape());
+    let want = reference::backward(layer, &inputs, statistics, d_dst.view())?;
+    let frozen = with_statistics(layer, &want);
+    let uncancelled = reference::backward(&frozen, &inputs, Statistics::Frozen, d_dst.view())?;
+    let positions = got.dst.len() / got.dst.shape()[1].max(1);
+    let terms = layer.c_in() + layer.c_out() + positions;
+    // One channel has no deviation: its layer norm divides by the root of eps.
+    let alone = layer.c_out() == 1
+        && layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)));
+    let steepest = if alone { 1e-5f64.sqrt().recip() } else { 1.0 };
+    let worst = worst(&got.named(), &want, &uncancelled, terms, steepest);
+
+    // The running statistics.
+    let count = positions as f64;
+    for (mean, var) in
+        [(name::RUNNING_MEAN, name::RUNNING_VAR), (name::SRC_RUNNING_MEAN, name::SRC_RUNNING_VAR)]
+    {
+        let before = Params::new(layer, device)?;
+        for name in [mean, var] {
+            let (Some(before), Some(after)) = (before.get(name), got.params.get(name)) else {
+                continue;
+            };
+            let unbiased = if name == var { count / (count - 1.0) } else { 1.0 };
+            for (c, (&before, &after)) in before.iter().zip(after).enumerate() {
+                let expected = match want.statistic(name).filter(|_| count > 0.0) {
+                    Some(batch) => 0.9 * f64::from(before) + 0.1 * batch[c] * unbiased,
+                    None => f64::from(before),
+                };
+                let err = (f64::from(after) - expected).abs();
+                assert!(err <= 1e-5 * expected.abs().max(1.0), "{name}[{c}]: {after}, {expected}");
+            }
+        }
+    }
+    Ok(worst)
 }
 
 #[test]
@@ -135,34 +233,758 @@ fn every_case_of_the_fixtures_has_the_references_gradients() {
     let mut failures = Vec::new();
     let mut seen = 0;
     for case in Fixtures::load().cases_and_embedded().iter().filter(|case| trainable(case)) {
-        let layer = case.layer();
         for statistics in [Statistics::Batch, Statistics::Frozen] {
             for last in [false, true] {
-                let tensors = Tensors::of(case, last);
-                let options = Options { statistics, ..Options::default() };
-                let got = run(&layer, &tensors, options, &device);
-                let what = format!("{}, {statistics:?}, last {last}", case.name);
-                let got = match got {
-                    Ok(got) => got,
-                    Err(error) => {
-                        failures.push(format!("{what}: {error}"));
-                        continue;
-                    }
-                };
-                let d_dst = d_dst(got.dst.shape());
-                let want =
-                    reference::backward(&layer, &case.inputs(), statistics, d_dst.view()).unwrap();
-                let (err, at) = worst(&got, &want);
-                seen += 1;
-                println!("{err:.2e} {what} {at}");
-                if !(err <= 1e-4) {
-                    failures.push(format!("{what}: {err:.1e}: {at}"));
+                let what = format!("{}, {statistics:?}, channels last {last}", case.name);
+                match compare(&case.layer(), &Tensors::of(case, last), statistics, &device) {
+                    Ok((err, _)) if err <= 1.0 => seen += 1,
+                    Ok((err, at)) => failures.push(format!("{what}: {err:.1}: {at}")),
+                    Err(error) => failures.push(format!("{what}: {error}")),
                 }
-                let _ = got.params.num_batches_tracked();
             }
         }
     }
-    assert!(seen > 400, "only {seen} runs");
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
-    let _ = Accumulate::Set;
+    assert!(seen > 400, "only {seen} runs");
+}
+
+/// Values in -1..1 that look like nothing else.
+fn random(shape: &[usize], seed: u32) -> ArrayD<f32> {
+    let mut next = seed.wrapping_mul(2_654_435_761);
+    ArrayD::from_shape_simple_fn(IxDyn(shape), || {
+        next = next.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (next >> 8) as f32 / (1u32 << 23) as f32 - 1.0
+    })
+}
+
+fn vector(len: usize, seed: u32) -> Vec<f32> {
+    random(&[len], seed).iter().copied().collect()
+}
+
+fn weight(rows: usize, k: usize) -> Array2<f32> {
+    random(&[rows, k], 7).into_dimensionality().unwrap() / (k as f32).sqrt()
+}
+
+fn norm(channels: usize) -> BatchNorm {
+    BatchNorm::new(vec![0.0; channels], vec![1.0; channels]).affine(
+        vector(channels, 3).iter().map(|x| x + 1.5).collect::<Vec<_>>(),
+        vector(channels, 4),
+    )
+}
+
+/// Layers on shapes that need several blocks, units and parts of every pass.
+fn large() -> Vec<(&'static str, Pointwise, Vec<usize>)> {
+    let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
+    vec![
+        ("bn relu", plain(70, 45).batch_norm(norm(70)).relu(), vec![3, 45, 33, 29]),
+        ("deep", plain(300, 520).batch_norm(norm(300)).relu6(), vec![2, 520, 5, 9]),
+        ("rank 0", plain(40, 30).bias(vector(40, 2)).batch_norm(norm(40)).silu(), vec![700, 30]),
+        ("rank 1", plain(33, 17).batch_norm(norm(33)).relu(), vec![1, 17, 5001]),
+        ("bits", plain(35, 20).bias(vector(35, 2)).relu(), vec![3, 20, 31, 33]),
+        (
+            "groups, stride, shuffle, residual",
+            plain(48, 12)
+                .groups(4)
+                .stride(2)
+                .batch_norm(norm(48))
+                .channel_shuffle(4)
+                .residual()
+                .leaky_relu(0.1),
+            vec![3, 48, 41, 37],
+        ),
+        (
+            "source, gate",
+            plain(24, 50).source_batch_norm(norm(50)).source_activation(Activation::Relu).gate(),
+            vec![3, 50, 40, 30],
+        ),
+        (
+            "layer norm over all, after a batch norm",
+            plain(24, 10).gelu().batch_norm(norm(24)).layer_norm(LayerNorm::over_all()).relu(),
+            vec![3, 10, 30, 31],
+        ),
+    ]
+}
+
+fn large_tensors(layer: &Pointwise, shape: &[usize], last: bool) -> Tensors {
+    let order = |t: ArrayD<f32>| if last { channels_last(&t) } else { t };
+    let dst = layer.prepare(&Device::cpu()).unwrap().dst_shape(shape).unwrap();
+    let residual = layer.stages().iter().any(|stage| matches!(stage, Stage::Residual));
+    let gate = layer.source_stages().iter().any(|stage| matches!(stage, SourceStage::Gate));
+    Tensors {
+        sources: vec![order(random(shape, 1))],
+        residual: residual.then(|| order(random(&dst, 2))),
+        gate: gate.then(|| random(&[shape[0], shape[1]], 5)),
+    }
+}
+
+#[test]
+fn large_layers_have_the_references_gradients() {
+    for (what, layer, shape) in large() {
+        for last in [false, true] {
+            let tensors = large_tensors(&layer, &shape, last);
+            let (err, at) = compare(&layer, &tensors, Statistics::Batch, &Device::cpu()).unwrap();
+            assert!(err <= 1.0, "{what}, channels last {last}: {err}: {at}");
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    for (what, layer, shape) in large() {
+        for last in [false, true] {
+            let tensors = large_tensors(&layer, &shape, last);
+            let bits = |threads: usize| {
+                let pool = rayon_pool(threads);
+                let device = Device::cpu_with_pool(pool);
+                let got = run(&layer, &tensors, Options::default(), &device).unwrap();
+                let mut values = got.named();
+                got.params.visit(|name, _, x| {
+                    values.push((name.into(), x.iter().map(|&x| f64::from(x)).collect()));
+                });
+                values
+            };
+            let one = bits(1);
+            for threads in [1, 2, 3] {
+                assert!(bits(threads) == one, "{what}, channels last {last}, {threads} threads");
+            }
+        }
+    }
+}
+
+fn rayon_pool(threads: usize) -> std::sync::Arc<rayon::ThreadPool> {
+    std::sync::Arc::new(rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap())
+}
+
+/// `Σ dst · d_dst`, whose gradients a backward pass computes.
+fn loss(layer: &Pointwise, inputs: &Inputs<'_>, statistics: Statistics) -> f64 {
+    let shape = reference::forward(layer, inputs).unwrap().raw_dim();
+    let d_dst = d_dst(ndarray::Dimension::slice(&shape));
+    let dst = reference::backward(layer, inputs, statistics, d_dst.view()).unwrap().dst;
+    dst.iter().zip(&d_dst).map(|(y, &d)| y * f64::from(d)).sum()
+}
+
+#[test]
+fn the_references_gradients_are_finite_differences() {
+    // Exact in f32 beside values of about one.
+    const STEP: f32 = 1.0 / 4096.0;
+    let mut compared = 0;
+    let cases = Fixtures::load().cases();
+    for case in cases.iter().filter(|case| trainable(case) && case.dst.len() > 0) {
+        for statistics in [Statistics::Batch, Statistics::Frozen] {
+            let layer = case.layer();
+            let d_dst = d_dst(case.dst.shape());
+            let got =
+                reference::backward(&layer, &case.inputs(), statistics, d_dst.view()).unwrap();
+            let all: Vec<f64> = named(&got)[1..].iter().flat_map(|(_, d)| d.clone()).collect();
+            let tolerance = 2e-5 * largest(&all).max(1.0);
+            let mut check = |what: String, d: f64, difference: &dyn Fn(f32) -> (f64, f32)| {
+                let ((above, x1), (below, x0)) = (difference(STEP), difference(-STEP));
+                let slope = (above - below) / f64::from(x1 - x0);
+                let err = (slope - d).abs();
+                assert!(
+                    err <= tolerance,
+                    "{} {statistics:?} {what}: {d}, by difference {slope}",
+                    case.name
+                );
+                compared += 1;
+            };
+            for (name, d) in &got.parameters {
+                for i in (0..d.len()).step_by(d.len().div_ceil(3)) {
+                    check(format!("{name}[{i}]"), d[i], &|step| {
+                        let mut params = Params::new(&layer, &Device::cpu()).unwrap();
+                        let mut moved = 0.0;
+                        params.visit_mut(|other, _, values| {
+                            if other == *name {
+                                values[i] += step;
+                                moved = values[i];
+                            }
+                        });
+                        (loss(params.layer(), &case.inputs(), statistics), moved)
+                    });
+                }
+            }
+            let tensors = Tensors::of(case, false);
+            for which in 0..tensors.sources.len() + 2 {
+                let d: Vec<f64> = match which.checked_sub(tensors.sources.len()) {
+                    None => got.d_sources[which].iter().copied().collect(),
+                    Some(0) => got.d_residual.iter().flatten().copied().collect(),
+                    Some(_) => got.d_gate.iter().flatten().copied().collect(),
+                };
+                for i in (0..d.len()).step_by(d.len().div_ceil(4).max(1)) {
+                    check(format!("tensor {which}, element {i}"), d[i], &|step| {
+                        let mut tensors = Tensors::of(case, false);
+                        let sources = tensors.sources.len();
+                        let tensor = match which.checked_sub(sources) {
+                            None => &mut tensors.sources[which],
+                            Some(0) => tensors.residual.as_mut().unwrap(),
+                            Some(_) => tensors.gate.as_mut().unwrap(),
+                        };
+                        let x = tensor.iter_mut().nth(i).unwrap();
+                        if x.is_finite() {
+                            *x += step;
+                        }
+                        let moved = *x;
+                        let inputs = Inputs {
+                            sources: tensors.sources.iter().map(|t| t.view()).collect(),
+                            residual: tensors.residual.as_ref().map(|t| t.view()),
+                            gate: tensors.gate.as_ref().map(|t| t.view()),
+                        };
+                        // Channels of a residual beside a partial convolution hold NaN.
+                        if moved.is_nan() {
+                            (step.into(), step)
+                        } else {
+                            (loss(&layer, &inputs, statistics), moved)
+                        }
+                    });
+                }
+            }
+        }
+    }
+    assert!(compared > 3500, "only {compared} gradients");
+}
+
+/// A layer with a batch norm, and a batch for it.
+fn simple() -> (Pointwise, ArrayD<f32>) {
+    let layer = Pointwise::new(weight(6, 5)).bias(vector(6, 2)).batch_norm(norm(6)).relu();
+    (layer, random(&[2, 5, 4, 3], 1))
+}
+
+fn params(layer: &Pointwise) -> Params {
+    Params::new(layer, &Device::cpu()).unwrap()
+}
+
+macro_rules! refused {
+    ($call:expr, $pattern:pat, $says:expr) => {
+        match $call {
+            Err(error @ $pattern) => {
+                let text = error.to_string();
+                assert!(text.contains($says), "{text}");
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+}
+
+#[test]
+fn a_workspace_fits_one_backward_pass_only() {
+    let (layer, src) = simple();
+    let (mut a, mut b) = (params(&layer), params(&layer));
+    let mut grads = a.grads();
+    let set = Accumulate::Set;
+
+    let (dst, workspace) = a.forward(&src).unwrap();
+    refused!(
+        b.backward(&src, workspace, &dst, &mut grads, set),
+        Error::Workspace { .. },
+        "another"
+    );
+    let (_, workspace) = a.forward(&src).unwrap();
+    a.visit_mut(|_, _, values| values.iter_mut().for_each(|x| *x += 1.0));
+    refused!(
+        a.backward(&src, workspace, &dst, &mut grads, set),
+        Error::Workspace { .. },
+        "changed"
+    );
+    let (_, workspace) = a.forward(&src).unwrap();
+    a.update(&grads, |_, _, _| {}).unwrap();
+    refused!(
+        a.backward(&src, workspace, &dst, &mut grads, set),
+        Error::Workspace { .. },
+        "changed"
+    );
+    let other = random(&[2, 5, 4, 4], 1);
+    let (_, workspace) = a.forward(&other).unwrap();
+    refused!(
+        a.backward(&src, workspace, &dst, &mut grads, set),
+        Error::Workspace { .. },
+        "[[2, 5, 4, 4]], not [[2, 5, 4, 3]]"
+    );
+    // Two batches may be on their way at a time.
+    let (_, first) = b.forward(&src).unwrap();
+    let (_, second) = b.forward(&src).unwrap();
+    for workspace in [first, second] {
+        b.backward(&src, workspace, &dst, &mut grads, set).unwrap();
+    }
+}
+
+#[test]
+fn tensors_of_a_backward_pass_are_checked() {
+    let (layer, src) = simple();
+    let mut a = params(&layer);
+    let mut grads = a.grads();
+    let (dst, workspace) = a.forward(&src).unwrap();
+    let wrong = random(&[2, 6, 4, 4], 1);
+    let set = Accumulate::Set;
+    refused!(
+        a.backward(&src, workspace, &wrong, &mut grads, set),
+        Error::Shape { tensor: "d_dst", .. },
+        "[2, 6, 4, 3]"
+    );
+    let (_, workspace) = a.forward(&src).unwrap();
+    let mut others = params(&Pointwise::new(weight(6, 5))).grads();
+    refused!(
+        a.backward(&src, workspace, &dst, &mut others, set),
+        Error::Shape { .. },
+        "list of gradients"
+    );
+    let (_, workspace) = a.forward(&src).unwrap();
+    refused!(
+        a.backward_call(&src, workspace, &dst).residual(&dst).run(&mut grads),
+        Error::UnexpectedInput { .. },
+        "residual"
+    );
+    let mut memory = src.clone();
+    let view = unsafe_view(&mut memory);
+    let (_, workspace) = a.forward(&view.0).unwrap();
+    let mut d_src = view.1;
+    refused!(
+        a.backward_call(&view.0, workspace, &dst).d_src(&mut d_src).run(&mut grads),
+        Error::Aliased { tensor: "d_src" },
+        "shares memory"
+    );
+    let layer = Pointwise::new(weight(6, 5)).residual();
+    let mut b = params(&layer);
+    let mut grads = b.grads();
+    let (dst, workspace) = b.call(&src).residual(&dst).run().unwrap();
+    refused!(
+        b.backward(&src, workspace, &dst, &mut grads, set),
+        Error::MissingInput { input: "residual" },
+        "residual"
+    );
+}
+
+/// The same memory twice, as C callers may hand it over.
+fn unsafe_view(memory: &mut ArrayD<f32>) -> (TensorRef<'_>, TensorMut<'_>) {
+    let (shape, strides) = (memory.shape().to_vec(), memory.strides().to_vec());
+    let ptr = memory.as_mut_ptr();
+    // SAFETY: the call refuses the two before it touches them.
+    unsafe {
+        (
+            TensorRef::from_raw_parts(ptr, Place::Host, &shape, &strides).unwrap(),
+            TensorMut::from_raw_parts(ptr, Place::Host, &shape, &strides).unwrap(),
+        )
+    }
+}
+
+#[test]
+fn options_are_checked() {
+    let (layer, _) = simple();
+    let with = |options| Params::with_options(&layer, &Device::cpu(), options);
+    let default = Options::default;
+    let momentum = Options { momentum: Some(1.5), ..default() };
+    refused!(with(momentum), Error::ParameterValue { .. }, "1.5");
+    let momentum = Options { momentum: Some(f64::NAN), ..default() };
+    refused!(with(momentum), Error::ParameterValue { .. }, "NaN");
+    let frozen = Options { frozen: vec!["wieght".into()], ..default() };
+    refused!(with(frozen), Error::ParameterValue { .. }, "wieght");
+    let rows = Options { frozen_rows: vec![3..7], ..default() };
+    refused!(with(rows), Error::ParameterValue { .. }, "3..7");
+}
+
+#[test]
+fn statistics_need_two_finite_values() {
+    let (layer, src) = simple();
+    let mut a = params(&layer);
+    let one = random(&[1, 5, 1, 1], 1);
+    refused!(a.forward(&one), Error::BatchTooSmall { .. }, "[1, 5, 1, 1]");
+    for bad in [f32::NAN, f32::INFINITY, 1e30] {
+        let mut src = src.clone();
+        src[[1, 2, 0, 0]] = bad;
+        refused!(a.forward(&src), Error::NonFinite { channel: 0, .. }, "of the batch at bn");
+    }
+    assert_eq!(a.layer(), params(&layer).layer(), "running statistics stay");
+    assert_eq!(a.num_batches_tracked(), 0);
+    let frozen = Options { statistics: Statistics::Frozen, ..Options::default() };
+    a.set_options(frozen).unwrap();
+    assert!(a.forward(&one).is_ok(), "frozen statistics need no batch");
+}
+
+#[test]
+fn running_statistics_may_be_averages_of_all_batches() {
+    let (layer, _) = simple();
+    let options = Options { momentum: None, ..Options::default() };
+    let mut a = Params::with_options(&layer, &Device::cpu(), options).unwrap();
+    let mut sums = vec![0.0; 6];
+    for seed in 0..4 {
+        let src = random(&[3, 5, 7], seed);
+        let inputs = Inputs { sources: vec![src.view()], ..Inputs::default() };
+        let d = random(&[3, 6, 7], 9);
+        let want = reference::backward(&layer, &inputs, Statistics::Batch, d.view()).unwrap();
+        let batch = want.statistic(name::RUNNING_MEAN).unwrap();
+        sums.iter_mut().zip(batch).for_each(|(sum, x)| *sum += x);
+        let _ = a.forward(&src).unwrap();
+        let count = f64::from(seed + 1);
+        for (&got, sum) in a.get(name::RUNNING_MEAN).unwrap().iter().zip(&sums) {
+            let err = (f64::from(got) - sum / count).abs();
+            assert!(err <= 1e-6, "{got}, {}", sum / count);
+        }
+    }
+    assert_eq!(a.num_batches_tracked(), 4);
+}
+
+#[test]
+fn variances_beside_large_means_are_exact() {
+    // mean / std = 10^4, through a weight that is one.
+    let layer =
+        Pointwise::new(Array2::eye(8)).batch_norm(BatchNorm::new(vec![0.0; 8], vec![1.0; 8]));
+    for last in [false, true] {
+        for shape in [[4, 8, 50, 41], [700, 8, 1, 1], [1, 8, 1, 9001]] {
+            let values = random(&shape, 3).mapv(|x| 1e4 + x * 3f32.sqrt());
+            let src = if last { channels_last(&values) } else { values.clone() };
+            let options = Options { momentum: Some(1.0), ..Options::default() };
+            let mut a = Params::with_options(&layer, &Device::cpu(), options).unwrap();
+            let _ = a.forward(&src).unwrap();
+            for c in 0..8 {
+                let x: Vec<f64> =
+                    values.index_axis(ndarray::Axis(1), c).iter().map(|&x| f64::from(x)).collect();
+                let mean = x.iter().sum::<f64>() / x.len() as f64;
+                let var = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (x.len() - 1) as f64;
+                let got = f64::from(a.get(name::RUNNING_VAR).unwrap()[c]);
+                let err = (got / var - 1.0).abs();
+                assert!(err <= 1e-5, "{shape:?}, channels last {last}: {got}, {var}");
+                let got = f64::from(a.get(name::RUNNING_MEAN).unwrap()[c]);
+                assert!((got - mean).abs() <= 2e-3, "{shape:?}: {got}, {mean}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_replaced_or_added() {
+    let (layer, src) = simple();
+    let layer = layer.residual();
+    let mut a = params(&layer);
+    let residual = random(&[2, 6, 4, 3], 2);
+    let d_dst = random(&[2, 6, 4, 3], 3);
+    let mut once = None;
+    for (accumulate, factor) in [(Accumulate::Set, 1.0), (Accumulate::Add, 2.0)] {
+        let mut grads = a.grads();
+        let mut d_src = ArrayD::zeros(src.raw_dim());
+        let mut d_residual = ArrayD::zeros(residual.raw_dim());
+        for _ in 0..2 {
+            let (_, workspace) = a.call(&src).residual(&residual).run().unwrap();
+            let call = a.backward_call(&src, workspace, &d_dst).residual(&residual);
+            let call = call.accumulate(accumulate).accumulate_inputs(accumulate);
+            call.d_src(&mut d_src).d_residual(&mut d_residual).run(&mut grads).unwrap();
+        }
+        let mut all = d_src.iter().chain(&d_residual).copied().collect::<Vec<_>>();
+        grads.visit(|_, _, values| all.extend(values));
+        let once = once.get_or_insert_with(|| all.clone());
+        for (x, once) in all.iter().zip(once) {
+            assert!((x - factor * *once).abs() <= 1e-5 * once.abs().max(0.1), "{x}, {once}");
+        }
+    }
+}
+
+#[test]
+fn what_is_frozen_stays() {
+    let (layer, src) = simple();
+    let options = Options {
+        frozen: vec![name::BIAS.into(), name::GAMMA.into()],
+        frozen_rows: vec![1..3, 5..6],
+        ..Options::default()
+    };
+    let mut a = Params::with_options(&layer, &Device::cpu(), options).unwrap();
+    let mut whole = params(&layer);
+    let (mut grads, mut all) = (a.grads(), whole.grads());
+    for accumulate in [Accumulate::Set, Accumulate::Add] {
+        grads.visit_mut(|_, _, values| values.fill(7.0));
+        all.visit_mut(|_, _, values| values.fill(7.0));
+        let (dst, workspace) = a.forward(&src).unwrap();
+        a.backward(&src, workspace, &dst, &mut grads, accumulate).unwrap();
+        let (dst, workspace) = whole.forward(&src).unwrap();
+        whole.backward(&src, workspace, &dst, &mut all, accumulate).unwrap();
+        assert!(grads.get(name::BIAS).unwrap().iter().all(|&x| x == 7.0), "not computed");
+        let kept = if accumulate == Accumulate::Set { 0.0 } else { 7.0 };
+        let rows = grads.get(name::WEIGHT).unwrap().chunks(5);
+        for (i, (row, all)) in rows.zip(all.get(name::WEIGHT).unwrap().chunks(5)).enumerate() {
+            match [1, 2, 5].contains(&i) {
+                true => assert!(row.iter().all(|&x| x == kept), "row {i}: {row:?}"),
+                false => assert_eq!(row, all, "row {i}"),
+            }
+        }
+    }
+    let mut visited = Vec::new();
+    a.update(&grads, |name, values, _| {
+        visited.push(name);
+        values.fill(9.0);
+    })
+    .unwrap();
+    assert_eq!(visited, [name::WEIGHT, name::BETA]);
+    for (i, row) in a.layer().weight().rows().into_iter().enumerate() {
+        let frozen = [1, 2, 5].contains(&i);
+        assert_eq!(row.iter().all(|&x| x == 9.0), !frozen, "row {i}");
+    }
+    assert_eq!(a.get(name::BIAS), params(&layer).get(name::BIAS));
+}
+
+#[test]
+fn workspaces_hold_what_is_needed_and_say_so_before() {
+    let src = random(&[2, 5, 16, 10], 1);
+    let plain = || Pointwise::new(weight(6, 5)).bias(vector(6, 2));
+    let values = 2 * 6 * 160;
+    for (layer, bytes) in [
+        (plain(), 0),
+        (plain().residual(), 0),
+        (plain().relu(), values / 8),
+        (plain().residual().relu6(), values / 8),
+        (plain().batch_norm(norm(6)).relu(), values * 4),
+        (plain().silu(), values * 4),
+    ] {
+        let mut a = params(&layer);
+        let residual = random(&[2, 6, 16, 10], 1);
+        let call = a.call(&src);
+        let takes = layer.stages().iter().any(|stage| matches!(stage, Stage::Residual));
+        let (_, workspace) = if takes { call.residual(&residual) } else { call }.run().unwrap();
+        assert_eq!(workspace.bytes(), bytes, "{layer:?}");
+        assert_eq!(a.workspace_bytes(src.shape()).unwrap(), bytes);
+    }
+}
+
+#[test]
+fn a_prepared_layer_follows_while_it_runs() {
+    let (layer, src) = simple();
+    let mut a = params(&layer);
+    let prepared = a.prepare().unwrap();
+    let before = prepared.forward(&src).unwrap();
+    let clone = prepared.clone();
+    let _ = a.forward(&src).unwrap();
+    a.visit_mut(|name, _, values| {
+        if name == name::BIAS {
+            values.fill(1.0);
+        }
+    });
+    let after = a.prepare().unwrap().forward(&src).unwrap();
+    assert_ne!(before, after);
+    std::thread::scope(|scope| {
+        let runs = scope.spawn(|| {
+            (0..2000).map(|_| clone.forward(&src).unwrap()).all(|dst| dst == before || dst == after)
+        });
+        for _ in 0..200 {
+            prepared.update(&a).unwrap();
+        }
+        assert!(runs.join().unwrap(), "a call mixed old and new parameters");
+    });
+    assert_eq!(clone.forward(&src).unwrap(), after);
+    let other = params(&Pointwise::new(weight(6, 4)));
+    refused!(prepared.update(&other), Error::Shape { .. }, "[6, 4]");
+}
+
+#[test]
+fn workers_on_shards_are_one_on_the_whole_batch() {
+    const WORKERS: usize = 3;
+    let layer = Pointwise::new(weight(20, 10))
+        .source_batch_norm(norm(10))
+        .source_activation(Activation::Relu)
+        .batch_norm(norm(20))
+        .silu();
+    let src = random(&[9, 10, 6, 5], 1);
+    let d_dst = random(&[9, 20, 6, 5], 2);
+    let mut one = params(&layer);
+    let mut grads = one.grads();
+    let (_, workspace) = one.forward(&src).unwrap();
+    let d_src = one.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set).unwrap();
+
+    let together = || {
+        let group = ThreadWorker::group(WORKERS, Duration::from_secs(60));
+        let runs: Vec<_> = std::thread::scope(|scope| {
+            let work = |(rank, worker): (usize, ThreadWorker)| {
+                let (layer, src, d_dst) = (&layer, &src, &d_dst);
+                scope.spawn(move || {
+                    // Shards of different sizes.
+                    let bounds = [0, 2, 5, 9];
+                    let shard = Slice::from(bounds[rank]..bounds[rank + 1]);
+                    let src = src.slice_axis(Axis(0), shard);
+                    let d_dst = d_dst.slice_axis(Axis(0), shard);
+                    let worker: Arc<dyn AllReduce> = Arc::new(worker);
+                    let mut params = params(layer);
+                    params.set_all_reduce(Some(worker.clone()));
+                    let mut grads = params.grads();
+                    let (_, workspace) = params.forward(&src).unwrap();
+                    let d_src =
+                        params.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set);
+                    grads.all_reduce(&*worker).unwrap();
+                    (d_src.unwrap(), grads, params.layer().clone())
+                })
+            };
+            let threads: Vec<_> = group.into_iter().enumerate().map(work).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        runs
+    };
+    let runs = together();
+    // Sums of other terms in another order: a few ulp of the largest value.
+    let close = |a: f32, b: f32| (a - b).abs() <= 2e-5 * b.abs().max(1.0);
+    let shards: Vec<_> = runs.iter().map(|(d_src, ..)| d_src.view()).collect();
+    let joined = ndarray::concatenate(Axis(0), &shards).unwrap();
+    assert!(joined.iter().zip(&d_src).all(|(&a, &b)| close(a, b)));
+    for (_, of_worker, after) in &runs {
+        of_worker.visit(|name, _, values| {
+            let want = grads.get(name).unwrap();
+            let largest = want.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            for (&a, &b) in values.iter().zip(want) {
+                assert!((a - b).abs() <= 5e-6 * largest, "{name}: {a}, {b} of {largest}");
+            }
+        });
+        assert_eq!(after, &runs[0].2, "all workers have the same statistics");
+        for name in [name::RUNNING_MEAN, name::SRC_RUNNING_VAR] {
+            let after = Params::new(after, &Device::cpu()).unwrap();
+            let pairs = after.get(name).unwrap().iter().zip(one.get(name).unwrap());
+            pairs.for_each(|(&a, &b)| assert!(close(a, b), "{name}: {a}, {b}"));
+        }
+    }
+    assert!(runs == together(), "a fixed number of workers is bitwise repeatable");
+}
+
+#[test]
+fn a_worker_that_dies_or_stays_away_is_an_error() {
+    let mut group = ThreadWorker::group(2, Duration::from_secs(600));
+    let (b, a) = (group.pop().unwrap(), group.pop().unwrap());
+    let waits = std::thread::spawn(move || a.sum_f32(&mut [1.0]));
+    let dies = std::thread::spawn(move || {
+        let _b = b;
+        panic!("as a test wants it");
+    });
+    assert!(dies.join().is_err());
+    refused!(waits.join().unwrap(), Error::AllReduce { .. }, "worker 1 is gone");
+
+    let group = ThreadWorker::group(2, Duration::from_millis(50));
+    refused!(group[0].sum_f64(&mut [1.0]), Error::AllReduce { .. }, "worker 1 did not come");
+    refused!(group[1].sum_f64(&mut [1.0]), Error::AllReduce { .. }, "worker 1 did not come");
+
+    let group = ThreadWorker::group(2, Duration::from_secs(600));
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| group[0].sum_f64(&mut [1.0, 2.0]));
+        refused!(group[1].sum_f64(&mut [1.0]), Error::AllReduce { .. }, "values");
+        refused!(first.join().unwrap(), Error::AllReduce { .. }, "values");
+    });
+
+    // Forward: the error comes out of the pass, and the statistics stay.
+    let (layer, src) = simple();
+    let mut a = params(&layer);
+    let worker = ThreadWorker::group(2, Duration::from_secs(600)).swap_remove(0);
+    a.set_all_reduce(Some(Arc::new(worker)));
+    refused!(a.forward(&src), Error::AllReduce { .. }, "worker 1 is gone");
+    assert_eq!(a.layer(), params(&layer).layer());
+}
+
+#[test]
+fn slopes_follow_the_reference() {
+    // A layer of one channel that hands x on to the activation.
+    let x: Vec<f32> = (-4000..4000).map(|i| i as f32 / 128.0 + 1.0 / 1024.0).collect();
+    let src = ArrayD::from_shape_vec(IxDyn(&[1, 1, x.len()]), x.clone()).unwrap();
+    let ones = src.mapv(|_| 1.0);
+    for activation in [
+        Activation::Relu,
+        Activation::Relu6,
+        Activation::Clip { lo: -0.75, hi: 1.1 },
+        Activation::LeakyRelu { alpha: 0.2 },
+        Activation::LeakyRelu { alpha: -0.5 },
+        Activation::Elu { alpha: 0.7 },
+        Activation::Sigmoid,
+        Activation::Tanh,
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::HardSigmoid,
+        Activation::HardSwish,
+        Activation::Softplus,
+        Activation::Mish,
+    ] {
+        let mut a = params(&Pointwise::new(Array2::eye(1)).activation(activation));
+        let mut grads = a.grads();
+        let (_, workspace) = a.forward(&src).unwrap();
+        let d = a.backward(&src, workspace, &ones, &mut grads, Accumulate::Set).unwrap();
+        for (&x, &d) in x.iter().zip(&d) {
+            let want = reference::slope(activation, f64::from(x));
+            let err = (f64::from(d) - want).abs();
+            assert!(err <= 2e-6, "{activation:?} at {x}: {d} instead of {want}");
+        }
+    }
+}
+
+#[test]
+fn the_references_gradients_are_pytorchs() {
+    let fixtures = Fixtures::training();
+    let mut compared = 0;
+    for case in fixtures.cases() {
+        let layer = case.layer();
+        let d_dst = fixtures.d_dst(&case.name);
+        let got = reference::backward(&layer, &case.inputs(), Statistics::Batch, d_dst.view());
+        let got = got.unwrap_or_else(|error| panic!("{}: {error}", case.name));
+        let mut check = |what: &str, got: &[f64], want: ArrayD<f64>| {
+            assert_eq!(got.len(), want.len(), "{} {what}", case.name);
+            for (got, want) in got.iter().zip(&want) {
+                let err = (got - want).abs();
+                assert!(err <= 1e-11 * want.abs().max(1.0), "{} {what}: {got}, {want}", case.name);
+            }
+            compared += 1;
+        };
+        let flat = |d: &ArrayD<f64>| d.iter().copied().collect::<Vec<_>>();
+        let wide = |tensor: &str| fixtures.wide(&case.name, tensor);
+        check("dst", &flat(&got.dst), case.dst.clone());
+        for (i, d) in got.d_sources.iter().enumerate() {
+            check("d_src", &flat(d), wide(&format!("d_src{i}")).unwrap());
+        }
+        check("d_weight", got.parameter(name::WEIGHT).unwrap(), wide("d_weight").unwrap());
+        for (stage, source) in case
+            .source_stages
+            .iter()
+            .map(|stage| (stage, true))
+            .chain(case.stages.iter().map(|stage| (stage, false)))
+        {
+            let names: &[(&str, &str)] = match (stage.name.as_str(), source) {
+                ("bias", _) => &[("bias", name::BIAS)],
+                ("affine", _) => &[("scale", name::SRC_SCALE), ("shift", name::SRC_SHIFT)],
+                ("batch_norm", false) => &[("gamma", name::GAMMA), ("beta", name::BETA)],
+                ("batch_norm", true) => &[("gamma", name::SRC_GAMMA), ("beta", name::SRC_BETA)],
+                ("layer_norm" | "layer_norm_all", _) => {
+                    &[("gamma", name::LN_GAMMA), ("beta", name::LN_BETA)]
+                }
+                ("prelu", _) => &[("slope", name::SLOPE)],
+                _ => &[],
+            };
+            for (operand, parameter) in names {
+                if let Some(tensor) = stage.name_of(operand) {
+                    let want = wide(&format!("d_{tensor}")).unwrap();
+                    check(parameter, got.parameter(parameter).unwrap(), want);
+                }
+            }
+            if stage.name == "residual" {
+                let want = wide(&format!("d_{}", stage.name_of("residual").unwrap())).unwrap();
+                // PyTorch's has the convolved channels only.
+                let start = case.partial.as_ref().map_or(0, |range| range.start);
+                let d = got.d_residual.as_ref().unwrap();
+                let end = start + want.shape()[1];
+                check(
+                    "d_residual",
+                    &flat(&d.slice_axis(Axis(1), Slice::from(start..end)).to_owned()),
+                    want,
+                );
+            }
+            if stage.name == "gate" {
+                let d = got.d_gate.as_ref().unwrap().clone().into_dyn();
+                check("d_gate", &flat(&d), wide("d_gate").unwrap());
+            }
+            if stage.name == "batch_norm" {
+                let count = (case.dst.len() / case.dst.shape()[1]) as f64;
+                let names = match source {
+                    true => [("mean", name::SRC_RUNNING_MEAN), ("var", name::SRC_RUNNING_VAR)],
+                    false => [("mean", name::RUNNING_MEAN), ("var", name::RUNNING_VAR)],
+                };
+                for (operand, statistic) in names {
+                    let before = stage.tensor(operand).unwrap();
+                    let unbiased = if operand == "var" { count / (count - 1.0) } else { 1.0 };
+                    let after: Vec<f64> = before
+                        .iter()
+                        .zip(got.statistic(statistic).unwrap())
+                        .map(|(&old, batch)| 0.9 * f64::from(old) + 0.1 * batch * unbiased)
+                        .collect();
+                    let new = format!("new_{}", stage.name_of(operand).unwrap());
+                    check(statistic, &after, wide(&new).unwrap());
+                }
+            }
+        }
+    }
+    assert!(compared > 150, "only {compared} tensors");
 }

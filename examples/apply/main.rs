@@ -3,6 +3,7 @@
 mod layer;
 mod npy;
 mod options;
+mod train;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -56,7 +57,8 @@ fn run(options: &Options) -> Result<()> {
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
     let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
-    let layer = layer::read(options, &file)?.prepare(&device)?;
+    let description = layer::read(options, &file)?;
+    let layer = description.prepare(&device)?;
     let gate = layer::gate(options, &file)?;
 
     let inputs = options.input.iter().map(|path| npy::read(path)).collect::<Result<Vec<_>>>()?;
@@ -73,6 +75,16 @@ fn run(options: &Options) -> Result<()> {
         dst_shape[1..].rotate_left(1);
     }
     let mut dst = npy::zeros(&dst_shape)?;
+    if let Some((d_output, gradients)) = options.d_output.as_ref().zip(options.gradients.as_ref()) {
+        let d_dst = npy::read(d_output)?;
+        let tensors = train::Tensors { sources, residual, gate, d_dst: logical(&d_dst), last };
+        let momentum = options.momentum;
+        train::run(&description, &device, momentum, &tensors, &mut dst, gradients)?;
+        npy::write(&options.output, &dst)?;
+        let gradients = gradients.display();
+        writeln!(io::stdout(), "-> {dst_shape:?}, gradients in {gradients}, on {device}")?;
+        return Ok(());
+    }
 
     let mut call = layer.call(first);
     for source in more {

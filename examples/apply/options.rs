@@ -76,6 +76,23 @@ pub struct Options {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: String,
+
+    /// A forward pass with batch statistics, then a backward pass with the gradient of the loss by
+    /// the result; on the CPU
+    #[arg(long, requires_all = ["d_output", "gradients"])]
+    pub train: bool,
+
+    /// The gradient by the result: f32, of the result's shape
+    #[arg(long, value_name = "DY.npy", requires = "train")]
+    pub d_output: Option<PathBuf>,
+
+    /// Where the gradients and the new running statistics go (listed below)
+    #[arg(long, value_name = "G.safetensors", requires = "train")]
+    pub gradients: Option<PathBuf>,
+
+    /// The batch's share in the new running statistics
+    #[arg(long, value_name = "M", default_value_t = 0.1, requires = "train")]
+    pub momentum: f64,
 }
 
 const NAMES: &str = "\
@@ -97,6 +114,10 @@ Tensors of the checkpoint, F32, F16 or BF16; others are ignored:
   ln_gamma, ln_beta           [c_out], the affine of a layer norm; both or neither
   src_scale, src_shift        [c_in], for the source stage affine
   gate                        [n, c_in], for the source stage gate (squeeze and excitation)
+
+Tensors of --gradients, F32, for what the layer has:
+  d_src (d_src0, d_src1, … for several inputs), d_residual, d_gate; d_weight, d_bias, d_gamma,
+  d_beta, d_slope, d_ln_gamma, d_ln_beta, d_src_scale, d_src_shift; running_mean, running_var
 
 An error is one line on stderr and exit code 1.
 

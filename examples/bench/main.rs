@@ -5,6 +5,7 @@ mod measure;
 mod options;
 mod plot;
 mod report;
+mod train;
 mod verify;
 
 use std::fs::File;
@@ -17,7 +18,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use layers::Table;
 use measure::Bench;
-use options::Options;
+use options::{Options, Pass};
 
 /// Whatever goes wrong is told to the user in one line.
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -79,9 +80,12 @@ fn run(options: &Options) -> Result<()> {
     for layer in &table.layers {
         bar.set_message(layer.to_string());
         bar.tick();
-        let outcome = bench
-            .measure(layer)
-            .map_err(|error| format!("{}:{}: {layer}: {error}", table.name, layer.line))?;
+        let outcome = match options.pass {
+            Pass::Forward => bench.measure(layer),
+            Pass::Train => bench.measure_step(layer),
+        };
+        let outcome =
+            outcome.map_err(|error| format!("{}:{}: {layer}: {error}", table.name, layer.line))?;
         for note in outcome.notes {
             bar.suspend(|| eprintln!("note: {layer}: {note}"));
         }

@@ -17,9 +17,9 @@ use crate::options::{Options, Order};
 use crate::verify;
 
 /// Samples of the roof per layer, each followed by two turns of every contender.
-const SAMPLES: usize = 5;
+pub const SAMPLES: usize = 5;
 /// How long a contender is timed in one turn.
-const TURN: Duration = Duration::from_millis(15);
+pub const TURN: Duration = Duration::from_millis(15);
 /// How long the calls last that are timed as one, so that the clock's own time does not count.
 const CALLS: Duration = Duration::from_micros(20);
 /// As [`CALLS`], where the end of the calls has to be waited for.
@@ -69,6 +69,30 @@ pub struct Row {
 }
 
 impl Row {
+    /// A result that has been verified.
+    pub fn new(
+        order: Order,
+        kernel: &'static str,
+        median: f64,
+        min: f64,
+        cost: Cost,
+        roof: Roof,
+        bench: &Bench,
+    ) -> Self {
+        let roof_is_measured = bench.device_name == "cpu";
+        Row {
+            order,
+            kernel,
+            forced: false,
+            median,
+            min,
+            cost,
+            roof,
+            max_err: 0.0,
+            roof_is_measured,
+        }
+    }
+
     /// Of the roof, in time.
     pub fn peak_fraction(&self) -> f64 {
         self.roof.seconds(&self.cost) / self.median
@@ -117,6 +141,10 @@ impl Bench {
             bench.cuda = Some(cuda);
         }
         Ok(bench)
+    }
+
+    pub fn orders(&self) -> &[Order] {
+        &self.orders
     }
 
     pub fn device(&self) -> &Device {
@@ -229,10 +257,7 @@ impl Bench {
         distinct: ArrayView4<'_, f32>,
     ) -> Result<Tensors> {
         let (d, c, h, w) = distinct.dim();
-        let mut src = match order {
-            Order::Nchw => Array4::zeros((n, c, h, w)),
-            Order::Nhwc => Array4::zeros((n, h, w, c)).permuted_axes([0, 3, 1, 2]),
-        };
+        let mut src = in_order(order, Array4::zeros((n, c, h, w)).view());
         for (i, mut sample) in src.axis_iter_mut(Axis(0)).enumerate() {
             sample.assign(&distinct.index_axis(Axis(0), i % d));
         }
@@ -247,6 +272,17 @@ impl Bench {
     }
 }
 
+/// A copy in a memory order.
+pub fn in_order(order: Order, values: ArrayView4<'_, f32>) -> Array4<f32> {
+    let (n, c, h, w) = values.dim();
+    let mut copy = match order {
+        Order::Nchw => Array4::zeros((n, c, h, w)),
+        Order::Nhwc => Array4::zeros((n, h, w, c)).permuted_axes([0, 3, 1, 2]),
+    };
+    copy.assign(&values);
+    copy
+}
+
 fn layout(order: Order) -> Layout {
     match order {
         Order::Nchw => Layout::ChannelsFirst,
@@ -255,7 +291,7 @@ fn layout(order: Order) -> Layout {
 }
 
 /// Values in -1..1 without a pattern, always the same.
-fn values(n: usize, c: usize, h: usize, w: usize) -> Array4<f32> {
+pub fn values(n: usize, c: usize, h: usize, w: usize) -> Array4<f32> {
     // Marsaglia's xorshift, "Xorshift RNGs" (2003).
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     Array4::from_shape_simple_fn((n, c, h, w), || {

@@ -21,6 +21,11 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub batch: Option<usize>,
 
+    /// What is timed: a forward pass as in inference, or a step of training, forward with a batch
+    /// norm in place of the bias and backward for everything (on the CPU)
+    #[arg(long, value_enum, default_value = "forward")]
+    pub pass: Pass,
+
     /// The type of the tensors' values
     #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32"]))]
     pub dtype: String,
@@ -53,6 +58,13 @@ pub struct Options {
     /// A picture: the roofs, and a point for each result
     #[arg(long, value_name = "OUT.svg")]
     pub plot: Option<PathBuf>,
+}
+
+/// What is timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pass {
+    Forward,
+    Train,
 }
 
 /// A memory order by its usual name.
@@ -90,6 +102,9 @@ Columns of the results, beside the table's:
   max_err        the largest error, as a multiple of the tolerance
                  max|weight| max|src| K 2^-23 + eps_out max|result|, where K is cin / groups and
                  eps_out 2^-23, four times that where act is a smooth function
+
+A step of training counts three products; src, dst and weight thrice each. Its kernel is `train`, and
+its max_err a multiple of (positions + cin + cout) 2^-23 max|result|, of everything that it gives.
 
 On a GPU fma_peak and roof_bw are computed from clocks and widths. The exit code is 1 if an error is
 above 1 or, on the CPU, a fraction above 1.02 in a second measurement too: then the roof is wrong.

@@ -109,6 +109,11 @@ impl Layer {
         Layer { device, isa: self.isa, kernel, choices, packed }
     }
 
+    /// Another layer of this shape, with this one's choices.
+    pub(crate) fn choices_for(&self, other: Layer) -> Self {
+        other.with(self.kernel, self.choices.clone())
+    }
+
     pub(crate) fn isa(&self) -> Isa {
         self.isa.isa()
     }

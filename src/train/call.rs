@@ -345,9 +345,9 @@ impl Params {
                 (var, |m| m.deviations / (m.count - 1.0)),
             ] {
                 let running = get_mut(&mut self.layer, name).expect("a batch norm has it");
-                for (running, moments) in running.iter_mut().zip(&statistics.moments) {
-                    let old = f64::from(*running);
-                    *running = (old + momentum * (value(moments) - old)) as f32;
+                for (moments, &channel) in statistics.moments.iter().zip(&statistics.channels) {
+                    let old = f64::from(running[channel]);
+                    running[channel] = (old + momentum * (value(moments) - old)) as f32;
                 }
             }
         }
@@ -363,13 +363,16 @@ impl Params {
                 what: "training".into(),
             });
         };
+        let reduce = self.all_reduce.as_deref();
+        let reduce = reduce.map(|workers| |values: &mut [f64]| workers.sum_f64(values));
         f(cpu::train::Training {
             device,
             layer: &self.layer,
             shape: &self.shape,
             statistics: self.options.statistics,
             wants: &|name| self.wants(name),
-            reduce: None,
+            reduce: reduce.as_ref().map(|reduce| reduce as _),
+            pool: &self.pool,
         })
     }
 
@@ -385,7 +388,7 @@ impl Params {
             && [name::RUNNING_MEAN, name::SRC_RUNNING_MEAN]
                 .iter()
                 .any(|name| get(&self.layer, name).is_some());
-        if normalises && self.values_per_channel(operands)? == 1 {
+        if normalises && self.all_reduce.is_none() && self.values_per_channel(operands)? == 1 {
             return Err(Error::BatchTooSmall { shape: operands.src.shape().to_vec() });
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The gradients of a layer's parameters.
 
 use crate::error::{Error, Result};
-use crate::train::Accumulate;
+use crate::train::{Accumulate, AllReduce};
 
 /// One gradient per parameter of a layer, by [`name`](crate::train::name), of the parameter's
 /// shape, row-major, in f32.
@@ -57,6 +57,14 @@ impl Grads {
     /// Multiplies every gradient: by `1 / loss scale`, by `1 / workers`.
     pub fn scale(&mut self, factor: f32) {
         self.visit_mut(|_, _, values| values.iter_mut().for_each(|x| *x *= factor));
+    }
+
+    /// Sums every gradient over all workers; a mean is that, [scaled](Self::scale).
+    ///
+    /// # Errors
+    /// As [`AllReduce::sum_f32`].
+    pub fn all_reduce(&mut self, workers: &dyn AllReduce) -> Result<()> {
+        self.tensors.iter_mut().try_for_each(|tensor| workers.sum_f32(&mut tensor.values))
     }
 
     /// Whether no gradient is infinite or NaN: with a loss scale, whether the step may be taken.

@@ -45,12 +45,14 @@
 mod call;
 mod grads;
 mod params;
+mod reduce;
 
 use std::ops::Range;
 
 pub use call::{BackwardCall, Call, Workspace};
 pub use grads::Grads;
 pub use params::Params;
+pub use reduce::{AllReduce, ThreadWorker};
 
 /// The names of parameters and running statistics.
 pub mod name {

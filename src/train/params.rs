@@ -1,16 +1,18 @@
 //! A layer in training: its parameters, and what is done with them between two batches.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ndarray::{Array1, Array2};
 
+use crate::cpu::train::Pool;
 use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::prepared::{PrepareOptions, Prepared};
 use crate::problem::LayerShape;
 use crate::stages::{SourceStage, Stage};
-use crate::train::{Grads, Options, name};
+use crate::train::{AllReduce, Grads, Options, name};
 
 /// Gives every [`Params`] a number of its own.
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -29,6 +31,8 @@ pub struct Params {
     pub(super) device: Device,
     pub(super) options: Options,
     pub(super) num_batches_tracked: u64,
+    pub(super) all_reduce: Option<Arc<dyn AllReduce>>,
+    pub(super) pool: Pool,
 }
 
 impl Params {
@@ -68,6 +72,8 @@ impl Params {
             device: device.clone(),
             options: Options::default(),
             num_batches_tracked: 0,
+            all_reduce: None,
+            pool: Pool::default(),
         };
         params.set_options(options)?;
         Ok(params)
@@ -105,6 +111,13 @@ impl Params {
         self.options = options;
         self.generation += 1;
         Ok(())
+    }
+
+    /// Takes the statistics of batch norms over the samples of several workers from now on, or of
+    /// this one alone.
+    pub fn set_all_reduce(&mut self, workers: Option<Arc<dyn AllReduce>>) {
+        self.all_reduce = workers;
+        self.generation += 1;
     }
 
     /// The device.

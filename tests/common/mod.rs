@@ -19,12 +19,33 @@ pub struct Fixtures {
 
 impl Fixtures {
     pub fn load() -> Self {
+        Self::named("operator")
+    }
+
+    /// The gradients: `training.json` and `training.safetensors`.
+    pub fn training() -> Self {
+        Self::named("training")
+    }
+
+    fn named(name: &str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-        let read = |name| std::fs::read(folder.join(name)).expect(name);
+        let read = |end: &str| std::fs::read(folder.join(format!("{name}.{end}"))).expect(name);
         Fixtures {
-            json: serde_json::from_slice(&read("operator.json")).expect("operator.json is JSON"),
-            tensors: read("operator.safetensors"),
+            json: serde_json::from_slice(&read("json")).expect("JSON"),
+            tensors: read("safetensors"),
         }
+    }
+
+    /// A F64 tensor of a case, if there is one.
+    pub fn wide(&self, case: &str, tensor: &str) -> Option<ArrayD<f64>> {
+        let tensors = self.tensors();
+        let name = format!("{case}/{tensor}");
+        tensors.tensor(&name).is_ok().then(|| read_f64(&tensors, &name))
+    }
+
+    /// The gradient by a case's dst.
+    pub fn d_dst(&self, case: &str) -> ArrayD<f32> {
+        read_f32(&self.tensors(), &format!("{case}/d_dst"))
     }
 
     /// A row list of the JSON: `activations`, `init/gains`.
@@ -97,6 +118,11 @@ impl Described {
     /// A number of the stage.
     pub fn number(&self, operand: &str) -> Option<f32> {
         self.operands[operand].as_f64().map(|x| x as f32)
+    }
+
+    /// What a tensor of the stage is called in its case.
+    pub fn name_of(&self, operand: &str) -> Option<&str> {
+        self.operands[operand].as_str()
     }
 
     /// A tensor of the stage.

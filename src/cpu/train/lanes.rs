@@ -56,8 +56,9 @@ per_isa! {
     /// Adds the sums of `d` and of `d * (x - hi)` per channel.
     pub(super) fn sums(hi: Per<'_, 1>, x: &[f32], d: &[f32], sums: Sums<'_, 2>) = sums_block;
 
-    /// Means and sums of squared deviations of lines of `means.len()` channels, in two passes.
-    pub(super) fn moments(x: &[f32], means: &mut [f32], deviations: &mut [f32]) = moments_block;
+    /// Means, what rounding them took away, and sums of squared deviations from the rounded means,
+    /// of lines of as many channels, in two passes.
+    pub(super) fn moments(x: &[f32], moments: [&mut [f32]; 3]) = moments_block;
 
     /// Packs bits, set where `lo < x < hi` or x is NaN, the first in the lowest.
     pub(super) fn pack_bits(lo: f32, hi: f32, x: &[f32], bits: &mut [u8]) = pack_bits_block;
@@ -234,9 +235,10 @@ unsafe fn sums_block<V: Simd>(hi: Per<'_, 1>, x: &[f32], d: &[f32], sums: Sums<'
 }
 
 #[inline(always)]
-unsafe fn moments_block<V: Simd>(x: &[f32], means: &mut [f32], deviations: &mut [f32]) {
+unsafe fn moments_block<V: Simd>(x: &[f32], [means, rests, deviations]: [&mut [f32]; 3]) {
     let line = means.len();
-    assert!(deviations.len() == line && x.len().is_multiple_of(line), "whole lines");
+    assert!(rests.len() == line && deviations.len() == line, "one value per channel");
+    assert!(x.len().is_multiple_of(line), "whole lines");
     let lines = x.len() / line;
     let x = x.as_ptr();
     // SAFETY: the CPU has V's instruction set; vectors end with the line.
@@ -250,13 +252,16 @@ unsafe fn moments_block<V: Simd>(x: &[f32], means: &mut [f32], deviations: &mut 
             for i in 1..lines {
                 sum = sum + (V::load_tail(at(i), tail) - origin);
             }
-            let mean = sum.mul_add(V::splat(1.0 / lines as f32), origin);
-            let mut squares = V::splat(0.0);
+            let share = V::splat(1.0 / lines as f32);
+            let mean = sum.mul_add(share, origin);
+            let (mut squares, mut rest) = (V::splat(0.0), V::splat(0.0));
             for i in 0..lines {
                 let x = V::load_tail(at(i), tail) - mean;
                 squares = x.mul_add(x, squares);
+                rest = rest + x;
             }
             mean.store_tail(means.as_mut_ptr().add(first), tail);
+            (rest * share).store_tail(rests.as_mut_ptr().add(first), tail);
             squares.store_tail(deviations.as_mut_ptr().add(first), tail);
         }
     }
@@ -323,15 +328,17 @@ impl LineMoments {
     }
 
     /// Merges a block of `lines` lines.
-    pub(super) fn merge(&mut self, lines: usize, means: &[f32], deviations: &[f32]) {
+    pub(super) fn merge(&mut self, lines: usize, [means, rests, deviations]: [&[f32]; 3]) {
         let lines = lines as f64;
         let count = self.count + lines;
         let (share, product) = (lines / count, self.count * lines / count);
-        let new = means.iter().zip(deviations);
-        for ((mean, all), (&m, &d)) in self.mean.iter_mut().zip(&mut self.deviations).zip(new) {
-            let delta = f64::from(m) - *mean;
+        let new = means.iter().zip(rests).zip(deviations);
+        for ((mean, all), ((&m, &r), &d)) in self.mean.iter_mut().zip(&mut self.deviations).zip(new)
+        {
+            let rest = f64::from(r);
+            let delta = f64::from(m) + rest - *mean;
             *mean += delta * share;
-            *all += f64::from(d) + delta * delta * product;
+            *all += f64::from(d) - lines * rest * rest + delta * delta * product;
         }
         self.count = count;
     }

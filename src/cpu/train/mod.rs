@@ -9,6 +9,8 @@ mod lanes;
 mod sweep;
 mod wgrad;
 
+use std::sync::{Mutex, PoisonError};
+
 use crate::cpu::gemm::{self, Layer};
 use crate::cpu::isa::{Isa, Supported};
 pub(crate) use crate::cpu::norm::Moments;
@@ -22,7 +24,7 @@ use crate::layer::Pointwise;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
 use crate::stages::{Activation, SourceStage, Stage};
-use crate::tensor::{MAX_RANK, TensorMut, TensorRef, try_zeros};
+use crate::tensor::{MAX_RANK, TensorMut, TensorRef, checked_product, try_zeros};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Positions of a plane below which its rows are too short to run along.
@@ -38,6 +40,43 @@ pub(crate) struct Training<'a> {
     pub wants: &'a dyn Fn(&str) -> bool,
     /// Sums statistics over all processes.
     pub reduce: Reduce<'a>,
+    pub pool: &'a Pool,
+}
+
+/// Memory that passes have used and others may use again: fresh pages cost more than what is
+/// computed in them.
+#[derive(Debug, Default)]
+pub(crate) struct Pool(Mutex<Vec<Vec<f32>>>);
+
+impl Pool {
+    /// So many values, whatever they are.
+    fn take(&self, what: &'static str, sizes: &[usize]) -> Result<Vec<f32>> {
+        let len = checked_product(what, sizes)?;
+        let mut buffers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fit = (0..buffers.len())
+            .filter(|&i| buffers[i].len() >= len && buffers[i].len() <= 2 * len.max(1 << 16))
+            .min_by_key(|&i| buffers[i].len());
+        match fit {
+            Some(i) => {
+                let mut buffer = buffers.swap_remove(i);
+                buffer.truncate(len);
+                Ok(buffer)
+            }
+            None => {
+                drop(buffers);
+                try_zeros(what, sizes)
+            }
+        }
+    }
+
+    fn put(&self, buffer: Vec<f32>) {
+        const MOST: usize = 4;
+        let mut buffers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if buffers.len() == MOST {
+            buffers.remove(0);
+        }
+        buffers.push(buffer);
+    }
 }
 
 /// What a forward pass keeps for the backward pass.
@@ -53,7 +92,10 @@ pub(crate) enum Saved {
 /// A batch norm's statistics of a batch: under the names of the running mean and variance.
 pub(crate) struct BatchStatistics {
     pub names: [&'static str; 2],
+    /// Of each row of the convolution's result, or of each of its input channels.
     pub moments: Vec<Moments>,
+    /// The channel that each of them is in the running statistics.
+    pub channels: Vec<usize>,
 }
 
 /// Everything that a forward pass keeps.
@@ -173,9 +215,8 @@ impl Training<'_> {
             let moments = sweep.forward(None)?;
             check(&moments, batch.mean)?;
             source_chain = sweep.chain;
-            debug_assert!(matches!(source_chain.ops[op], Op::Linear(_)));
-            let names = [batch.mean, batch.var];
-            state.statistics[0] = Some(BatchStatistics { names, moments });
+            let (names, channels) = ([batch.mean, batch.var], source_chain.channels[op].clone());
+            state.statistics[0] = Some(BatchStatistics { names, moments, channels });
         }
 
         let need = self.need();
@@ -197,7 +238,7 @@ impl Training<'_> {
         }
 
         let rows = self.shape.c_out;
-        let mut values: Vec<f32> = try_zeros("the workspace", &[rows, n, positions])?;
+        let mut values = self.pool.take("the workspace", &[rows, n, positions])?;
         self.multiply(&source_chain, operands, &problem, axis, &mut values)?;
         let input = View::contiguous(values.as_mut_ptr(), axis, rows, n * positions);
         let batch = chain.batch_norm();
@@ -210,10 +251,11 @@ impl Training<'_> {
             View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
         });
         let moments = sweep.forward(Some((&dst_view, Accumulate::Set)))?;
-        if let Some((_, batch)) = batch {
+        if let Some((op, batch)) = batch {
             check(&moments, batch.mean)?;
+            let channels = sweep.chain.channels[op].clone();
             let names = [batch.mean, batch.var];
-            state.statistics[1] = Some(BatchStatistics { names, moments });
+            state.statistics[1] = Some(BatchStatistics { names, moments, channels });
         }
         for (src, dst) in problem.passed_through() {
             self.copy(isa, &problem, &src, &dst, Accumulate::Set)?;
@@ -245,15 +287,12 @@ impl Training<'_> {
         let (dst_map, residual_map) = (chain.dst_map.take(), chain.residual_map.take());
         let walk = problem.walk(&problem.dst, true);
         let d_dst_view = View::new(&rows_of(&problem.dst, rows), walk, dst_map.as_deref());
-        let mut buffer: Vec<f32>;
         // The gradient by the convolution's result takes the place of the result.
-        let d = match &mut state.saved {
-            Saved::Values(values) => values.as_mut_ptr(),
-            _ => {
-                buffer = try_zeros("the gradient by the convolution", &[rows, total])?;
-                buffer.as_mut_ptr()
-            }
+        let mut buffer = match &mut state.saved {
+            Saved::Values(values) => std::mem::take(values),
+            _ => self.pool.take("the gradient by the convolution", &[rows, total])?,
         };
+        let d = buffer.as_mut_ptr();
         let kept = match (&state.saved, self.need()) {
             (Saved::Values(_), _) => Kept::Input,
             (Saved::Bits(bits), Need::Bits(_, alpha)) => Kept::Bits(bits, alpha),
@@ -340,10 +379,12 @@ impl Training<'_> {
 
         let d_sources_wanted = !outputs.d_sources.is_empty();
         if !(d_sources_wanted || source_grads || outputs.d_gate.is_some()) {
+            self.pool.put(buffer);
             return Ok(());
         }
-        let mut d_src: Vec<f32> = try_zeros("the gradient by src", &[c_in, total])?;
+        let mut d_src = self.pool.take("the gradient by src", &[c_in, total])?;
         self.multiply_back(axis, d, &problem, src_axis, &mut d_src)?;
+        self.pool.put(buffer);
         let d_src_view = View::contiguous(d_src.as_mut_ptr(), src_axis, c_in, total);
         source_sweep.axis = src_axis;
         // Without a tensor for it, the gradient stays where it is.
@@ -396,6 +437,7 @@ impl Training<'_> {
             kept: if plain { Kept::Nothing } else { Kept::Input },
         })?;
         self.put(&source_sweep.chain, &source_channels, &sum.ops, grads, accumulate);
+        self.pool.put(d_src);
         if let Some(d_gate) = outputs.d_gate {
             let (sample, channel) = (d_gate.strides()[0], d_gate.strides()[1]);
             let ptr = d_gate.as_mut_ptr();
@@ -741,7 +783,10 @@ fn settle(chain: &mut Chain, statistics: &Option<BatchStatistics>) {
 
 /// Statistics must be finite.
 fn check(moments: &[Moments], mean: &'static str) -> Result<()> {
-    let wrong = |m: &Moments| !(m.mean.is_finite() && m.deviations.is_finite());
+    if moments.first().is_some_and(|m| m.count == 1.0) {
+        return Err(Error::BatchTooSmall { shape: vec![1, moments.len()] });
+    }
+    let wrong = |m: &Moments| m.count > 0.0 && !(m.mean.is_finite() && m.deviations.is_finite());
     match moments.iter().position(wrong) {
         None => Ok(()),
         Some(channel) => {

@@ -350,8 +350,7 @@ struct Scratch {
     saved: Vec<Vec<f32>>,
     inverse: Vec<f32>,
     gate: Vec<f32>,
-    means: Vec<f32>,
-    deviations: Vec<f32>,
+    moments: [Vec<f32>; 3],
 }
 
 thread_local! {
@@ -587,13 +586,13 @@ impl<'a> Sweep<'a> {
             let mut all = Moments::default();
             for at in self.blocks(unit) {
                 self.replay(&at, barrier, false, &Own::default(), scratch);
-                let Scratch { x, means, deviations, .. } = &mut *scratch;
+                let Scratch { x, moments, .. } = &mut *scratch;
                 let x = &x[..self.block_len(&at)];
                 if self.axis == Axis::Lanes && over_channels {
-                    let (means, deviations) =
-                        (slot(means, self.rows()), slot(deviations, self.rows()));
-                    lanes::moments(self.isa, x, means, deviations);
-                    lines.merge(at.positions.len(), means, deviations);
+                    let [means, rests, deviations] =
+                        moments.each_mut().map(|buffer| slot(buffer, self.rows()));
+                    lanes::moments(self.isa, x, [means, rests, deviations]);
+                    lines.merge(at.positions.len(), [means, rests, deviations]);
                 } else {
                     all = all.merge(Moments::of(self.isa, x));
                 }
@@ -983,8 +982,10 @@ impl<'a> Sweep<'a> {
                                         sums.map(|sum| sum / self.rows() as f64)
                                     }
                                 };
-                                let [mean, along] = [mean, along].map(|m| -(m as f32) * inv);
-                                lanes::combine(isa, Per::One([0.0, inv, along, mean]), x, d);
+                                // Not `d * inv - mean * inv`, which cancels less exactly.
+                                let [mean, along] = [mean, along].map(|m| -(m as f32));
+                                lanes::combine(isa, Per::One([0.0, 1.0, along, mean]), x, d);
+                                lanes::scale(isa, Per::One([inv]), d);
                             }
                         }
                     }

@@ -79,14 +79,13 @@ struct Scratch {
     lines: Vec<f32>,
 }
 
-/// Rows and lanes of a tile.
-fn tile(isa: Isa) -> (usize, usize) {
-    let lanes = match isa {
+/// The most lanes of a tile.
+fn tile_lanes(isa: Isa) -> usize {
+    match isa {
         Isa::Avx512 => 32,
         Isa::Avx2 => 16,
         Isa::Portable => 8,
-    };
-    (Sizes::of(isa).rows(lanes), lanes)
+    }
 }
 
 impl Wgrad<'_> {
@@ -185,8 +184,8 @@ impl Wgrad<'_> {
         add: bool,
         scratch: &mut Scratch,
     ) {
-        let (tile_rows, tile_lanes) = tile(self.isa.isa());
         let sizes = Sizes::of(self.isa.isa());
+        let tile_lanes = tile_lanes(self.isa.isa());
         let first_row = group * (self.rows / self.groups) + rows.start;
         // Zeros for every channel that an epilogue may ask for.
         let zeros = vec![0.0; self.rows.max(self.k)];
@@ -200,7 +199,7 @@ impl Wgrad<'_> {
             let count = block.len();
             let steps = if first > positions.start || add { &adding } else { &plain };
             for lanes in pieces_of(self.k, tile_lanes) {
-                for run in even(rows.len(), tile_rows) {
+                for run in even(rows.len(), sizes.rows(lanes.len)) {
                     let width = lanes.len.next_multiple_of(8);
                     let panel = scratch.panels.get(0).as_ptr();
                     let segment = Segment {
