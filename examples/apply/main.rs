@@ -5,13 +5,14 @@ mod npy;
 mod options;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use ndarray::{ArrayD, ArrayViewD};
+use ndarray::{Array2, ArrayD, ArrayViewD};
 use pointwise::safetensors::SafeTensors;
-use pointwise::{Device, Layout, nhwc, nhwc_mut};
+use pointwise::{DType, Device, Element, Layout, Pointwise, bf16, f16, nhwc, nhwc_mut};
 
 use options::Options;
 
@@ -49,18 +50,36 @@ fn fail(message: &str) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let last = options.layout == Layout::ChannelsLast;
     let bytes = std::fs::read(&options.weights)
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
     let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
-    let layer = layer::read(options, &file)?.prepare(&device)?;
+    let layer = layer::read(options, &file)?;
     let gate = layer::gate(options, &file)?;
 
-    let inputs = options.input.iter().map(|path| npy::read(path)).collect::<Result<Vec<_>>>()?;
-    let residual = options.residual.as_ref().map(|path| npy::read(path)).transpose()?;
+    let run = match options.dtype {
+        DType::F16 => run_as::<f16>,
+        DType::Bf16 => run_as::<bf16>,
+        _ => run_as::<f32>,
+    };
+    run(options, &device, &layer, gate)
+}
+
+/// Runs the layer on tensors of a type, to which the files' values are rounded.
+fn run_as<T: Element>(
+    options: &Options,
+    device: &Device,
+    layer: &Pointwise,
+    gate: Option<Array2<f32>>,
+) -> Result<()> {
+    let last = options.layout == Layout::ChannelsLast;
+    let layer = layer.prepare_as::<T>(device, Default::default())?;
+    let read = |path: &PathBuf| Ok(npy::read(path)?.mapv(T::from_f32));
+    let inputs = options.input.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let residual = options.residual.as_ref().map(read).transpose()?;
+    let gate = gate.map(|gate| gate.mapv(T::from_f32));
     let logical = |file| view(file, last);
     let sources: Vec<_> = inputs.iter().map(logical).collect();
     let residual = residual.as_ref().map(logical);
@@ -72,7 +91,7 @@ fn run(options: &Options) -> Result<()> {
     if last {
         dst_shape[1..].rotate_left(1);
     }
-    let mut dst = npy::zeros(&dst_shape)?;
+    let mut dst = npy::zeros(&dst_shape)?.mapv(T::from_f32);
 
     let mut call = layer.call(first);
     for source in more {
@@ -92,7 +111,7 @@ fn run(options: &Options) -> Result<()> {
     let time = start.elapsed();
 
     let kernel = layer.plans_in(&shape, options.layout)?.first().map_or("no kernel", |c| c.kernel);
-    npy::write(&options.output, &dst)?;
+    npy::write(&options.output, &dst.mapv(T::to_f32))?;
     let inputs: Vec<_> = inputs.iter().map(|input| format!("{:?}", input.shape())).collect();
     let (inputs, device) = (inputs.join(" + "), layer.device());
     writeln!(io::stdout(), "{inputs} -> {dst_shape:?}, {kernel} on {device}, {time:.1?}")?;
@@ -100,6 +119,6 @@ fn run(options: &Options) -> Result<()> {
 }
 
 /// A file's array with the logical axes `[n, c, …spatial]`.
-fn view(file: &ArrayD<f32>, last: bool) -> ArrayViewD<'_, f32> {
+fn view<T>(file: &ArrayD<T>, last: bool) -> ArrayViewD<'_, T> {
     if last { nhwc(file.view()) } else { file.view() }
 }

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
+use pointwise::DType;
 
 /// Times the layers of a table and compares each with the machine's roof, measured in the same run.
 ///
@@ -21,9 +22,14 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub batch: Option<usize>,
 
-    /// The type of the tensors' values
-    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32"]))]
-    pub dtype: String,
+    /// The type of the tensors' values; the roof of bf16 is that of bf16 products, if the CPU has them
+    #[arg(
+        long,
+        default_value = "f32",
+        value_parser = PossibleValuesParser::new(DType::ALL.map(DType::name))
+            .try_map(|name| name.parse::<DType>())
+    )]
+    pub dtype: DType,
 
     /// The memory order of the tensors [default: both]
     #[arg(long)]
@@ -89,7 +95,8 @@ Columns of the results, beside the table's:
                  roof_bw x gflops / gbps
   max_err        the largest error, as a multiple of the tolerance
                  max|weight| max|src| K 2^-23 + eps_out max|result|, where K is cin / groups and
-                 eps_out 2^-23, four times that where act is a smooth function
+                 eps_out 2^-23 (f16 2^-10, bf16 2^-7), in f32 four times that where act is a smooth
+                 function; weight and src as the type holds them
 
 On a GPU fma_peak and roof_bw are computed from clocks and widths. The exit code is 1 if an error is
 above 1 or, on the CPU, a fraction above 1.02 in a second measurement too: then the roof is wrong.

@@ -20,6 +20,7 @@ mod simd;
 mod threads;
 mod tune;
 
+pub(crate) use epilogue::Stored;
 pub(crate) use gemm::{Layer, run};
 pub(crate) use roof::Meter;
 pub(crate) use threads::CpuDevice;
