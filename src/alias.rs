@@ -6,14 +6,14 @@ use crate::tensor::{MAX_RANK, TensorRef};
 ///
 /// Exact for views of one tensor (channel ranges of a concatenation interleave without sharing);
 /// an answer that would take too long to find is `true`.
-pub(crate) fn share_memory(a: &TensorRef<'_>, b: &TensorRef<'_>) -> bool {
+pub(crate) fn share_memory<T>(a: &TensorRef<'_, T>, b: &TensorRef<'_, T>) -> bool {
     if a.place() != b.place() || a.is_empty() || b.is_empty() {
         return false;
     }
     let (Some((a0, a1)), Some((b0, b1))) = (a.reach(), b.reach()) else {
         return true;
     };
-    let size = size_of::<f32>() as i128;
+    let size = size_of::<T>() as i128;
     let distance = b.as_ptr() as usize as i128 - a.as_ptr() as usize as i128;
     if distance + i128::from(b1 as i64) * size + size <= i128::from(a0 as i64) * size
         || distance + i128::from(b0 as i64) * size >= i128::from(a1 as i64) * size + size

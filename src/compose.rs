@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use crate::alias::share_memory;
+use crate::dtype::{Element, bf16, f16};
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::prepared::run_chain;
@@ -32,11 +33,11 @@ use crate::tensor::{
 /// # Ok::<(), pointwise::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Branches {
-    layers: Vec<Prepared>,
+pub struct Branches<T = f32> {
+    layers: Vec<Prepared<T>>,
 }
 
-impl Branches {
+impl<T: Element> Branches<T> {
     /// Puts layers of one device together.
     ///
     /// On CUDA they are launched one after another, each on its own stream.
@@ -44,13 +45,13 @@ impl Branches {
     /// # Errors
     /// [`Error::NoLayers`] for an empty list; [`Error::WrongDevice`] if they were
     /// prepared for different devices.
-    pub fn new(layers: Vec<Prepared>) -> Result<Self> {
+    pub fn new(layers: Vec<Prepared<T>>) -> Result<Self> {
         composable(&layers)?;
         Ok(Branches { layers })
     }
 
     /// The layers, in order.
-    pub fn layers(&self) -> &[Prepared] {
+    pub fn layers(&self) -> &[Prepared<T>] {
         &self.layers
     }
 
@@ -71,19 +72,19 @@ impl Branches {
     ///
     /// # Errors
     /// As [`Prepared::forward`](Prepared::forward).
-    pub fn forward<S: Source + ?Sized>(&self, src: &S) -> Result<Vec<S::Output>> {
+    pub fn forward<S: Source<T> + ?Sized>(&self, src: &S) -> Result<Vec<S::Output>> {
         self.call(src).run()
     }
 
     /// Starts a call that takes residuals or gates, or writes to given tensors.
-    pub fn call<'a, S: AsTensor + ?Sized>(&'a self, src: &'a S) -> BranchesCall<'a, S> {
+    pub fn call<'a, S: AsTensor<T> + ?Sized>(&'a self, src: &'a S) -> BranchesCall<'a, S, T> {
         let extras = self.layers.iter().map(|_| Extra::default()).collect();
         BranchesCall { branches: self, src, extras }
     }
 }
 
 /// Whether layers can run together.
-fn composable(layers: &[Prepared]) -> Result<()> {
+fn composable<T: Element>(layers: &[Prepared<T>]) -> Result<()> {
     let Some(first) = layers.first() else {
         return Err(Error::NoLayers);
     };
@@ -101,16 +102,16 @@ fn composable(layers: &[Prepared]) -> Result<()> {
 
 /// One call of [`Branches`].
 #[must_use = "a call does nothing until it is run"]
-pub struct BranchesCall<'a, S: ?Sized> {
-    branches: &'a Branches,
+pub struct BranchesCall<'a, S: ?Sized, T = f32> {
+    branches: &'a Branches<T>,
     src: &'a S,
-    extras: Vec<Extra<'a>>,
+    extras: Vec<Extra<'a, T>>,
 }
 
-impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
+impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
     /// The tensor that the residual stage of layer `branch` adds; its dst's shape. A number that
     /// is no layer's is reported when the call runs.
-    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         match self.extras.get_mut(branch) {
             Some(extra) => extra.set_residual(residual),
             None => self.no_such_layer(branch),
@@ -120,7 +121,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
 
     /// The tensor that the gate of layer `branch` multiplies by; `[n, c_in]`. A number that is no
     /// layer's is reported when the call runs.
-    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         match self.extras.get_mut(branch) {
             Some(extra) => extra.set_gate(gate),
             None => self.no_such_layer(branch),
@@ -142,7 +143,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
     /// # Errors
     /// As [`Prepared::forward_into`](Prepared::forward_into), and [`Error::Shape`] if there are
     /// not as many tensors as layers.
-    pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut]) -> Result<()> {
+    pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut<T>]) -> Result<()> {
         let layers = &self.branches.layers;
         if dsts.len() != layers.len() {
             return Err(Error::Shape {
@@ -181,7 +182,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
     /// As [`Prepared::forward`](Prepared::forward).
     pub fn run(mut self) -> Result<Vec<S::Output>>
     where
-        S: Source,
+        S: Source<T>,
     {
         let shape = self.src.as_tensor()?.shape().to_vec();
         if let Some(error) = self.extras.iter_mut().find_map(|extra| extra.error.take()) {
@@ -193,8 +194,8 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
             .iter()
             .map(|layer| self.src.allocate(&layer.dst_shape(&shape)?))
             .collect::<Result<Vec<_>>>()?;
-        let mut views: Vec<&mut dyn AsTensorMut> =
-            dsts.iter_mut().map(|dst| dst as &mut dyn AsTensorMut).collect();
+        let mut views: Vec<&mut dyn AsTensorMut<T>> =
+            dsts.iter_mut().map(|dst| dst as &mut dyn AsTensorMut<T>).collect();
         self.run_into(&mut views)?;
         Ok(dsts)
     }
@@ -213,16 +214,32 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
 /// # Ok::<(), pointwise::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct Sequence {
-    layers: Vec<Prepared>,
+pub struct Sequence<T = f32> {
+    layers: Vec<Prepared<T>>,
 }
 
-thread_local! {
-    /// The two tensors that a sequence alternates between.
-    static BETWEEN: RefCell<[Vec<f32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+/// The two tensors that a sequence alternates between, kept per thread.
+pub(crate) trait Between: Sized + 'static {
+    fn with<R>(f: impl FnOnce(&RefCell<[Vec<Self>; 2]>) -> R) -> R;
 }
 
-impl Sequence {
+macro_rules! between {
+    ($($element:ty),*) => {$(
+        impl Between for $element {
+            fn with<R>(f: impl FnOnce(&RefCell<[Vec<Self>; 2]>) -> R) -> R {
+                thread_local! {
+                    static BETWEEN: RefCell<[Vec<$element>; 2]> =
+                        const { RefCell::new([Vec::new(), Vec::new()]) };
+                }
+                BETWEEN.with(f)
+            }
+        }
+    )*};
+}
+
+between!(f32, f16, bf16);
+
+impl<T: Element> Sequence<T> {
     /// Chains layers of one device, none of which takes a residual or a gate. On CUDA all of them
     /// run on the first one's stream.
     ///
@@ -230,7 +247,7 @@ impl Sequence {
     /// [`Error::NoLayers`] for an empty list; [`Error::MissingInput`] if a layer takes a second tensor;
     /// [`Error::Channels`] if a layer does not take the channels of the one before;
     /// [`Error::WrongDevice`] if they were prepared for different devices.
-    pub fn new(layers: Vec<Prepared>) -> Result<Self> {
+    pub fn new(layers: Vec<Prepared<T>>) -> Result<Self> {
         composable(&layers)?;
         for layer in &layers {
             if let Some(input) = layer.second_input() {
@@ -249,7 +266,7 @@ impl Sequence {
     }
 
     /// The layers, in order.
-    pub fn layers(&self) -> &[Prepared] {
+    pub fn layers(&self) -> &[Prepared<T>] {
         &self.layers
     }
 
@@ -269,7 +286,7 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Prepared::forward`](Prepared::forward).
-    pub fn forward<S: Source + ?Sized>(&self, src: &S) -> Result<S::Output> {
+    pub fn forward<S: Source<T> + ?Sized>(&self, src: &S) -> Result<S::Output> {
         let mut shape = src.as_tensor()?.shape().to_vec();
         for layer in &self.layers {
             shape = layer.dst_shape(&shape)?;
@@ -288,10 +305,10 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Prepared::forward_into`](Prepared::forward_into).
-    pub fn forward_into<S: AsTensor + ?Sized>(
+    pub fn forward_into<S: AsTensor<T> + ?Sized>(
         &self,
         src: &S,
-        dst: &mut (impl AsTensorMut + ?Sized),
+        dst: &mut (impl AsTensorMut<T> + ?Sized),
     ) -> Result<()> {
         let mut dst = dst.as_tensor_mut()?;
         let src = src.as_tensor()?;
@@ -302,7 +319,7 @@ impl Sequence {
         if self.layers[0].place() != Place::Host && run_chain(&self.layers, &src, &dst)? {
             return Ok(());
         }
-        BETWEEN.with(|between| match between.try_borrow_mut() {
+        T::with(|between| match between.try_borrow_mut() {
             Ok(mut between) => self.run(src, &mut dst, &mut between),
             Err(_) => self.run(src, &mut dst, &mut Default::default()),
         })
@@ -310,9 +327,9 @@ impl Sequence {
 
     fn run(
         &self,
-        src: TensorRef<'_>,
-        dst: &mut TensorMut<'_>,
-        between: &mut [Vec<f32>; 2],
+        src: TensorRef<'_, T>,
+        dst: &mut TensorMut<'_, T>,
+        between: &mut [Vec<T>; 2],
     ) -> Result<()> {
         let Some((last, layers)) = self.layers.split_last() else { return Ok(()) };
         let [ping, pong] = between;
@@ -335,7 +352,7 @@ impl Sequence {
                     what: "a layer's result",
                     sizes: shape[..rank].to_vec(),
                 })?;
-                to.resize(len, 0.0);
+                to.resize(len, T::default());
             }
             let mut output = TensorMut::from_slice(to, 0, &shape[..rank], &strides[..rank])?;
             layer.forward_into(&input, &mut output)?;

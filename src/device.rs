@@ -8,6 +8,7 @@ use crate::cost::RoofMeter;
 use crate::cpu::{self, CpuDevice};
 #[cfg(feature = "cuda")]
 use crate::cuda::CudaDevice;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 
 /// The environment variable that steers [`Device::best`].
@@ -91,8 +92,17 @@ impl Device {
     /// # Errors
     /// [`Error::Environment`] if `POINTWISE_DEVICE` names no device.
     pub fn roof_meter(&self, bytes: usize) -> Result<RoofMeter> {
+        self.roof_meter_as(DType::F32, bytes)
+    }
+
+    /// As [`roof_meter`](Self::roof_meter), for layers whose tensors have this type: in bf16 the
+    /// multiply-adds are those of pairs of bf16 where the CPU has them (AVX512-BF16).
+    ///
+    /// # Errors
+    /// As [`roof_meter`](Self::roof_meter).
+    pub fn roof_meter_as(&self, dtype: DType, bytes: usize) -> Result<RoofMeter> {
         Ok(match self.kind()? {
-            Kind::Cpu(cpu) => RoofMeter::cpu(cpu::Meter::new(cpu, bytes)),
+            Kind::Cpu(cpu) => RoofMeter::cpu(cpu::Meter::new(cpu, dtype, bytes)),
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => RoofMeter::computed(cuda.facts().roof),
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),

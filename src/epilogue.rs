@@ -1,12 +1,14 @@
 //! What a description lowers to: `dst = steps(W'·src' + b')`.
 //!
-//! Affine stages before anything else fold into `W'` and `b'`, computed in f64 and rounded once;
-//! neighbouring affine stages merge; what remains is a short list of elementwise steps, with at
+//! Affine stages before anything else fold into `W'` and `b'`, computed in f64 and rounded once,
+//! unless tensors have 16 bits: such a weight stays as it is, and the affine a step of its own.
+//! Neighbouring affine stages merge; what remains is a short list of elementwise steps, with at
 //! most one normalisation between them that computes statistics at run time.
 //!
 //! Everything per channel is in the order of the convolution's **rows** (its output channels
 //! before any channel shuffle); a map says in which channel of dst a row ends up.
 
+use crate::dtype::DType;
 use crate::layer::Pointwise;
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 
@@ -46,7 +48,7 @@ pub(crate) struct Norm {
 /// A description after folding; the form that every backend packs and runs.
 #[derive(Clone, Debug)]
 pub(crate) struct Lowered {
-    /// `W' [rows, c_in / groups]`, row-major.
+    /// `W' [rows, c_in / groups]`, row-major; values that the tensors' type has.
     pub weight: Vec<f32>,
     /// `b' [rows]`.
     pub bias: Vec<f32>,
@@ -92,8 +94,8 @@ impl Affine {
 }
 
 impl Lowered {
-    /// Lowers a description that has been checked.
-    pub(crate) fn new(layer: &Pointwise) -> Self {
+    /// Lowers a description that has been checked, for tensors of a type.
+    pub(crate) fn new(layer: &Pointwise, dtype: DType) -> Self {
         let (rows, k) = layer.weight.dim();
         let c_in = layer.c_in();
         let rows_per_group = rows / layer.groups;
@@ -110,7 +112,7 @@ impl Lowered {
                 *b = (0..k).map(|i| w[i] * affine.shift[first + i]).sum();
                 w.iter_mut().zip(&affine.scale[first..]).for_each(|(w, s)| *w *= s);
             }
-            if fits_f32(&folded) && fits_f32(&bias) {
+            if dtype == DType::F32 && fits_f32(&folded) && fits_f32(&bias) {
                 weight = folded;
             } else {
                 bias.fill(0.0);
@@ -155,7 +157,7 @@ impl Lowered {
                 }
                 continue;
             }
-            lowered.flush(&mut pending, &mut started, &mut weight, &mut bias);
+            lowered.flush(&mut pending, &mut started, &mut weight, &mut bias, dtype);
             started = true;
             let step = match stage {
                 Stage::Activation(activation) => Step::Activation(*activation),
@@ -182,9 +184,9 @@ impl Lowered {
             };
             lowered.current().push(step);
         }
-        lowered.flush(&mut pending, &mut started, &mut weight, &mut bias);
+        lowered.flush(&mut pending, &mut started, &mut weight, &mut bias, dtype);
 
-        lowered.weight = weight.iter().map(|&w| w as f32).collect();
+        lowered.weight = weight.iter().map(|&w| dtype.round(w as f32)).collect();
         lowered.bias = bias.iter().map(|&b| b as f32).collect();
         if layer.groups == 1 && !is_identity(&channel) {
             // Rows of one group may stand in any order: in dst's, the shuffle is free.
@@ -227,6 +229,7 @@ impl Lowered {
         started: &mut bool,
         weight: &mut [f64],
         bias: &mut [f64],
+        dtype: DType,
     ) {
         let Some(affine) = pending.take() else { return };
         if !*started {
@@ -242,7 +245,8 @@ impl Lowered {
                 .zip(affine.scale.iter().zip(&affine.shift))
                 .map(|(b, (s, t))| b * s + t)
                 .collect();
-            if fits_f32(&scaled) && fits_f32(&shifted) {
+            let folds = dtype == DType::F32 || affine.scale.iter().all(|&scale| scale == 1.0);
+            if folds && fits_f32(&scaled) && fits_f32(&shifted) {
                 weight.copy_from_slice(&scaled);
                 bias.copy_from_slice(&shifted);
                 return;
@@ -335,7 +339,7 @@ mod tests {
             .bias(vec![1.0, 2.0])
             .batch_norm(norm)
             .relu6();
-        let lowered = Lowered::new(&layer);
+        let lowered = Lowered::new(&layer, DType::F32);
         assert_eq!(lowered.weight[..2], [1.0, 2.0]);
         assert_eq!(lowered.bias[0], 0.5);
         assert_eq!(lowered.steps, [Step::Activation(Activation::Relu6)]);
@@ -347,7 +351,7 @@ mod tests {
             .relu()
             .bias(vec![2.0])
             .batch_norm(BatchNorm::new(vec![0.0], vec![3.0]).affine(vec![4.0], vec![1.0]).eps(1.0));
-        let lowered = Lowered::new(&layer);
+        let lowered = Lowered::new(&layer, DType::F32);
         let affine = Step::Affine { scale: vec![2.0], shift: vec![5.0] };
         assert_eq!(lowered.steps, [Step::Activation(Activation::Relu), affine]);
         assert_eq!(lowered.weight, [1.0]);
@@ -357,7 +361,7 @@ mod tests {
     fn an_affine_after_a_layer_norm_stays_after_it() {
         let layer =
             Pointwise::new(array![[1.0]]).layer_norm(LayerNorm::over_channels()).bias(vec![2.0]);
-        let lowered = Lowered::new(&layer);
+        let lowered = Lowered::new(&layer, DType::F32);
         assert!(lowered.steps.is_empty() && lowered.norm.is_some());
         assert_eq!(lowered.after_norm, [Step::Affine { scale: vec![1.0], shift: vec![2.0] }]);
         assert_eq!(lowered.bias, [0.0]);
@@ -368,7 +372,7 @@ mod tests {
         let layer = Pointwise::new(array![[1.0], [2.0]])
             .groups(2)
             .source_affine(vec![3.0, 5.0], vec![7.0, 11.0]);
-        let lowered = Lowered::new(&layer);
+        let lowered = Lowered::new(&layer, DType::F32);
         assert_eq!((lowered.weight, lowered.bias), (vec![3.0, 10.0], vec![7.0, 22.0]));
         assert!(lowered.source_steps.is_empty());
     }
@@ -379,7 +383,7 @@ mod tests {
             .residual()
             .channel_shuffle(2)
             .prelu(vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
-        let lowered = Lowered::new(&layer);
+        let lowered = Lowered::new(&layer, DType::F32);
         assert_eq!(lowered.weight, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
         assert_eq!(lowered.dst_map, None);
         assert_eq!(lowered.residual_map, Some(vec![0, 3, 1, 4, 2, 5]));
@@ -389,8 +393,22 @@ mod tests {
     #[test]
     fn folding_never_loses_a_finite_value() {
         let norm = BatchNorm::new(vec![0.0], vec![0.0]).affine(vec![1e30], vec![0.0]).eps(1e-20);
-        let lowered = Lowered::new(&Pointwise::new(array![[1e10]]).batch_norm(norm));
+        let lowered = Lowered::new(&Pointwise::new(array![[1e10]]).batch_norm(norm), DType::F32);
         assert_eq!(lowered.weight, [1e10]);
         assert_eq!(lowered.steps.len(), 1);
+    }
+
+    #[test]
+    fn a_weight_of_16_bits_is_rounded_and_nothing_folds_into_it() {
+        let norm = || BatchNorm::new(vec![0.0], vec![3.0]).affine(vec![4.0], vec![1.0]).eps(1.0);
+        let layer = Pointwise::new(array![[1.0 + 1.0 / 256.0]]).bias(vec![2.0]);
+        let lowered = Lowered::new(&layer.clone().batch_norm(norm()), DType::Bf16);
+        assert_eq!((lowered.weight, lowered.bias), (vec![1.0], vec![0.0]));
+        assert_eq!(lowered.steps, [Step::Affine { scale: vec![2.0], shift: vec![5.0] }]);
+
+        let lowered = Lowered::new(&layer.source_batch_norm(norm()), DType::F16);
+        assert_eq!((lowered.weight, lowered.bias), (vec![1.0 + 1.0 / 256.0], vec![2.0]));
+        assert_eq!(lowered.source_steps.len(), 1);
+        assert!(lowered.steps.is_empty());
     }
 }

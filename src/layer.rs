@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use ndarray::{Array1, Array2};
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stages::{Activation, BatchNorm, LayerNorm, SourceStage, Stage};
 use crate::tensor::checked_product;
@@ -248,6 +249,19 @@ impl Pointwise {
     /// Whether a call must bring a gate tensor.
     pub(crate) fn has_gate(&self) -> bool {
         self.source_stages.iter().any(|stage| matches!(stage, SourceStage::Gate))
+    }
+
+    /// Whether a type has a finite value for every finite weight.
+    pub(crate) fn check_weight(&self, dtype: DType) -> Result<()> {
+        let lost = |w: f32| w.is_finite() && !dtype.round(w).is_finite();
+        match self.weight.indexed_iter().find(|&(_, &w)| lost(w)) {
+            Some(((row, column), w)) => Err(Error::ParameterValue {
+                parameter: format!("weight [{row}, {column}]"),
+                value: w.to_string(),
+                expected: "a value that does not overflow the layer's dtype",
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Everything that can be checked without a source.

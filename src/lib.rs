@@ -51,6 +51,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod device;
+mod dtype;
 mod epilogue;
 mod error;
 pub mod init;
@@ -76,6 +77,7 @@ pub use cuda::{CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, DeviceElement
 #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
 pub use cudarc;
 pub use device::Device;
+pub use dtype::{DType, Element, bf16, f16};
 pub use error::{Error, Result};
 pub use layer::Pointwise;
 pub use plan::{Candidate, Explanation};

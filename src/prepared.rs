@@ -1,5 +1,7 @@
 //! A layer that is ready to run: checked, folded, packed and uploaded, once.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::cost::Cost;
@@ -7,6 +9,7 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::device::{Device, Kind};
+use crate::dtype::{DType, Element};
 use crate::epilogue::Lowered;
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
@@ -62,9 +65,32 @@ pub enum Layout {
 
 /// A layer on a device, ready to run. Independent of batch and spatial size; `Send + Sync`; a
 /// clone shares everything.
-#[derive(Clone, Debug)]
-pub struct Prepared {
+///
+/// `T` is what its tensors hold, all of them: f32 unless
+/// [`prepare_as`](Pointwise::prepare_as) has made it. Tensors that hold anything else do not compile:
+///
+/// ```compile_fail,E0271
+/// # use ndarray::{Array2, Array4};
+/// # use pointwise::{Device, Pointwise, bf16};
+/// let layer = Pointwise::new(Array2::ones((4, 6))).prepare(&Device::cpu())?;
+/// let dst = layer.forward(&Array4::from_elem((1, 6, 5, 5), bf16::ONE))?;
+/// # Ok::<(), pointwise::Error>(())
+/// ```
+pub struct Prepared<T = f32> {
     inner: Arc<Inner>,
+    element: PhantomData<fn(T) -> T>,
+}
+
+impl<T> Clone for Prepared<T> {
+    fn clone(&self) -> Self {
+        Prepared { inner: self.inner.clone(), element: PhantomData }
+    }
+}
+
+impl<T> fmt::Debug for Prepared<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Prepared").field("inner", &self.inner).finish()
+    }
 }
 
 #[derive(Debug)]
@@ -128,25 +154,74 @@ impl Pointwise {
     /// As [`prepare`](Self::prepare), and [`Error::Kernel`] for a forced kernel that the device
     /// does not have.
     pub fn prepare_with(&self, device: &Device, options: PrepareOptions) -> Result<Prepared> {
+        self.prepare_as(device, options)
+    }
+
+    /// As [`prepare_with`](Self::prepare_with), for tensors of `T`: f32, [`f16`](crate::f16) or
+    /// [`bf16`](crate::bf16).
+    ///
+    /// Sources, residual, gate and dst hold `T`, and so does the weight, rounded to the nearest; all
+    /// else per channel stays f32. Affine stages are not folded into such a weight. Sums and stages
+    /// are f32; a result is rounded once.
+    ///
+    /// ```
+    /// use ndarray::{Array2, Array4};
+    /// use pointwise::{Device, Pointwise, bf16};
+    ///
+    /// let layer = Pointwise::new(Array2::from_elem((16, 8), 0.5)).relu();
+    /// let layer = layer.prepare_as::<bf16>(&Device::cpu(), Default::default())?;
+    /// let src = Array4::from_elem((1, 8, 14, 14), bf16::from_f32(0.25));
+    /// let dst: Array4<bf16> = layer.forward(&src)?;
+    /// assert!(dst.iter().all(|&x| x == bf16::from_f32(1.0)));
+    /// # Ok::<(), pointwise::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`prepare_with`](Self::prepare_with); [`Error::ParameterValue`] for a finite weight that
+    /// `T` has no finite value for; [`Error::Unsupported`] on CUDA for 16 bits.
+    pub fn prepare_as<T: Element>(
+        &self,
+        device: &Device,
+        options: PrepareOptions,
+    ) -> Result<Prepared<T>> {
         self.check()?;
+        self.check_weight(T::DTYPE)?;
         let shape = LayerShape::new(self);
-        let lowered = Lowered::new(self);
+        let lowered = Lowered::new(self, T::DTYPE);
         let parameters = lowered.parameters();
         let backend = match device.kind()? {
             Kind::Cpu(cpu) => {
-                Backend::Cpu(Current::new(cpu::Layer::new(cpu, &shape, lowered, &options)?))
+                let layer = cpu::Layer::new(cpu, &shape, lowered, T::DTYPE, &options)?;
+                Backend::Cpu(Current::new(layer))
+            }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) if T::DTYPE != DType::F32 => {
+                return Err(Error::Unsupported {
+                    device: device.to_string(),
+                    what: format!("layers in {}", T::DTYPE),
+                });
             }
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => Backend::Cuda(cuda::Layer::new(cuda, &shape, lowered, &options)?),
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
-        Ok(Prepared {
-            inner: Arc::new(Inner { shape, parameters, device: device.clone(), options, backend }),
-        })
+        Ok(Prepared::new(Inner { shape, parameters, device: device.clone(), options, backend }))
     }
 }
 
-impl Prepared {
+/// A call of a CUDA layer, which takes f32.
+#[cfg(feature = "cuda")]
+fn on_cuda<'p, 'a, T: Element>(problem: &'p Problem<'a, T>) -> &'p Problem<'a> {
+    problem.as_f32().expect("a CUDA layer was prepared for f32")
+}
+
+impl<T> Prepared<T> {
+    fn new(inner: Inner) -> Self {
+        Prepared { inner: Arc::new(inner), element: PhantomData }
+    }
+}
+
+impl<T: Element> Prepared<T> {
     /// Runs the layer on one source.
     ///
     /// # Shapes
@@ -156,7 +231,7 @@ impl Prepared {
     /// # Errors
     /// Whatever does not fit, with its values; a device's own errors. A run never falls back to
     /// another device.
-    pub fn forward<S: Source + ?Sized>(&self, src: &S) -> Result<S::Output> {
+    pub fn forward<S: Source<T> + ?Sized>(&self, src: &S) -> Result<S::Output> {
         self.call(src).run()
     }
 
@@ -172,10 +247,10 @@ impl Prepared {
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
     /// that is read.
-    pub fn forward_into<S: AsTensor + ?Sized>(
+    pub fn forward_into<S: AsTensor<T> + ?Sized>(
         &self,
         src: &S,
-        dst: &mut (impl AsTensorMut + ?Sized),
+        dst: &mut (impl AsTensorMut<T> + ?Sized),
     ) -> Result<()> {
         self.call(src).run_into(dst)
     }
@@ -192,7 +267,7 @@ impl Prepared {
     /// assert!(dst.iter().all(|&x| x == 7.0));
     /// # Ok::<(), pointwise::Error>(())
     /// ```
-    pub fn call<'a, S: AsTensor + ?Sized>(&'a self, src: &'a S) -> Call<'a, S> {
+    pub fn call<'a, S: AsTensor<T> + ?Sized>(&'a self, src: &'a S) -> Call<'a, S, T> {
         Call {
             layer: self,
             src,
@@ -224,8 +299,13 @@ impl Prepared {
                 Ok(0)
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.scratch_bytes(problem),
+            Backend::Cuda(layer) => layer.scratch_bytes(on_cuda(problem)),
         })
+    }
+
+    /// What its tensors hold.
+    pub fn dtype(&self) -> DType {
+        T::DTYPE
     }
 
     /// The device that the layer was prepared for.
@@ -240,7 +320,7 @@ impl Prepared {
     /// [`Error::WrongDevice`] if the layer was prepared for another device.
     #[cfg(feature = "cuda")]
     #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
-    pub fn on(&self, device: &cuda::CudaDevice) -> Result<Prepared> {
+    pub fn on(&self, device: &cuda::CudaDevice) -> Result<Self> {
         let Inner { shape, parameters, options, backend, .. } = &*self.inner;
         let Backend::Cuda(layer) = backend else {
             return Err(Error::WrongDevice {
@@ -252,11 +332,11 @@ impl Prepared {
         let backend = Backend::Cuda(layer.on(device)?);
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone().into());
         let options = options.clone();
-        Ok(Prepared { inner: Arc::new(Inner { shape, parameters, device, options, backend }) })
+        Ok(Self::new(Inner { shape, parameters, device, options, backend }))
     }
 
     /// This layer on the stream of another one of the same device.
-    pub(crate) fn beside(&self, other: &Prepared) -> Result<Prepared> {
+    pub(crate) fn beside(&self, other: &Self) -> Result<Self> {
         match &other.inner.backend {
             Backend::Cpu(_) => Ok(self.clone()),
             #[cfg(feature = "cuda")]
@@ -293,7 +373,7 @@ impl Prepared {
             return Err(Error::Unsupported { device: device.to_string(), what });
         };
         let tuned = current.get();
-        let new = cpu::Layer::new(cpu, shape, Lowered::new(layer), options)?;
+        let new = cpu::Layer::new(cpu, shape, Lowered::new(layer, T::DTYPE), T::DTYPE, options)?;
         current.set(tuned.choices_for(new));
         Ok(())
     }
@@ -333,7 +413,7 @@ impl Prepared {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem),
+                Backend::Cuda(layer) => layer.explain(on_cuda(problem)),
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
@@ -364,7 +444,7 @@ impl Prepared {
             Ok(match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().plans(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.plans(problem),
+                Backend::Cuda(layer) => layer.plans(on_cuda(problem)),
             })
         })
     }
@@ -428,16 +508,16 @@ impl Prepared {
     ///
     /// A kernel that is forced by [`PrepareOptions::kernel`] or `POINTWISE_KERNEL` goes first.
     #[must_use = "the layer itself stays as it is"]
-    pub fn with_tuning(&self, tuning: &Tuning) -> Prepared {
+    pub fn with_tuning(&self, tuning: &Tuning) -> Self {
         let Inner { shape, parameters, device, options, backend } = &*self.inner;
         let Some(layer) = backend.cpu() else { return self.clone() };
         let backend = Backend::Cpu(Current::new(layer.with_tuning(shape, tuning)));
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone());
         let options = options.clone();
-        Prepared { inner: Arc::new(Inner { shape, parameters, device, options, backend }) }
+        Self::new(Inner { shape, parameters, device, options, backend })
     }
 
-    fn cost_of(&self, problem: &Problem<'_>) -> Cost {
+    fn cost_of(&self, problem: &Problem<'_, T>) -> Cost {
         problem.cost(self.inner.parameters)
     }
 
@@ -446,10 +526,10 @@ impl Prepared {
         &self,
         src: &[usize],
         layout: Layout,
-        f: impl FnOnce(&Problem<'_>) -> Result<R>,
+        f: impl FnOnce(&Problem<'_, T>) -> Result<R>,
     ) -> Result<R> {
         // Distinct addresses, so that nothing seems to alias; nothing is read or written.
-        let far = |i: usize| std::ptr::without_provenance_mut::<f32>(i << (usize::BITS - 3));
+        let far = |i: usize| std::ptr::without_provenance_mut::<T>(i << (usize::BITS - 3));
         self.with_problem_at([1, 2, 3, 4].map(far), src, layout, f)
     }
 
@@ -457,10 +537,10 @@ impl Prepared {
     /// run if there is as much memory.
     fn with_problem_at<R>(
         &self,
-        [at_src, at_residual, at_gate, at_dst]: [*mut f32; 4],
+        [at_src, at_residual, at_gate, at_dst]: [*mut T; 4],
         src: &[usize],
         layout: Layout,
-        f: impl FnOnce(&Problem<'_>) -> Result<R>,
+        f: impl FnOnce(&Problem<'_, T>) -> Result<R>,
     ) -> Result<R> {
         let shape = &self.inner.shape;
         let place = self.place();
@@ -528,8 +608,8 @@ impl Prepared {
 
     fn run(
         &self,
-        operands: &Operands<'_>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'_, T>,
+        dst: &mut TensorMut<'_, T>,
         #[cfg(feature = "cuda")] scratch: Option<&TensorMut<'_>>,
     ) -> Result<()> {
         if self.place() == Place::Host {
@@ -541,18 +621,18 @@ impl Prepared {
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(&problem, scratch)?,
+            Backend::Cuda(layer) => layer.run(on_cuda(&problem), scratch)?,
         }
         Ok(())
     }
 
     #[cfg(feature = "tracing")]
-    fn span(&self, problem: &Problem<'_>) -> Option<tracing::span::EnteredSpan> {
+    fn span(&self, problem: &Problem<'_, T>) -> Option<tracing::span::EnteredSpan> {
         crate::trace::enter(|| {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem).0,
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem).0,
+                Backend::Cuda(layer) => layer.explain(on_cuda(problem)).0,
             };
             crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
         })
@@ -560,10 +640,10 @@ impl Prepared {
 }
 
 /// Runs layers that share a source as one pass over it. Their dsts do not share memory.
-pub(crate) fn run_together(
-    layers: &[Prepared],
-    operands: &[Operands<'_>],
-    dsts: &mut [TensorMut<'_>],
+pub(crate) fn run_together<T: Element>(
+    layers: &[Prepared<T>],
+    operands: &[Operands<'_, T>],
+    dsts: &mut [TensorMut<'_, T>],
 ) -> Result<()> {
     let mut problems = Vec::with_capacity(layers.len());
     for ((layer, operands), dst) in layers.iter().zip(operands).zip(dsts) {
@@ -581,7 +661,7 @@ pub(crate) fn run_together(
             Backend::Cpu(cpu) => held.push((cpu.get(), problem)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(problem, None)?,
+            Backend::Cuda(layer) => layer.run(on_cuda(problem), None)?,
         }
     }
     let calls: Vec<_> = held.iter().map(|(layer, problem)| (&**layer, *problem)).collect();
@@ -592,30 +672,32 @@ pub(crate) fn run_together(
 /// Runs layers of one CUDA device and stream one after another; false if host tensors have to go
 /// through them one by one.
 #[cfg(feature = "cuda")]
-pub(crate) fn run_chain(
-    layers: &[Prepared],
-    src: &TensorRef<'_>,
-    dst: &TensorMut<'_>,
+pub(crate) fn run_chain<T: Element>(
+    layers: &[Prepared<T>],
+    src: &TensorRef<'_, T>,
+    dst: &TensorMut<'_, T>,
 ) -> Result<bool> {
     let layers = layers.iter().filter_map(|layer| match &layer.inner.backend {
         Backend::Cpu(_) => None,
         Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),
     });
+    let (src, dst) = (src.as_f32(), dst.as_f32());
+    let (src, dst) = src.zip(dst).expect("CUDA layers were prepared for f32");
     cuda::chain::run(layers, src, dst)
 }
 
 /// The values of a contiguous tensor. Ones, since pages of zeros may all be the same page.
-fn ones(shape: &[usize]) -> Result<Vec<f32>> {
+fn ones<T: Element>(shape: &[usize]) -> Result<Vec<T>> {
     let len = checked_product("a tensor to tune with", shape)?;
     let mut values = Vec::new();
     values
         .try_reserve_exact(len)
         .map_err(|_| Error::TooLarge { what: "a tensor to tune with", sizes: shape.to_vec() })?;
-    values.resize(len, 1.0);
+    values.resize(len, T::from_f32(1.0));
     Ok(values)
 }
 
-pub(crate) fn on_host(src: &TensorRef<'_>) -> Result<()> {
+pub(crate) fn on_host<T>(src: &TensorRef<'_, T>) -> Result<()> {
     match src.place() {
         Place::Host => Ok(()),
         place => Err(Error::WrongDevice {
@@ -627,60 +709,65 @@ pub(crate) fn on_host(src: &TensorRef<'_>) -> Result<()> {
 }
 
 /// The tensors of a call beside its first source. What cannot be viewed is reported when it runs.
-#[derive(Default)]
-pub(crate) struct Extra<'a> {
-    pub more: Vec<TensorRef<'a>>,
-    pub residual: Option<TensorRef<'a>>,
-    pub gate: Option<TensorRef<'a>>,
+pub(crate) struct Extra<'a, T = f32> {
+    pub more: Vec<TensorRef<'a, T>>,
+    pub residual: Option<TensorRef<'a, T>>,
+    pub gate: Option<TensorRef<'a, T>>,
     pub error: Option<Error>,
 }
 
-impl<'a> Extra<'a> {
-    fn view(&mut self, tensor: &'a (impl AsTensor + ?Sized)) -> Option<TensorRef<'a>> {
+impl<T> Default for Extra<'_, T> {
+    fn default() -> Self {
+        Extra { more: Vec::new(), residual: None, gate: None, error: None }
+    }
+}
+
+impl<'a, T> Extra<'a, T> {
+    fn view(&mut self, tensor: &'a (impl AsTensor<T> + ?Sized)) -> Option<TensorRef<'a, T>> {
         tensor.as_tensor().map_err(|error| self.error.get_or_insert(error)).ok()
     }
 
-    pub(crate) fn add_source(&mut self, src: &'a (impl AsTensor + ?Sized)) {
+    pub(crate) fn add_source(&mut self, src: &'a (impl AsTensor<T> + ?Sized)) {
         let view = self.view(src);
         self.more.extend(view);
     }
 
-    pub(crate) fn set_residual(&mut self, residual: &'a (impl AsTensor + ?Sized)) {
+    pub(crate) fn set_residual(&mut self, residual: &'a (impl AsTensor<T> + ?Sized)) {
         self.residual = self.view(residual);
     }
 
-    pub(crate) fn set_gate(&mut self, gate: &'a (impl AsTensor + ?Sized)) {
+    pub(crate) fn set_gate(&mut self, gate: &'a (impl AsTensor<T> + ?Sized)) {
         self.gate = self.view(gate);
     }
 }
 
 /// One call of a layer, put together from its tensors.
 #[must_use = "a call does nothing until it is run"]
-pub struct Call<'a, S: ?Sized> {
-    layer: &'a Prepared,
+pub struct Call<'a, S: ?Sized, T = f32> {
+    layer: &'a Prepared<T>,
     src: &'a S,
-    extra: Extra<'a>,
+    extra: Extra<'a, T>,
     #[cfg(feature = "cuda")]
     scratch: Option<TensorMut<'a>>,
 }
 
-impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
+impl<'a, T: Element, S: AsTensor<T> + ?Sized> Call<'a, S, T> {
     /// A further source: all of them stand for their concatenation along the channels, in the
     /// order in which they are given, and are read in place.
-    pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn concat(mut self, src: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.add_source(src);
         self
     }
 
     /// The tensor that a residual stage adds; dst's shape.
-    pub fn residual(mut self, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn residual(mut self, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.set_residual(residual);
         self
     }
 
     /// The tensor that a gate source stage multiplies by; `[n, c_in]`, or with further axes of
     /// length 1.
-    pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn gate(mut self, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.set_gate(gate);
         self
     }
@@ -712,7 +799,7 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
         doc = "Of a [`scratch`](Self::scratch) that is too small or has gaps [`Error::Shape`], that is",
         doc = "elsewhere [`Error::WrongDevice`], that is not aligned to 16 bytes [`Error::Misaligned`]."
     )]
-    pub fn run_into(self, dst: &mut (impl AsTensorMut + ?Sized)) -> Result<()> {
+    pub fn run_into(self, dst: &mut (impl AsTensorMut<T> + ?Sized)) -> Result<()> {
         let Extra { more, residual, gate, error } = self.extra;
         if let Some(error) = error {
             return Err(error);
@@ -732,7 +819,7 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
     /// As [`Prepared::forward`].
     pub fn run(self) -> Result<S::Output>
     where
-        S: Source,
+        S: Source<T>,
     {
         let src = self.src.as_tensor()?;
         if let Some(error) = self.extra.error {

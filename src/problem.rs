@@ -9,6 +9,9 @@ use std::ops::Range;
 
 use crate::alias::share_memory;
 use crate::cost::Cost;
+#[cfg(feature = "cuda")]
+use crate::dtype::DType;
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::stages::{NormOver, Stage};
@@ -56,12 +59,12 @@ impl LayerShape {
 }
 
 /// The tensors of one call.
-pub(crate) struct Operands<'a> {
-    pub src: TensorRef<'a>,
+pub(crate) struct Operands<'a, T = f32> {
+    pub src: TensorRef<'a, T>,
     /// Further sources of a concatenation.
-    pub more: &'a [TensorRef<'a>],
-    pub residual: Option<TensorRef<'a>>,
-    pub gate: Option<TensorRef<'a>>,
+    pub more: &'a [TensorRef<'a, T>],
+    pub residual: Option<TensorRef<'a, T>>,
+    pub gate: Option<TensorRef<'a, T>>,
 }
 
 /// The shape of a result, inline.
@@ -88,9 +91,9 @@ impl DstShape {
 }
 
 /// One tensor of a call as the kernels see it: element strides, spatial axes padded in front.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Operand {
-    pub ptr: *const f32,
+#[derive(Debug)]
+pub(crate) struct Operand<T = f32> {
+    pub ptr: *const T,
     pub sample: isize,
     pub channel: isize,
     pub channels: usize,
@@ -100,8 +103,16 @@ pub(crate) struct Operand {
     pub stream: Option<usize>,
 }
 
-impl Operand {
-    pub(crate) fn new(tensor: &TensorRef<'_>) -> Self {
+impl<T> Clone for Operand<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Operand<T> {}
+
+impl<T> Operand<T> {
+    pub(crate) fn new(tensor: &TensorRef<'_, T>) -> Self {
         let strides = tensor.strides();
         Operand {
             ptr: tensor.as_ptr(),
@@ -133,7 +144,7 @@ pub(crate) fn spatial<T: Copy>(axes: &[T], padding: T) -> [T; MAX_SPATIAL] {
 
 /// A validated call.
 #[derive(Clone)]
-pub(crate) struct Problem<'a> {
+pub(crate) struct Problem<'a, T = f32> {
     pub n: usize,
     pub c_in: usize,
     pub c_out: usize,
@@ -143,19 +154,19 @@ pub(crate) struct Problem<'a> {
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the CPU has one place"))]
     pub place: Place,
     /// The convolved sources, subsampled by the stride: see [`sources`](Self::sources).
-    src: TensorRef<'a>,
-    more: &'a [TensorRef<'a>],
+    src: TensorRef<'a, T>,
+    more: &'a [TensorRef<'a, T>],
     stride: usize,
     partial: Option<Range<usize>>,
     /// `ptr` is written through; its channels are the convolution's rows after the map.
-    pub dst: Operand,
+    pub dst: Operand<T>,
     /// Its channels are aligned with dst's.
-    pub residual: Option<Operand>,
+    pub residual: Option<Operand<T>>,
     /// `[n, c_in]`, and any further axes of length 1.
-    pub gate: Option<Operand>,
+    pub gate: Option<Operand<T>>,
 }
 
-impl<'a> Problem<'a> {
+impl<'a, T: Element> Problem<'a, T> {
     /// Checks a call against its layer.
     ///
     /// # Errors
@@ -163,8 +174,8 @@ impl<'a> Problem<'a> {
     /// aliasing.
     pub(crate) fn new(
         layer: &LayerShape,
-        operands: &Operands<'a>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'a, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<Self> {
         let problem = Self::reading(layer, operands, "dst", dst.view())?;
         let optional = [("residual", &operands.residual), ("gate", &operands.gate)];
@@ -184,9 +195,9 @@ impl<'a> Problem<'a> {
     /// As there, but for aliasing.
     pub(crate) fn reading(
         layer: &LayerShape,
-        operands: &Operands<'a>,
+        operands: &Operands<'a, T>,
         name: &'static str,
-        dst: &TensorRef<'_>,
+        dst: &TensorRef<'_, T>,
     ) -> Result<Self> {
         let expected =
             dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
@@ -211,7 +222,7 @@ impl<'a> Problem<'a> {
         }
 
         let convolved = layer.partial.as_ref().map_or(0, |range| range.start);
-        let cut = |t: &TensorRef<'_>| Operand::new(t).cut(convolved..convolved + layer.c_out);
+        let cut = |t: &TensorRef<'_, T>| Operand::new(t).cut(convolved..convolved + layer.c_out);
         Ok(Problem {
             n,
             c_in: layer.c_in,
@@ -228,6 +239,13 @@ impl<'a> Problem<'a> {
             // Axes of length 1 may have any stride.
             gate: gate.map(|t| Operand { spatial: [0; MAX_SPATIAL], ..Operand::new(t) }),
         })
+    }
+
+    /// This call as one of f32 tensors, which it is where `T` is f32.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn as_f32(&self) -> Option<&Problem<'a>> {
+        // SAFETY: only f32 has this dtype, so that the types are the same.
+        (T::DTYPE == DType::F32).then(|| unsafe { &*std::ptr::from_ref(self).cast() })
     }
 
     /// Of every how many positions of a spatial axis of src one is kept.
@@ -261,7 +279,7 @@ impl<'a> Problem<'a> {
 
     /// What the call must do and move, for a layer with that many parameters.
     pub(crate) fn cost(&self, parameters: usize) -> Cost {
-        let size = size_of::<f32>();
+        let size = size_of::<T>();
         let outputs = self.n.saturating_mul(self.positions());
         let bytes = |channels: usize| outputs.saturating_mul(channels).saturating_mul(size);
         let passed = self.passed_channels();
@@ -274,7 +292,7 @@ impl<'a> Problem<'a> {
             parameters,
             macs: self.macs(),
             src_bytes: bytes(self.c_in + passed).saturating_add(gate),
-            weight_bytes: (self.c_out * self.k() + self.c_out) * size,
+            weight_bytes: self.c_out * (self.k() * size + size_of::<f32>()),
             dst_bytes: bytes(self.c_out + passed),
             residual_bytes: if self.residual.is_some() { bytes(self.c_out) } else { 0 },
         }
@@ -282,7 +300,7 @@ impl<'a> Problem<'a> {
 
     /// The sources, subsampled; of a partial convolution only the channels that are convolved.
     /// Empty ones are left out.
-    pub(crate) fn sources(&self) -> impl Iterator<Item = Operand> + '_ {
+    pub(crate) fn sources(&self) -> impl Iterator<Item = Operand<T>> + '_ {
         let (start, end) = match &self.partial {
             Some(range) => (range.start, range.end),
             None => (0, self.c_in),
@@ -304,7 +322,7 @@ impl<'a> Problem<'a> {
 
     /// The parts of a partial convolution that pass through: pairs of a source range and the dst
     /// operand that receives it.
-    pub(crate) fn passed_through(&self) -> impl Iterator<Item = (Operand, Operand)> + '_ {
+    pub(crate) fn passed_through(&self) -> impl Iterator<Item = (Operand<T>, Operand<T>)> + '_ {
         let total = self.src_channels();
         let (start, end) =
             self.partial.as_ref().map_or((0, total), |range| (range.start, range.end));
@@ -320,11 +338,11 @@ impl<'a> Problem<'a> {
         })
     }
 
-    fn all_sources(&self) -> impl Iterator<Item = &TensorRef<'a>> + Clone {
+    fn all_sources(&self) -> impl Iterator<Item = &TensorRef<'a, T>> + Clone {
         std::iter::once(&self.src).chain(self.more)
     }
 
-    fn source_ranges(&self, start: usize, end: usize) -> impl Iterator<Item = Operand> + '_ {
+    fn source_ranges(&self, start: usize, end: usize) -> impl Iterator<Item = Operand<T>> + '_ {
         let mut first = 0;
         self.all_sources().filter_map(move |tensor| {
             let channels = tensor.shape()[1];
@@ -336,7 +354,7 @@ impl<'a> Problem<'a> {
     }
 
     /// How an operand walks the positions of one sample, or of all samples at once.
-    pub(crate) fn walk(&self, operand: &Operand, with_batch: bool) -> Positions {
+    pub(crate) fn walk(&self, operand: &Operand<T>, with_batch: bool) -> Positions {
         let mut axes = [(self.n, operand.sample); 1 + MAX_SPATIAL];
         for (axis, slot) in axes[1..].iter_mut().enumerate() {
             *slot = (self.spatial[axis], operand.spatial[axis]);
@@ -346,7 +364,7 @@ impl<'a> Problem<'a> {
 }
 
 /// `n 1, 64 -> 256 channels, 56x56 positions`, with groups where there are any.
-impl fmt::Display for Problem<'_> {
+impl<T> fmt::Display for Problem<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [d, h, w] = self.spatial;
         write!(f, "n {}, {} -> {} channels, ", self.n, self.c_in, self.c_out)?;
@@ -370,11 +388,11 @@ pub(crate) fn without_trailing_ones(shape: &[usize]) -> &[usize] {
     }
 }
 
-fn present<'t, 'a>(
+fn present<'t, 'a, T>(
     input: &'static str,
     wanted: bool,
-    tensor: &'t Option<TensorRef<'a>>,
-) -> Result<Option<&'t TensorRef<'a>>> {
+    tensor: &'t Option<TensorRef<'a, T>>,
+) -> Result<Option<&'t TensorRef<'a, T>>> {
     match (wanted, tensor) {
         (true, None) => Err(Error::MissingInput { input }),
         (false, Some(_)) => Err(Error::UnexpectedInput { input }),

@@ -11,6 +11,9 @@ use ndarray::{
     Array, ArrayBase, ArrayRef, ArrayView, Data, DataMut, Dimension, IxDyn, ShapeBuilder,
 };
 
+#[cfg(feature = "cuda")]
+use crate::dtype::DType;
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 
 /// The largest rank: `[n, c, d, h, w]`.
@@ -290,6 +293,24 @@ impl<'a, T> TensorRef<'a, T> {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl<'a, T: Element> TensorRef<'a, T> {
+    /// This tensor as one of f32, which it is where `T` is f32.
+    pub(crate) fn as_f32(&self) -> Option<&TensorRef<'a>> {
+        // SAFETY: only f32 has this dtype, so that the types are the same.
+        (T::DTYPE == DType::F32).then(|| unsafe { &*std::ptr::from_ref(self).cast() })
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<'a, T: Element> TensorMut<'a, T> {
+    /// This tensor as one of f32, which it is where `T` is f32.
+    pub(crate) fn as_f32(&self) -> Option<&TensorMut<'a>> {
+        // SAFETY: as for a `TensorRef`.
+        (T::DTYPE == DType::F32).then(|| unsafe { &*std::ptr::from_ref(self).cast() })
+    }
+}
+
 impl<T> fmt::Debug for TensorRef<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TensorRef({:?}, strides {:?}, {})", self.shape(), self.strides(), self.place)
@@ -438,27 +459,27 @@ fn check_alignment<T>(tensor: &'static str, ptr: *const T, extents: &Extents) ->
 }
 
 /// A tensor that a layer can read.
-pub trait AsTensor {
+pub trait AsTensor<T = f32> {
     /// The elements as a borrowed view with axes `[n, c, …spatial]`.
     ///
     /// # Errors
     /// [`Error::Rank`] unless there are 2 to 5 axes.
-    fn as_tensor(&self) -> Result<TensorRef<'_>>;
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>>;
 }
 
 /// A tensor that a layer can write.
-pub trait AsTensorMut {
+pub trait AsTensorMut<T = f32> {
     /// The elements as an exclusively borrowed view with axes `[n, c, …spatial]`.
     ///
     /// # Errors
     /// [`Error::Rank`] unless there are 2 to 5 axes, [`Error::Overlap`] if positions overlap.
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>>;
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>>;
 }
 
 /// A tensor that also says what a result computed from it is: `Array4` in, `Array4` out.
-pub trait Source: AsTensor {
+pub trait Source<T = f32>: AsTensor<T> {
     /// The result's type.
-    type Output: AsTensorMut;
+    type Output: AsTensorMut<T>;
 
     /// A result of this shape in the memory order of `self`; its contents are unspecified.
     ///
@@ -471,8 +492,8 @@ pub trait Source: AsTensor {
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output>;
 }
 
-impl<D: Dimension> AsTensor for ArrayRef<f32, D> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T: Element, D: Dimension> AsTensor<T> for ArrayRef<T, D> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         // SAFETY: an array's own pointer, shape and strides, borrowed with it.
         unsafe {
             TensorRef::from_raw_parts(self.as_ptr(), Place::Host, self.shape(), self.strides())
@@ -480,57 +501,57 @@ impl<D: Dimension> AsTensor for ArrayRef<f32, D> {
     }
 }
 
-impl<D: Dimension> AsTensorMut for ArrayRef<f32, D> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T: Element, D: Dimension> AsTensorMut<T> for ArrayRef<T, D> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         let ptr = self.as_mut_ptr();
         // SAFETY: as above, exclusively.
         unsafe { TensorMut::from_raw_parts(ptr, Place::Host, self.shape(), self.strides()) }
     }
 }
 
-impl<D: Dimension> Source for ArrayRef<f32, D> {
-    type Output = Array<f32, D>;
+impl<T: Element, D: Dimension> Source<T> for ArrayRef<T, D> {
+    type Output = Array<T, D>;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
         allocate_like(self.as_tensor()?, shape)
     }
 }
 
-impl<S: Data<Elem = f32>, D: Dimension> AsTensor for ArrayBase<S, D> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T: Element, S: Data<Elem = T>, D: Dimension> AsTensor<T> for ArrayBase<S, D> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         (**self).as_tensor()
     }
 }
 
-impl<S: DataMut<Elem = f32>, D: Dimension> AsTensorMut for ArrayBase<S, D> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T: Element, S: DataMut<Elem = T>, D: Dimension> AsTensorMut<T> for ArrayBase<S, D> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         (**self).as_tensor_mut()
     }
 }
 
-impl<S: Data<Elem = f32>, D: Dimension> Source for ArrayBase<S, D> {
-    type Output = Array<f32, D>;
+impl<T: Element, S: Data<Elem = T>, D: Dimension> Source<T> for ArrayBase<S, D> {
+    type Output = Array<T, D>;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
         (**self).allocate(shape)
     }
 }
 
-impl AsTensor for TensorRef<'_> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T> AsTensor<T> for TensorRef<'_, T> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         Ok(*self)
     }
 }
 
-impl AsTensorMut for TensorMut<'_> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T> AsTensorMut<T> for TensorMut<'_, T> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         Ok(self.reborrow())
     }
 }
 
 /// A host view gives an array of dynamic rank; a device view has no owner to allocate for it.
-impl Source for TensorRef<'_> {
-    type Output = Array<f32, IxDyn>;
+impl<T: Element> Source<T> for TensorRef<'_, T> {
+    type Output = Array<T, IxDyn>;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
         if let Place::Cuda(_) = self.place {
@@ -543,22 +564,22 @@ impl Source for TensorRef<'_> {
     }
 }
 
-impl<T: AsTensor + ?Sized> AsTensor for &T {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T, S: AsTensor<T> + ?Sized> AsTensor<T> for &S {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         (**self).as_tensor()
     }
 }
 
-impl<T: Source + ?Sized> Source for &T {
-    type Output = T::Output;
+impl<T, S: Source<T> + ?Sized> Source<T> for &S {
+    type Output = S::Output;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
         (**self).allocate(shape)
     }
 }
 
-impl<T: AsTensorMut + ?Sized> AsTensorMut for &mut T {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T, S: AsTensorMut<T> + ?Sized> AsTensorMut<T> for &mut S {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         (**self).as_tensor_mut()
     }
 }
@@ -641,7 +662,10 @@ pub(crate) fn try_zeros<T: Clone + Default>(what: &'static str, sizes: &[usize])
     Ok(vec![T::default(); len])
 }
 
-fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<Array<f32, D>> {
+fn allocate_like<T: Element, D: Dimension>(
+    like: TensorRef<'_, T>,
+    shape: &[usize],
+) -> Result<Array<T, D>> {
     if shape.len() != like.rank() {
         let expected = "the rank of the source";
         return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });

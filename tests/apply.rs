@@ -254,6 +254,41 @@ fn half_precision_checkpoints_are_read_exactly() {
     }
 }
 
+/// Every value of the result is one of the type, and as near to f32's as its rounding allows.
+#[test]
+fn a_dtype_of_16_bits_rounds_the_result() {
+    let folder = Folder::new("dtypes");
+    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+    folder.checkpoint("w.safetensors", &standard());
+    let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+    let stages = ["--stages", "bias,batch_norm,prelu", "--source-stages", "affine,gate"];
+    let run = |dtype: &str| {
+        let run = folder.apply(&[&arguments[..], &stages, &["--dtype", dtype]].concat());
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let told = String::from_utf8(run.stdout).expect("text");
+        assert!(told.contains(&format!("fprop_{dtype}_")), "{told}");
+        folder.read("y.npy")
+    };
+    let exact = run("f32");
+    let largest = exact.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    for (dtype, unit, round) in [
+        ("f16", 2f32.powi(-11), (|x| f16::from_f32(x).to_f32()) as fn(f32) -> f32),
+        ("bf16", 2f32.powi(-8), |x| bf16::from_f32(x).to_f32()),
+    ] {
+        let got = run(dtype);
+        assert!(got.iter().all(|&x| round(x) == x), "{dtype}: {got}");
+        assert_ne!(got, exact, "{dtype}");
+        for (got, exact) in got.iter().zip(&exact) {
+            // Source, weight and gate are rounded too, and sums have a few terms.
+            let error = (got - exact).abs();
+            assert!(error <= 16.0 * unit * largest.max(1.0), "{dtype}: {got} for {exact}");
+        }
+    }
+    let bad = folder.apply(&[&arguments[..], &["--dtype", "f8"]].concat());
+    assert_eq!(bad.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&bad.stderr).contains("f8"));
+}
+
 #[test]
 fn trailing_ones_of_weight_and_gate_are_accepted() {
     let folder = Folder::new("trailing_ones");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use ndarray::{ArrayD, Axis, IxDyn, array};
-use pointwise::{Activation, Pointwise};
+use pointwise::{Activation, DType, Pointwise};
 
 #[path = "../examples/bench/verify.rs"]
 mod verify;
@@ -184,7 +184,7 @@ fn bad_options_are_refused_with_their_values() {
         ),
         ("device", &["--device", "tpu"], &["tpu"]),
         ("missing_device", &["--device", "cuda:77"], &["cuda:77"]),
-        ("dtype", &["--dtype", "f8"], &["f8", "f32"]),
+        ("dtype", &["--dtype", "f8"], &["f8", "bf16"]),
         ("layout", &["--layout", "chwn"], &["chwn"]),
         ("threads", &["--threads", "0"], &["--threads", "0"]),
         ("batch", &["--batch", "0"], &["--batch", "0"]),
@@ -205,10 +205,12 @@ fn a_wrong_value_anywhere_is_an_error() {
     let layer = Pointwise::new(array![[0.5, -1.0], [0.25, 0.0]]).activation(Activation::Relu);
     let src = ArrayD::from_elem(IxDyn(&[1, 2, 1, 1]), 2.0f32);
     let expected = ArrayD::from_shape_vec(vec![2, 2, 1, 1], vec![1.0, 2.0, 3.0, -4.0]).unwrap();
-    let tolerance = verify::tolerance(&layer, src.view(), expected.view());
+    let tolerance = verify::tolerance(&layer, src.view(), expected.view(), DType::F32);
     assert_eq!(tolerance, (1.0 * 2.0 * 2.0 + 4.0) * f64::from(f32::EPSILON));
     let smooth = Pointwise::new(layer.weight().clone()).activation(Activation::Gelu);
-    let smooth = verify::tolerance(&smooth, src.view(), expected.view());
+    let smooth = verify::tolerance(&smooth, src.view(), expected.view(), DType::F32);
+    let bf16 = verify::tolerance(&layer, src.view(), expected.view(), DType::Bf16);
+    assert_eq!(bf16, 4.0 * f64::from(f32::EPSILON) + 4.0 / 128.0);
     assert_eq!(smooth, (4.0 + 4.0 * 4.0) * f64::from(f32::EPSILON));
 
     // Five samples that repeat two.

@@ -14,7 +14,7 @@ use std::process::{Command, ExitCode, Output};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use network::{CLASSES, Network, SIZE};
 use pointwise::safetensors::SafeTensors;
-use pointwise::{Device, Error, Layout, checkpoint};
+use pointwise::{DType, Device, Error, Layout, checkpoint};
 
 type Result<T = (), E = Failed> = std::result::Result<T, E>;
 
@@ -34,6 +34,8 @@ fn main() -> ExitCode {
         trial("logits_do_not_depend_on_threads", data, |_| threads()),
         trial("cat", data, |_| top_5("chelsea.png", CAT)),
         trial("coffee", data, |_| top_5("coffee.png", COFFEE)),
+        trial("f16", data, |_| sixteen_bits(DType::F16, 0.03)),
+        trial("bf16", data, |_| sixteen_bits(DType::Bf16, 0.25)),
         trial("another_network_is_refused", data, |_| another_network()),
         trial("command_prints_classes_time_and_layers", || data().and(command()), report),
         trial("command_has_help", command, help),
@@ -98,7 +100,11 @@ fn weights() -> Result<Vec<u8>> {
 }
 
 fn network(device: &Device, layout: Layout) -> Result<Network> {
-    Ok(Network::new(&SafeTensors::deserialize(&weights()?)?, device, layout)?)
+    network_in(DType::F32, device, layout)
+}
+
+fn network_in(dtype: DType, device: &Device, layout: Layout) -> Result<Network> {
+    Ok(Network::new(&SafeTensors::deserialize(&weights()?)?, device, layout, dtype)?)
 }
 
 /// The stored picture, and PyTorch's logits for it.
@@ -167,6 +173,27 @@ fn top_5(name: &str, (labels, probability): ([&str; 5], f32)) -> Result {
     Ok(())
 }
 
+/// The first of the classes is the same, and the logits are near those of f32, which are up to 9.
+fn sixteen_bits(dtype: DType, tolerance: f32) -> Result {
+    for name in ["chelsea.png", "coffee.png"] {
+        let pixels = picture::read(&root("examples/data").join(name)).map_err(|e| e.to_string())?;
+        for layout in [NCHW, NHWC] {
+            let picture = picture::normalise(&pixels, layout);
+            let mut exact = network(&Device::cpu(), layout)?;
+            let mut rounded = network_in(dtype, &Device::cpu(), layout)?;
+            let (exact, got) = (exact.forward(&picture)?, rounded.forward(&picture)?);
+            let first = |x: &[f32]| (0..x.len()).max_by(|&a, &b| x[a].total_cmp(&x[b]));
+            assert_eq!(first(got), first(exact), "{name}, {layout:?}");
+            for (class, (got, exact)) in got.iter().zip(exact).enumerate() {
+                let error = (got - exact).abs();
+                assert!(error <= tolerance, "{name}, {layout:?}, {class}: {got} for {exact}");
+            }
+            assert!(got.iter().zip(exact).any(|(got, exact)| got != exact), "{dtype} was not used");
+        }
+    }
+    Ok(())
+}
+
 /// A checkpoint in which one tensor's shape is another's.
 fn another_network() -> Result {
     let bytes = weights()?;
@@ -186,7 +213,7 @@ fn another_network() -> Result {
         });
         let bytes = pointwise::safetensors::serialize(tensors, None)?;
         let changed = SafeTensors::deserialize(&bytes)?;
-        match Network::new(&changed, &Device::cpu(), NCHW) {
+        match Network::new(&changed, &Device::cpu(), NCHW, DType::F32) {
             Err(Error::Checkpoint(_) | Error::ParameterLength { .. }) => {}
             Err(error) => return Err(format!("{name}: {error}").into()),
             Ok(_) => return Err(format!("{name} has the shape of {instead}: accepted").into()),
@@ -194,7 +221,7 @@ fn another_network() -> Result {
         let tensors = file.iter().filter(|(this, _)| *this != name);
         let bytes = pointwise::safetensors::serialize(tensors, None)?;
         let changed = SafeTensors::deserialize(&bytes)?;
-        let result = Network::new(&changed, &Device::cpu(), NCHW);
+        let result = Network::new(&changed, &Device::cpu(), NCHW, DType::F32);
         match result {
             Err(Error::MissingTensor { .. } | Error::Checkpoint(_)) => {}
             Err(error) => return Err(format!("no {name}: {error}").into()),

@@ -8,9 +8,9 @@ use ndarray::{
 };
 use pointwise::init::{Fan, Init, Nonlinearity};
 use pointwise::{
-    Activation, AsTensor, AsTensorMut, BatchNorm, Branches, Device, Error, LayerNorm, Layout,
-    Place, Pointwise, PrepareOptions, Prepared, Result, Sequence, Source, SourceStage, Stage,
-    TensorMut, TensorRef, init, nhwc, reference,
+    Activation, AsTensor, AsTensorMut, BatchNorm, Branches, DType, Device, Error, LayerNorm,
+    Layout, Place, Pointwise, PrepareOptions, Prepared, Result, Sequence, Source, SourceStage,
+    Stage, TensorMut, TensorRef, bf16, f16, init, nhwc, reference,
 };
 use proptest::prelude::*;
 
@@ -745,8 +745,8 @@ fn a_device_that_was_not_built() {
 
 #[test]
 fn compositions_of_nothing_or_of_too_much() {
-    refused!(Branches::new(Vec::new()), Error::NoLayers, "no layers");
-    refused!(Sequence::new(Vec::new()), Error::NoLayers, "no layers");
+    refused!(Branches::<f32>::new(Vec::new()), Error::NoLayers, "no layers");
+    refused!(Sequence::<f32>::new(Vec::new()), Error::NoLayers, "no layers");
     let layers = |layer: Pointwise| vec![cpu(plain(3, 3)), cpu(layer)];
     refused!(Sequence::new(layers(plain(3, 3).residual())), Error::MissingInput { .. }, "residual");
     refused!(Sequence::new(layers(plain(3, 3).gate())), Error::MissingInput { .. }, "gate");
@@ -802,6 +802,31 @@ fn kernels_that_are_not_there() {
             }
         }
     }
+}
+
+#[test]
+fn weights_and_kernels_of_another_dtype() {
+    let mut weight = weight(2, 3);
+    weight[[1, 2]] = -65520.0;
+    let layer = Pointwise::new(weight);
+    let f16 = |layer: &Pointwise| layer.prepare_as::<f16>(&Device::cpu(), Default::default());
+    refused!(f16(&layer), Error::ParameterValue { .. }, "weight [1, 2]", "-65520", "overflow");
+    assert!(layer.prepare_as::<bf16>(&Device::cpu(), Default::default()).is_ok());
+    // What was infinite before stays so.
+    assert!(f16(&Pointwise::new(Array2::from_elem((1, 1), f32::INFINITY))).is_ok());
+
+    let kernel = Some("fprop_f32_portable_4x8".into());
+    let options = PrepareOptions { kernel, ..Default::default() };
+    let prepared = plain(2, 3).prepare_as::<bf16>(&Device::cpu(), options);
+    let names = ["fprop_f32_portable_4x8", "fprop_bf16_portable_4x8"];
+    refused!(prepared, Error::Kernel { .. }, names[0], names[1]);
+
+    // Pairs of bf16 would round what a source stage gives.
+    let kernel = "fprop_bf16_avx512_14x16";
+    let options = PrepareOptions { kernel: Some(kernel.into()), ..Default::default() };
+    let layer = plain(2, 3).source_activation(Activation::Silu);
+    refused!(layer.prepare_as::<bf16>(&Device::cpu(), options), Error::Kernel { .. }, kernel);
+    refused!("f8".parse::<DType>(), Error::ParameterValue { .. }, "f8", "f32, f16 or bf16");
 }
 
 #[test]

@@ -1,10 +1,13 @@
 //! Small integers, so that every sum is exact: each kernel must agree bitwise with integer
-//! arithmetic, on every shape of the tables, in every layout.
+//! arithmetic, rounded once to what tensors hold, on every shape of the tables, in every layout and
+//! dtype.
 
 use std::sync::{Arc, LazyLock};
 
 use ndarray::Array2;
-use pointwise::{Device, Pointwise, PrepareOptions, Prepared, TensorMut, TensorRef};
+use pointwise::{
+    DType, Device, Element, Pointwise, PrepareOptions, Prepared, TensorMut, TensorRef, bf16, f16,
+};
 
 /// What a source and a result hold beside their own elements: a value that would show in any sum,
 /// and one that nothing computes.
@@ -40,9 +43,9 @@ mod guard {
 
     struct Guarded;
 
-    /// f32, u32 and i32 have an alignment of 4, cache lines of f32 one of 64.
+    /// f32, u32 and i32 have an alignment of 4, f16 and bf16 one of 2, cache lines of f32 one of 64.
     fn holds_numbers(layout: &Layout) -> bool {
-        matches!(layout.align(), 4 | 64) && layout.size().is_multiple_of(layout.align())
+        matches!(layout.align(), 2 | 4 | 64) && layout.size().is_multiple_of(layout.align())
     }
 
     fn pages(layout: &Layout) -> usize {
@@ -104,14 +107,14 @@ const ORDERS: [(Order, Order); 4] = [
 
 /// A logical `[n, c, p]` tensor inside a fenced buffer, alone or as a range of the channels of a
 /// larger tensor.
-struct Placed {
-    data: Vec<f32>,
+struct Placed<T> {
+    data: Vec<T>,
     offset: usize,
     shape: Vec<usize>,
     strides: Vec<isize>,
 }
 
-impl Placed {
+impl<T: Element> Placed<T> {
     fn new(order: Order, beside: usize, n: usize, c: usize, spatial: &[usize], fill: f32) -> Self {
         // What is alone in memory ends where its memory does.
         let (fence_before, fence_after) = (FENCE, if beside == 0 { 0 } else { FENCE });
@@ -127,7 +130,7 @@ impl Placed {
         }
         (strides[0], strides[1]) = (sample as isize, channel as isize);
         Placed {
-            data: vec![fill; n * total * p + fence_before + fence_after],
+            data: vec![T::from_f32(fill); n * total * p + fence_before + fence_after],
             offset: fence_before + beside / 2 * channel,
             shape: [n, c].iter().chain(spatial).copied().collect(),
             strides,
@@ -156,17 +159,17 @@ impl Placed {
             for c in 0..self.shape[1] {
                 for p in 0..self.positions() {
                     let at = self.at(n, c, p);
-                    self.data[at] = values(n, c, p);
+                    self.data[at] = T::from_f32(values(n, c, p));
                 }
             }
         }
     }
 
-    fn view(&self) -> TensorRef<'_> {
+    fn view(&self) -> TensorRef<'_, T> {
         TensorRef::from_slice(&self.data, self.offset, &self.shape, &self.strides).unwrap()
     }
 
-    fn view_mut(&mut self) -> TensorMut<'_> {
+    fn view_mut(&mut self) -> TensorMut<'_, T> {
         TensorMut::from_slice(&mut self.data, self.offset, &self.shape, &self.strides).unwrap()
     }
 }
@@ -240,10 +243,15 @@ fn integer(salt: usize, a: usize, b: usize, c: usize, half: i32) -> i32 {
 const WEIGHT: (usize, i32) = (1, 3);
 const SRC: (usize, i32) = (2, 15);
 const BIAS: (usize, i32) = (3, 99);
-const RESIDUAL: (usize, i32) = (4, 999);
+const RESIDUAL: usize = 4;
+
+/// Integers that every type holds exactly.
+fn residual_half(dtype: DType) -> i32 {
+    if dtype == DType::Bf16 { 127 } else { 999 }
+}
 
 /// `dst[n][c][p]`, in integers. `src[c][p]` counts the channels of all sources together.
-fn expected(case: &Case) -> Vec<i32> {
+fn expected(case: &Case, dtype: DType) -> Vec<i32> {
     let (before, after) = case.partial.unwrap_or_default();
     let (rows, c_in) = (case.c_out * case.groups, case.k * case.groups);
     let dst_spatial = case.dst_spatial();
@@ -283,7 +291,7 @@ fn expected(case: &Case) -> Vec<i32> {
             for (p, x) in out.iter_mut().enumerate() {
                 *x += bias;
                 if case.residual {
-                    *x += integer(RESIDUAL.0, n, c, p, RESIDUAL.1);
+                    *x += integer(RESIDUAL, n, c, p, residual_half(dtype));
                 }
                 if case.relu {
                     *x = (*x).max(0);
@@ -330,30 +338,31 @@ static DEVICES: LazyLock<[Device; 2]> = LazyLock::new(|| {
 const SMALL_MACS: usize = 500_000;
 
 /// The layer, once per kernel that accepts its problem.
-fn prepare(case: &Case, device: &Device) -> Vec<(&'static str, Prepared)> {
+fn prepare<T: Element>(case: &Case, device: &Device) -> Vec<(&'static str, Prepared<T>)> {
     let layer = layer(case);
     let src: Vec<usize> = [case.n, case.sources().iter().sum()]
         .into_iter()
         .chain(case.spatial.iter().copied())
         .collect();
-    let plans = layer.prepare(device).unwrap().plans(&src).unwrap();
+    let any = layer.prepare_as::<T>(device, PrepareOptions::default()).unwrap();
+    let plans = any.plans(&src).unwrap();
     let accepted = plans.into_iter().filter(|candidate| candidate.verdict.is_ok());
     let prepared = accepted.map(|candidate| {
         let options =
             PrepareOptions { kernel: Some(candidate.kernel.into()), ..Default::default() };
-        (candidate.kernel, layer.prepare_with(device, options).unwrap())
+        (candidate.kernel, layer.prepare_as(device, options).unwrap())
     });
     prepared.collect()
 }
 
 /// Runs every kernel in every layout; says what is wrong.
-fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
-    let expected = expected(case);
+fn check<T: Element>(case: &Case, round: usize, failures: &mut Vec<String>) {
+    let expected = expected(case, T::DTYPE);
     let devices = match case.macs() {
         ..SMALL_MACS => std::slice::from_ref(&DEVICES[round % 2]),
         _ => &DEVICES[..],
     };
-    let layers: Vec<_> = devices.iter().flat_map(|device| prepare(case, device)).collect();
+    let layers: Vec<_> = devices.iter().flat_map(|device| prepare::<T>(case, device)).collect();
     assert!(!layers.is_empty(), "no kernel accepts {case:?}");
     for (i, (src_order, dst_order)) in ORDERS.into_iter().enumerate() {
         // Alone in memory or in a range of channels, in turns.
@@ -363,7 +372,8 @@ fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
         for (j, channels) in case.sources().into_iter().enumerate() {
             let order = if j == 1 { dst_order } else { src_order };
             let beside = if j % 2 == 0 { beside } else { 0 };
-            let mut source = Placed::new(order, beside, case.n, channels, &case.spatial, POISON);
+            let mut source =
+                Placed::<T>::new(order, beside, case.n, channels, &case.spatial, POISON);
             source.set(|n, c, p| integer(SRC.0, n, first + c, p, SRC.1) as f32);
             first += channels;
             sources.push(source);
@@ -373,15 +383,16 @@ fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
         let residual = case.residual.then(|| {
             let order = if round.is_multiple_of(2) { dst_order } else { src_order };
             let channels = case.dst_channels();
-            let mut residual = Placed::new(order, beside, case.n, channels, &dst_spatial, POISON);
-            residual.set(|n, c, p| integer(RESIDUAL.0, n, c, p, RESIDUAL.1) as f32);
+            let mut residual =
+                Placed::<T>::new(order, beside, case.n, channels, &dst_spatial, POISON);
+            residual.set(|n, c, p| integer(RESIDUAL, n, c, p, residual_half(T::DTYPE)) as f32);
             residual
         });
         let residual = residual.as_ref().map(Placed::view);
         for (kernel, layer) in &layers {
             let channels = case.dst_channels();
             let mut dst =
-                Placed::new(dst_order, 3 - beside, case.n, channels, &dst_spatial, CANARY);
+                Placed::<T>::new(dst_order, 3 - beside, case.n, channels, &dst_spatial, CANARY);
             dst.set(|_, _, _| f32::NAN);
             let mut call = layer.call(&views[0]);
             for more in &views[1..] {
@@ -394,6 +405,7 @@ fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
                 failures.push(format!("{kernel} {src_order:?} -> {dst_order:?} {case:?}: {error}"));
                 continue;
             }
+            let canary = T::from_f32(CANARY);
             let positions = dst.positions();
             let mut wrong = 0;
             let mut example = String::new();
@@ -402,8 +414,8 @@ fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
                 for c in 0..channels {
                     for p in 0..positions {
                         let at = dst.at(n, c, p);
-                        let want = *values.next().unwrap() as f32;
-                        let got = std::mem::replace(&mut dst.data[at], CANARY);
+                        let want = T::from_f32(*values.next().unwrap() as f32).to_f32();
+                        let got = std::mem::replace(&mut dst.data[at], canary).to_f32();
                         if got.to_bits() != want.to_bits() {
                             if wrong == 0 {
                                 example = format!("[{n}, {c}, {p}] is {got}, not {want}");
@@ -413,7 +425,8 @@ fn check(case: &Case, round: usize, failures: &mut Vec<String>) {
                     }
                 }
             }
-            let outside = dst.data.iter().filter(|x| x.to_bits() != CANARY.to_bits()).count();
+            let same = canary.to_f32().to_bits();
+            let outside = dst.data.iter().filter(|x| x.to_f32().to_bits() != same).count();
             if wrong > 0 || outside > 0 {
                 failures.push(format!(
                     "{kernel} {src_order:?} -> {dst_order:?} {case:?}: {wrong} values wrong, \
@@ -428,7 +441,9 @@ fn check_all(cases: impl IntoIterator<Item = Case>) {
     let mut failures = Vec::new();
     let mut count = 0;
     for (round, case) in cases.into_iter().enumerate() {
-        check(&case, round, &mut failures);
+        check::<f32>(&case, round, &mut failures);
+        check::<f16>(&case, round, &mut failures);
+        check::<bf16>(&case, round, &mut failures);
         count = round + 1;
     }
     assert!(count > 0);

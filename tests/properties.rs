@@ -1,10 +1,10 @@
-//! Random layers on random shapes and strides, against the f64 reference.
+//! Random layers on random shapes and strides, in every dtype, against the f64 reference.
 
 use ndarray::{Array1, Array2, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn, Slice};
 use pointwise::init::Init;
 use pointwise::{
-    Activation, BatchNorm, Device, LayerNorm, Pointwise, PrepareOptions, SourceStage, Stage,
-    TensorMut, reference,
+    Activation, BatchNorm, DType, Device, Element, LayerNorm, Pointwise, PrepareOptions,
+    SourceStage, Stage, TensorMut, bf16, f16, reference,
 };
 use proptest::prelude::*;
 use std::sync::{Arc, LazyLock};
@@ -44,8 +44,8 @@ impl Rng {
 }
 
 /// A tensor inside a larger one: axes in random memory order, gaps, steps of either sign.
-struct Strided {
-    data: ArrayD<f32>,
+struct Strided<T = f32> {
+    data: ArrayD<T>,
     order: Vec<usize>,
     slices: Vec<Slice>,
 }
@@ -82,13 +82,21 @@ impl Strided {
         tensor
     }
 
+    /// The same tensor of another type, to whose values it is rounded.
+    fn rounded<T: Element>(self) -> Strided<T> {
+        let Strided { data, order, slices } = self;
+        Strided { data: data.mapv(T::from_f32), order, slices }
+    }
+}
+
+impl<T> Strided<T> {
     fn inverse(&self) -> Vec<usize> {
         let mut inverse = vec![0; self.order.len()];
         self.order.iter().enumerate().for_each(|(i, &axis)| inverse[axis] = i);
         inverse
     }
 
-    fn view(&self) -> ArrayViewD<'_, f32> {
+    fn view(&self) -> ArrayViewD<'_, T> {
         let mut view = self.data.view().permuted_axes(IxDyn(&self.inverse()));
         self.slices
             .iter()
@@ -97,7 +105,7 @@ impl Strided {
         view
     }
 
-    fn view_mut(&mut self) -> ArrayViewMutD<'_, f32> {
+    fn view_mut(&mut self) -> ArrayViewMutD<'_, T> {
         let inverse = self.inverse();
         let mut view = self.data.view_mut().permuted_axes(IxDyn(&inverse));
         self.slices
@@ -144,23 +152,17 @@ struct Case {
     dst: Strided,
     /// How much an error of a sum can grow on its way through the stages.
     growth: f64,
-    /// A kernel by its name, or the planner's choice.
-    kernel: Option<&'static str>,
+    /// One of the kernels that accept it, or the planner's choice.
+    kernel: Option<usize>,
     threads: usize,
 }
-
-/// Every kernel of this CPU.
-static KERNELS: LazyLock<Vec<&str>> = LazyLock::new(|| {
-    let layer = Pointwise::new(Array2::zeros((1, 1))).prepare(&Device::cpu()).unwrap();
-    let plans = layer.plans(&[1, 1]).unwrap();
-    plans.into_iter().filter(|plan| plan.verdict.is_ok()).map(|plan| plan.kernel).collect()
-});
 
 /// As many threads on any machine.
 static POOL: LazyLock<Arc<rayon::ThreadPool>> =
     LazyLock::new(|| Arc::new(rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap()));
 
-fn case(seed: u64) -> Case {
+/// A case whose weight a type holds.
+fn case<T: Element>(seed: u64) -> Case {
     let rng = &mut Rng(seed);
     let n = rng.pick(&[0, 1, 1, 1, 2, 3]);
     let spatial: Vec<usize> =
@@ -177,6 +179,7 @@ fn case(seed: u64) -> Case {
     let (c_in, c_out) = (k * groups, rows * groups);
     let stride = rng.pick(&[1, 1, 1, 2, 3]);
     let weight = Array2::from_shape_fn((c_out, k), |_| rng.float(-1.0, 1.0) / (k as f32).sqrt());
+    let weight = weight.mapv(|w| T::from_f32(w).to_f32());
     let mut layer = Pointwise::new(weight).groups(groups).stride(stride);
     let mut growth = 1.0;
 
@@ -255,7 +258,7 @@ fn case(seed: u64) -> Case {
     let residual = used.contains(&"residual").then(|| Strided::random(rng, &dst_shape));
     let gate = gated.then(|| Strided::random(rng, &[n, c_in]));
     let dst = Strided::new(rng, &dst_shape, f32::NAN);
-    let kernel = rng.chance(50).then(|| rng.pick(&KERNELS));
+    let kernel = rng.chance(50).then(|| rng.below(1000));
     let threads = rng.pick(&[1, 1, 1, 3]);
     Case { layer, sources, residual, gate, dst, growth, kernel, threads }
 }
@@ -264,19 +267,53 @@ fn case(seed: u64) -> Case {
 const CANARY: f32 = 12345.678;
 
 fn check(seed: u64) -> Result<(), TestCaseError> {
-    let Case { layer, sources, residual, gate, mut dst, growth, kernel, threads } = case(seed);
+    match seed % 4 {
+        0 => check_as::<f16>(seed),
+        1 => check_as::<bf16>(seed),
+        _ => check_as::<f32>(seed),
+    }
+}
+
+/// What rounding a value to a type changes of it, at most, relative to it.
+fn unit<T: Element>() -> f64 {
+    match T::DTYPE {
+        DType::F16 => 2f64.powi(-11),
+        DType::Bf16 => 2f64.powi(-8),
+        _ => 0.0, // Part of what sums are allowed.
+    }
+}
+
+fn check_as<T: Element>(seed: u64) -> Result<(), TestCaseError> {
+    let Case { layer, sources, residual, gate, dst, growth, kernel, threads } = case::<T>(seed);
+    let sources: Vec<_> = sources.into_iter().map(Strided::rounded::<T>).collect();
+    let residual = residual.map(Strided::rounded::<T>);
+    let gate = gate.map(Strided::rounded::<T>);
+    let mut dst = dst.rounded::<T>();
     let views: Vec<_> = sources.iter().map(Strided::view).collect();
     let (residual, gate) = (residual.as_ref().map(Strided::view), gate.as_ref().map(Strided::view));
+    let widened = |view: &ArrayViewD<'_, T>| view.mapv(T::to_f32);
+    let wide: Vec<_> = views.iter().map(widened).collect();
+    let (wide_residual, wide_gate) = (residual.as_ref().map(widened), gate.as_ref().map(widened));
     let inputs = reference::Inputs {
-        sources: views.clone(),
-        residual: residual.clone(),
-        gate: gate.clone(),
+        sources: wide.iter().map(|source| source.view()).collect(),
+        residual: wide_residual.as_ref().map(|residual| residual.view()),
+        gate: wide_gate.as_ref().map(|gate| gate.view()),
     };
     let expected = reference::forward(&layer, &inputs).unwrap();
 
     let device = Device::cpu_with_pool(POOL.clone()).threads(threads);
-    let options = PrepareOptions { kernel: kernel.map(str::to_owned), ..Default::default() };
-    let prepared = layer.prepare_with(&device, options).unwrap();
+    let mut prepared = layer.prepare_as::<T>(&device, Default::default()).unwrap();
+    let kernel = kernel.map(|i| {
+        let mut shape = wide[0].shape().to_vec();
+        shape[1] = wide.iter().map(|source| source.shape()[1]).sum();
+        let mut plans = prepared.plans(&shape).unwrap();
+        plans.retain(|plan| plan.verdict.is_ok());
+        plans[i % plans.len()].kernel
+    });
+    if kernel.is_some() {
+        let options = PrepareOptions { kernel: kernel.map(str::to_owned), ..Default::default() };
+        prepared = layer.prepare_as(&device, options).unwrap();
+    }
     let call = || {
         let mut call = prepared.call(&views[0]);
         for more in &views[1..] {
@@ -291,8 +328,9 @@ fn check(seed: u64) -> Result<(), TestCaseError> {
         call
     };
     let allocated = call().run().unwrap();
-    dst.data.fill(CANARY);
-    dst.view_mut().fill(f32::NAN);
+    let canary = T::from_f32(CANARY);
+    dst.data.fill(canary);
+    dst.view_mut().fill(T::from_f32(f32::NAN));
     call().run_into(&mut dst.view_mut()).unwrap();
 
     // The design's bound for the sums, carried through the stages, and the rounding of the result.
@@ -300,20 +338,24 @@ fn check(seed: u64) -> Result<(), TestCaseError> {
     let product = f64::from(layer.weight().iter().fold(0.0f32, |m, w| m.max(w.abs()))) * 4.0;
     let largest = expected.iter().fold(1.0f64, |m, x| m.max(x.abs()));
     let tolerance = f64::from(f32::EPSILON) * growth * (product * k + 4.0 * largest);
+    let tolerance = tolerance + unit::<T>() * (largest + tolerance);
     prop_assert_eq!(allocated.shape(), expected.shape());
     for result in [allocated.view(), dst.view()] {
         for ((index, &want), &got) in expected.indexed_iter().zip(result) {
+            let got = got.to_f32();
             let err = (f64::from(got) - want).abs();
             prop_assert!(
                 err <= tolerance,
-                "{layer:?}, kernel {kernel:?}, {threads} threads, at {index:?}: {got} instead of \
-                 {want}, {err:e} > {tolerance:e}"
+                "{}, {layer:?}, kernel {kernel:?}, {threads} threads, at {index:?}: {got} instead of \
+                 {want}, {err:e} > {tolerance:e}",
+                T::DTYPE
             );
         }
     }
-    prop_assert!(allocated.iter().zip(dst.view().iter()).all(|(a, b)| a.to_bits() == b.to_bits()));
+    let bits = |x: &T| x.to_f32().to_bits();
+    prop_assert!(allocated.iter().zip(dst.view().iter()).all(|(a, b)| bits(a) == bits(b)));
     let written = dst.view().len();
-    let canaries = dst.data.iter().filter(|&&x| x == CANARY).count();
+    let canaries = dst.data.iter().filter(|x| bits(x) == bits(&canary)).count();
     prop_assert_eq!(canaries, dst.data.len() - written, "something beside dst was written");
     Ok(())
 }

@@ -8,9 +8,9 @@ use ndarray::{
     CowArray, Dimension, Ix4, IxDyn, s,
 };
 use pointwise::{
-    Activation, AsTensor, BatchNorm, Branches, BranchesCall, Call, Device, Error, LayerNorm,
-    Layout, Pointwise, PrepareOptions, Prepared, Sequence, Stage, TensorMut, TensorRef, nhwc,
-    nhwc_mut, reference,
+    Activation, AsTensor, BatchNorm, Branches, BranchesCall, Call, Device, Element, Error,
+    LayerNorm, Layout, Pointwise, PrepareOptions, Prepared, Sequence, Stage, TensorMut, TensorRef,
+    bf16, f16, nhwc, nhwc_mut, reference,
 };
 
 const INF: f32 = f32::INFINITY;
@@ -55,27 +55,55 @@ fn cpu(layer: Pointwise) -> Prepared {
     layer.prepare(&Device::cpu()).unwrap()
 }
 
+fn cpu_as<T: Element>(layer: &Pointwise) -> Prepared<T> {
+    layer.prepare_as(&Device::cpu(), PrepareOptions::default()).unwrap()
+}
+
+/// Tests that check the same in every dtype.
+macro_rules! in_every_dtype {
+    ($($(#[$doc:meta])* $name:ident = $check:ident;)*) => {$(
+        $(#[$doc])*
+        #[test]
+        fn $name() {
+            $check::<f32>();
+            $check::<f16>();
+            $check::<bf16>();
+        }
+    )*};
+}
+
+in_every_dtype! {
+    infinities_follow_the_formula = infinities;
+    /// A NaN in src reaches every output that depends on it, and no other one.
+    nan_goes_where_it_must_and_nowhere_else = nan_goes;
+    /// NaN from the second tensor of a call, or from a parameter.
+    nan_of_a_residual_a_gate_or_a_parameter = nan_of_others;
+    bits_repeat_from_run_to_run_and_for_any_threads = bits_repeat;
+    a_sample_does_not_depend_on_its_batch = samples;
+}
+
 /// The layer, once for each kernel of this CPU.
-fn every_kernel(layer: &Pointwise) -> Vec<(&'static str, Prepared)> {
-    let candidates = cpu(layer.clone()).plans(&[1, layer.c_in()]).unwrap();
+fn every_kernel<T: Element>(layer: &Pointwise) -> Vec<(&'static str, Prepared<T>)> {
+    let candidates = cpu_as::<T>(layer).plans(&[1, layer.c_in()]).unwrap();
     let usable = candidates.into_iter().filter(|candidate| candidate.verdict.is_ok());
     let prepare = usable.map(|candidate| {
         let kernel = Some(candidate.kernel.to_owned());
         let options = PrepareOptions { kernel, ..Default::default() };
-        (candidate.kernel, layer.prepare_with(&Device::cpu(), options).unwrap())
+        (candidate.kernel, layer.prepare_as(&Device::cpu(), options).unwrap())
     });
     prepare.collect()
 }
 
 #[track_caller]
-fn assert_same_bits<'a>(
-    a: impl IntoIterator<Item = &'a f32>,
-    b: impl IntoIterator<Item = &'a f32>,
+fn assert_same_bits<'a, T: Element>(
+    a: impl IntoIterator<Item = &'a T>,
+    b: impl IntoIterator<Item = &'a T>,
     what: &str,
 ) {
     let (a, b): (Vec<_>, Vec<_>) = (a.into_iter().collect(), b.into_iter().collect());
     assert_eq!(a.len(), b.len(), "{what}");
     for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+        let (a, b) = (a.to_f32(), b.to_f32());
         assert_eq!(a.to_bits(), b.to_bits(), "{what}: element {i} is {a} and {b}");
     }
 }
@@ -105,8 +133,7 @@ fn activations() -> Vec<(Activation, f32, f32)> {
     ]
 }
 
-#[test]
-fn infinities_follow_the_formula() {
+fn infinities<T: Element>() {
     let mut failures = Vec::new();
     for (activation, low, high) in activations() {
         for (x, want) in [(-INF, low), (INF, high)] {
@@ -123,13 +150,13 @@ fn infinities_follow_the_formula() {
                 layer.clone().source_activation(activation),
                 layer.relu6().residual().activation(activation),
             ] {
-                let source = Array4::from_elem((2, 1, 5, 7), x);
-                for (kernel, prepared) in every_kernel(&layer) {
+                let source = Array4::from_elem((2, 1, 5, 7), T::from_f32(x));
+                for (kernel, prepared) in every_kernel::<T>(&layer) {
                     let mut call = prepared.call(&source);
                     if layer.stages().len() > 1 {
                         call = call.residual(&source);
                     }
-                    let dst = call.run().unwrap();
+                    let dst = call.run().unwrap().mapv(T::to_f32);
                     if let Some(got) = dst.iter().find(|&&got| !same(got)) {
                         failures.push(format!("{kernel} {activation:?}({x}) is {got}, not {want}"));
                     }
@@ -140,9 +167,7 @@ fn infinities_follow_the_formula() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// A NaN in src reaches every output that depends on it, and no other one.
-#[test]
-fn nan_goes_where_it_must_and_nowhere_else() {
+fn nan_goes<T: Element>() {
     let rng = &mut Rng(1);
     let (rows, k, n, h, w) = (19, 6, 3, 5, 7);
     let base = rng.layer(2 * rows, k).groups(2);
@@ -165,18 +190,18 @@ fn nan_goes_where_it_must_and_nowhere_else() {
     layers.push(("shuffle".into(), base.clone().relu().channel_shuffle(2)));
     layers.push(("gate".into(), base.clone().source_activation(Activation::Relu).gate()));
 
-    let source = rng.array((n, 2 * k, h, w));
-    let residual = rng.array((n, 2 * rows, h, w));
-    let gate = rng.array((n, 2 * k));
+    let source = rng.array((n, 2 * k, h, w)).mapv(T::from_f32);
+    let residual = rng.array((n, 2 * rows, h, w)).mapv(T::from_f32);
+    let gate = rng.array((n, 2 * k)).mapv(T::from_f32);
     let (sample, channel, y, x) = (1, k + 2, 2, 3);
     let mut poisoned = source.clone();
-    poisoned[[sample, channel, y, x]] = NAN;
+    poisoned[[sample, channel, y, x]] = T::from_f32(NAN);
     let mut failures = Vec::new();
     for (name, layer) in &layers {
         let has = |stage: &str| layer.stages().iter().any(|s| s.name() == stage);
-        for (kernel, prepared) in every_kernel(layer) {
+        for (kernel, prepared) in every_kernel::<T>(layer) {
             for last in [false, true] {
-                let run = |source: &Array4<f32>| {
+                let run = |source: &Array4<T>| {
                     let ordered = if last { channels_last(source) } else { source.clone() };
                     let mut call = prepared.call(&ordered);
                     if has("residual") {
@@ -185,7 +210,7 @@ fn nan_goes_where_it_must_and_nowhere_else() {
                     if name == "gate" {
                         call = call.gate(&gate);
                     }
-                    call.run().unwrap()
+                    call.run().unwrap().mapv(T::to_f32)
                 };
                 let (clean, dirty) = (run(&source), run(&poisoned));
                 for (index, &got) in dirty.indexed_iter() {
@@ -212,33 +237,31 @@ fn nan_goes_where_it_must_and_nowhere_else() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// NaN from the second tensor of a call, or from a parameter.
-#[test]
-fn nan_of_a_residual_a_gate_or_a_parameter() {
+fn nan_of_others<T: Element>() {
     let rng = &mut Rng(2);
-    let source = rng.array((2, 4, 3, 3));
-    let mut residual = rng.array((2, 6, 3, 3));
-    residual[[1, 2, 0, 1]] = NAN;
-    let layer = cpu(rng.layer(6, 4).residual().relu());
-    let dst = layer.call(&source).residual(&residual).run().unwrap();
+    let nan = T::from_f32(NAN);
+    let source = rng.array((2, 4, 3, 3)).mapv(T::from_f32);
+    let mut residual = rng.array((2, 6, 3, 3)).mapv(T::from_f32);
+    residual[[1, 2, 0, 1]] = nan;
+    let layer = cpu_as::<T>(&rng.layer(6, 4).residual().relu());
+    let dst = layer.call(&source).residual(&residual).run().unwrap().mapv(T::to_f32);
     let nans: Vec<_> = dst.indexed_iter().filter(|(_, x)| x.is_nan()).map(|(i, _)| i).collect();
     assert_eq!(nans, [(1, 2, 0, 1)]);
-    let mut gate = rng.array((2, 4));
-    gate[[0, 3]] = NAN;
-    let dst = cpu(rng.layer(6, 4).gate().relu()).call(&source).gate(&gate).run().unwrap();
+    let mut gate = rng.array((2, 4)).mapv(T::from_f32);
+    gate[[0, 3]] = nan;
+    let layer = cpu_as::<T>(&rng.layer(6, 4).gate().relu());
+    let dst = layer.call(&source).gate(&gate).run().unwrap().mapv(T::to_f32);
     assert!(dst.indexed_iter().all(|((n, ..), x)| x.is_nan() == (n == 0)));
     let mut weight = rng.array((6, 4));
     weight[[5, 0]] = NAN;
-    let dst = cpu(Pointwise::new(weight).bias(rng.vector(6)).relu6()).forward(&source).unwrap();
+    let layer = cpu_as::<T>(&Pointwise::new(weight).bias(rng.vector(6)).relu6());
+    let dst = layer.forward(&source).unwrap().mapv(T::to_f32);
     assert!(dst.indexed_iter().all(|((_, c, ..), x)| x.is_nan() == (c == 5)));
 }
 
-/// A copy whose channels are innermost in memory.
-fn channels_last(of: &Array4<f32>) -> Array4<f32> {
-    let mut to = Array4::zeros({
-        let (n, c, h, w) = of.dim();
-        (n, h, w, c)
-    });
+fn channels_last<T: Element>(of: &Array4<T>) -> Array4<T> {
+    let (n, c, h, w) = of.dim();
+    let mut to = Array4::from_elem((n, h, w, c), T::default());
     nhwc_mut(to.view_mut()).assign(of);
     to.permuted_axes([0, 3, 1, 2])
 }
@@ -320,8 +343,7 @@ fn kinds(rng: &mut Rng) -> Vec<(&'static str, Pointwise)> {
     ]
 }
 
-#[test]
-fn bits_repeat_from_run_to_run_and_for_any_threads() {
+fn bits_repeat<T: Element>() {
     let rng = &mut Rng(4);
     let pool = |threads: usize| {
         Arc::new(rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap())
@@ -334,14 +356,15 @@ fn bits_repeat_from_run_to_run_and_for_any_threads() {
         Device::cpu_with_pool(pool(7)).threads(4),
     ];
     for (name, layer) in kinds(rng) {
-        let serial = layer.prepare(&Device::cpu().threads(1)).unwrap();
+        let prepare = |device: &Device| layer.prepare_as::<T>(device, Default::default()).unwrap();
+        let serial = prepare(&Device::cpu().threads(1));
         for shape in [[1, 24, 97, 61], [5, 24, 47, 33]] {
-            let first = rng.array((shape[0], shape[1], shape[2], shape[3]));
+            let first = rng.array((shape[0], shape[1], shape[2], shape[3])).mapv(T::from_f32);
             for source in [channels_last(&first), first] {
                 let want = serial.forward(&source).unwrap();
-                assert!(want.iter().all(|x| x.is_finite()));
+                assert!(want.iter().all(|x| x.to_f32().is_finite()));
                 for device in &devices {
-                    let prepared = layer.prepare(device).unwrap();
+                    let prepared = prepare(device);
                     for _ in 0..2 {
                         let got = prepared.forward(&source).unwrap();
                         assert_same_bits(&want, &got, &format!("{name} on {device}"));
@@ -352,13 +375,12 @@ fn bits_repeat_from_run_to_run_and_for_any_threads() {
     }
 }
 
-#[test]
-fn a_sample_does_not_depend_on_its_batch() {
+fn samples<T: Element>() {
     let rng = &mut Rng(5);
     for (name, layer) in kinds(rng) {
-        let prepared = cpu(layer);
+        let prepared = cpu_as::<T>(&layer);
         for shape in [(6, 24, 1, 1), (5, 24, 7, 7), (3, 24, 31, 29), (9, 24, 4, 8)] {
-            let first = rng.array(shape);
+            let first = rng.array(shape).mapv(T::from_f32);
             for source in [channels_last(&first), first] {
                 let together = prepared.forward(&source).unwrap();
                 for sample in 0..shape.0 {
@@ -477,6 +499,11 @@ fn costs_by_hand() {
     let explanation = layer.explain_in(&[3, 6, 5, 5], Layout::ChannelsLast).unwrap();
     assert_eq!(explanation.problem, "n 3, 6 -> 8 channels, 3x3 positions, 2 groups");
 
+    // In 16 bits everything is half as large, but for parameters per channel.
+    let half = cpu_as::<bf16>(&Pointwise::new(Array2::ones((4, 6))).bias(vec![1.0; 4]));
+    let cost = half.cost(&[2, 6, 3, 5]).unwrap();
+    assert_eq!((cost.src_bytes, cost.weight_bytes, cost.dst_bytes), (360, 48 + 16, 240));
+
     // What passes through is read and written, but not multiplied.
     let layer = cpu(Pointwise::new(Array2::ones((5, 3))).partial(2..5));
     let cost = layer.cost(&[1, 10, 7]).unwrap();
@@ -486,8 +513,14 @@ fn costs_by_hand() {
 
 #[test]
 fn plans_list_every_kernel_once_the_chosen_one_first() {
+    plans_list::<f32>();
+    plans_list::<f16>();
+    plans_list::<bf16>();
+}
+
+fn plans_list<T: Element>() {
     let layer = Pointwise::new(Array2::ones((4, 6)));
-    let prepared = cpu(layer.clone());
+    let prepared = cpu_as::<T>(&layer);
     for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
         let plans = prepared.plans_in(&[2, 6, 7, 7], layout).unwrap();
         let explanation = prepared.explain_in(&[2, 6, 7, 7], layout).unwrap();
@@ -499,10 +532,10 @@ fn plans_list_every_kernel_once_the_chosen_one_first() {
         assert_eq!(names.len(), plans.len());
         for name in names {
             let parts: Vec<_> = name.split('_').collect();
-            assert!(parts.len() == 4 && parts[..2] == ["fprop", "f32"], "{name}");
+            assert!(parts.len() == 4 && parts[..2] == ["fprop", T::DTYPE.name()], "{name}");
         }
     }
-    for (kernel, prepared) in every_kernel(&layer) {
+    for (kernel, prepared) in every_kernel::<T>(&layer) {
         assert_eq!(prepared.plans(&[2, 6, 7, 7]).unwrap()[0].kernel, kernel);
         let reason = prepared.explain(&[2, 6, 7, 7]).unwrap().reason;
         assert!(reason.ends_with("forced"), "{reason}");
@@ -514,6 +547,7 @@ fn what_is_shared_between_threads_may_be() {
     fn shared<T: Send + Sync + Clone + std::fmt::Debug>() {}
     shared::<Pointwise>();
     shared::<Prepared>();
+    shared::<Prepared<bf16>>();
     shared::<Device>();
     shared::<Branches>();
     shared::<Sequence>();
@@ -697,7 +731,9 @@ fn a_shuffle_is_a_permutation_by_hand() {
                 let residual = rng.array((n, 24, side, side));
                 let plain = cpu(base.clone().silu()).forward(&source).unwrap();
                 let what = format!("{groups} groups, shuffle {shuffle}, {n} x {side}");
-                for (kernel, layer) in every_kernel(&base.clone().silu().channel_shuffle(shuffle)) {
+                for (kernel, layer) in
+                    every_kernel::<f32>(&base.clone().silu().channel_shuffle(shuffle))
+                {
                     // Kernels differ in the bits of an activation; each agrees with itself.
                     let options =
                         PrepareOptions { kernel: Some(kernel.into()), ..Default::default() };

@@ -6,13 +6,14 @@ mod options;
 mod train;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use ndarray::{ArrayD, ArrayViewD};
+use ndarray::{Array2, ArrayD, ArrayViewD};
 use pointwise::safetensors::SafeTensors;
-use pointwise::{Device, Layout, nhwc, nhwc_mut};
+use pointwise::{DType, Device, Element, Layout, Pointwise, bf16, f16, nhwc, nhwc_mut};
 
 use options::Options;
 
@@ -50,41 +51,47 @@ fn fail(message: &str) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let last = options.layout == Layout::ChannelsLast;
     let bytes = std::fs::read(&options.weights)
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| format!("{}: {error}", options.weights.display()))?;
     let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
-    let description = layer::read(options, &file)?;
-    let layer = description.prepare(&device)?;
+    let layer = layer::read(options, &file)?;
     let gate = layer::gate(options, &file)?;
 
-    let inputs = options.input.iter().map(|path| npy::read(path)).collect::<Result<Vec<_>>>()?;
-    let residual = options.residual.as_ref().map(|path| npy::read(path)).transpose()?;
+    if options.train {
+        return run_training(options, &device, &layer, gate);
+    }
+    let run = match options.dtype {
+        DType::F16 => run_as::<f16>,
+        DType::Bf16 => run_as::<bf16>,
+        _ => run_as::<f32>,
+    };
+    run(options, &device, &layer, gate)
+}
+
+/// Runs the layer on tensors of a type, to which the files' values are rounded.
+fn run_as<T: Element>(
+    options: &Options,
+    device: &Device,
+    layer: &Pointwise,
+    gate: Option<Array2<f32>>,
+) -> Result<()> {
+    let last = options.layout == Layout::ChannelsLast;
+    let layer = layer.prepare_as::<T>(device, Default::default())?;
+    let read = |path: &PathBuf| Ok(npy::read(path)?.mapv(T::from_f32));
+    let inputs = options.input.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let residual = options.residual.as_ref().map(read).transpose()?;
+    let gate = gate.map(|gate| gate.mapv(T::from_f32));
     let logical = |file| view(file, last);
     let sources: Vec<_> = inputs.iter().map(logical).collect();
     let residual = residual.as_ref().map(logical);
 
     let (first, more) = sources.split_first().ok_or("no --input")?;
-    let mut shape = first.shape().to_vec();
-    shape[1] = sources.iter().map(|source| source.shape()[1]).fold(0, usize::saturating_add);
-    let mut dst_shape = layer.dst_shape(&shape)?;
-    if last {
-        dst_shape[1..].rotate_left(1);
-    }
-    let mut dst = npy::zeros(&dst_shape)?;
-    if let Some((d_output, gradients)) = options.d_output.as_ref().zip(options.gradients.as_ref()) {
-        let d_dst = npy::read(d_output)?;
-        let tensors = train::Tensors { sources, residual, gate, d_dst: logical(&d_dst), last };
-        let momentum = options.momentum;
-        train::run(&description, &device, momentum, &tensors, &mut dst, gradients)?;
-        npy::write(&options.output, &dst)?;
-        let gradients = gradients.display();
-        writeln!(io::stdout(), "-> {dst_shape:?}, gradients in {gradients}, on {device}")?;
-        return Ok(());
-    }
+    let shape = joined(&sources);
+    let dst_shape = in_file(layer.dst_shape(&shape)?, last);
+    let mut dst = npy::zeros(&dst_shape)?.mapv(T::from_f32);
 
     let mut call = layer.call(first);
     for source in more {
@@ -104,14 +111,60 @@ fn run(options: &Options) -> Result<()> {
     let time = start.elapsed();
 
     let kernel = layer.plans_in(&shape, options.layout)?.first().map_or("no kernel", |c| c.kernel);
-    npy::write(&options.output, &dst)?;
+    npy::write(&options.output, &dst.mapv(T::to_f32))?;
     let inputs: Vec<_> = inputs.iter().map(|input| format!("{:?}", input.shape())).collect();
     let (inputs, device) = (inputs.join(" + "), layer.device());
     writeln!(io::stdout(), "{inputs} -> {dst_shape:?}, {kernel} on {device}, {time:.1?}")?;
     Ok(())
 }
 
+/// Runs the layer and its gradients with batch statistics.
+fn run_training(
+    options: &Options,
+    device: &Device,
+    layer: &Pointwise,
+    gate: Option<Array2<f32>>,
+) -> Result<()> {
+    let (Some(d_output), Some(gradients)) = (&options.d_output, &options.gradients) else {
+        return Err("--train takes --d-output and --gradients".into());
+    };
+    let last = options.layout == Layout::ChannelsLast;
+    let inputs = options.input.iter().map(|path| npy::read(path)).collect::<Result<Vec<_>>>()?;
+    let residual = options.residual.as_ref().map(|path| npy::read(path)).transpose()?;
+    let d_dst = npy::read(d_output)?;
+    let logical = |file| view(file, last);
+    let sources: Vec<_> = inputs.iter().map(logical).collect();
+    let prepared = layer.prepare(device)?;
+    let dst_shape = in_file(prepared.dst_shape(&joined(&sources))?, last);
+    let mut dst = npy::zeros(&dst_shape)?;
+    let residual = residual.as_ref().map(logical);
+    let tensors = train::Tensors { sources, residual, gate, d_dst: logical(&d_dst), last };
+    train::run(layer, device, options.momentum, &tensors, &mut dst, gradients)?;
+    npy::write(&options.output, &dst)?;
+    let gradients = gradients.display();
+    writeln!(io::stdout(), "-> {dst_shape:?}, gradients in {gradients}, on {device}")?;
+    Ok(())
+}
+
+/// The shape of the sources' concatenation along the channels, logical; empty without any.
+fn joined<T>(sources: &[ArrayViewD<'_, T>]) -> Vec<usize> {
+    let mut shape = sources.first().map_or(Vec::new(), |source| source.shape().to_vec());
+    if let Some(channels) = shape.get_mut(1) {
+        let all = sources.iter().map(|source| source.shape().get(1).copied().unwrap_or(0));
+        *channels = all.fold(0, usize::saturating_add);
+    }
+    shape
+}
+
+/// A logical shape in the order of the files' axes.
+fn in_file(mut shape: Vec<usize>, last: bool) -> Vec<usize> {
+    if last {
+        shape[1..].rotate_left(1);
+    }
+    shape
+}
+
 /// A file's array with the logical axes `[n, c, …spatial]`.
-fn view(file: &ArrayD<f32>, last: bool) -> ArrayViewD<'_, f32> {
+fn view<T>(file: &ArrayD<T>, last: bool) -> ArrayViewD<'_, T> {
     if last { nhwc(file.view()) } else { file.view() }
 }

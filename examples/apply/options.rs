@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::Parser;
-use clap::builder::RangedU64ValueParser;
-use pointwise::Layout;
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use pointwise::{DType, Layout};
 
 /// Runs one pointwise (1x1) convolution layer from a checkpoint on a tensor:
 /// stages(conv(source_stages(input))).
@@ -36,6 +36,16 @@ pub struct Options {
     /// Order of axes in every file: nchw is [n, c, …spatial], nhwc is [n, …spatial, c]
     #[arg(long, default_value = "nchw", value_parser = layout)]
     pub layout: Layout,
+
+    /// What the layer's tensors hold while it runs, weight included. Files are f32 all the same: what
+    /// is read is rounded to it, to the nearest
+    #[arg(
+        long,
+        default_value = "f32",
+        value_parser = PossibleValuesParser::new(DType::ALL.map(DType::name))
+            .try_map(|name| name.parse::<DType>())
+    )]
+    pub dtype: DType,
 
     /// Groups of the convolution
     #[arg(long, default_value_t = 1, value_name = "G")]
@@ -79,7 +89,7 @@ pub struct Options {
 
     /// A forward pass with batch statistics, then a backward pass with the gradient of the loss by
     /// the result; on the CPU
-    #[arg(long, requires_all = ["d_output", "gradients"])]
+    #[arg(long, requires_all = ["d_output", "gradients"], conflicts_with = "dtype")]
     pub train: bool,
 
     /// The gradient by the result: f32, of the result's shape

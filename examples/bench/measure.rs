@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use ndarray::{Array4, ArrayD, ArrayView4, Axis};
 use pointwise::init::{self, Init};
 use pointwise::reference::{self, Inputs};
-use pointwise::{Cost, Device, Layout, Pointwise, PrepareOptions, Prepared, Roof};
+use pointwise::{
+    Cost, DType, Device, Element, Layout, Pointwise, PrepareOptions, Prepared, Roof, bf16, f16,
+};
 #[cfg(feature = "cuda")]
-use pointwise::{CudaDevice, CudaTensor};
+use pointwise::{CudaDevice, CudaTensor, DeviceElement};
 
 use crate::Result;
 use crate::layers::Layer;
@@ -31,6 +33,16 @@ const DISTINCT: usize = 3;
 /// A larger fraction of the roof means that the roof is wrong.
 const MOST: f64 = 1.02;
 
+/// What tensors of the device hold.
+#[cfg(feature = "cuda")]
+trait Value: Element + DeviceElement {}
+#[cfg(feature = "cuda")]
+impl<T: Element + DeviceElement> Value for T {}
+#[cfg(not(feature = "cuda"))]
+trait Value: Element {}
+#[cfg(not(feature = "cuda"))]
+impl<T: Element> Value for T {}
+
 /// What all layers share.
 pub struct Bench {
     device: Device,
@@ -39,7 +51,7 @@ pub struct Bench {
     /// `cpu` or `cuda:N`.
     pub device_name: String,
     pub threads: usize,
-    pub dtype: String,
+    pub dtype: DType,
     orders: Vec<Order>,
     /// `None` is the planner's choice.
     kernels: Vec<Option<String>>,
@@ -122,7 +134,7 @@ impl Bench {
             cuda: None,
             device_name: options.device.clone(),
             threads: 1,
-            dtype: options.dtype.clone(),
+            dtype: options.dtype,
             orders,
             kernels,
         };
@@ -157,24 +169,34 @@ impl Bench {
     /// # Errors
     /// A result that is wrong, a kernel that the device does not have, the device's errors.
     pub fn measure(&self, layer: &Layer) -> Result<Outcome> {
+        match self.dtype {
+            DType::F16 => self.measure_as::<f16>(layer),
+            DType::Bf16 => self.measure_as::<bf16>(layer),
+            _ => self.measure_as::<f32>(layer),
+        }
+    }
+
+    fn measure_as<T: Value>(&self, layer: &Layer) -> Result<Outcome> {
         let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
-        let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?;
+        // What the type holds, so that the reference computes with the same.
+        let rounded = |x: f32| T::from_f32(x).to_f32();
+        let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?.mapv(rounded);
         let bias = init::bias(c_out, c_in / groups, 2)?;
         let mut description = Pointwise::new(weight).groups(groups).stride(stride).bias(bias);
         if let Some(activation) = layer.activation {
             description = description.activation(activation);
         }
-        let distinct = values(n.min(DISTINCT), c_in, h, w);
+        let distinct = values(n.min(DISTINCT), c_in, h, w).mapv(rounded);
         let inputs = Inputs { sources: vec![distinct.view().into_dyn()], ..Inputs::default() };
         let expected = reference::forward(&description, &inputs)?;
         let tolerance =
-            verify::tolerance(&description, distinct.view().into_dyn(), expected.view());
+            verify::tolerance(&description, distinct.view().into_dyn(), expected.view(), T::DTYPE);
 
         let mut notes = Vec::new();
         let mut contenders = Vec::new();
         for kernel in &self.kernels {
             let options = PrepareOptions { kernel: kernel.clone(), ..PrepareOptions::default() };
-            let prepared = description.prepare_with(&self.device, options)?;
+            let prepared = description.prepare_as::<T>(&self.device, options)?;
             for &order in &self.orders {
                 let plans = prepared.plans_in(&[n, c_in, h, w], layout(order))?;
                 let plan = match kernel {
@@ -213,12 +235,12 @@ impl Bench {
         Ok(Outcome { rows, notes })
     }
 
-    fn time(&self, contenders: &mut [Contender], src: &[usize]) -> Result<Vec<Row>> {
+    fn time<T: Value>(&self, contenders: &mut [Contender<T>], src: &[usize]) -> Result<Vec<Row>> {
         let Some(first) = contenders.first() else {
             return Ok(Vec::new());
         };
         let cost = first.prepared.cost(src)?;
-        let meter = self.device.roof_meter(cost.bytes())?;
+        let meter = self.device.roof_meter_as(T::DTYPE, cost.bytes())?;
         let mut roof = meter.sample();
         let mut times = vec![Vec::new(); contenders.len()];
         for sample in 0..SAMPLES {
@@ -231,7 +253,7 @@ impl Bench {
                 contenders[i].turn(&mut times[i])?;
             }
         }
-        let row = |(contender, times): (&Contender, &mut Vec<f64>)| {
+        let row = |(contender, times): (&Contender<T>, &mut Vec<f64>)| {
             times.sort_by(f64::total_cmp);
             Row {
                 order: contender.order,
@@ -249,17 +271,17 @@ impl Bench {
     }
 
     /// Source and result in a memory order, on the device.
-    fn tensors(
+    fn tensors<T: Value>(
         &self,
-        prepared: &Prepared,
+        prepared: &Prepared<T>,
         order: Order,
         n: usize,
         distinct: ArrayView4<'_, f32>,
-    ) -> Result<Tensors> {
+    ) -> Result<Tensors<T>> {
         let (d, c, h, w) = distinct.dim();
-        let mut src = in_order(order, Array4::zeros((n, c, h, w)).view());
+        let mut src = in_order(order, Array4::from_elem((n, c, h, w), T::default()).view());
         for (i, mut sample) in src.axis_iter_mut(Axis(0)).enumerate() {
-            sample.assign(&distinct.index_axis(Axis(0), i % d));
+            sample.assign(&distinct.index_axis(Axis(0), i % d).mapv(T::from_f32));
         }
         #[cfg(feature = "cuda")]
         if let Some(device) = &self.cuda {
@@ -273,11 +295,11 @@ impl Bench {
 }
 
 /// A copy in a memory order.
-pub fn in_order(order: Order, values: ArrayView4<'_, f32>) -> Array4<f32> {
+pub fn in_order<T: Element>(order: Order, values: ArrayView4<'_, T>) -> Array4<T> {
     let (n, c, h, w) = values.dim();
     let mut copy = match order {
-        Order::Nchw => Array4::zeros((n, c, h, w)),
-        Order::Nhwc => Array4::zeros((n, h, w, c)).permuted_axes([0, 3, 1, 2]),
+        Order::Nchw => Array4::from_elem((n, c, h, w), T::default()),
+        Order::Nhwc => Array4::from_elem((n, h, w, c), T::default()).permuted_axes([0, 3, 1, 2]),
     };
     copy.assign(&values);
     copy
@@ -303,38 +325,38 @@ pub fn values(n: usize, c: usize, h: usize, w: usize) -> Array4<f32> {
 }
 
 /// A layer in one layout with one kernel.
-struct Contender {
+struct Contender<T> {
     order: Order,
     kernel: &'static str,
     forced: bool,
-    prepared: Prepared,
-    tensors: Tensors,
+    prepared: Prepared<T>,
+    tensors: Tensors<T>,
     /// The largest error so far, as a multiple of the tolerance.
     err: f64,
 }
 
 /// Source and result.
-enum Tensors {
+enum Tensors<T> {
     Host {
-        src: Array4<f32>,
-        dst: Array4<f32>,
+        src: Array4<T>,
+        dst: Array4<T>,
     },
     #[cfg(feature = "cuda")]
     Cuda {
-        src: CudaTensor,
-        dst: CudaTensor,
+        src: CudaTensor<T>,
+        dst: CudaTensor<T>,
     },
 }
 
-impl Contender {
+impl<T: Value> Contender<T> {
     /// Computes the result anew, over values that are not numbers, and checks it.
     fn verify(&mut self, expected: &ArrayD<f64>, tolerance: f64) -> Result<()> {
         match &mut self.tensors {
-            Tensors::Host { dst, .. } => dst.fill(f32::NAN),
+            Tensors::Host { dst, .. } => dst.fill(T::from_f32(f32::NAN)),
             #[cfg(feature = "cuda")]
             Tensors::Cuda { dst, .. } => {
                 let mut blank = dst.to_host()?;
-                blank.fill(f32::NAN);
+                blank.fill(T::from_f32(f32::NAN));
                 *dst = CudaTensor::from_host(dst.device(), blank.view())?;
             }
         }

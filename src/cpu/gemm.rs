@@ -11,14 +11,17 @@ use crate::cost::{Cost, Roof};
 use crate::cpu::area::Area;
 use crate::cpu::epilogue::{self, ChannelAxis, Steps};
 use crate::cpu::isa::{ISA_VARIABLE, Isa, Supported};
-use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Sizes};
+use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Sizes, TermKind};
 use crate::cpu::norm::{self, Finish, Moments, Slot};
 use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Weights};
-use crate::cpu::plan::{Facts, Order, Plan, Run, choose_isa, even, pieces_of, vectors_of};
+use crate::cpu::plan::{
+    self, Facts, Order, Plan, Run, choose_isa, even, pieces_of, refusal, vectors_of,
+};
 use crate::cpu::roof;
 use crate::cpu::runs::Spaced;
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::tune::Choices;
+use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
 use crate::error::{Error, Result};
 use crate::plan::Candidate;
@@ -31,6 +34,8 @@ use crate::tuning::Tuning;
 pub(crate) struct Layer {
     device: CpuDevice,
     isa: Supported,
+    dtype: DType,
+    terms: TermKind,
     /// The kernel that is forced.
     kernel: Option<&'static Kernel>,
     choices: Choices,
@@ -40,6 +45,8 @@ pub(crate) struct Layer {
 /// What all handles of a layer share.
 pub(crate) struct Packed {
     weights: Weights,
+    /// Of each channel; empty if the tensors hold f32, or if there is a normalisation.
+    scale: Vec<f32>,
     bias: Vec<f32>,
     source_steps: Vec<SourceStep>,
     steps: Steps,
@@ -66,7 +73,8 @@ impl Layer {
     pub(crate) fn new(
         device: &CpuDevice,
         shape: &LayerShape,
-        lowered: Lowered,
+        mut lowered: Lowered,
+        dtype: DType,
         options: &PrepareOptions,
     ) -> Result<Self> {
         let best = Isa::detect().map_err(|reason| Error::Environment {
@@ -74,10 +82,26 @@ impl Layer {
             value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
             reason,
         })?;
-        let (isa, kernel) = choose_isa(best, options.kernel.as_deref())?;
+        let staged = !lowered.source_steps.is_empty();
+        let (isa, terms, kernel) = choose_isa(best, dtype, staged, options.kernel.as_deref())?;
+        // What does not fold into a weight of 16 bits: see `TileEpilogue::scale`. A normalised
+        // layer's tiles are f32.
+        let mut scale = Vec::new();
+        if dtype != DType::F32 && lowered.norm.is_none() {
+            scale.resize(shape.c_out, 1.0);
+            let leads = matches!(lowered.steps.first(), Some(Step::Affine { .. }));
+            if leads
+                && lowered.bias.iter().all(|&b| b == 0.0)
+                && let Step::Affine { scale: by, shift } = lowered.steps.remove(0)
+            {
+                (scale, lowered.bias) = (by, shift);
+            }
+        }
         Ok(Layer {
             device: device.clone(),
             isa,
+            dtype,
+            terms,
             kernel,
             choices: Choices::default(),
             packed: Arc::new(Packed {
@@ -85,8 +109,10 @@ impl Layer {
                     &lowered.weight,
                     shape.groups,
                     shape.k(),
-                    Sizes::of(isa.isa()).panel_widths,
+                    terms,
+                    Sizes::of(isa.isa(), terms).panel_widths,
                 ),
+                scale,
                 bias: lowered.bias,
                 source_steps: lowered.source_steps,
                 steps: Steps::new(lowered.steps),
@@ -106,7 +132,7 @@ impl Layer {
     /// This layer, with a kernel that is forced, or choices that were measured.
     pub(crate) fn with(&self, kernel: Option<&'static Kernel>, choices: Choices) -> Self {
         let (device, packed) = (self.device.clone(), self.packed.clone());
-        Layer { device, isa: self.isa, kernel, choices, packed }
+        Layer { device, kernel, choices, packed, ..*self }
     }
 
     /// Another layer of this shape, with this one's choices.
@@ -118,12 +144,21 @@ impl Layer {
         self.isa.isa()
     }
 
+    /// The kernels that its weight is packed for.
+    pub(crate) fn kernels(&self) -> impl Iterator<Item = &'static Kernel> {
+        plan::kernels(self.isa(), self.dtype, self.terms)
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     pub(crate) fn threads(&self) -> usize {
         self.device.threads()
     }
 
     /// The kernel that would run a problem, and how.
-    pub(crate) fn explain(&self, problem: &Problem<'_>) -> (&'static str, String) {
+    pub(crate) fn explain<T: Element>(&self, problem: &Problem<'_, T>) -> (&'static str, String) {
         let plan = self.plan(problem, self.kernel);
         let why = match self.kernel {
             Some(_) => "; forced",
@@ -133,15 +168,18 @@ impl Layer {
         (plan.kernel.name, format!("{}{why}", plan.describe()))
     }
 
-    /// Every kernel, the chosen one first.
-    pub(crate) fn plans(&self, problem: &Problem<'_>) -> Vec<Candidate> {
+    /// Every kernel for its tensors' type, the chosen one first.
+    pub(crate) fn plans<T: Element>(&self, problem: &Problem<'_, T>) -> Vec<Candidate> {
         let chosen = self.plan(problem, self.kernel);
-        let others = KERNELS.iter().rev().filter(|kernel| kernel.name != chosen.kernel.name);
+        let others = KERNELS
+            .iter()
+            .rev()
+            .filter(|kernel| kernel.dtype == self.dtype && kernel.name != chosen.kernel.name);
         let others = others.map(|kernel| Candidate {
             kernel: kernel.name,
-            verdict: match kernel.sizes.isa.supported() {
-                Some(_) => Ok(self.plan(problem, Some(kernel)).describe()),
-                None => Err(format!("this CPU has no {}", kernel.sizes.isa.name())),
+            verdict: match refusal(kernel, !self.source_steps.is_empty()) {
+                None => Ok(self.plan(problem, Some(kernel)).describe()),
+                Some(reason) => Err(reason),
             },
         });
         let first = Candidate { kernel: chosen.kernel.name, verdict: Ok(chosen.describe()) };
@@ -149,9 +187,14 @@ impl Layer {
     }
 
     /// How a problem is cut, for the best kernel or a given one.
-    pub(crate) fn plan(&self, problem: &Problem<'_>, kernel: Option<&'static Kernel>) -> Plan {
+    pub(crate) fn plan<T: Element>(
+        &self,
+        problem: &Problem<'_, T>,
+        kernel: Option<&'static Kernel>,
+    ) -> Plan {
         let facts = Facts {
             isa: self.isa.isa(),
+            terms: self.terms,
             forced: kernel,
             choices: &self.choices,
             weights: &self.weights,
@@ -164,7 +207,7 @@ impl Layer {
 
     /// The ceilings for a problem of this cost.
     pub(crate) fn roof(&self, cost: &Cost) -> Roof {
-        roof::measure(&self.device, cost.bytes())
+        roof::measure(&self.device, self.dtype, cost.bytes())
     }
 
     /// Whether the whole of a position must be at hand before it is stored.
@@ -180,9 +223,9 @@ impl fmt::Debug for Layer {
 }
 
 /// One layer's share of a call.
-struct Pass<'a> {
+struct Pass<'a, T> {
     layer: &'a Layer,
-    problem: &'a Problem<'a>,
+    problem: &'a Problem<'a, T>,
     plan: Plan,
     /// Moments of each block, for a normalisation over all positions.
     slots: Vec<Slot>,
@@ -192,7 +235,7 @@ struct Pass<'a> {
 
 // SAFETY: the pointers of a problem are to tensors that the caller of a run has borrowed for its
 // duration; units write to disjoint parts of dst.
-unsafe impl Sync for Pass<'_> {}
+unsafe impl<T> Sync for Pass<'_, T> {}
 
 static PASSES: AtomicU64 = AtomicU64::new(1);
 
@@ -204,6 +247,8 @@ struct Scratch {
     held: Option<(u64, usize, usize, usize)>,
     runs: Vec<Spaced>,
     rows: Buffer,
+    /// The residual of `rows`, where it is not f32.
+    added: Buffer,
     spare: Vec<f32>,
     dst_offsets: Vec<isize>,
     residual_offsets: Vec<isize>,
@@ -222,7 +267,7 @@ thread_local! {
 /// once.
 ///
 /// The problems have been validated, are on the host, and their dsts do not overlap.
-pub(crate) fn run(calls: &[(&Layer, &Problem<'_>)]) {
+pub(crate) fn run<T: Element>(calls: &[(&Layer, &Problem<'_, T>)]) {
     match calls {
         [] => {}
         [(layer, problem)] => run_passes(&mut [Pass::new(layer, problem)]),
@@ -246,7 +291,7 @@ pub(crate) fn run(calls: &[(&Layer, &Problem<'_>)]) {
     }
 }
 
-fn run_passes(passes: &mut [Pass<'_>]) {
+fn run_passes<T: Element>(passes: &mut [Pass<'_, T>]) {
     for pass in passes.iter_mut() {
         if pass.layer.norm_over() == Some(NormOver::All) {
             pass.slots = SLOTS.take();
@@ -261,7 +306,7 @@ fn run_passes(passes: &mut [Pass<'_>]) {
     }
 }
 
-fn run_units(passes: &[Pass<'_>]) {
+fn run_units<T: Element>(passes: &[Pass<'_, T>]) {
     let Some(device) = passes.first().map(|pass| &pass.layer.device) else { return };
     let blocks = passes.iter().map(|pass| pass.plan.blocks()).max().unwrap_or(0);
     let per_block: usize = passes.iter().map(|pass| pass.plan.units_per_block()).sum();
@@ -306,8 +351,8 @@ fn with_scratch(f: impl FnOnce(&mut Scratch)) {
     });
 }
 
-impl<'a> Pass<'a> {
-    fn new(layer: &'a Layer, problem: &'a Problem<'a>) -> Self {
+impl<'a, T: Element> Pass<'a, T> {
+    fn new(layer: &'a Layer, problem: &'a Problem<'a, T>) -> Self {
         let plan = layer.plan(problem, layer.kernel);
         let id = if plan.copies_again() { PASSES.fetch_add(1, Ordering::Relaxed) } else { 0 };
         Pass { layer, problem, plan, slots: Vec::new(), id }
@@ -337,7 +382,7 @@ impl<'a> Pass<'a> {
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> epilogue::Operand<'t, *mut f32> {
+    ) -> epilogue::Operand<'t, *mut T> {
         let at = self.operand(
             &self.problem.dst,
             &self.plan.dst,
@@ -361,7 +406,7 @@ impl<'a> Pass<'a> {
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> Option<epilogue::Operand<'t, *const f32>> {
+    ) -> Option<epilogue::Operand<'t, *const T>> {
         let (residual, walk) = self.problem.residual.as_ref().zip(self.plan.residual.as_ref())?;
         let map = self.layer.residual_map.as_deref();
         Some(self.operand(residual, walk, map, sample, positions, table))
@@ -369,13 +414,13 @@ impl<'a> Pass<'a> {
 
     fn operand<'t>(
         &self,
-        operand: &Operand,
+        operand: &Operand<T>,
         walk: &Positions,
         channels: Option<&'t [u32]>,
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> epilogue::Operand<'t, *const f32> {
+    ) -> epilogue::Operand<'t, *const T> {
         let ptr = operand.ptr.wrapping_offset(sample as isize * operand.sample);
         let channel_stride = operand.channel;
         match walk.uniform() {
@@ -418,6 +463,7 @@ impl<'a> Pass<'a> {
         if self.plan.read != Read::InPlace {
             let block = pack::Block {
                 isa: self.layer.isa,
+                terms: self.layer.terms,
                 steps: &self.layer.source_steps,
                 gate: self.problem.gate.as_ref().map(|gate| {
                     (gate.ptr.wrapping_offset(sample as isize * gate.sample), gate.channel)
@@ -442,9 +488,14 @@ impl<'a> Pass<'a> {
                 let position = walk.uniform().unwrap_or(0);
                 let offset =
                     (lo - channel) as isize * source.channel + positions.start as isize * position;
+                // A pair's position and channels lie in whole pairs, which is why it is read in place.
+                let (k, position) = match self.layer.terms {
+                    TermKind::F32 => (hi - lo, position),
+                    TermKind::Bf16Pair => ((hi - lo) / 2, position / 2),
+                };
                 scratch.parts.push(Part {
-                    k: hi - lo,
-                    ptr: source.ptr.wrapping_offset(offset),
+                    k,
+                    ptr: source.ptr.wrapping_offset(offset).cast(),
                     position,
                     channel: source.channel,
                     panels: None,
@@ -456,14 +507,14 @@ impl<'a> Pass<'a> {
 
     /// Computes and stores channels of a group at a block of positions.
     #[expect(clippy::too_many_arguments, reason = "a unit is that many coordinates")]
-    fn multiply(
+    fn multiply<D: Element>(
         &self,
         sample: usize,
         positions: &Range<usize>,
         group: usize,
         channels: Range<usize>,
-        dst: epilogue::Operand<'_, *mut f32>,
-        residual: Option<epilogue::Operand<'_, *const f32>>,
+        dst: epilogue::Operand<'_, *mut D>,
+        residual: Option<epilogue::Operand<'_, *const D>>,
         scratch: &mut Scratch,
     ) {
         self.source(sample, positions, group, scratch);
@@ -472,6 +523,7 @@ impl<'a> Pass<'a> {
         let weights = &self.layer.weights;
         let mut area = Area {
             weights,
+            scale: &self.layer.scale,
             bias: &self.layer.bias,
             steps: &self.layer.steps,
             sizes: kernel.sizes,
@@ -549,58 +601,100 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// A block of positions of a normalised layer: every channel into a block in cache, then
-    /// either to dst normalised, or to dst as it is with its moments kept.
+    /// A block of positions of a normalised layer: every channel into a block in cache, then to dst
+    /// normalised, if a position's moments are those of its channels. Otherwise the block's moments
+    /// are kept, and an f32 dst keeps its values.
     fn run_normalised(&self, block: usize, over: NormOver, scratch: &mut Scratch) {
-        let (sample, positions) = self.plan.block(block);
-        let channels = self.problem.c_out;
-        let isa = self.layer.isa;
-        let mut rows = std::mem::take(&mut scratch.rows);
-        let (mut dst_table, mut residual_table) = (
-            std::mem::take(&mut scratch.dst_offsets),
-            std::mem::take(&mut scratch.residual_offsets),
-        );
-        let values = rows.get(positions.len() * channels);
-        let into = epilogue::Operand {
-            ptr: values.as_mut_ptr(),
-            channel_stride: 1,
-            position_stride: channels as isize,
-            channels: None,
-            positions: None,
-        };
-        let residual = self.residual(sample, &positions, &mut residual_table);
-        for group in 0..self.problem.groups {
-            let channels = 0..self.layer.weights.rows_per_group();
-            self.multiply(sample, &positions, group, channels, into, residual, scratch);
-        }
-        match over {
-            NormOver::Channels => {
-                self.finish(values, |row| Moments::of(isa, row), residual, &mut scratch.spare)
+        self.with_rows(block, scratch, |rows, residual, dst, spare| {
+            let isa = self.layer.isa;
+            match over {
+                NormOver::Channels => {
+                    self.finish(rows, |row| Moments::of(isa, row), residual, spare);
+                }
+                NormOver::All => self.slots[block].set(Moments::of(isa, rows)),
             }
-            NormOver::All => self.slots[block].set(Moments::of(isa, values)),
-        }
-        let dst = self.dst(sample, &positions, &mut dst_table);
-        // SAFETY: dst holds every channel and position of the block, and no other unit has it.
-        unsafe { norm::store(values, channels, &dst) };
-        scratch.rows = rows;
-        (scratch.dst_offsets, scratch.residual_offsets) = (dst_table, residual_table);
+            if over == NormOver::Channels || T::DTYPE == DType::F32 {
+                // SAFETY: dst holds every channel and position of the block, and no other unit has
+                // it.
+                unsafe { norm::store(isa, rows, self.problem.c_out, &dst) };
+            }
+        });
     }
 
-    /// Normalises a block that is already in dst with the moments of its whole sample.
+    /// Normalises a block with the moments of its whole sample. It is in dst; where dst would have
+    /// rounded it, it is computed once more.
     fn normalise_block(&self, block: usize, scratch: &mut Scratch) {
         let (sample, positions) = self.plan.block(block);
         let channels = self.problem.c_out;
         let per_sample = self.plan.per_sample();
         let slots = &self.slots[sample * per_sample..][..per_sample];
         let moments = slots.iter().map(Slot::get).fold(Moments::default(), Moments::merge);
+        let finish = |rows: &mut [f32],
+                      residual: Option<epilogue::Operand<'_, *const f32>>,
+                      dst: epilogue::Operand<'_, *mut T>,
+                      spare: &mut Vec<f32>| {
+            self.finish(rows, |_| moments, residual, spare);
+            // SAFETY: dst holds every channel and position of the block, and no other unit has it.
+            unsafe { norm::store(self.layer.isa, rows, channels, &dst) };
+        };
+        if T::DTYPE != DType::F32 {
+            return self.with_rows(block, scratch, finish);
+        }
         let dst = self.dst(sample, &positions, &mut scratch.dst_offsets);
         let residual = self.residual(sample, &positions, &mut scratch.residual_offsets);
-        let values = scratch.rows.get(positions.len() * channels);
+        let residual = residual.map(|residual| residual.cast());
+        let rows = scratch.rows.get(positions.len() * channels);
         // SAFETY: dst holds every channel and position of the block, and no other unit has it.
-        unsafe { norm::load(values, channels, &dst) };
-        self.finish(values, |_| moments, residual, &mut scratch.spare);
-        // SAFETY: as above.
-        unsafe { norm::store(values, channels, &dst) };
+        unsafe { norm::load(rows, channels, &dst.read()) };
+        finish(rows, residual, dst, &mut scratch.spare);
+    }
+
+    /// Computes a block of positions of a normalised layer up to the normalisation,
+    /// `[positions][channels]`, and gives it to `f`, with the residual in f32, dst and memory to work
+    /// in.
+    fn with_rows(
+        &self,
+        block: usize,
+        scratch: &mut Scratch,
+        f: impl FnOnce(
+            &mut [f32],
+            Option<epilogue::Operand<'_, *const f32>>,
+            epilogue::Operand<'_, *mut T>,
+            &mut Vec<f32>,
+        ),
+    ) {
+        let (sample, positions) = self.plan.block(block);
+        let channels = self.problem.c_out;
+        let (mut rows, mut added) =
+            (std::mem::take(&mut scratch.rows), std::mem::take(&mut scratch.added));
+        let (mut dst_table, mut residual_table) = (
+            std::mem::take(&mut scratch.dst_offsets),
+            std::mem::take(&mut scratch.residual_offsets),
+        );
+        fn by_row<P>(ptr: P, channels: usize) -> epilogue::Operand<'static, P> {
+            let position_stride = channels as isize;
+            let (channel_stride, channels, positions) = (1, None, None);
+            epilogue::Operand { ptr, channel_stride, position_stride, channels, positions }
+        }
+        let values = rows.get(positions.len() * channels);
+        let residual = self.residual(sample, &positions, &mut residual_table).map(|residual| {
+            if T::DTYPE == DType::F32 {
+                return residual.cast();
+            }
+            let added = added.get(positions.len() * channels);
+            // SAFETY: the residual holds every channel and position of the block.
+            unsafe { norm::load(added, channels, &residual) };
+            by_row(added.as_ptr(), channels)
+        });
+        for group in 0..self.problem.groups {
+            let rows = 0..self.layer.weights.rows_per_group();
+            let into = by_row(values.as_mut_ptr(), channels);
+            self.multiply(sample, &positions, group, rows, into, residual, scratch);
+        }
+        let dst = self.dst(sample, &positions, &mut dst_table);
+        f(values, residual, dst, &mut scratch.spare);
+        (scratch.rows, scratch.added) = (rows, added);
+        (scratch.dst_offsets, scratch.residual_offsets) = (dst_table, residual_table);
     }
 
     fn finish(
@@ -625,7 +719,7 @@ impl<'a> Pass<'a> {
         for (src, dst) in self.problem.passed_through() {
             let (from, to) = (self.problem.walk(&src, false), self.problem.walk(&dst, false));
             for channel in 0..src.channels as isize {
-                let at = |operand: &Operand| {
+                let at = |operand: &Operand<T>| {
                     operand.ptr.wrapping_offset(
                         sample as isize * operand.sample + channel * operand.channel,
                     )
@@ -679,8 +773,14 @@ mod tests {
                 let device = CpuDevice::with_pool(Arc::new(pool));
                 let layer = Pointwise::new(Array2::<f32>::zeros((rows, k))).stride(stride);
                 let shape = LayerShape::new(&layer);
-                let layer =
-                    Layer::new(&device, &shape, Lowered::new(&layer), &Default::default()).unwrap();
+                let layer = Layer::new(
+                    &device,
+                    &shape,
+                    Lowered::new(&layer, DType::F32),
+                    DType::F32,
+                    &Default::default(),
+                )
+                .unwrap();
                 for side in [1usize, 7, 13, 28] {
                     let small = side.div_ceil(stride);
                     let (src, mut dst) =

@@ -12,7 +12,7 @@ pub(crate) const ISA_VARIABLE: &str = "POINTWISE_CPU_ISA";
 pub(crate) enum Isa {
     /// What every CPU of the target has: SSE2 on x86-64, NEON (through LLVM) on aarch64.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, VL, DQ and BW.
     Avx512,
@@ -54,11 +54,24 @@ impl Isa {
             .clone()
     }
 
+    /// Whether this CPU multiplies pairs of bf16 with this instruction set: AVX512-BF16.
+    pub(crate) fn multiplies_pairs(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let there = is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        let there = false;
+        self == Isa::Avx512 && self.available() && there
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn available(self) -> bool {
         match self {
             Isa::Portable => true,
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             Isa::Avx512 => {
                 Isa::Avx2.available()
                     && is_x86_feature_detected!("avx512f")

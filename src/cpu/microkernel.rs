@@ -10,9 +10,14 @@
 //! once, and the stores of one tile drain while the next one's sums begin. Each size that fits
 //! into registers is compiled by itself, so that the sums of a partial tile stay in registers too.
 
-use crate::cpu::epilogue::{self, ChannelAxis, Direct, FinishBuffered, TileEpilogue};
+use crate::cpu::epilogue::{
+    self, Activate, AnyEpilogue, ChannelAxis, Direct, FinishBuffered, TileEpilogue,
+};
 use crate::cpu::isa::Isa;
+use crate::cpu::math;
 use crate::cpu::simd::Simd;
+use crate::dtype::{DType, Element, bf16, f16};
+use crate::stages::Activation;
 use std::hint::black_box;
 
 /// A range of `k` that A and B hold at fixed strides: one source of a channel concatenation.
@@ -58,7 +63,7 @@ pub(crate) struct Grid<'a> {
     /// The terms to sum, in order.
     pub segments: &'a [Segment],
     /// What happens to the sums of tile `(0, 0)`.
-    pub epilogue: &'a TileEpilogue<'a>,
+    pub epilogue: AnyEpilogue<'a>,
     /// Channels from tile to tile.
     pub channel_step: [usize; 2],
     /// Positions from tile to tile.
@@ -79,6 +84,8 @@ pub(crate) fn offset(at: At, step: [isize; 2]) -> isize {
 pub(crate) struct Sizes {
     /// What the CPU must have.
     pub isa: Isa,
+    /// What a term is; the CPU must have that too.
+    pub terms: TermKind,
     /// Lanes of its widest vector.
     pub vector: usize,
     /// How many rows of the weight a panel may have, the best first.
@@ -98,10 +105,20 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Those of an instruction set.
-    pub(crate) fn of(isa: Isa) -> &'static Sizes {
-        let kernel = KERNELS.iter().find(|kernel| kernel.sizes.isa == isa);
-        kernel.expect("every instruction set has a kernel").sizes
+    /// Those of an instruction set and a kind of terms.
+    pub(crate) fn of(isa: Isa, terms: TermKind) -> &'static Sizes {
+        let mut sizes = KERNELS.iter().map(|kernel| kernel.sizes);
+        let sizes = sizes.find(|sizes| sizes.isa == isa && sizes.terms == terms);
+        sizes.expect("every instruction set has kernels of f32 terms, and AVX-512 of pairs")
+    }
+
+    /// Why this CPU cannot run them, if it cannot.
+    pub(crate) fn unavailable(&self) -> Option<String> {
+        if self.isa.supported().is_none() {
+            return Some(format!("this CPU has no {}", self.isa.name()));
+        }
+        let runs = self.terms == TermKind::F32 || self.isa.multiplies_pairs();
+        (!runs).then(|| "this CPU has no AVX512-BF16".into())
     }
 
     /// The most lanes of a tile of so many rows.
@@ -122,6 +139,8 @@ impl Sizes {
 pub(crate) struct Kernel {
     /// `{pass}_{dtype}_{isa}_{mr}x{nr}`.
     pub name: &'static str,
+    /// What tensors hold.
+    pub dtype: DType,
     /// The most rows of a tile of `nr` lanes.
     pub mr: usize,
     /// The most lanes of a tile.
@@ -137,21 +156,115 @@ impl Kernel {
     }
 }
 
+/// What A and B hold for one `k`, in 32 bits whatever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TermKind {
+    /// An f32.
+    F32,
+    /// Two values of bf16, of neighbouring channels: the first one in the low half.
+    Bf16Pair,
+}
+
+impl TermKind {
+    /// How many terms so many channels are.
+    pub(crate) fn of_channels(self, channels: usize) -> usize {
+        match self {
+            TermKind::F32 => channels,
+            TermKind::Bf16Pair => channels.div_ceil(2),
+        }
+    }
+}
+
+/// How terms are multiplied and added.
+pub(crate) trait Product<V: Simd> {
+    /// What tensors hold that are stored from registers; others go through memory.
+    type Stored: Element;
+
+    /// `x * lanes + sum`.
+    fn mul_add(x: V, lanes: V, sum: V) -> V;
+
+    /// Stores `LANES` values, rounded.
+    ///
+    /// # Safety
+    /// As [`Simd::store`].
+    unsafe fn store(x: V, dst: *mut Self::Stored);
+
+    /// Stores the lanes of a tail, rounded.
+    ///
+    /// # Safety
+    /// As [`Simd::store_tail`].
+    unsafe fn store_tail(x: V, dst: *mut Self::Stored, tail: V::Tail);
+}
+
+/// Products of f32.
+struct F32;
+
+impl<V: Simd> Product<V> for F32 {
+    type Stored = f32;
+
+    #[inline(always)]
+    fn mul_add(x: V, lanes: V, sum: V) -> V {
+        x.mul_add(lanes, sum)
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: V, dst: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { x.store(dst) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_tail(x: V, dst: *mut f32, tail: V::Tail) {
+        // SAFETY: the caller's promise.
+        unsafe { x.store_tail(dst, tail) }
+    }
+}
+
+/// Sums of two products of bf16, of the second ones first, each added to an f32.
+#[cfg(target_arch = "x86_64")]
+struct Bf16Pairs;
+
+#[cfg(target_arch = "x86_64")]
+impl<V: crate::cpu::simd::avx512::DotBf16> Product<V> for Bf16Pairs {
+    type Stored = bf16;
+
+    #[inline(always)]
+    fn mul_add(x: V, lanes: V, sum: V) -> V {
+        // SAFETY: only kernels that need AVX512-BF16 multiply pairs.
+        unsafe { sum.dot_bf16(x, lanes) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(x: V, dst: *mut bf16) {
+        // SAFETY: the caller's promise; only kernels that need AVX512-BF16 multiply pairs.
+        unsafe { x.store_normal_bf16(dst) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_tail(x: V, dst: *mut bf16, tail: V::Tail) {
+        // SAFETY: as above.
+        unsafe { x.store_tail_normal_bf16(dst, tail) }
+    }
+}
+
 /// Computes a grid of tiles of `R` rows and `NV` vectors.
 ///
 /// # Safety
 /// As [`Sizes::run`], where `rows` is `R` and `cols` needs `NV` vectors.
 #[inline(always)]
-unsafe fn run<V: Simd, const R: usize, const NV: usize>(grid: &Grid<'_>, buffered: FinishBuffered) {
+unsafe fn run<V: Simd, P: Product<V>, const R: usize, const NV: usize>(
+    grid: &Grid<'_>,
+    buffered: FinishBuffered,
+) {
     debug_assert!(grid.rows == R && grid.cols.div_ceil(V::LANES) == NV);
     let whole = !V::TAILS_ARE_FREE && grid.cols == NV * V::LANES;
     // SAFETY: the caller's promises.
     unsafe {
-        match (grid.epilogue.axis, whole) {
-            (ChannelAxis::Rows, false) => tiles::<V, R, NV, true, true>(grid, buffered),
-            (ChannelAxis::Rows, true) => tiles::<V, R, NV, false, true>(grid, buffered),
-            (ChannelAxis::Lanes, false) => tiles::<V, R, NV, true, false>(grid, buffered),
-            (ChannelAxis::Lanes, true) => tiles::<V, R, NV, false, false>(grid, buffered),
+        match (grid.epilogue.axis(), whole) {
+            (ChannelAxis::Rows, false) => tiles::<V, P, R, NV, true, true>(grid, buffered),
+            (ChannelAxis::Rows, true) => tiles::<V, P, R, NV, false, true>(grid, buffered),
+            (ChannelAxis::Lanes, false) => tiles::<V, P, R, NV, true, false>(grid, buffered),
+            (ChannelAxis::Lanes, true) => tiles::<V, P, R, NV, false, false>(grid, buffered),
         }
     }
 }
@@ -161,20 +274,27 @@ unsafe fn run<V: Simd, const R: usize, const NV: usize>(grid: &Grid<'_>, buffere
 /// # Safety
 /// As [`run`].
 #[inline(always)]
-unsafe fn tiles<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const PACKED: bool>(
+unsafe fn tiles<
+    V: Simd,
+    P: Product<V>,
+    const R: usize,
+    const NV: usize,
+    const TAIL: bool,
+    const PACKED: bool,
+>(
     grid: &Grid<'_>,
     buffered: FinishBuffered,
 ) {
     // SAFETY: the caller's promises.
     unsafe {
         let tail = V::tail(grid.cols - (NV - 1) * V::LANES);
-        let direct = Direct::<R>::new(grid);
+        let direct = Direct::<P::Stored, R>::new(grid);
         let mut segments = grid.segments;
         while let [Segment { k: 0, .. }, rest @ ..] = segments {
             segments = rest;
         }
         let Some((first, rest)) = segments.split_first() else {
-            return empty::<V, R, NV, TAIL, PACKED>(grid, tail, &direct, buffered);
+            return empty::<V, P, R, NV, TAIL, PACKED>(grid, tail, &direct, buffered);
         };
         // Where the first terms of a tile are does not wait for anything at the tile's start: the
         // multiplications of a tile begin while those of the last one are under way.
@@ -188,8 +308,10 @@ unsafe fn tiles<V: Simd, const R: usize, const NV: usize, const TAIL: bool, cons
                     direct.fetch::<V, NV>(at);
                 }
                 let acc =
-                    sums::<V, R, NV, TAIL, PACKED>(terms, first.k, rest, at, grid.ahead, tail);
-                epilogue::finish::<V, R, NV, TAIL, PACKED>(acc, tail, grid, at, &direct, buffered);
+                    sums::<V, P, R, NV, TAIL, PACKED>(terms, first.k, rest, at, grid.ahead, tail);
+                epilogue::finish::<V, P, R, NV, TAIL, PACKED>(
+                    acc, tail, grid, at, &direct, buffered,
+                );
                 terms = terms.moved(first.a_step[1], first.b_step[1]);
             }
             outer = outer.moved(first.a_step[0], first.b_step[0]);
@@ -203,10 +325,17 @@ unsafe fn tiles<V: Simd, const R: usize, const NV: usize, const TAIL: bool, cons
 /// As [`run`].
 #[cold]
 #[inline(always)]
-unsafe fn empty<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const PACKED: bool>(
+unsafe fn empty<
+    V: Simd,
+    P: Product<V>,
+    const R: usize,
+    const NV: usize,
+    const TAIL: bool,
+    const PACKED: bool,
+>(
     grid: &Grid<'_>,
     tail: V::Tail,
-    direct: &Option<Direct<R>>,
+    direct: &Option<Direct<'_, P::Stored, R>>,
     buffered: FinishBuffered,
 ) {
     for i in 0..grid.tiles[0] {
@@ -214,7 +343,7 @@ unsafe fn empty<V: Simd, const R: usize, const NV: usize, const TAIL: bool, cons
             // SAFETY: the caller's promises.
             unsafe {
                 let acc = [[V::splat(0.0); NV]; R];
-                epilogue::finish::<V, R, NV, TAIL, PACKED>(
+                epilogue::finish::<V, P, R, NV, TAIL, PACKED>(
                     acc,
                     tail,
                     grid,
@@ -236,7 +365,14 @@ const WEIGHT_AHEAD: isize = 16;
 /// # Safety
 /// As [`run`]; `k` is not zero.
 #[inline(always)]
-unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const PACKED: bool>(
+unsafe fn sums<
+    V: Simd,
+    P: Product<V>,
+    const R: usize,
+    const NV: usize,
+    const TAIL: bool,
+    const PACKED: bool,
+>(
     mut terms: Terms,
     k: usize,
     rest: &[Segment],
@@ -256,7 +392,7 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
         // One loop over the terms of all segments, since LLVM would keep the sums in memory
         // between several.
         loop {
-            let lanes = epilogue::load_row::<V, NV, TAIL>(terms.b, tail);
+            let lanes = epilogue::load_row::<V, f32, NV, TAIL>(terms.b, tail);
             // Shorter vectors, or rows of a single one, leave no load to spare.
             if PACKED && V::LANES == 16 {
                 let weight = terms.a[0].wrapping_offset(WEIGHT_AHEAD * terms.strides.a_k);
@@ -271,9 +407,11 @@ unsafe fn sums<V: Simd, const R: usize, const NV: usize, const TAIL: bool, const
                 next = next.wrapping_add(row_part);
             }
             for (row, sums) in acc.iter_mut().enumerate() {
-                let x = V::splat(if PACKED { *terms.a[0].add(row) } else { *terms.row(row) });
+                // Pairs of a src that is read in place may begin at any of its values.
+                let x = if PACKED { terms.a[0].add(row) } else { terms.row(row) };
+                let x = V::splat(x.read_unaligned());
                 for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                    *sum = x.mul_add(lanes, *sum);
+                    *sum = P::mul_add(x, lanes, *sum);
                 }
             }
             left -= 1;
@@ -373,20 +511,35 @@ impl Terms {
 /// Compiles an instruction set's tiles. Each line names a number of lanes, the vector type that
 /// they fill, how many of it, and every number of rows that fits; lines ascend in lanes.
 macro_rules! sizes {
-    ($(#[$features:meta])? $table:ident = $isa:expr, $widest:literal lanes, panels of $widths:expr, $run:ident {
+    ($(#[$features:meta])? $table:ident = $isa:expr, $terms:ident in $product:ty, $widest:literal lanes, panels of $widths:expr, $run:ident {
         $($lanes:literal: $vector:ty, $nv:literal, [$($rows:literal)*];)*
     }) => {
         unsafe fn $run(grid: &Grid<'_>) {
             $(#[$features])?
-            unsafe fn buffered<V: Simd>(rows: usize, cols: usize, tile: *mut f32, epilogue: &TileEpilogue<'_>) {
+            unsafe fn buffered<V: Simd, T: Element>(rows: usize, cols: usize, tile: *mut f32, epilogue: &TileEpilogue<'_, T>, activate: Activate) {
                 // SAFETY: the caller's promises; this function has the target features.
-                unsafe { epilogue::finish_buffered::<V>(rows, cols, tile, epilogue) }
+                unsafe { epilogue::finish_buffered::<V, T>(rows, cols, tile, epilogue, activate) }
             }
 
             $(#[$features])?
-            unsafe fn instance<V: Simd, const R: usize, const NV: usize>(grid: &Grid<'_>) {
+            unsafe fn activate<V: Simd>(activation: Activation, x: *mut f32, vectors: usize) {
                 // SAFETY: the caller's promises; this function has the target features.
-                unsafe { run::<V, R, NV>(grid, buffered::<V>) }
+                unsafe { math::apply::<V>(activation, x, vectors) }
+            }
+
+            $(#[$features])?
+            unsafe fn instance<V: Simd, const R: usize, const NV: usize>(grid: &Grid<'_>)
+            where
+                $product: Product<V>,
+            {
+                let buffered = FinishBuffered {
+                    f32: buffered::<V, f32>,
+                    f16: buffered::<V, f16>,
+                    bf16: buffered::<V, bf16>,
+                    activate: activate::<V>,
+                };
+                // SAFETY: the caller's promises; this function has the target features.
+                unsafe { run::<V, $product, R, NV>(grid, buffered) }
             }
 
             static INSTANCES: &[(usize, &[unsafe fn(&Grid<'_>)])] = &[
@@ -403,6 +556,7 @@ macro_rules! sizes {
 
         static $table: Sizes = Sizes {
             isa: $isa,
+            terms: TermKind::$terms,
             vector: $widest,
             panel_widths: &$widths,
             most_rows: &[$(($lanes, [$($rows),*].len())),*],
@@ -412,7 +566,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    PORTABLE = Isa::Portable, 4 lanes, panels of [8], run_portable {
+    PORTABLE = Isa::Portable, F32 in F32, 4 lanes, panels of [8], run_portable {
         4: crate::cpu::simd::Baseline, 1, [1 2 3 4];
         8: crate::cpu::simd::Baseline, 2, [1 2 3 4];
     }
@@ -420,8 +574,8 @@ sizes! {
 
 #[cfg(target_arch = "x86_64")]
 sizes! {
-    #[target_feature(enable = "avx2,fma")]
-    AVX2 = Isa::Avx2, 8 lanes, panels of [24, 16], run_avx2 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    AVX2 = Isa::Avx2, F32 in F32, 8 lanes, panels of [24, 16], run_avx2 {
         8: crate::cpu::simd::avx2::F32x8, 1, [1 2 3 4 5 6];
         16: crate::cpu::simd::avx2::F32x8, 2, [1 2 3 4 5 6];
         24: crate::cpu::simd::avx2::F32x8, 3, [1 2 3 4];
@@ -430,8 +584,21 @@ sizes! {
 
 #[cfg(target_arch = "x86_64")]
 sizes! {
-    #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
-    AVX512 = Isa::Avx512, 16 lanes, panels of [64, 48], run_avx512 {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw")]
+    AVX512 = Isa::Avx512, F32 in F32, 16 lanes, panels of [64, 48], run_avx512 {
+        8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+        16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+        24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
+        32: crate::cpu::simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+        48: crate::cpu::simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
+        64: crate::cpu::simd::avx512::F32x16, 4, [1 2 3 4 5 6];
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+sizes! {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
+    AVX512_BF16 = Isa::Avx512, Bf16Pair in Bf16Pairs, 16 lanes, panels of [64, 48], run_avx512_bf16 {
         8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
         16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
         24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
@@ -442,19 +609,60 @@ sizes! {
 }
 
 /// Every microkernel. A new kernel is a row here; tests and benches iterate over this table.
+///
+/// Those of 16 bits named `avx512f`, `avx2` and `portable` multiply in f32.
 pub(crate) static KERNELS: &[Kernel] = &[
-    Kernel { name: "fprop_f32_portable_4x8", mr: 4, nr: 8, sizes: &PORTABLE },
+    kernel("fprop_f32_portable_4x8", DType::F32, 4, 8, &PORTABLE),
     #[cfg(target_arch = "x86_64")]
-    Kernel { name: "fprop_f32_avx2_6x16", mr: 6, nr: 16, sizes: &AVX2 },
+    kernel("fprop_f32_avx2_6x16", DType::F32, 6, 16, &AVX2),
     #[cfg(target_arch = "x86_64")]
-    Kernel { name: "fprop_f32_avx2_4x24", mr: 4, nr: 24, sizes: &AVX2 },
+    kernel("fprop_f32_avx2_4x24", DType::F32, 4, 24, &AVX2),
     #[cfg(target_arch = "x86_64")]
-    Kernel { name: "fprop_f32_avx512_14x16", mr: 14, nr: 16, sizes: &AVX512 },
+    kernel("fprop_f32_avx512_14x16", DType::F32, 14, 16, &AVX512),
     #[cfg(target_arch = "x86_64")]
-    Kernel { name: "fprop_f32_avx512_9x48", mr: 9, nr: 48, sizes: &AVX512 },
+    kernel("fprop_f32_avx512_9x48", DType::F32, 9, 48, &AVX512),
     #[cfg(target_arch = "x86_64")]
-    Kernel { name: "fprop_f32_avx512_6x64", mr: 6, nr: 64, sizes: &AVX512 },
+    kernel("fprop_f32_avx512_6x64", DType::F32, 6, 64, &AVX512),
+    kernel("fprop_f16_portable_4x8", DType::F16, 4, 8, &PORTABLE),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_f16_avx2_6x16", DType::F16, 6, 16, &AVX2),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_f16_avx2_4x24", DType::F16, 4, 24, &AVX2),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_f16_avx512f_14x16", DType::F16, 14, 16, &AVX512),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_f16_avx512f_9x48", DType::F16, 9, 48, &AVX512),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_f16_avx512f_6x64", DType::F16, 6, 64, &AVX512),
+    kernel("fprop_bf16_portable_4x8", DType::Bf16, 4, 8, &PORTABLE),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx2_6x16", DType::Bf16, 6, 16, &AVX2),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx2_4x24", DType::Bf16, 4, 24, &AVX2),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx512f_14x16", DType::Bf16, 14, 16, &AVX512),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx512f_9x48", DType::Bf16, 9, 48, &AVX512),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx512f_6x64", DType::Bf16, 6, 64, &AVX512),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx512_14x16", DType::Bf16, 14, 16, &AVX512_BF16),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx512_9x48", DType::Bf16, 9, 48, &AVX512_BF16),
+    #[cfg(target_arch = "x86_64")]
+    kernel("fprop_bf16_avx512_6x64", DType::Bf16, 6, 64, &AVX512_BF16),
 ];
+
+/// A row of [`KERNELS`].
+const fn kernel(
+    name: &'static str,
+    dtype: DType,
+    mr: usize,
+    nr: usize,
+    sizes: &'static Sizes,
+) -> Kernel {
+    Kernel { name, dtype, mr, nr, sizes }
+}
 
 #[cfg(test)]
 mod tests;

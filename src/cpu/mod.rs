@@ -21,6 +21,7 @@ mod threads;
 pub(crate) mod train;
 mod tune;
 
+pub(crate) use epilogue::Stored;
 pub(crate) use gemm::{Layer, run};
 pub(crate) use roof::Meter;
 pub(crate) use threads::CpuDevice;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cpu::epilogue::Operand;
 use crate::cpu::isa::Supported;
 use crate::cpu::runs;
+use crate::dtype::Element;
 use crate::epilogue::{Norm, Step};
 
 /// Mean and sum of squared deviations of some values.
@@ -119,38 +120,47 @@ impl Finish<'_> {
     }
 }
 
-/// Copies a block to dst.
+/// Copies a block to dst, rounded to what that holds.
 ///
 /// # Safety
 /// `dst` is writable at every channel and position of the block.
-pub(crate) unsafe fn store(block: &[f32], channels: usize, dst: &Operand<'_, *mut f32>) {
+pub(crate) unsafe fn store<T: Element>(
+    isa: Supported,
+    block: &[f32],
+    channels: usize,
+    dst: &Operand<'_, *mut T>,
+) {
     let positions = block.len() / channels;
     // SAFETY: the caller's promise.
     unsafe {
         if dst.channel_stride == 1 && dst.channels.is_none() {
             for (p, row) in block.chunks_exact(channels).enumerate() {
                 let to = std::slice::from_raw_parts_mut(dst.ptr.offset(dst.at(0, p)), channels);
-                to.copy_from_slice(row);
+                runs::narrow(isa, row, to);
             }
         } else {
             for c in 0..channels {
                 for p in 0..positions {
-                    *dst.ptr.offset(dst.at(c, p)) = block[p * channels + c];
+                    *dst.ptr.offset(dst.at(c, p)) = T::from_f32(block[p * channels + c]);
                 }
             }
         }
     }
 }
 
-/// Copies dst back to a block.
+/// Copies dst, or a residual, to a block.
 ///
 /// # Safety
-/// `dst` is readable at every channel and position of the block.
-pub(crate) unsafe fn load(block: &mut [f32], channels: usize, dst: &Operand<'_, *mut f32>) {
+/// `from` is readable at every channel and position of the block.
+pub(crate) unsafe fn load<T: Element>(
+    block: &mut [f32],
+    channels: usize,
+    from: &Operand<'_, *const T>,
+) {
     for c in 0..channels {
         for (p, row) in block.chunks_exact_mut(channels).enumerate() {
             // SAFETY: the caller's promise.
-            row[c] = unsafe { *dst.ptr.offset(dst.at(c, p)) };
+            row[c] = unsafe { *from.ptr.offset(from.at(c, p)) }.to_f32();
         }
     }
 }

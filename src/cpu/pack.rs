@@ -4,7 +4,9 @@
 use std::ops::Range;
 
 use crate::cpu::isa::Supported;
+use crate::cpu::microkernel::TermKind;
 use crate::cpu::runs::{self, Spaced};
+use crate::dtype::{DType, Element, bf16};
 use crate::epilogue::SourceStep;
 use crate::problem::{Operand, Positions};
 
@@ -38,7 +40,7 @@ impl Buffer {
 /// Panels are as wide as a whole number of so many rows, so that their lines are aligned.
 pub(crate) const PANEL_QUANTUM: usize = 8;
 
-/// A packed weight: per group, panels of [`width`](Self::width) rows, each panel `[k][rows]`; the
+/// A packed weight, as terms: per group, panels of [`width`](Self::width) rows, each panel `[k][rows]`; the
 /// last panel of a group holds what is left, rounded up with zeros to [`PANEL_QUANTUM`].
 ///
 /// The one packing serves every tile in both directions: any lanes of a panel are B where lanes run
@@ -51,28 +53,41 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Packs `weight [groups * rows_per_group, k]`, row-major, into panels of one of `widths`, the
-    /// first one if there are rows left whichever is taken.
-    pub(crate) fn pack(weight: &[f32], groups: usize, k: usize, widths: &[usize]) -> Self {
-        let rows_per_group = weight.len() / k / groups;
+    /// Packs `weight [groups * rows_per_group, c_in / groups]`, row-major, into panels of one of
+    /// `widths`, the first one if there are rows left whichever is taken.
+    pub(crate) fn pack(
+        weight: &[f32],
+        groups: usize,
+        channels: usize,
+        terms: TermKind,
+        widths: &[usize],
+    ) -> Self {
+        let rows_per_group = weight.len() / channels / groups;
+        let k = terms.of_channels(channels);
         // Whole panels where a width gives them.
         let whole = widths.iter().find(|&&width| rows_per_group.is_multiple_of(width));
         let width = *whole.unwrap_or(&widths[0]);
         let mut weights = Weights { data: Buffer::default(), k, width, rows_per_group };
         let mut data = Buffer::default();
         let mut packed = data.get(groups * weights.group_len());
-        for group in weight.chunks_exact(rows_per_group * k) {
-            for (panel, rows) in group.chunks(width * k).enumerate() {
+        for group in weight.chunks_exact(rows_per_group * channels) {
+            for (panel, rows) in group.chunks(width * channels).enumerate() {
                 let stride = weights.stride(panel);
                 let (now, later) = packed.split_at_mut(stride * k);
                 // A part of each row at a time, so that the lines that are written stay in cache.
                 const PART: usize = 16;
                 for first in (0..k).step_by(PART) {
-                    let part = first..k.min(first + PART);
-                    for (row, values) in rows.chunks_exact(k).enumerate() {
+                    for (row, values) in rows.chunks_exact(channels).enumerate() {
                         let slots = now[first * stride + row..].iter_mut().step_by(stride);
-                        for (slot, &value) in slots.zip(&values[part.clone()]) {
-                            *slot = value;
+                        let slots = slots.take(PART);
+                        match terms {
+                            TermKind::F32 => {
+                                slots.zip(&values[first..]).for_each(|(slot, &x)| *slot = x);
+                            }
+                            TermKind::Bf16Pair => {
+                                let pairs = values[2 * first..].chunks(2);
+                                slots.zip(pairs).for_each(|(slot, x)| *slot = pair(x));
+                            }
                         }
                     }
                 }
@@ -164,25 +179,32 @@ impl Weights {
     }
 }
 
+/// One or two values of bf16 as a term.
+fn pair(x: &[f32]) -> f32 {
+    let bits = |i: usize| x.get(i).map_or(0, |&x| u32::from(bf16::from_f32(x).to_bits()));
+    f32::from_bits(bits(0) | bits(1) << 16)
+}
+
 /// How src is given to the microkernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Read {
     /// Where it is.
     InPlace,
-    /// Copied to panels of positions, each `[k][positions]`.
+    /// Copied to panels of positions, each `[k][positions]`, as terms.
     ByChannel,
-    /// Copied to `[positions][k]`, rows not a multiple of half a page apart.
+    /// Copied to `[positions][k]`, as terms, rows not a multiple of half a page apart.
     ByPosition,
 }
 
-/// A range of input channels of one group, in memory.
+/// A range of input channels of one group, in memory, as terms.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Part {
+    /// Terms.
     pub k: usize,
     pub ptr: *const f32,
     /// Distance of neighbouring positions, of a panel if there are panels.
     pub position: isize,
-    /// Distance of neighbouring channels, where there are no panels.
+    /// Distance of neighbouring terms, where there are no panels.
     pub channel: isize,
     pub panels: Option<Panels>,
 }
@@ -253,11 +275,13 @@ impl Part {
 }
 
 /// A block of positions of one sample and a range of input channels, to be packed.
-pub(crate) struct Block<'a> {
+pub(crate) struct Block<'a, T> {
     pub isa: Supported,
+    /// What the copy holds: values widened to f32, or pairs of them as they are.
+    pub terms: TermKind,
     pub steps: &'a [SourceStep],
     /// The gate of the sample: its channel 0, and the distance of channels.
-    pub gate: Option<(*const f32, isize)>,
+    pub gate: Option<(*const T, isize)>,
     /// First input channel of the layer, and how many.
     pub channels: (usize, usize),
     pub positions: usize,
@@ -268,18 +292,23 @@ pub(crate) struct Block<'a> {
     pub gaps: bool,
 }
 
-impl Block<'_> {
+impl<T: Element> Block<'_, T> {
     /// Values that a copy needs.
     pub(crate) fn len(&self, read: Read) -> usize {
         match read {
             Read::ByPosition => self.positions * self.position_row(),
-            _ => self.channels.1 * self.panels.values(),
+            _ => self.k() * self.panels.values(),
         }
+    }
+
+    /// Terms.
+    fn k(&self) -> usize {
+        self.terms.of_channels(self.channels.1)
     }
 
     /// Distance of the rows of a copy by position: such that they do not share few sets of a cache.
     fn position_row(&self) -> usize {
-        let k = self.channels.1;
+        let k = self.k();
         k + if k.is_multiple_of(512) { 16 } else { 0 }
     }
 
@@ -293,14 +322,14 @@ impl Block<'_> {
         &self,
         read: Read,
         first: usize,
-        sources: impl Iterator<Item = (Operand, Positions)>,
+        sources: impl Iterator<Item = (Operand<T>, Positions)>,
         runs: &mut Vec<Spaced>,
         out: &mut [f32],
     ) -> Part {
-        let ((start, k), positions) = (self.channels, self.positions);
+        let ((start, channels), positions) = (self.channels, self.positions);
         let mut channel = 0;
         for (source, walk) in sources {
-            let (lo, hi) = (start.max(channel), (start + k).min(channel + source.channels));
+            let (lo, hi) = (start.max(channel), (start + channels).min(channel + source.channels));
             if lo < hi {
                 let src = source.ptr.wrapping_offset((lo - channel) as isize * source.channel);
                 // SAFETY: the caller's promise; `lo..hi` lies in the source's channels.
@@ -311,21 +340,37 @@ impl Block<'_> {
                         for (p, row) in rows.take(positions).enumerate() {
                             let src = src.offset(walk.offset(first + p));
                             let src = std::slice::from_raw_parts(src, hi - lo);
-                            row[lo - start..hi - start].copy_from_slice(src);
+                            self.copy_row(src, lo - start, row);
                         }
                     } else {
                         runs.clear();
                         let mut panel = 0;
                         for (position, count, row) in self.panels.each() {
-                            let mut to = panel + (lo - start) * row;
+                            let mut to = panel + self.first_term(lo - start) * row;
                             for (offset, stride, len) in walk.runs(first + position, count) {
                                 runs.push(Spaced { offset, stride, len, to, row });
                                 to += len;
                             }
-                            panel += k * row;
+                            panel += self.k() * row;
                         }
                         let (isa, channel) = (self.isa, source.channel);
-                        runs::gather(isa, src, channel, hi - lo, runs, self.gaps, out);
+                        match self.terms {
+                            TermKind::F32 => {
+                                runs::gather(isa, src, channel, hi - lo, runs, self.gaps, out);
+                            }
+                            TermKind::Bf16Pair => {
+                                let odd = (lo - start) % 2 == 1;
+                                runs::gather_pairs(
+                                    isa,
+                                    src.cast(),
+                                    channel,
+                                    hi - lo,
+                                    odd,
+                                    runs,
+                                    out,
+                                );
+                            }
+                        }
                     }
                 }
             }
@@ -339,13 +384,40 @@ impl Block<'_> {
             Read::ByPosition => (self.position_row() as isize, 1, None),
             _ => (1, 0, Some(self.panels)),
         };
-        Part { k, ptr: out.as_ptr(), position, channel, panels }
+        Part { k: self.k(), ptr: out.as_ptr(), position, channel, panels }
+    }
+
+    /// The term that a channel of the block is in.
+    fn first_term(&self, channel: usize) -> usize {
+        match self.terms {
+            TermKind::F32 => channel,
+            TermKind::Bf16Pair => channel / 2,
+        }
+    }
+
+    /// Copies a position's channels, from `first` of the block's on.
+    fn copy_row(&self, src: &[T], first: usize, row: &mut [f32]) {
+        match self.terms {
+            TermKind::F32 => runs::widen(self.isa, src, &mut row[first..first + src.len()]),
+            TermKind::Bf16Pair => {
+                let row = &mut row[..self.k()];
+                // SAFETY: a term is two values of T, which is bf16.
+                let row = unsafe {
+                    std::slice::from_raw_parts_mut(row.as_mut_ptr().cast::<T>(), 2 * row.len())
+                };
+                row[first..first + src.len()].copy_from_slice(src);
+                // What is behind the last channel of an odd number of them.
+                if first + src.len() == self.channels.1 {
+                    row[self.channels.1..].fill(T::default());
+                }
+            }
+        }
     }
 
     fn gate_of(&self, channel: usize) -> f32 {
         let (gate, stride) = self.gate.expect("a gate step comes with a gate tensor");
         // SAFETY: readable at every channel, as the caller of `pack` promises.
-        unsafe { *gate.offset(channel as isize * stride) }
+        unsafe { *gate.offset(channel as isize * stride) }.to_f32()
     }
 
     fn apply_by_channel(&self, out: &mut [f32]) {
@@ -388,9 +460,9 @@ impl Block<'_> {
                     }
                 }
                 SourceStep::Gate => match self.gate {
-                    Some((gate, 1)) => {
-                        // SAFETY: contiguous and readable at every channel.
-                        let gate = unsafe { std::slice::from_raw_parts(gate.add(start), k) };
+                    Some((gate, 1)) if T::DTYPE == DType::F32 => {
+                        // SAFETY: contiguous, readable at every channel, and of f32.
+                        let gate = unsafe { std::slice::from_raw_parts(gate.add(start).cast(), k) };
                         for row in out.chunks_exact_mut(stride) {
                             runs::scale_lanes(self.isa, gate, &mut row[..k]);
                         }
@@ -436,6 +508,7 @@ mod tests {
                 for len in [8, 16, 24, 48, 64, positions] {
                     let block = Block {
                         isa,
+                        terms: TermKind::F32,
                         steps: &[SourceStep::Affine {
                             scale: vec![2.0; channels],
                             shift: vec![1.0; channels],
@@ -478,7 +551,7 @@ mod tests {
     fn panels_hold_every_row_once_and_zeros_beyond() {
         for (groups, rows, k) in [(2, 5, 3), (1, 64, 2), (3, 96, 1), (2, 150, 4), (1, 48, 5)] {
             let weight: Vec<f32> = (1..=groups * rows * k).map(|i| i as f32).collect();
-            let packed = Weights::pack(&weight, groups, k, &[64, 48]);
+            let packed = Weights::pack(&weight, groups, k, TermKind::F32, &[64, 48]);
             let all = (0..packed.panels()).map(|panel| packed.rows(panel)).sum::<usize>();
             assert_eq!(all, rows);
             for (group, panel) in

@@ -8,10 +8,11 @@ use std::ops::Range;
 
 use crate::cpu::epilogue::ChannelAxis;
 use crate::cpu::isa::{Isa, Supported};
-use crate::cpu::microkernel::{KERNELS, Kernel, Sizes};
+use crate::cpu::microkernel::{KERNELS, Kernel, Sizes, TermKind};
 use crate::cpu::pack::{Read, Weights};
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::tune::Choices;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::plan::forced_kernel;
 use crate::problem::{Operand, Positions, Problem};
@@ -40,26 +41,42 @@ const FIXED_UNITS: usize = 8;
 /// Multiply-accumulates below which choosing costs more than it gains.
 const SMALL_MACS: usize = 20_000;
 
-/// The instruction set of a layer, and the kernel that the user forces, if any.
+/// The instruction set of a layer, what its terms are, and the kernel that the user forces, if any.
+///
+/// `staged` says that src has stages: what they give is not rounded to 16 bits, so that terms are f32.
 pub(crate) fn choose_isa(
     best: Supported,
+    dtype: DType,
+    staged: bool,
     option: Option<&str>,
-) -> Result<(Supported, Option<&'static Kernel>)> {
-    let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
-    let Some(name) = forced_kernel(option, &names)? else { return Ok((best, None)) };
-    let kernel = KERNELS.iter().find(|kernel| kernel.name == name).expect("it is one of the names");
-    match kernel.sizes.isa.supported() {
-        Some(isa) => Ok((isa, Some(kernel))),
-        None => Err(Error::Kernel {
-            kernel: kernel.name.into(),
-            reason: format!("this CPU has no {}", kernel.sizes.isa.name()),
-        }),
+) -> Result<(Supported, TermKind, Option<&'static Kernel>)> {
+    let kernels = || KERNELS.iter().filter(|kernel| kernel.dtype == dtype);
+    let names: Vec<_> = kernels().map(|kernel| kernel.name).collect();
+    let Some(name) = forced_kernel(option, &names)? else {
+        let pairs = dtype == DType::Bf16 && best.isa().multiplies_pairs() && !staged;
+        return Ok((best, if pairs { TermKind::Bf16Pair } else { TermKind::F32 }, None));
+    };
+    let kernel = kernels().find(|kernel| kernel.name == name).expect("it is one of the names");
+    match (refusal(kernel, staged), kernel.sizes.isa.supported()) {
+        (None, Some(isa)) => Ok((isa, kernel.sizes.terms, Some(kernel))),
+        (reason, _) => {
+            Err(Error::Kernel { kernel: kernel.name.into(), reason: reason.unwrap_or_default() })
+        }
     }
+}
+
+/// Why a kernel cannot run a layer on this CPU, if it cannot.
+pub(crate) fn refusal(kernel: &Kernel, staged: bool) -> Option<String> {
+    kernel.sizes.unavailable().or_else(|| {
+        let rounds = kernel.sizes.terms == TermKind::Bf16Pair && staged;
+        rounds.then(|| "it would round what the source's stages give to bf16".into())
+    })
 }
 
 /// What a plan needs to know of its layer.
 pub(crate) struct Facts<'a> {
     pub isa: Isa,
+    pub terms: TermKind,
     pub forced: Option<&'static Kernel>,
     /// What was measured; a forced kernel goes first.
     pub choices: &'a Choices,
@@ -69,6 +86,17 @@ pub(crate) struct Facts<'a> {
     pub norm_over: Option<NormOver>,
     /// Where it runs.
     pub device: &'a CpuDevice,
+}
+
+/// The kernels that agree bitwise.
+pub(crate) fn kernels(
+    isa: Isa,
+    dtype: DType,
+    terms: TermKind,
+) -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().filter(move |kernel| {
+        kernel.dtype == dtype && kernel.sizes.isa == isa && kernel.sizes.terms == terms
+    })
 }
 
 /// Which loop over tiles is the outer one.
@@ -113,10 +141,10 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new(layer: &Facts<'_>, problem: &Problem<'_>) -> Self {
+    pub(crate) fn new<T: Element>(layer: &Facts<'_>, problem: &Problem<'_, T>) -> Self {
         // Samples that lie behind one another are one run of positions, unless something differs
         // between them.
-        let uniform = |operand: &Operand| problem.walk(operand, true).uniform().is_some();
+        let uniform = |operand: &Operand<T>| problem.walk(operand, true).uniform().is_some();
         let with_batch = problem.n > 1
             && problem.gate.is_none()
             && layer.norm_over != Some(NormOver::All)
@@ -129,6 +157,8 @@ impl Plan {
         };
         let dst = problem.walk(&problem.dst, with_batch);
         let residual = problem.residual.as_ref().map(|r| problem.walk(r, with_batch));
+        let terms = layer.forced.map_or(layer.terms, |kernel| kernel.sizes.terms);
+        let k = terms.of_channels(problem.k());
         let (mut in_place, mut lanes, mut channels_last) = (!layer.source_steps, true, true);
         let mut row_bytes = 0;
         for source in problem.sources() {
@@ -136,11 +166,23 @@ impl Plan {
             in_place &= step.is_some();
             lanes &= step == Some(1);
             channels_last &= source.channel == 1;
-            row_bytes = step.unwrap_or(0).unsigned_abs().saturating_mul(size_of::<f32>());
+            row_bytes = step.unwrap_or(0).unsigned_abs().saturating_mul(size_of::<T>());
+            // In 16 bits only whole pairs can be read where they are.
+            in_place &= match terms {
+                TermKind::F32 => T::DTYPE == DType::F32,
+                TermKind::Bf16Pair => {
+                    let even = |x: usize| x.is_multiple_of(2);
+                    let steps = step.is_some_and(|step| even(step.unsigned_abs()));
+                    source.channel == 1
+                        && even(source.channels)
+                        && even(problem.k())
+                        && (steps || positions == 1)
+                }
+            };
         }
 
         let isa = layer.forced.map_or(layer.isa, |kernel| kernel.sizes.isa);
-        let vector = Sizes::of(isa).vector;
+        let vector = Sizes::of(isa, TermKind::F32).vector;
         let dst_channels_last = problem.dst.channel == 1 && dst.uniform() != Some(1);
         let axis = if layer.norm_over.is_some()
             || dst_channels_last
@@ -154,6 +196,7 @@ impl Plan {
         // Rows that begin anywhere in a cache line: short tiles read up to twice the lines that they
         // hold, more than the second cache level delivers meanwhile.
         let align = axis == ChannelAxis::Rows
+            && T::DTYPE == DType::F32
             && isa == Isa::Avx2
             && problem.k() >= COPIED_DEPTH
             && problem.c_out / problem.groups >= COPIED_DEPTH;
@@ -167,11 +210,13 @@ impl Plan {
         let estimate = Estimate {
             axis,
             vector,
-            k: problem.k(),
+            dtype: T::DTYPE,
+            terms,
+            k,
             positions,
             channels: problem.c_out,
             weights: layer.weights,
-            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<f32>()),
+            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<T>()),
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
             dst_bytes,
             turned: axis == ChannelAxis::Lanes
@@ -186,7 +231,7 @@ impl Plan {
         let (kernel, order) = if let Some(choice) = tuned {
             (choice.kernel, choice.order)
         } else if problem.macs() < SMALL_MACS {
-            let smallest = KERNELS.iter().find(|kernel| kernel.sizes.isa == isa);
+            let smallest = kernels(isa, T::DTYPE, terms).next();
             let kernel = layer.forced.or(smallest).expect("every instruction set has a kernel");
             (kernel, Order::ChannelsOuter)
         } else {
@@ -196,7 +241,7 @@ impl Plan {
         // A normalisation needs every channel of a position: one unit does all groups.
         let (groups, per_position) = match layer.norm_over {
             Some(_) => (1, problem.c_in + problem.c_out),
-            None => (problem.groups, problem.k()),
+            None => (problem.groups, k),
         };
         let threads = layer.device.threads_for(problem.macs());
         let others = samples.max(1).saturating_mul(groups);
@@ -219,7 +264,7 @@ impl Plan {
         let rows = problem.c_out / problem.groups;
         // A weight that is larger than src, and than what every thread can keep in cache, is read by
         // one thread rather than by all.
-        let src_bytes = positions.saturating_mul(problem.k()).saturating_mul(size_of::<f32>());
+        let src_bytes = positions.saturating_mul(problem.k()).saturating_mul(size_of::<T>());
         let by_channels = units > 1
             && read == Read::InPlace
             && layer.norm_over.is_none()
@@ -386,8 +431,11 @@ impl Plan {
 /// level, of which some cannot be hidden. Its constants are fitted to measurements of every tile
 /// on the layers of `benches/layers.csv` (Zen 4); only their proportions matter.
 struct Estimate<'a> {
+    dtype: DType,
+    terms: TermKind,
     axis: ChannelAxis,
     vector: usize,
+    /// Terms of a sum.
     k: usize,
     positions: usize,
     /// Output channels of all groups.
@@ -441,10 +489,10 @@ impl Estimate<'_> {
     /// The cheapest kernel and order, of a forced kernel the cheapest order.
     fn best(&self, isa: Isa, forced: Option<&'static Kernel>) -> (&'static Kernel, Order) {
         let mut best = (f32::INFINITY, None);
-        for kernel in KERNELS.iter().filter(|kernel| match forced {
-            Some(forced) => std::ptr::eq(*kernel, forced),
-            None => kernel.sizes.isa == isa,
-        }) {
+        let kernels = kernels(isa, self.dtype, self.terms);
+        for kernel in
+            kernels.filter(|&kernel| forced.is_none_or(|forced| std::ptr::eq(kernel, forced)))
+        {
             for order in [Order::ChannelsOuter, Order::PositionsOuter] {
                 let cycles = self.cycles(kernel, order);
                 if cycles < best.0 {

@@ -14,8 +14,11 @@ use std::time::{Duration, Instant};
 
 use crate::cost::Roof;
 use crate::cpu::isa::Supported;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::avx512::{DotBf16, F32x16};
 use crate::cpu::simd::{Simd, per_isa};
 use crate::cpu::threads::CpuDevice;
+use crate::dtype::DType;
 
 /// What each thread reads at least; on any CPU it stays in the first cache.
 const LEAST_BYTES: usize = 8 << 10;
@@ -35,17 +38,17 @@ const PASSES: usize = 3;
 
 /// The ceilings of a device for a problem of `bytes` bytes; measured once per size, in steps of a
 /// quarter of an octave.
-pub(crate) fn measure(device: &CpuDevice, bytes: usize) -> Roof {
-    static KNOWN: Mutex<BTreeMap<(usize, usize), Roof>> = Mutex::new(BTreeMap::new());
+pub(crate) fn measure(device: &CpuDevice, dtype: DType, bytes: usize) -> Roof {
+    static KNOWN: Mutex<BTreeMap<(usize, usize, bool), Roof>> = Mutex::new(BTreeMap::new());
     let size = bytes.clamp(16 << 10, 128 << 20);
     let size = size.next_multiple_of(size.next_power_of_two() / 8);
-    let key = (size, device.threads());
+    let key = (size, device.threads(), multiplies_pairs(dtype));
     // A poisoned map is still a map of finished measurements.
     let known = || KNOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(roof) = known().get(&key) {
         return *roof;
     }
-    let meter = Meter::new(device, size);
+    let meter = Meter::new(device, dtype, size);
     let begin = Instant::now();
     let mut roof = meter.sample();
     for i in 1.. {
@@ -61,6 +64,8 @@ pub(crate) fn measure(device: &CpuDevice, bytes: usize) -> Roof {
 /// What is needed to measure the ceilings for one size again and again.
 pub(crate) struct Meter {
     isa: Supported,
+    /// Whether products are of pairs of bf16.
+    pairs: bool,
     threads: usize,
     /// What the threads read, a part each, from `first` on: whole cache lines.
     data: Vec<f32>,
@@ -69,24 +74,28 @@ pub(crate) struct Meter {
 }
 
 impl Meter {
-    pub(crate) fn new(device: &CpuDevice, bytes: usize) -> Self {
+    pub(crate) fn new(device: &CpuDevice, dtype: DType, bytes: usize) -> Self {
         let threads = device.threads().max(1);
         let part = (bytes.min(MOST_BYTES) / threads).max(LEAST_BYTES) / size_of::<f32>();
         let part = part.next_multiple_of(VECTORS * MOST_LANES);
-        let isa = Supported::all().last().expect("the portable instruction set is always there");
+        let (isa, pairs) = (strongest(), multiplies_pairs(dtype));
         // Not zeros: a page of zeros may be shared, and sit in the first cache.
         let data = vec![1.0; threads * part + MOST_LANES];
         // Where it cannot be aligned, reading is a little slower.
         let first = data.as_ptr().align_offset(MOST_LANES * size_of::<f32>()).min(MOST_LANES);
-        Meter { isa, threads, data, first, part }
+        Meter { isa, pairs, threads, data, first, part }
     }
 
     /// Measures both ceilings now, in some milliseconds.
     pub(crate) fn sample(&self) -> Roof {
-        let Meter { isa, threads, part, .. } = *self;
-        let flops = fma_rounds(isa, 1) * PASS_ROUNDS;
+        let Meter { isa, pairs, threads, part, .. } = *self;
+        let rounds = |rounds: usize| match pairs {
+            true => pair_rounds(isa, rounds),
+            false => fma_rounds(isa, rounds),
+        };
+        let flops = rounds(1) * PASS_ROUNDS;
         let multiply = |_| {
-            black_box(fma_rounds(isa, black_box(PASS_ROUNDS)));
+            black_box(rounds(black_box(PASS_ROUNDS)));
         };
         let turns = (PASS_BYTES / size_of::<f32>()).div_ceil(part);
         let bytes = turns * part * size_of::<f32>();
@@ -206,6 +215,51 @@ impl Team {
     }
 }
 
+fn strongest() -> Supported {
+    Supported::all().last().expect("the portable instruction set is always there")
+}
+
+/// Whether the machine has products of this type that are faster than those of f32.
+fn multiplies_pairs(dtype: DType) -> bool {
+    dtype == DType::Bf16 && strongest().isa().multiplies_pairs()
+}
+
+/// As [`fma_rounds`], of products of pairs of bf16. The CPU has them.
+fn pair_rounds(isa: Supported, rounds: usize) -> usize {
+    debug_assert!(isa.isa().multiplies_pairs());
+    #[cfg(target_arch = "x86_64")]
+    {
+        // SAFETY: the caller's promise.
+        unsafe { pair_chains(rounds) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    fma_rounds(isa, rounds)
+}
+
+/// # Safety
+/// The CPU has AVX512-BF16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
+unsafe fn pair_chains(rounds: usize) -> usize {
+    const CHAINS: usize = 12;
+    // SAFETY: this function has the target features.
+    unsafe {
+        // Ones in both halves: what is added stays small beside what an f32 can hold.
+        let ones = f32::from_bits(0x3f80_3f80);
+        let (a, b) = (F32x16::splat(black_box(ones)), F32x16::splat(black_box(ones)));
+        let mut x = [F32x16::splat(1.0); CHAINS];
+        for _ in 0..rounds {
+            for x in &mut x {
+                *x = x.dot_bf16(a, b);
+            }
+        }
+        let mut out = [0.0f32; MOST_LANES];
+        x.into_iter().reduce(|x, y| x + y).unwrap_or(a).store(out.as_mut_ptr());
+        black_box(out);
+    }
+    4 * CHAINS * F32x16::LANES
+}
+
 per_isa! {
     /// Runs independent chains of fused multiply-adds; gives the flops of one round.
     fn fma_rounds(rounds: usize) -> usize = chains;
@@ -318,7 +372,8 @@ mod tests {
         let mut device = CpuDevice::default();
         device.limit_threads(2);
         for bytes in [0, 1, 100_000] {
-            let Roof { flops_per_second, bytes_per_second } = Meter::new(&device, bytes).sample();
+            let Roof { flops_per_second, bytes_per_second } =
+                Meter::new(&device, DType::Bf16, bytes).sample();
             assert!(flops_per_second > 0.0 && bytes_per_second > 0.0);
         }
     }

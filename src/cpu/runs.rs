@@ -3,7 +3,8 @@
 //! Reductions accumulate in a fixed order for a given instruction set.
 
 use crate::cpu::math;
-use crate::cpu::simd::{Simd, per_isa};
+use crate::cpu::simd::{self, Simd, per_isa};
+use crate::dtype::{DType, Element, bf16};
 use crate::stages::Activation;
 
 per_isa! {
@@ -12,7 +13,20 @@ per_isa! {
     ///
     /// # Safety
     /// Every channel is readable at the positions of every run, and between them if `gaps`.
-    pub(crate) [unsafe] fn gather(src: *const f32, channel: isize, channels: usize, runs: &[Spaced], gaps: bool, out: &mut [f32]) = gather_runs;
+    pub(crate) [unsafe] fn gather<T: Element>(src: *const T, channel: isize, channels: usize, runs: &[Spaced], gaps: bool, out: &mut [f32]) = gather_runs;
+
+    /// As [`gather`], two channels to each of `out`'s values: channel 0 is the second of its pair if
+    /// `odd`, and a first one whose second is not there has a zero beside it.
+    ///
+    /// # Safety
+    /// Every channel is readable at the positions of every run.
+    pub(crate) [unsafe] fn gather_pairs(src: *const bf16, channel: isize, channels: usize, odd: bool, runs: &[Spaced], out: &mut [f32]) = gather_paired_runs;
+
+    /// Copies values, widened. The slices have one length.
+    pub(crate) fn widen<T: Element>(x: &[T], out: &mut [f32]) = widen_run;
+
+    /// Copies values, rounded to the nearest. The slices have one length.
+    pub(crate) fn narrow<T: Element>(x: &[f32], out: &mut [T]) = narrow_run;
 
     /// `x = activation(x)`.
     pub(crate) fn apply_activation(activation: Activation, x: &mut [f32]) = activation_run;
@@ -59,8 +73,8 @@ pub(crate) struct Spaced {
 }
 
 #[inline(always)]
-unsafe fn gather_runs<V: Simd>(
-    src: *const f32,
+unsafe fn gather_runs<V: Simd, T: Element>(
+    src: *const T,
     channel: isize,
     channels: usize,
     runs: &[Spaced],
@@ -72,7 +86,7 @@ unsafe fn gather_runs<V: Simd>(
         for run in runs {
             let to = &mut out[run.to + c * run.row..][..run.len];
             // SAFETY: the CPU has V's instruction set; the caller's promise.
-            unsafe { gather_run::<V>(src.wrapping_offset(run.offset), run.stride, gaps, to) };
+            unsafe { gather_run::<V, T>(src.wrapping_offset(run.offset), run.stride, gaps, to) };
         }
     }
 }
@@ -81,13 +95,14 @@ unsafe fn gather_runs<V: Simd>(
 /// The CPU has `V`'s instruction set; `src` is readable at `x.len()` elements, `stride` apart, and
 /// between them if `gaps`.
 #[inline(always)]
-unsafe fn gather_run<V: Simd>(src: *const f32, stride: isize, gaps: bool, x: &mut [f32]) {
+unsafe fn gather_run<V: Simd, T: Element>(src: *const T, stride: isize, gaps: bool, x: &mut [f32]) {
     let len = x.len();
+    let gaps = gaps && T::DTYPE == DType::F32;
     let vectors = (stride == 1 || stride == 2 && gaps) && len >= V::LANES;
     if !vectors {
         for (i, value) in x.iter_mut().enumerate() {
             // SAFETY: the caller's promise.
-            *value = unsafe { *src.offset(i as isize * stride) };
+            *value = unsafe { *src.offset(i as isize * stride) }.to_f32();
         }
         return;
     }
@@ -97,11 +112,75 @@ unsafe fn gather_run<V: Simd>(src: *const f32, stride: isize, gaps: bool, x: &mu
         // are the caller's, and so are the gaps; LANES values of `x` follow `at`.
         unsafe {
             let values = match stride {
-                1 => V::load(src.add(at)),
-                _ => V::load_even(src.add(2 * at)),
+                1 => simd::load(src.add(at)),
+                _ => V::load_even(src.add(2 * at).cast()),
             };
-            values.store(x.as_mut_ptr().add(at));
+            V::store(values, x.as_mut_ptr().add(at));
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn gather_paired_runs<V: Simd>(
+    src: *const bf16,
+    channel: isize,
+    channels: usize,
+    odd: bool,
+    runs: &[Spaced],
+    out: &mut [f32],
+) {
+    let pair = |first: u16, second: u16| f32::from_bits(u32::from(first) | u32::from(second) << 16);
+    let start = usize::from(odd);
+    let mut c = 0;
+    while c < channels {
+        let (row, second) = ((start + c) / 2, (start + c) % 2 == 1);
+        let both = !second && c + 1 < channels;
+        for run in runs {
+            let to = &mut out[run.to + row * run.row..][..run.len];
+            let src = src.wrapping_offset(c as isize * channel + run.offset).cast::<u16>();
+            // SAFETY: the CPU has V's instruction set; the caller's promise; a vector that lies in the run
+            // lies in what it is copied to.
+            unsafe {
+                if both && run.stride == 1 && run.len >= V::LANES {
+                    let (first, second) = (src.cast::<bf16>(), src.offset(channel).cast::<bf16>());
+                    // The last vector overlaps the one before.
+                    let last = run.len - V::LANES;
+                    for at in (0..last).step_by(V::LANES).chain([last]) {
+                        let pairs = V::load_pairs(first.add(at), second.add(at));
+                        pairs.store(to.as_mut_ptr().add(at));
+                    }
+                    continue;
+                }
+                for (i, to) in to.iter_mut().enumerate() {
+                    let x = src.offset(i as isize * run.stride);
+                    *to = match (both, second) {
+                        (true, _) => pair(*x, *x.offset(channel)),
+                        (false, false) => pair(*x, 0),
+                        (false, true) => pair(to.to_bits() as u16, *x),
+                    };
+                }
+            }
+        }
+        c += if both { 2 } else { 1 };
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_run<V: Simd, T: Element>(x: &[T], out: &mut [f32]) {
+    // SAFETY: the CPU has V's instruction set; the values are there.
+    unsafe { gather_run::<V, T>(x.as_ptr(), 1, false, &mut out[..x.len()]) }
+}
+
+#[inline(always)]
+unsafe fn narrow_run<V: Simd, T: Element>(x: &[f32], out: &mut [T]) {
+    let out = &mut out[..x.len()];
+    let whole = x.len() / V::LANES * V::LANES;
+    for at in (0..whole).step_by(V::LANES) {
+        // SAFETY: the CPU has V's instruction set; a whole vector follows `at` in both.
+        unsafe { simd::store(V::load(x.as_ptr().add(at)), out.as_mut_ptr().add(at)) };
+    }
+    for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
+        *out = T::from_f32(*x);
     }
 }
 

@@ -7,16 +7,20 @@
 //! two must be `#[inline(always)]` too, or a macro: a closure or a function passed as a value may
 //! stay out of line, without the features, and then every operation in it is a call.
 
+use crate::dtype::{bf16, f16};
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+mod element;
 #[cfg(any(test, not(target_arch = "x86_64")))]
 pub(crate) mod portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod sse2;
+
+pub(crate) use element::{load, load_tail, store, store_tail};
 
 /// The vector of [`Isa::Portable`](crate::cpu::isa::Isa::Portable): what the target guarantees.
 #[cfg(target_arch = "x86_64")]
@@ -65,6 +69,9 @@ pub(crate) unsafe trait Simd:
     /// The CPU has the instruction set of this type.
     unsafe fn tail(lanes: usize) -> Self::Tail;
 
+    /// How many lanes a tail has.
+    fn lanes(tail: Self::Tail) -> usize;
+
     /// Loads `LANES` values.
     ///
     /// # Safety
@@ -77,6 +84,102 @@ pub(crate) unsafe trait Simd:
     /// # Safety
     /// As for `load`, for the lanes of `tail` only.
     unsafe fn load_tail(src: *const f32, tail: Self::Tail) -> Self;
+
+    /// As [`load`](Self::load), widened.
+    ///
+    /// # Safety
+    /// As for `load`.
+    #[inline(always)]
+    unsafe fn load_f16(src: *const f16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_each(src) }
+    }
+
+    /// As [`load`](Self::load), widened.
+    ///
+    /// # Safety
+    /// As for `load`.
+    #[inline(always)]
+    unsafe fn load_bf16(src: *const bf16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_each(src) }
+    }
+
+    /// As [`load_tail`](Self::load_tail), widened.
+    ///
+    /// # Safety
+    /// As for `load_tail`.
+    #[inline(always)]
+    unsafe fn load_tail_f16(src: *const f16, tail: Self::Tail) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_tail_whole(src, tail) }
+    }
+
+    /// As [`load_tail`](Self::load_tail), widened.
+    ///
+    /// # Safety
+    /// As for `load_tail`.
+    #[inline(always)]
+    unsafe fn load_tail_bf16(src: *const bf16, tail: Self::Tail) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_tail_whole(src, tail) }
+    }
+
+    /// As [`store`](Self::store), rounded to the nearest, ties to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As for `store`.
+    #[inline(always)]
+    unsafe fn store_f16(self, dst: *mut f16) {
+        // SAFETY: the caller's promise.
+        unsafe { element::store_each(self, dst) }
+    }
+
+    /// As [`store`](Self::store), rounded to the nearest, ties to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As for `store`.
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller's promise.
+        unsafe { element::store_each(self, dst) }
+    }
+
+    /// As [`store_tail`](Self::store_tail), rounded to the nearest, ties to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As for `store_tail`.
+    #[inline(always)]
+    unsafe fn store_tail_f16(self, dst: *mut f16, tail: Self::Tail) {
+        // SAFETY: the caller's promise.
+        unsafe { element::store_tail_whole(self, dst, tail) }
+    }
+
+    /// As [`store_tail`](Self::store_tail), rounded to the nearest, ties to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// As for `store_tail`.
+    #[inline(always)]
+    unsafe fn store_tail_bf16(self, dst: *mut bf16, tail: Self::Tail) {
+        // SAFETY: the caller's promise.
+        unsafe { element::store_tail_whole(self, dst, tail) }
+    }
+
+    /// Lanes whose low halves are `LANES` values from `first` on, and whose high halves from `second`.
+    ///
+    /// # Safety
+    /// As for `load`, of both.
+    #[inline(always)]
+    unsafe fn load_pairs(first: *const bf16, second: *const bf16) -> Self {
+        let mut lanes = [0.0f32; 16];
+        for (i, lane) in lanes[..Self::LANES].iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            let [low, high] = unsafe { [*first.add(i), *second.add(i)] };
+            *lane = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
+        }
+        // SAFETY: the caller's promise; no vector has more than 16 lanes.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
 
     /// Every other one of `2 * LANES - 1` values, from the first to the last.
     ///
@@ -210,20 +313,20 @@ use operators;
 /// `scale(isa: Supported, x, by)`, which calls `scale_lanes::<V>(x, by)`. `[unsafe] fn` makes it
 /// unsafe, for what the generic one requires besides.
 macro_rules! per_isa {
-    ($($(#[$doc:meta])* $vis:vis $([$unsafe:tt])? fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $generic:ident;)*) => {$(
+    ($($(#[$doc:meta])* $vis:vis $([$unsafe:tt])? fn $name:ident$(<$type:ident: $bound:path>)?($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $generic:ident;)*) => {$(
         $(#[$doc])*
-        $vis $($unsafe)? fn $name(isa: $crate::cpu::isa::Supported, $($arg: $ty),*) $(-> $ret)? {
+        $vis $($unsafe)? fn $name$(<$type: $bound>)?(isa: $crate::cpu::isa::Supported, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            $($unsafe)? fn avx2($($arg: $ty),*) $(-> $ret)? {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            $($unsafe)? fn avx2$(<$type: $bound>)?($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function has the target features.
-                unsafe { $generic::<$crate::cpu::simd::avx2::F32x8>($($arg),*) }
+                unsafe { $generic::<$crate::cpu::simd::avx2::F32x8 $(, $type)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
-            $($unsafe)? fn avx512($($arg: $ty),*) $(-> $ret)? {
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw")]
+            $($unsafe)? fn avx512$(<$type: $bound>)?($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: this function has the target features.
-                unsafe { $generic::<$crate::cpu::simd::avx512::F32x16>($($arg),*) }
+                unsafe { $generic::<$crate::cpu::simd::avx512::F32x16 $(, $type)?>($($arg),*) }
             }
             match isa.isa() {
                 #[cfg(target_arch = "x86_64")]
@@ -233,7 +336,7 @@ macro_rules! per_isa {
                 // SAFETY: `isa` proves that the CPU has these features.
                 $crate::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: every CPU of this target has the baseline.
-                _ => unsafe { $generic::<$crate::cpu::simd::Baseline>($($arg),*) },
+                _ => unsafe { $generic::<$crate::cpu::simd::Baseline $(, $type)?>($($arg),*) },
             }
         }
     )*};

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::cpu::epilogue::ChannelAxis;
 use crate::cpu::gemm::{Layer, run};
-use crate::cpu::microkernel::{KERNELS, Kernel};
+use crate::cpu::microkernel::Kernel;
 use crate::cpu::pack::Read;
 use crate::cpu::plan::{Order, Plan};
+use crate::dtype::{DType, Element};
 use crate::problem::{LayerShape, Problem};
 use crate::tuning::{Entry, Tuning};
 
@@ -22,6 +23,7 @@ const GAIN: f64 = 0.02;
 /// A problem as the choice of kernel and order sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
+    pub dtype: DType,
     pub groups: usize,
     /// Input channels of a group.
     pub k: usize,
@@ -61,9 +63,11 @@ impl Choices {
         let (groups, k, rows) = (shape.groups, shape.k(), shape.c_out / shape.groups);
         let choice = |entry: &Entry| {
             let key: Key = entry.problem.parse().ok()?;
-            let kernel = kernels(layer).find(|kernel| kernel.name == entry.kernel)?;
+            let kernel = layer.kernels().find(|kernel| kernel.name == entry.kernel)?;
             let order = ORDERS.into_iter().find(|order| order.word() == entry.order)?;
-            let fits = entry.device == device && (key.groups, key.k, key.rows) == (groups, k, rows);
+            let fits = entry.device == device
+                && key.dtype == layer.dtype()
+                && (key.groups, key.k, key.rows) == (groups, k, rows);
             fits.then_some(Choice { key, kernel, order })
         };
         let mut choices: Vec<_> = tuning.entries().iter().filter_map(choice).collect();
@@ -90,14 +94,8 @@ impl Order {
     }
 }
 
-/// The kernels that agree bitwise with the planner's.
-fn kernels(layer: &Layer) -> impl Iterator<Item = &'static Kernel> {
-    let isa = layer.isa();
-    KERNELS.iter().filter(move |kernel| kernel.sizes.isa == isa)
-}
-
 /// Times every kernel and order on a problem that may be run any number of times.
-pub(crate) fn tune(layer: &Layer, problem: &Problem<'_>) -> Entry {
+pub(crate) fn tune<T: Element>(layer: &Layer, problem: &Problem<'_, T>) -> Entry {
     let plain = layer.with(None, Choices::default());
     let plan = plain.plan(problem, None);
     let key = Key::of(&plan, problem);
@@ -106,7 +104,8 @@ pub(crate) fn tune(layer: &Layer, problem: &Problem<'_>) -> Entry {
         layer: Layer,
         seconds: f64,
     }
-    let mut contenders: Vec<Contender> = kernels(layer)
+    let mut contenders: Vec<Contender> = layer
+        .kernels()
         .flat_map(|kernel| ORDERS.map(|order| Choice { key, kernel, order }))
         .map(|choice| {
             let layer = plain.with(None, Choices(vec![choice]));
@@ -189,8 +188,9 @@ fn model() -> String {
 
 impl Key {
     /// The problem that a plan was made for.
-    fn of(plan: &Plan, problem: &Problem<'_>) -> Self {
+    fn of<T: Element>(plan: &Plan, problem: &Problem<'_, T>) -> Self {
         Key {
+            dtype: T::DTYPE,
             groups: problem.groups,
             k: problem.k(),
             rows: problem.c_out / problem.groups,
@@ -220,13 +220,17 @@ fn word<T: PartialEq>(words: &[(T, &'static str)], of: T) -> &'static str {
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Key { groups, k, rows, samples, positions, axis, read } = *self;
+        let Key { dtype, groups, k, rows, samples, positions, axis, read } = *self;
         let (lanes, src) = (word(&AXES, axis), word(&READS, read));
         write!(
             f,
             "groups={groups} k={k} rows={rows} samples={samples} positions={positions} \
              lanes={lanes} src={src}"
-        )
+        )?;
+        match dtype {
+            DType::F32 => Ok(()),
+            _ => write!(f, " dtype={dtype}"),
+        }
     }
 }
 
@@ -241,7 +245,8 @@ impl FromStr for Key {
         };
         let mut key = || {
             let mut number = |name| next(name)?.parse().ok();
-            Some(Key {
+            let mut key = Key {
+                dtype: DType::F32,
                 groups: number("groups")?,
                 k: number("k")?,
                 rows: number("rows")?,
@@ -249,7 +254,11 @@ impl FromStr for Key {
                 positions: number("positions")?,
                 axis: next("lanes").and_then(|lanes| named(&AXES, lanes))?,
                 read: next("src").and_then(|src| named(&READS, src))?,
-            })
+            };
+            if let Some(dtype) = next("dtype") {
+                key.dtype = dtype.parse().ok()?;
+            }
+            Some(key)
         };
         key().ok_or(())
     }
@@ -265,9 +274,11 @@ mod tests {
 
     #[test]
     fn a_key_survives_being_written() {
-        for (axis, _) in AXES {
+        for ((axis, _), dtype) in AXES.into_iter().flat_map(|a| DType::ALL.map(|dtype| (a, dtype)))
+        {
             for (read, _) in READS {
-                let key = Key { groups: 2, k: 3, rows: 5, samples: 7, positions: 11, axis, read };
+                let (groups, k, rows, samples, positions) = (2, 3, 5, 7, 11);
+                let key = Key { dtype, groups, k, rows, samples, positions, axis, read };
                 assert_eq!(key.to_string().parse(), Ok(key));
             }
         }

@@ -93,7 +93,11 @@ impl<T: DeviceElement> CudaTensor<T> {
     }
 
     /// A tensor of this shape in the memory order of `like`; its contents are unspecified.
-    pub(super) fn like(device: &CudaDevice, like: &TensorRef<'_>, shape: &[usize]) -> Result<Self> {
+    pub(super) fn like(
+        device: &CudaDevice,
+        like: &TensorRef<'_, T>,
+        shape: &[usize],
+    ) -> Result<Self> {
         if shape.len() != like.rank() {
             let expected = "the rank of the source";
             return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });
@@ -215,21 +219,21 @@ impl<T> fmt::Debug for CudaTensor<T> {
     }
 }
 
-impl AsTensor for CudaTensor<f32> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T: DeviceElement> AsTensor<T> for CudaTensor<T> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         self.view()
     }
 }
 
-impl AsTensorMut for CudaTensor<f32> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T: DeviceElement> AsTensorMut<T> for CudaTensor<T> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         self.view_mut()
     }
 }
 
 /// A result on the same device and stream.
-impl Source for CudaTensor<f32> {
-    type Output = CudaTensor<f32>;
+impl<T: DeviceElement> Source<T> for CudaTensor<T> {
+    type Output = CudaTensor<T>;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
         CudaTensor::like(self.device(), &self.view()?, shape)

@@ -1,8 +1,9 @@
 //! The epilogue of a tile that lies in memory: any list of steps, any placement of dst.
 
-use super::{Buffer, ChannelAxis, ResidualOrder, Simple, TileEpilogue};
+use super::{Activate, Buffer, ChannelAxis, ResidualOrder, Simple, TileEpilogue};
 use crate::cpu::math;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{self, Simd};
+use crate::dtype::Element;
 use crate::epilogue::Step;
 
 /// Applies the epilogue to `rows` rows of `cols` lanes in memory, each row padded to whole
@@ -12,11 +13,12 @@ use crate::epilogue::Step;
 /// The CPU has `V`'s instruction set; `tile` is a [`Buffer`] that holds the tile; `epilogue` is
 /// as [`super::finish`] wants it.
 #[inline(always)]
-pub(crate) unsafe fn finish_buffered<V: Simd>(
+pub(crate) unsafe fn finish_buffered<V: Simd, T: Element>(
     rows: usize,
     cols: usize,
     tile: *mut f32,
-    epilogue: &TileEpilogue<'_>,
+    epilogue: &TileEpilogue<'_, T>,
+    activate: Activate,
 ) {
     let mut turned = Buffer::uninit();
     let mut epilogue = *epilogue;
@@ -32,9 +34,17 @@ pub(crate) unsafe fn finish_buffered<V: Simd>(
             }
             tile = tile.transpose(turned.as_mut_ptr());
         }
+        if let Some(simple) = epilogue.direct() {
+            for row in 0..rows {
+                for v in 0..tile.vectors {
+                    tile.finish_simple(V::load(tile.at(row, v)), row, v, &epilogue, simple);
+                }
+            }
+            return;
+        }
         tile.add_bias(&epilogue);
         for step in epilogue.steps.list() {
-            tile.apply(step, &epilogue);
+            tile.apply(step, &epilogue, activate);
         }
         tile.store(&epilogue);
     }
@@ -87,21 +97,27 @@ impl<V: Simd> Tile<V> {
 
     /// Loads vector `v` of a row outside of the tile, without its padding.
     #[inline(always)]
-    unsafe fn load(&self, row: *const f32, v: usize) -> V {
+    unsafe fn load<T: Element>(&self, row: *const T, v: usize) -> V {
         // SAFETY: the row has `cols` readable values.
         unsafe {
             let src = row.add(v * V::LANES);
-            if v + 1 == self.vectors { V::load_tail(src, self.tail) } else { V::load(src) }
+            match v + 1 == self.vectors {
+                true => simd::load_tail(src, self.tail),
+                false => simd::load(src),
+            }
         }
     }
 
     /// Stores vector `v` of a row outside of the tile, without its padding.
     #[inline(always)]
-    unsafe fn store_vector(&self, x: V, row: *mut f32, v: usize) {
+    unsafe fn store_vector<T: Element>(&self, x: V, row: *mut T, v: usize) {
         // SAFETY: the row has `cols` writable values.
         unsafe {
             let dst = row.add(v * V::LANES);
-            if v + 1 == self.vectors { x.store_tail(dst, self.tail) } else { x.store(dst) }
+            match v + 1 == self.vectors {
+                true => simd::store_tail(x, dst, self.tail),
+                false => simd::store(x, dst),
+            }
         }
     }
 
@@ -157,7 +173,11 @@ impl<V: Simd> Tile<V> {
     /// Turns rows into lanes, then adds bias and residual, clips and stores, in one sweep.
     /// `epilogue` describes the turned tile.
     #[inline(always)]
-    unsafe fn transpose_and_finish(&self, epilogue: &TileEpilogue<'_>, simple: Simple) {
+    unsafe fn transpose_and_finish<T: Element>(
+        &self,
+        epilogue: &TileEpilogue<'_, T>,
+        simple: Simple,
+    ) {
         // SAFETY: the turned tile has the rows that are stored; its lanes are contiguous in dst
         // and in the residual.
         unsafe {
@@ -178,18 +198,25 @@ impl<V: Simd> Tile<V> {
 
     /// Bias, residual and clip for vector `v` of row `row`, and its store.
     #[inline(always)]
-    unsafe fn finish_simple(
+    unsafe fn finish_simple<T: Element>(
         &self,
         mut x: V,
         row: usize,
         v: usize,
-        epilogue: &TileEpilogue<'_>,
+        epilogue: &TileEpilogue<'_, T>,
         simple: Simple,
     ) {
-        let TileEpilogue { axis, channel, bias, dst, .. } = *epilogue;
+        let TileEpilogue { axis, channel, scale, bias, dst, .. } = *epilogue;
         // SAFETY: lanes of dst and of the residual are contiguous.
         unsafe {
-            x = x + self.parameter(axis, bias.as_ptr().add(channel), row, v);
+            let bias = self.parameter(axis, bias.as_ptr().add(channel), row, v);
+            x = match scale.is_empty() {
+                true => x + bias,
+                false => {
+                    let scale = self.parameter(axis, scale.as_ptr().add(channel), row, v);
+                    x.mul_add(scale, bias)
+                }
+            };
             if simple.residual == Some(ResidualOrder::BeforeClip) {
                 x = x + self.residual_vector(row, v, epilogue);
             }
@@ -208,7 +235,12 @@ impl<V: Simd> Tile<V> {
 
     /// Vector `v` of row `row` of the residual, whose lanes are contiguous.
     #[inline(always)]
-    unsafe fn residual_vector(&self, row: usize, v: usize, epilogue: &TileEpilogue<'_>) -> V {
+    unsafe fn residual_vector<T: Element>(
+        &self,
+        row: usize,
+        v: usize,
+        epilogue: &TileEpilogue<'_, T>,
+    ) -> V {
         let residual = epilogue.residual();
         // SAFETY: the residual is readable for every row and real lane of the tile.
         unsafe {
@@ -218,17 +250,30 @@ impl<V: Simd> Tile<V> {
     }
 
     #[inline(always)]
-    unsafe fn add_bias(&self, epilogue: &TileEpilogue<'_>) {
-        let TileEpilogue { axis, channel, bias, .. } = *epilogue;
-        // SAFETY: the bias covers the tile's channels.
+    unsafe fn add_bias<T: Element>(&self, epilogue: &TileEpilogue<'_, T>) {
+        let TileEpilogue { axis, channel, scale, bias, .. } = *epilogue;
+        // SAFETY: scale and bias cover the tile's channels.
         unsafe {
             let bias = bias.as_ptr().add(channel);
-            update!(self, |x, row, v| x + self.parameter(axis, bias, row, v));
+            if scale.is_empty() {
+                update!(self, |x, row, v| x + self.parameter(axis, bias, row, v));
+            } else {
+                let scale = scale.as_ptr().add(channel);
+                update!(self, |x, row, v| {
+                    let scale = self.parameter(axis, scale, row, v);
+                    x.mul_add(scale, self.parameter(axis, bias, row, v))
+                });
+            }
         }
     }
 
     #[inline(always)]
-    unsafe fn apply(&self, step: &Step, epilogue: &TileEpilogue<'_>) {
+    unsafe fn apply<T: Element>(
+        &self,
+        step: &Step,
+        epilogue: &TileEpilogue<'_, T>,
+        activate: Activate,
+    ) {
         let TileEpilogue { axis, channel, .. } = *epilogue;
         // SAFETY: the step's parameters cover the tile's channels.
         unsafe {
@@ -241,7 +286,7 @@ impl<V: Simd> Tile<V> {
                     });
                 }
                 Step::Activation(activation) => {
-                    math::apply::<V>(*activation, self.data, self.rows * self.vectors);
+                    activate(*activation, self.data, self.rows * self.vectors);
                 }
                 Step::PRelu { slope } => {
                     let slope = slope.as_ptr().add(channel);
@@ -255,7 +300,7 @@ impl<V: Simd> Tile<V> {
     }
 
     #[inline(always)]
-    unsafe fn add_residual(&self, epilogue: &TileEpilogue<'_>) {
+    unsafe fn add_residual<T: Element>(&self, epilogue: &TileEpilogue<'_, T>) {
         let TileEpilogue { axis, channel, .. } = *epilogue;
         let residual = epilogue.residual();
         // SAFETY: the residual is readable for every row and real lane of the tile.
@@ -266,7 +311,7 @@ impl<V: Simd> Tile<V> {
                 for row in 0..self.rows {
                     for lane in 0..self.cols {
                         let offset = residual.offset(axis, channel, row, lane);
-                        *self.at(row, 0).add(lane) += *residual.ptr.offset(offset);
+                        *self.at(row, 0).add(lane) += (*residual.ptr.offset(offset)).to_f32();
                     }
                 }
             }
@@ -274,7 +319,7 @@ impl<V: Simd> Tile<V> {
     }
 
     #[inline(always)]
-    unsafe fn store(&self, epilogue: &TileEpilogue<'_>) {
+    unsafe fn store<T: Element>(&self, epilogue: &TileEpilogue<'_, T>) {
         let TileEpilogue { axis, channel, dst, .. } = *epilogue;
         // SAFETY: dst is writable for every row and real lane of the tile.
         unsafe {
@@ -287,7 +332,7 @@ impl<V: Simd> Tile<V> {
                 } else {
                     for lane in 0..self.cols {
                         let offset = dst.offset(axis, channel, row, lane);
-                        *dst.ptr.offset(offset) = *self.at(row, 0).add(lane);
+                        *dst.ptr.offset(offset) = T::from_f32(*self.at(row, 0).add(lane));
                     }
                 }
             }

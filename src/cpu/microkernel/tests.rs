@@ -1,21 +1,23 @@
-//! Every size of tile against a scalar loop, exactly: the sums are of small integers.
+//! Every size of tile against a scalar loop, exactly: the sums are of small integers, and rounded
+//! once.
 
-use super::{Grid, KERNELS, Kernel, Segment, Sizes};
-use crate::cpu::epilogue::{ChannelAxis, Operand, Steps, TileEpilogue};
+use super::{Grid, KERNELS, Kernel, Segment, Sizes, TermKind};
+use crate::cpu::epilogue::{ChannelAxis, Operand, Steps, Stored, TileEpilogue};
 use crate::cpu::isa::Isa;
 use crate::cpu::runs;
+use crate::dtype::{DType, Element, bf16, f16};
 use crate::epilogue::Step;
 use crate::stages::Activation;
 
 /// A NaN that no kernel makes: what memory holds where nothing may be written.
-const CANARY: f32 = f32::from_bits(0x7fc0_5a5a);
+const CANARY: f32 = f32::from_bits(0x7fda_5a5a);
 
 /// Memory of an operand.
 enum Memory {
     /// Pages between two that fault, so that access beyond either end of the values stops the test.
-    Guarded { start: *mut f32, end: *mut f32 },
+    Guarded { start: *mut u8, end: *mut u8 },
     /// An allocation of just the values, whose ends a memory checker watches.
-    Heap(Vec<f32>),
+    Heap(Vec<u16>),
 }
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64", not(miri)))]
@@ -33,7 +35,7 @@ impl Memory {
             for guard in [base, base.byte_add((PAGES + 1) * PAGE)] {
                 assert_eq!(libc::mprotect(guard, PAGE, libc::PROT_NONE), 0, "mprotect failed");
             }
-            base.byte_add(PAGE).cast::<f32>()
+            base.byte_add(PAGE).cast::<u8>()
         };
         Memory::Guarded { start, end: start.wrapping_byte_add(PAGES * PAGE) }
     }
@@ -48,26 +50,30 @@ impl Memory {
 
 impl Memory {
     /// Copies `values` to the start or the end of the memory.
-    fn place(&mut self, values: &[f32], at_end: bool) -> &mut [f32] {
-        match self {
-            // SAFETY: the memory between `start` and `end` is ours, and holds the values.
-            Memory::Guarded { start, end } => unsafe {
-                assert!(values.len() <= end.offset_from(*start) as usize);
-                let first = if at_end { end.sub(values.len()) } else { *start };
-                first.copy_from_nonoverlapping(values.as_ptr(), values.len());
-                std::slice::from_raw_parts_mut(first, values.len())
-            },
-            Memory::Heap(memory) => {
-                *memory = values.to_vec();
-                memory
+    fn place<T: Element>(&mut self, values: &[T], at_end: bool) -> &mut [T] {
+        let first = match self {
+            Memory::Guarded { start, end } => {
+                assert!(size_of_val(values) <= end.addr() - start.addr());
+                if at_end { end.wrapping_sub(size_of_val(values)) } else { *start }
             }
+            Memory::Heap(memory) => {
+                *memory = vec![0; size_of_val(values) / 2];
+                memory.as_mut_ptr().cast()
+            }
+        };
+        let first = first.cast::<T>();
+        assert!(first.is_aligned());
+        // SAFETY: the memory is ours, is aligned and holds the values.
+        unsafe {
+            first.copy_from_nonoverlapping(values.as_ptr(), values.len());
+            std::slice::from_raw_parts_mut(first, values.len())
         }
     }
 }
 
-/// What holds the operands of a case: bias, dst, residual, then A and B of each segment.
+/// What holds the operands of a case: bias, dst, residual, scale, then A and B of each segment.
 fn memories(memory: impl Fn() -> Memory) -> Vec<Memory> {
-    (0..9).map(|_| memory()).collect()
+    (0..10).map(|_| memory()).collect()
 }
 
 /// Small integers, never zero, so that a missing term shows.
@@ -77,8 +83,8 @@ fn integer(seed: usize) -> f32 {
 }
 
 /// dst or the residual: what its memory holds, and how it is placed in it.
-struct Placed {
-    values: Vec<f32>,
+struct Placed<T> {
+    values: Vec<T>,
     origin: isize,
     channel_stride: isize,
     position_stride: isize,
@@ -98,7 +104,7 @@ const PLACEMENTS: [&str; 8] = [
     "map and table",
 ];
 
-impl Placed {
+impl<T: Element> Placed<T> {
     /// The values run from the first to the last element, with canaries between them.
     fn new(placement: &str, channels: usize, positions: usize) -> Self {
         let (c, p) = (channels as isize, positions as isize);
@@ -128,7 +134,7 @@ impl Placed {
         let all = || (0..channels).flat_map(|c| (0..positions).map(move |p| (c, p)));
         let low = all().map(|(c, p)| placed.offset(c, p)).min().unwrap_or(0);
         let high = all().map(|(c, p)| placed.offset(c, p)).max().unwrap_or(-1);
-        placed.values = vec![CANARY; (high - low + 1) as usize];
+        placed.values = vec![T::from_f32(CANARY); (high - low + 1) as usize];
         placed.origin = -low;
         placed
     }
@@ -138,7 +144,7 @@ impl Placed {
         let mut placed = Self::new(placement, channels, positions);
         for (c, p) in (0..channels).flat_map(|c| (0..positions).map(move |p| (c, p))) {
             let index = placed.index(c, p);
-            placed.values[index] = integer(index);
+            placed.values[index] = T::from_f32(integer(index));
         }
         placed
     }
@@ -242,7 +248,7 @@ impl Case<'_> {
     /// The layer has channels before the tile's, and none after.
     const FIRST_CHANNEL: usize = 2;
 
-    fn check(&self, memories: &mut [Memory]) -> Result<(), String> {
+    fn check<T: Element>(&self, memories: &mut [Memory]) -> Result<(), String> {
         let tabled = |placement: &str| placement.contains("map") || placement.contains("table");
         let single = tabled(self.dst) || tabled(self.residual);
         let [along_a, along_b] = if single { [1, 1] } else { self.tiles };
@@ -252,18 +258,26 @@ impl Case<'_> {
         let channels_are_rows = self.axis == ChannelAxis::Rows;
         let channels = Self::FIRST_CHANNEL + if channels_are_rows { rows } else { cols };
         let positions = if channels_are_rows { cols } else { rows };
-        let dst = Placed::new(self.dst, channels, positions);
-        let residual = Placed::filled(self.residual, channels, positions);
-        let (three, mut memories) = memories.split_at_mut(3);
-        let [bias_memory, dst_memory, residual_memory] = three else { unreachable!() };
+        let dst = Placed::<T>::new(self.dst, channels, positions);
+        let residual = Placed::<T>::filled(self.residual, channels, positions);
+        let (four, mut memories) = memories.split_at_mut(4);
+        let [bias_memory, dst_memory, residual_memory, scale_memory] = four else { unreachable!() };
         let bias: Vec<f32> = (0..channels).map(|c| integer(c + 1000)).collect();
         let bias = &*bias_memory.place(&bias, self.at_end);
+        let scale: Vec<f32> = match T::DTYPE {
+            DType::F32 => Vec::new(),
+            _ => (0..channels).map(|c| integer(c + 2000)).collect(),
+        };
+        let scale = &*scale_memory.place(&scale, self.at_end);
+        let values = if self.sizes.terms == TermKind::F32 { 1 } else { 2 };
 
         let mut sums = vec![0.0f32; rows * cols];
         let mut segments = Vec::new();
         for (s, &k) in self.segments.iter().enumerate() {
             let a_value = |m: usize, k: usize| integer(m * 91 + k * 7 + s * 1003);
             let b_value = |k: usize, j: usize| integer(j * 57 + k * 11 + s * 2003);
+            let a_term = |m: usize, k: usize| self.term(k, |k| a_value(m, k));
+            let b_term = |k: usize, j: usize| self.term(k, |k| b_value(k, j));
             // Forwards and backwards; nothing follows the last value used. Where channels are
             // rows, A is the packed weight.
             let (a_row, a_k, b_k) = match (channels_are_rows, self.strides) {
@@ -289,8 +303,8 @@ impl Case<'_> {
                 }
                 (memory, -low)
             };
-            let (a, a_origin) = lay_out(rows, a_row, k, a_k, &a_value);
-            let (b, b_origin) = lay_out(k, b_k, cols, 1, &b_value);
+            let (a, a_origin) = lay_out(rows, a_row, k, a_k, &a_term);
+            let (b, b_origin) = lay_out(k, b_k, cols, 1, &b_term);
             let (two, rest) = memories.split_at_mut(2);
             memories = rest;
             let [a_memory, b_memory] = two else { unreachable!() };
@@ -306,7 +320,7 @@ impl Case<'_> {
             });
             for m in 0..rows {
                 for j in 0..cols {
-                    for k in 0..k {
+                    for k in 0..values * k {
                         sums[m * cols + j] += a_value(m, k) * b_value(k, j);
                     }
                 }
@@ -318,17 +332,21 @@ impl Case<'_> {
             for j in 0..cols {
                 let (row, position) = if channels_are_rows { (m, j) } else { (j, m) };
                 let channel = Self::FIRST_CHANNEL + row;
-                let add = residual.values[residual.index(channel, position)];
-                let sum = sums[m * cols + j] + bias[channel];
-                want[dst.index(channel, position)] = expected(sum, self.steps, channel, add);
+                let add = residual.values[residual.index(channel, position)].to_f32();
+                let scale = scale.get(channel).unwrap_or(&1.0);
+                let sum = sums[m * cols + j] * scale + bias[channel];
+                let x = expected(sum, self.steps, channel, add);
+                want[dst.index(channel, position)] = T::from_f32(x);
             }
         }
 
         // Canaries lie where no page guards dst.
         const FENCE: usize = 64;
         let fences = if self.at_end { [FENCE, 0] } else { [0, FENCE] };
-        let fenced = [&[CANARY; FENCE][..fences[0]], &want, &[CANARY; FENCE][..fences[1]]].concat();
-        let blank = vec![CANARY; fenced.len()];
+        let canary = T::from_f32(CANARY);
+        let fence = [canary; FENCE];
+        let fenced = [&fence[..fences[0]], &want, &fence[..fences[1]]].concat();
+        let blank = vec![canary; fenced.len()];
         let memory = dst_memory.place(&blank, self.at_end);
         let origin = fences[0] as isize + dst.origin;
         let residual_values = residual_memory.place(&residual.values, self.at_end).as_ptr();
@@ -336,6 +354,7 @@ impl Case<'_> {
         let epilogue = TileEpilogue {
             axis: self.axis,
             channel: Self::FIRST_CHANNEL,
+            scale,
             bias,
             steps: &steps,
             residual: self
@@ -353,20 +372,42 @@ impl Case<'_> {
             ahead: 64,
             far_dst: true,
             segments: &segments,
-            epilogue: &epilogue,
+            epilogue: T::any(&epilogue),
             channel_step: if channels_are_rows { rows_step } else { cols_step },
             position_step: if channels_are_rows { cols_step } else { rows_step },
         };
         // SAFETY: the test asked whether the CPU has the ISA; the operands cover the grid.
         unsafe { (self.sizes.run)(&grid) };
         for (i, (got, want)) in memory.iter().zip(&fenced).enumerate() {
+            let (got, want) = (got.to_f32(), want.to_f32());
             let same = if want.is_nan() { got.to_bits() == want.to_bits() } else { got == want };
             if !same {
                 let at = i as isize - origin;
-                return Err(format!("{self:?}: dst[{at}] is {got}, not {want}"));
+                return Err(format!("{self:?}, {}: dst[{at}] is {got}, not {want}", T::DTYPE));
             }
         }
         Ok(())
+    }
+
+    /// What A or B holds at `k`: a value, or a pair of them.
+    fn term(&self, k: usize, value: impl Fn(usize) -> f32) -> f32 {
+        let bits = |k: usize| u32::from(bf16::from_f32(value(k)).to_bits());
+        match self.sizes.terms {
+            TermKind::F32 => value(k),
+            TermKind::Bf16Pair => f32::from_bits(bits(2 * k) | bits(2 * k + 1) << 16),
+        }
+    }
+
+    /// Checks the types that are stored by a way of their own, all of them or one in turn.
+    fn check_types(&self, count: usize, memories: &mut [Memory]) -> Result<(), String> {
+        if self.sizes.terms == TermKind::Bf16Pair && count % 4 > 0 {
+            return self.check::<bf16>(memories);
+        }
+        match count % 4 {
+            2 => self.check::<f16>(memories),
+            3 => self.check::<bf16>(memories),
+            _ => self.check::<f32>(memories),
+        }
     }
 }
 
@@ -374,8 +415,9 @@ impl std::fmt::Debug for Case<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} {}x{} {:?}, {:?} tiles, A outer {}, dst {}, residual {}, {:?}, k {:?}, strides {}",
+            "{} {:?} {}x{} {:?}, {:?} tiles, A outer {}, dst {}, residual {}, {:?}, k {:?}, strides {}",
             self.sizes.isa.name(),
+            self.sizes.terms,
             self.rows,
             self.cols,
             self.axis,
@@ -397,9 +439,9 @@ fn supported_sizes() -> impl Iterator<Item = &'static Sizes> {
         if all.iter().any(|sizes| std::ptr::eq(*sizes, kernel.sizes)) {
             continue;
         }
-        match kernel.sizes.isa.supported() {
-            Some(_) => all.push(kernel.sizes),
-            None => eprintln!("skipped: {} (this CPU lacks it)", kernel.sizes.isa.name()),
+        match kernel.sizes.unavailable() {
+            None => all.push(kernel.sizes),
+            Some(reason) => eprintln!("skipped: {} ({reason})", kernel.name),
         }
     }
     all.into_iter()
@@ -448,13 +490,13 @@ fn sweep(memories: &mut [Memory]) {
                             strides: count / 5 % 3,
                             at_end: count % 7 % 2 == 0,
                         };
-                        case.check(memories).unwrap();
+                        case.check_types(count / 7, memories).unwrap();
                         count += 1;
                     }
                 }
             }
         }
-        eprintln!("{}: {count} grids", sizes.isa.name());
+        eprintln!("{}, {:?}: {count} grids", sizes.isa.name(), sizes.terms);
     }
 }
 
@@ -482,7 +524,7 @@ fn activations_reach_every_lane() {
                     strides: 0,
                     at_end: true,
                 };
-                case.check(&mut memories).unwrap();
+                case.check_types(rows + cols / 5, &mut memories).unwrap();
             }
         }
     }
@@ -493,15 +535,24 @@ fn activations_reach_every_lane() {
 fn a_value_does_not_depend_on_its_tile() {
     let k = 97;
     let wild = |seed: usize| ((seed * 7919 % 1009) as f32 - 504.0) * 0.001_37;
-    let a: Vec<f32> = (0..k * 64).map(wild).collect();
-    let b: Vec<f32> = (0..k * 64).map(|i| wild(i + 13)).collect();
     let steps = Steps::new(vec![]);
     for sizes in supported_sizes() {
+        let wild = |seed: usize| match sizes.terms {
+            TermKind::F32 => wild(seed),
+            // Both halves are values.
+            TermKind::Bf16Pair => {
+                let bits = bf16::from_f32(wild(seed)).to_bits();
+                f32::from_bits(u32::from(bits) << 16 | u32::from(bits ^ 0x8021))
+            }
+        };
+        let a: Vec<f32> = (0..k * 64).map(wild).collect();
+        let b: Vec<f32> = (0..k * 64).map(|i| wild(i + 13)).collect();
         let run = |rows: usize, cols: usize, first_row: usize, first_lane: usize| {
             let mut dst = vec![f32::NAN; 64 * 64];
             let epilogue = TileEpilogue {
                 axis: ChannelAxis::Rows,
                 channel: 0,
+                scale: &[],
                 bias: &[0.0; 64],
                 steps: &steps,
                 residual: None,
@@ -530,7 +581,7 @@ fn a_value_does_not_depend_on_its_tile() {
                 ahead: 0,
                 far_dst: false,
                 segments: &[segment],
-                epilogue: &epilogue,
+                epilogue: f32::any(&epilogue),
                 channel_step: [0, 0],
                 position_step: [0, 0],
             };
@@ -550,8 +601,11 @@ fn a_value_does_not_depend_on_its_tile() {
 
 #[test]
 fn kernels_are_named_by_their_tile_which_fits_into_registers() {
-    for Kernel { name, mr, nr, sizes } in KERNELS {
-        assert_eq!(*name, format!("fprop_f32_{}_{mr}x{nr}", sizes.isa.name()));
+    for Kernel { name, dtype, mr, nr, sizes } in KERNELS {
+        // Kernels of AVX-512 that multiply another type than they store are named apart.
+        let wide = sizes.isa == Isa::Avx512 && *dtype != DType::F32;
+        let f = if wide && sizes.terms == TermKind::F32 { "f" } else { "" };
+        assert_eq!(*name, format!("fprop_{dtype}_{}{f}_{mr}x{nr}", sizes.isa.name()));
         assert!(*mr <= sizes.rows(*nr), "{name}");
     }
 }

@@ -1,6 +1,7 @@
 //! Eight lanes: AVX2 and FMA.
 
 use super::{Simd, operators};
+use crate::dtype::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Eight f32 lanes.
@@ -49,6 +50,53 @@ unsafe impl Simd for F32x8 {
         debug_assert!((1..=8).contains(&lanes));
         // SAFETY: eight words from `8 - lanes`, at most 7, lie inside the table.
         unsafe { _mm256_loadu_si256(TAILS.as_ptr().add(8 - lanes).cast()) }
+    }
+
+    #[inline(always)]
+    fn lanes(tail: __m256i) -> usize {
+        // SAFETY: a tail exists where the instruction set does.
+        unsafe { _mm256_movemask_ps(_mm256_castsi256_ps(tail)) as usize }.count_ones() as usize
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(src: *const f16) -> Self {
+        // SAFETY: the caller has the instruction set and gives eight readable values.
+        Self(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(src: *const bf16) -> Self {
+        // SAFETY: the caller has the instruction set and gives eight readable values.
+        Self(unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16(self, dst: *mut f16) {
+        // SAFETY: the caller gives eight writable values.
+        unsafe {
+            let x = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+            _mm_storeu_si128(dst.cast(), x);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller gives eight writable values.
+        unsafe {
+            let bits = _mm256_castps_si256(self.0);
+            // Half of the last bit that stays, less one if that bit is even: ties go there.
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+            let rounded = _mm256_add_epi32(bits, half);
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(1 << 22));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(self.0, self.0));
+            let bits = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+            let (low, high) = (_mm256_castsi256_si128(bits), _mm256_extracti128_si256::<1>(bits));
+            _mm_storeu_si128(dst.cast(), _mm_packus_epi32(low, high));
+        }
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! Sixteen lanes, and eight with masks and thirty-two registers: AVX-512 F, VL, DQ and BW.
 
 use super::{Simd, operators};
+use crate::dtype::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Sixteen f32 lanes.
@@ -13,6 +14,15 @@ pub(crate) struct F32x8(__m256);
 
 /// The instructions of [`F32x16`].
 mod wide {
+    pub(super) use std::arch::x86_64::{
+        _mm256_loadu_si256 as loadu_16, _mm256_mask_storeu_epi16 as mask_storeu_16,
+        _mm256_maskz_loadu_epi16 as maskz_loadu_16, _mm256_storeu_si256 as storeu_16,
+        _mm512_add_epi32 as add_32, _mm512_and_si512 as and_32, _mm512_castps_si512 as to_bits,
+        _mm512_castsi512_ps as from_bits, _mm512_cvtepi32_epi16 as low_16,
+        _mm512_cvtepu16_epi32 as cvtepu16, _mm512_cvtph_ps as cvtph, _mm512_cvtps_ph as cvtps_ph,
+        _mm512_mask_blend_epi32 as blend_32, _mm512_or_si512 as or_32,
+        _mm512_set1_epi32 as set1_32, _mm512_slli_epi32 as slli, _mm512_srli_epi32 as srli,
+    };
     pub(super) use std::arch::x86_64::{
         _mm512_add_ps as add, _mm512_and_ps as and, _mm512_andnot_ps as andnot,
         _mm512_cmp_ps_mask as cmp, _mm512_div_ps as div, _mm512_fmadd_ps as fmadd,
@@ -28,6 +38,15 @@ mod wide {
 
 /// The instructions of [`F32x8`].
 mod half {
+    pub(super) use std::arch::x86_64::{
+        _mm_loadu_si128 as loadu_16, _mm_mask_storeu_epi16 as mask_storeu_16,
+        _mm_maskz_loadu_epi16 as maskz_loadu_16, _mm_storeu_si128 as storeu_16,
+        _mm256_add_epi32 as add_32, _mm256_and_si256 as and_32, _mm256_castps_si256 as to_bits,
+        _mm256_castsi256_ps as from_bits, _mm256_cvtepi32_epi16 as low_16,
+        _mm256_cvtepu16_epi32 as cvtepu16, _mm256_cvtph_ps as cvtph, _mm256_cvtps_ph as cvtps_ph,
+        _mm256_mask_blend_epi32 as blend_32, _mm256_or_si256 as or_32,
+        _mm256_set1_epi32 as set1_32, _mm256_slli_epi32 as slli, _mm256_srli_epi32 as srli,
+    };
     pub(super) use std::arch::x86_64::{
         _mm256_add_ps as add, _mm256_and_ps as and, _mm256_andnot_ps as andnot,
         _mm256_cmp_ps_mask as cmp, _mm256_div_ps as div, _mm256_fmadd_ps as fmadd,
@@ -90,6 +109,100 @@ unsafe fn eight_evens() -> __m256i {
     unsafe { _mm256_setr_epi32(0, 2, 4, 6, 9, 11, 13, 15) }
 }
 
+/// A vector as bf16: to the nearest, ties to even.
+macro_rules! rounded {
+    ($vector:expr, $ops:ident) => {{
+        let bits = $ops::to_bits($vector.0);
+        // Half of the last bit that stays, less one if that bit is even: ties go there.
+        let odd = $ops::and_32($ops::srli::<16>(bits), $ops::set1_32(1));
+        let rounded = $ops::add_32(bits, $ops::add_32(odd, $ops::set1_32(0x7fff)));
+        let quiet = $ops::or_32(bits, $ops::set1_32(1 << 22));
+        let nan = $ops::cmp::<_CMP_UNORD_Q>($vector.0, $vector.0);
+        $ops::low_16($ops::srli::<16>($ops::blend_32(nan, rounded, quiet)))
+    }};
+}
+
+/// Vectors of f32, each holding two bf16, that AVX512-BF16 multiplies.
+pub(crate) trait DotBf16: Simd {
+    /// `self + x.second * y.second + x.first * y.first`, in that order, subnormals taken for zero.
+    ///
+    /// # Safety
+    /// The CPU has AVX512-BF16 and VL.
+    unsafe fn dot_bf16(self, x: Self, y: Self) -> Self;
+
+    /// As [`Simd::store_bf16`], in one instruction, which takes subnormals for zero.
+    ///
+    /// # Safety
+    /// As there; the CPU has AVX512-BF16 and VL.
+    unsafe fn store_normal_bf16(self, dst: *mut bf16);
+
+    /// As [`store_normal_bf16`](Self::store_normal_bf16), of the lanes of a tail.
+    ///
+    /// # Safety
+    /// As there, for the lanes of `tail` only.
+    unsafe fn store_tail_normal_bf16(self, dst: *mut bf16, tail: Self::Tail);
+}
+
+impl DotBf16 for F32x16 {
+    #[inline(always)]
+    unsafe fn dot_bf16(self, x: Self, y: Self) -> Self {
+        // SAFETY: the caller's promise; any bits are a vector of bf16.
+        unsafe {
+            let x = std::mem::transmute::<__m512, __m512bh>(x.0);
+            let y = std::mem::transmute::<__m512, __m512bh>(y.0);
+            Self(_mm512_dpbf16_ps(self.0, x, y))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_normal_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller gives sixteen writable values and the instruction set.
+        unsafe {
+            let x = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+            _mm256_storeu_si256(dst.cast(), x);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_tail_normal_bf16(self, dst: *mut bf16, tail: __mmask16) {
+        // SAFETY: only the lanes of `tail` are written; the instruction set is the caller's promise.
+        unsafe {
+            let x = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+            _mm256_mask_storeu_epi16(dst.cast(), tail, x);
+        }
+    }
+}
+
+impl DotBf16 for F32x8 {
+    #[inline(always)]
+    unsafe fn dot_bf16(self, x: Self, y: Self) -> Self {
+        // SAFETY: the caller's promise; any bits are a vector of bf16.
+        unsafe {
+            let x = std::mem::transmute::<__m256, __m256bh>(x.0);
+            let y = std::mem::transmute::<__m256, __m256bh>(y.0);
+            Self(_mm256_dpbf16_ps(self.0, x, y))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_normal_bf16(self, dst: *mut bf16) {
+        // SAFETY: the caller gives eight writable values and the instruction set.
+        unsafe {
+            let x = std::mem::transmute::<__m128bh, __m128i>(_mm256_cvtneps_pbh(self.0));
+            _mm_storeu_si128(dst.cast(), x);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_tail_normal_bf16(self, dst: *mut bf16, tail: __mmask8) {
+        // SAFETY: only the lanes of `tail` are written; the instruction set is the caller's promise.
+        unsafe {
+            let x = std::mem::transmute::<__m128bh, __m128i>(_mm256_cvtneps_pbh(self.0));
+            _mm_mask_storeu_epi16(dst.cast(), tail, x);
+        }
+    }
+}
+
 /// Implements [`Simd`] with the instructions of one width.
 macro_rules! vector {
     ($vector:ident of $lanes:literal, $ops:ident, $mask:ty, $rows:ident, $evens:ident) => {
@@ -118,6 +231,81 @@ macro_rules! vector {
             unsafe fn tail(lanes: usize) -> $mask {
                 debug_assert!((1..=$lanes).contains(&lanes));
                 <$mask>::MAX >> ($lanes - lanes)
+            }
+
+            #[inline(always)]
+            fn lanes(tail: $mask) -> usize {
+                tail.count_ones() as usize
+            }
+
+            #[inline(always)]
+            unsafe fn load_f16(src: *const f16) -> Self {
+                // SAFETY: the caller has the instruction set and gives $lanes readable values.
+                Self(unsafe { $ops::cvtph($ops::loadu_16(src.cast())) })
+            }
+
+            #[inline(always)]
+            unsafe fn load_tail_f16(src: *const f16, tail: $mask) -> Self {
+                // SAFETY: the caller has the instruction set; only the lanes of `tail` are read.
+                Self(unsafe { $ops::cvtph($ops::maskz_loadu_16(tail, src.cast())) })
+            }
+
+            #[inline(always)]
+            unsafe fn load_bf16(src: *const bf16) -> Self {
+                // SAFETY: the caller has the instruction set and gives $lanes readable values.
+                Self(unsafe {
+                    let bits = $ops::cvtepu16($ops::loadu_16(src.cast()));
+                    $ops::from_bits($ops::slli::<16>(bits))
+                })
+            }
+
+            #[inline(always)]
+            unsafe fn load_tail_bf16(src: *const bf16, tail: $mask) -> Self {
+                // SAFETY: the caller has the instruction set; only the lanes of `tail` are read.
+                Self(unsafe {
+                    let bits = $ops::cvtepu16($ops::maskz_loadu_16(tail, src.cast()));
+                    $ops::from_bits($ops::slli::<16>(bits))
+                })
+            }
+
+            #[inline(always)]
+            unsafe fn load_pairs(first: *const bf16, second: *const bf16) -> Self {
+                // SAFETY: the caller has the instruction set and gives $lanes readable values twice.
+                Self(unsafe {
+                    let low = $ops::cvtepu16($ops::loadu_16(first.cast()));
+                    let high = $ops::cvtepu16($ops::loadu_16(second.cast()));
+                    $ops::from_bits($ops::or_32(low, $ops::slli::<16>(high)))
+                })
+            }
+
+            #[inline(always)]
+            unsafe fn store_f16(self, dst: *mut f16) {
+                // SAFETY: the caller gives $lanes writable values.
+                unsafe {
+                    let x = $ops::cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+                    $ops::storeu_16(dst.cast(), x);
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store_tail_f16(self, dst: *mut f16, tail: $mask) {
+                // SAFETY: only the lanes of `tail` are written.
+                unsafe {
+                    let x = $ops::cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+                    $ops::mask_storeu_16(dst.cast(), tail, x);
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store_bf16(self, dst: *mut bf16) {
+                // SAFETY: the caller gives $lanes writable values.
+                unsafe { $ops::storeu_16(dst.cast(), rounded!(self, $ops)) }
+            }
+
+            #[inline(always)]
+            unsafe fn store_tail_bf16(self, dst: *mut bf16, tail: $mask) {
+                // SAFETY: only the lanes of `tail` are written.
+                unsafe { $ops::mask_storeu_16(dst.cast(), tail, rounded!(self, $ops)) }
             }
 
             #[inline(always)]

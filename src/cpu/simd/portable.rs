@@ -47,6 +47,11 @@ unsafe impl Simd for F32x4 {
     }
 
     #[inline(always)]
+    fn lanes(tail: usize) -> usize {
+        tail
+    }
+
+    #[inline(always)]
     unsafe fn load(src: *const f32) -> Self {
         // SAFETY: the caller gives four readable values.
         Self(unsafe { src.cast::<[f32; 4]>().read_unaligned() })

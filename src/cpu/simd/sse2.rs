@@ -39,6 +39,11 @@ unsafe impl Simd for F32x4 {
     }
 
     #[inline(always)]
+    fn lanes(tail: usize) -> usize {
+        tail
+    }
+
+    #[inline(always)]
     unsafe fn load(src: *const f32) -> Self {
         // SAFETY: the caller has the instruction set and gives four readable values.
         Self(unsafe { _mm_loadu_ps(src) })

@@ -20,6 +20,7 @@ use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::chain::{Chain, Op};
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Part, Reduce, Sweep, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
+use crate::dtype::DType;
 use crate::epilogue::{Lowered, SourceStep};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
@@ -236,6 +237,7 @@ impl Training<'_> {
                 self.device,
                 self.shape,
                 self.lowered(&source_chain),
+                DType::F32,
                 &PrepareOptions::default(),
             )?;
             gemm::run(&[(&layer, &problem)]);
@@ -531,7 +533,7 @@ impl Training<'_> {
                 *stage = SourceStage::Affine { scale, shift };
             }
         }
-        Lowered::new(&layer)
+        Lowered::new(&layer, DType::F32)
     }
 
     /// The convolution alone, into contiguous values.
@@ -562,7 +564,8 @@ impl Training<'_> {
             norm_over_all: false,
             ..self.shape.clone()
         };
-        let layer = Layer::new(self.device, &shape, lowered, &PrepareOptions::default())?;
+        let layer =
+            Layer::new(self.device, &shape, lowered, DType::F32, &PrepareOptions::default())?;
         // The channels that are convolved.
         let convolved = match &self.shape.partial {
             Some(range) => (range.start, range.end),
@@ -628,7 +631,8 @@ impl Training<'_> {
             gate: false,
             norm_over_all: false,
         };
-        let layer = Layer::new(self.device, &shape, lowered, &PrepareOptions::default())?;
+        let layer =
+            Layer::new(self.device, &shape, lowered, DType::F32, &PrepareOptions::default())?;
         let rank = MAX_RANK;
         let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
         let (to_shape, mut to_strides) = contiguous(problem, rank, c_in, axis);

@@ -8,9 +8,9 @@
 
 use std::ops::Range;
 
-use crate::cpu::epilogue::{self, ChannelAxis, Steps, TileEpilogue};
+use crate::cpu::epilogue::{self, AnyEpilogue, ChannelAxis, Steps, TileEpilogue};
 use crate::cpu::isa::{Isa, Supported};
-use crate::cpu::microkernel::{Grid, Segment, Sizes};
+use crate::cpu::microkernel::{Grid, Segment, Sizes, TermKind};
 use crate::cpu::pack::Buffer;
 use crate::cpu::plan::{Run, even, pieces_of};
 use crate::cpu::threads::CpuDevice;
@@ -192,7 +192,7 @@ impl Wgrad<'_> {
         add: bool,
         scratch: &mut Scratch,
     ) {
-        let sizes = Sizes::of(self.isa.isa());
+        let sizes = Sizes::of(self.isa.isa(), TermKind::F32);
         let tile_lanes = tile_lanes(self.isa.isa());
         let first_row = group * (self.rows / self.groups) + rows.start;
         // The bias of every row of a unit: none.
@@ -205,14 +205,14 @@ impl Wgrad<'_> {
             let count = block.len();
             let steps = if block.start > positions.start || add { &adding } else { &plain };
             let out = out.wrapping_add(channels.start);
-            for chunk in pieces_of(rows.len(), most).flat_map(Run::each) {
+            for chunk in pieces_of(0..rows.len(), most).flat_map(Run::each) {
                 // SAFETY: rows and positions of the gradient.
                 let (d, d_position) = unsafe {
                     self.turned(first_row + chunk.first, chunk.len, block.clone(), scratch)
                 };
                 let panel = scratch.panels.get(0).as_ptr();
-                for lanes in pieces_of(channels.len(), tile_lanes) {
-                    for run in even(chunk.len, sizes.rows(lanes.len)) {
+                for lanes in pieces_of(0..channels.len(), tile_lanes) {
+                    for run in even(0..chunk.len, sizes.rows(lanes.len)) {
                         let width = lanes.len.next_multiple_of(8);
                         let segment = Segment {
                             k: count,
@@ -242,6 +242,7 @@ impl Wgrad<'_> {
                         let epilogue = TileEpilogue {
                             axis: ChannelAxis::Rows,
                             channel: 0,
+                            scale: &[],
                             bias: &zeros,
                             steps,
                             residual: Some(before),
@@ -254,7 +255,7 @@ impl Wgrad<'_> {
                             ahead: 8 * width as isize,
                             far_dst: false,
                             segments: &[segment],
-                            epilogue: &epilogue,
+                            epilogue: AnyEpilogue::F32(&epilogue),
                             channel_step: [run.len, 0],
                             position_step: [0, lanes.len],
                         };
@@ -335,7 +336,7 @@ impl Wgrad<'_> {
             }
             compute(block.clone(), &mut lines[..count * all]);
         }
-        for piece in pieces_of(channels.len(), lanes).flat_map(Run::each) {
+        for piece in pieces_of(0..channels.len(), lanes).flat_map(Run::each) {
             let width = piece.len.next_multiple_of(8);
             let out = &mut out[piece.first * count..][..width * count];
             let channels = start + piece.first..start + piece.first + piece.len;
