@@ -391,7 +391,7 @@ __device__ void repair(const pw_fprop& p, const TileAt& tile,
     }
 }
 
-template <class Tile, bool kAlongChannels>
+template <class Tile, bool kAlongChannels, bool kSteps>
 __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
                           MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
     SlabCopier<Tile> copier(p, tile, run, shared.at);
@@ -405,7 +405,7 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
         // This slab is there for every thread, and every thread is done with the one before, whose
         // place the next copies take.
         ptx::wait<Tile::kStages - 2>();
-        if (p.source_step_count > 0) {
+        if (kSteps) {
             copier.transform(shared.src[read], run.input + done, run.depth - done);
         }
         __syncthreads();
@@ -425,10 +425,18 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
 template <class Tile>
 __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
                          MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
-    if (run.source->read == PW_READ_CHANNELS || run.source->read == PW_READ_CHANNELS_VEC4) {
-        sum_slabs<Tile, true>(p, tile, run, shared, acc);
+    const bool along_channels =
+        run.source->read == PW_READ_CHANNELS || run.source->read == PW_READ_CHANNELS_VEC4;
+    if (p.source_step_count == 0) {
+        if (along_channels) {
+            sum_slabs<Tile, true, false>(p, tile, run, shared, acc);
+        } else {
+            sum_slabs<Tile, false, false>(p, tile, run, shared, acc);
+        }
+    } else if (along_channels) {
+        sum_slabs<Tile, true, true>(p, tile, run, shared, acc);
     } else {
-        sum_slabs<Tile, false>(p, tile, run, shared, acc);
+        sum_slabs<Tile, false, true>(p, tile, run, shared, acc);
     }
 }
 

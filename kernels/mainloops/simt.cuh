@@ -281,11 +281,9 @@ __device__ void multiply(const float (&weight)[Tile::kDepth][Tile::kRows],
     }
 }
 
-// Adds the products of some channels of one tile. Every thread of the block calls it after the
-// position table is filled and visible; the shared slabs are free again when it returns.
-template <class Tile>
-__device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
-                         SimtShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+template <class Tile, bool kSteps>
+__device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
+                          SimtShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
     WeightLoader<Tile> weight(p, tile, run);
     SrcLoader<Tile> src(p, tile, run, shared.at);
 
@@ -304,7 +302,7 @@ __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
         if (more) {
             weight.store(shared.weight[buffer ^ 1]);
             src.store(shared.src[buffer ^ 1]);
-            if (p.source_step_count > 0) {
+            if (kSteps && p.source_step_count > 0) {
                 // Computed anew, so that the loop's registers need not hold it.
                 const int64_t first = tile.first_input(p, *run.source) + (run.depth - left);
                 src.transform(p, shared.at, shared.src[buffer ^ 1], first, left);
@@ -313,6 +311,20 @@ __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
         __syncthreads();
         if (!more) break;
         left -= Tile::kDepth;
+    }
+}
+
+// Adds the products of some channels of one tile. Every thread of the block calls it after the
+// position table is filled and visible; the shared slabs are free again when it returns. A layer
+// without steps on src has a loop that knows of none, but in large tiles, where ptxas would spill
+// registers of two loops.
+template <class Tile>
+__device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
+                         SimtShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+    if (Tile::kSlow * Tile::kFast < 32 && p.source_step_count == 0) {
+        sum_slabs<Tile, false>(p, tile, run, shared, acc);
+    } else {
+        sum_slabs<Tile, true>(p, tile, run, shared, acc);
     }
 }
 

@@ -85,9 +85,10 @@ struct Fault {
 /// tensors: these wait for nothing, and allocate nothing of which the graph is not the owner. What
 /// the graph's owner has to see to:
 ///
-/// - Where several blocks share a sum (`explain` says so), the graph has memory nodes for the parts,
-///   with which CUDA lets a graph be instantiated once at a time, and not be cloned. A layer
-///   prepared with [`batch_invariant`](crate::PrepareOptions::batch_invariant) has none.
+/// - Where several blocks share a sum or a layer norm takes all positions (`explain` says so), the
+///   graph has memory nodes for what blocks leave for one another, with which CUDA lets a graph be
+///   instantiated once at a time, and not be cloned. It has none if the call is given
+///   [`scratch`](crate::Call::scratch), unless a concatenation has more than 16 sources.
 /// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
 ///   captured calls until the graph is destroyed and its last run is done.
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have

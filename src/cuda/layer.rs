@@ -192,6 +192,7 @@ impl Layer {
         launch::scratch_bytes(self.choose(&call), &call, &self.weights.program)
     }
 
+    /// In slices; what passes through is copied on the host.
     fn run_on_host_tensors(&self, problem: &Problem<'_>) -> Result<()> {
         let [d, h, w] = problem.spatial;
         let extents = [problem.n, d, h, w];
@@ -306,7 +307,9 @@ impl Layer {
             return Err(Error::Unsupported {
                 device: self.device.to_string(),
                 what: format!(
-                    "capturing a concatenation of {count} sources in a graph: a launch takes                      {MAX_SOURCES}, and the device has no memory pools, from which the graph would                      take the room to put the others together"
+                    "capturing a concatenation of {count} sources in a graph: a launch takes \
+                     {MAX_SOURCES}, and the device has no memory pools, from which the graph would \
+                     take the room to put the others together"
                 ),
             });
         }
@@ -321,7 +324,7 @@ impl Layer {
             on_device(&first).dense_like(&call.extents, channels as u64, memory.address());
         let mut channel = 0;
         for source in rest() {
-            let part = (on_device(&source), source.channels as u32);
+            let part = (on_device(&source), channels_of(source.channels)?);
             // SAFETY: the problem's views vouch for its tensors; the memory is for all of them.
             unsafe {
                 let to = together.skip_channels(channel);
