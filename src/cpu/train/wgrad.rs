@@ -205,14 +205,14 @@ impl Wgrad<'_> {
             let count = block.len();
             let steps = if block.start > positions.start || add { &adding } else { &plain };
             let out = out.wrapping_add(channels.start);
-            for chunk in pieces_of(rows.len(), most).flat_map(Run::each) {
+            for chunk in pieces_of(0..rows.len(), most).flat_map(Run::each) {
                 // SAFETY: rows and positions of the gradient.
                 let (d, d_position) = unsafe {
                     self.turned(first_row + chunk.first, chunk.len, block.clone(), scratch)
                 };
                 let panel = scratch.panels.get(0).as_ptr();
-                for lanes in pieces_of(channels.len(), tile_lanes) {
-                    for run in even(chunk.len, sizes.rows(lanes.len)) {
+                for lanes in pieces_of(0..channels.len(), tile_lanes) {
+                    for run in even(0..chunk.len, sizes.rows(lanes.len)) {
                         let width = lanes.len.next_multiple_of(8);
                         let segment = Segment {
                             k: count,
@@ -335,7 +335,7 @@ impl Wgrad<'_> {
             }
             compute(block.clone(), &mut lines[..count * all]);
         }
-        for piece in pieces_of(channels.len(), lanes).flat_map(Run::each) {
+        for piece in pieces_of(0..channels.len(), lanes).flat_map(Run::each) {
             let width = piece.len.next_multiple_of(8);
             let out = &mut out[piece.first * count..][..width * count];
             let channels = start + piece.first..start + piece.first + piece.len;
