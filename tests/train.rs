@@ -579,7 +579,7 @@ fn options_are_checked() {
     refused!(with(momentum), Error::ParameterValue { .. }, "NaN");
     let frozen = Options { frozen: vec!["wieght".into()], ..default() };
     refused!(with(frozen), Error::ParameterValue { .. }, "wieght");
-    let rows = Options { frozen_rows: [3..7].into(), ..default() };
+    let rows = Options { frozen_rows: vec![0..1, 3..7], ..default() };
     refused!(with(rows), Error::ParameterValue { .. }, "3..7");
 }
 
