@@ -164,11 +164,12 @@ impl Contender {
             for (&got, &want) in got.iter().zip(&want) {
                 let err = (f64::from(got) - want).abs() / tolerance;
                 // Written so that NaN fails.
-                if !(err <= 1.0) {
-                    let order = self.order.name();
-                    Err(format!("{order}: {name} is {got} instead of {want}"))?;
+                if err <= 1.0 {
+                    self.err = self.err.max(err);
+                    continue;
                 }
-                self.err = self.err.max(err);
+                let order = self.order.name();
+                Err(format!("{order}: {name} is {got} instead of {want}"))?;
             }
         }
         Ok(())

@@ -103,7 +103,7 @@ fn gelu<V: Simd>(x: V) -> V {
 /// `s + x s (1 - s) v'` with `s = sigmoid(v)`, `v = 2 √(2/π) (x + 0.044715 x³)`.
 #[inline(always)]
 fn gelu_tanh<V: Simd>(x: V) -> V {
-    const LINEAR: f32 = 1.595_769_1;
+    const LINEAR: f32 = 1.595_769;
     let x = clip(x, -15.0, 15.0);
     let square = x * x;
     let v = x * LINEAR * square.mul_add(x.like(0.044_715), x.like(1.0));

@@ -26,10 +26,12 @@ use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
-use crate::stages::{Activation, SourceStage, Stage};
+use crate::stages::{Activation, SourceStage};
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
+/// Why a parameter is a slice.
+const CONTIGUOUS: &str = "made contiguous when the layer was taken";
 /// Positions of a plane below which its rows are too short to run along.
 const SHORT_PLANE: usize = 16;
 
@@ -224,7 +226,7 @@ impl Training<'_> {
         if let Some((op, batch)) = source_chain.batch_norm() {
             let mut sweep = self.source_sweep(isa, &problem, source_chain);
             let moments = sweep.forward(None)?;
-            check(&moments, batch.mean)?;
+            check(&moments, batch.mean, operands.src.shape())?;
             source_chain = sweep.chain;
             let (names, channels) = ([batch.mean, batch.var], source_chain.channels[op].clone());
             state.statistics[0] = Some(BatchStatistics { names, moments, channels });
@@ -242,7 +244,7 @@ impl Training<'_> {
             )?;
             gemm::run(&[(&layer, &problem)]);
             if let Need::Bits(bounds, _) = need {
-                let view = self.dst_view(&problem, &problem.dst, &chain, true);
+                let view = self.dst_view(&problem, &chain);
                 let sweep = self.sweep(isa, chain_of(chain.rows), axis, &problem, view.clone());
                 state.saved = Saved::Bits(sweep.keep_bits(&view, bounds));
             }
@@ -265,7 +267,7 @@ impl Training<'_> {
         });
         let moments = sweep.forward(Some((&dst_view, Accumulate::Set)))?;
         if let Some((op, batch)) = batch {
-            check(&moments, batch.mean)?;
+            check(&moments, batch.mean, operands.src.shape())?;
             let channels = sweep.chain.channels[op].clone();
             let names = [batch.mean, batch.var];
             state.statistics[1] = Some(BatchStatistics { names, moments, channels });
@@ -545,11 +547,8 @@ impl Training<'_> {
         axis: Axis,
         values: &mut [f32],
     ) -> Result<()> {
-        let mut layer = self.layer.clone();
-        layer.stages = vec![Stage::Bias(vec![0.0; self.shape.c_out].into())];
-        layer.partial = None;
         let lowered = Lowered {
-            weight: self.layer.weight.iter().copied().collect(),
+            weight: self.layer.weight.as_slice().expect(CONTIGUOUS).to_vec(),
             bias: vec![0.0; self.shape.c_out],
             source_steps: source_steps(source_chain),
             steps: Vec::new(),
@@ -609,7 +608,7 @@ impl Training<'_> {
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
         let (k, rows) = (c_in / groups, c_out / groups);
-        let weight = self.layer.weight.as_slice().expect("contiguous in training");
+        let weight = self.layer.weight.as_slice().expect(CONTIGUOUS);
         let turned = turned(weight, groups, rows, k);
         let lowered = Lowered {
             weight: turned,
@@ -712,16 +711,9 @@ impl Training<'_> {
         operands.into_iter().map(part).collect()
     }
 
-    fn dst_view<'s>(
-        &self,
-        problem: &Problem<'_>,
-        operand: &Operand,
-        chain: &'s Chain,
-        mapped: bool,
-    ) -> View<'s> {
-        let walk = problem.walk(operand, true);
-        let map = chain.dst_map.as_deref().filter(|_| mapped);
-        View::new(&rows_of(operand, self.shape.c_out), walk, map)
+    fn dst_view<'s>(&self, problem: &Problem<'_>, chain: &'s Chain) -> View<'s> {
+        let walk = problem.walk(&problem.dst, true);
+        View::new(&rows_of(&problem.dst, self.shape.c_out), walk, chain.dst_map.as_deref())
     }
 
     /// Copies one tensor's rows to another's, or adds them.
@@ -836,10 +828,10 @@ fn settle(chain: &mut Chain, statistics: &Option<BatchStatistics>) {
     }
 }
 
-/// Statistics must be finite.
-fn check(moments: &[Moments], mean: &'static str) -> Result<()> {
+/// Statistics must be finite, and of more than one value.
+fn check(moments: &[Moments], mean: &'static str, src: &[usize]) -> Result<()> {
     if moments.first().is_some_and(|m| m.count == 1.0) {
-        return Err(Error::BatchTooSmall { shape: vec![1, moments.len()] });
+        return Err(Error::BatchTooSmall { shape: src.to_vec() });
     }
     let wrong = |m: &Moments| m.count > 0.0 && !(m.mean.is_finite() && m.deviations.is_finite());
     match moments.iter().position(wrong) {

@@ -153,11 +153,10 @@ impl<'a> View<'a> {
                         let channel = part.channel as usize;
                         lanes::turn(isa, from, channel, hi - lo, len, line, to);
                     } else {
-                        for i in 0..len {
-                            let from = from.offset(i as isize * stride);
-                            for row in lo..hi {
-                                to[i * line + row - lo] =
-                                    *from.offset(self.channel(row) * part.channel);
+                        for row in lo..hi {
+                            let from = from.offset(self.channel(row) * part.channel);
+                            for i in 0..len {
+                                to[i * line + row - lo] = *from.offset(i as isize * stride);
                             }
                         }
                     }
