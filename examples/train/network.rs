@@ -63,7 +63,11 @@ impl Network {
         let full = |name: &str| format!("{prefix}{name}");
         let mut network = Self::build(device, |i| {
             let (name, norm) = NAMES[i];
-            Ok(Pointwise::from_safetensors(file, &full(name), norm.map(full).as_deref())?)
+            let layer = Pointwise::from_safetensors(file, &full(name), norm.map(full).as_deref())?;
+            if i == NAMES.len() - 1 && layer.c_out() != CLASSES {
+                Err(format!("{prefix}{name} has {} outputs, expected {CLASSES}", layer.c_out()))?;
+            }
+            Ok(layer)
         })?;
         for layer in &mut network.layers {
             if let Some(norm) = layer.norm {
