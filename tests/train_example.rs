@@ -123,7 +123,8 @@ fn the_first_steps_are_pytorchs() -> Result {
     }
     let mut names: Vec<_> =
         file.names().into_iter().filter(|name| name.starts_with("before/")).collect();
-    (names.sort_unstable(), seen.sort_unstable());
+    names.sort_unstable();
+    seen.sort_unstable();
     assert_eq!(seen, names);
     Ok(())
 }
@@ -235,7 +236,8 @@ impl Folder {
     /// Runs an example, which cargo builds beside the tests.
     fn example(&self, name: &str, arguments: &[&str]) -> Result<Output> {
         let mut path = std::env::current_exe()?;
-        (path.pop(), path.pop());
+        path.pop();
+        path.pop();
         path.extend(["examples", &format!("{name}{}", std::env::consts::EXE_SUFFIX)]);
         assert!(path.is_file(), "{} is missing: cargo build --examples", path.display());
         Ok(Command::new(path).current_dir(&self.0).args(arguments).output()?)
@@ -298,7 +300,8 @@ fn a_short_run_learns_and_leaves_a_state_dict() -> Result {
     let mut expected: Vec<_> =
         fixture.names().into_iter().filter_map(|name| name.strip_prefix("before/")).collect();
     let mut names = file.names();
-    (expected.sort_unstable(), names.sort_unstable());
+    expected.sort_unstable();
+    names.sort_unstable();
     assert_eq!(names, expected);
     for name in names {
         let rank = |file: &SafeTensors<'_>, name: &str| file.tensor(name).map(|t| t.shape().len());

@@ -115,7 +115,7 @@ impl Network {
     pub fn prepare(&self) -> Result<Classifier> {
         let prepare = |layers: &[Layer]| {
             let layers = layers.iter().map(|layer| layer.params.prepare());
-            Ok::<_, pointwise::Error>(Sequence::new(layers.collect::<pointwise::Result<_>>()?)?)
+            Sequence::new(layers.collect::<pointwise::Result<_>>()?)
         };
         let (shared, head) = self.layers.split_at(SHARED);
         Ok(Classifier { shared: prepare(shared)?, head: prepare(head)? })
