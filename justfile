@@ -27,6 +27,10 @@ emulate arch *command:
 classify *args:
     cargo run --release --example classify -- {{args}}
 
+# Trains PointNet on handwritten digits.
+train *args:
+    cargo run --release --example train -- {{args}}
+
 # Times layers against the machine's roof: `just bench --threads 2 --plot roofline.svg`.
 bench *args:
     cargo run --release --example bench -- {{args}}

@@ -10,8 +10,8 @@ use crate::options::Options;
 
 /// The layer that the options describe, unchecked: preparing it checks.
 pub fn read(options: &Options, file: &SafeTensors<'_>) -> Result<Pointwise> {
-    let mut layer =
-        Pointwise::new(matrix(file, "weight")?).groups(options.groups).stride(options.stride);
+    let weight = matrix(file, &stored("weight", options))?;
+    let mut layer = Pointwise::new(weight).groups(options.groups).stride(options.stride);
     if let Some(range) = &options.partial {
         layer = layer.partial(range.clone());
     }
@@ -44,6 +44,18 @@ pub fn gate(options: &Options, file: &SafeTensors<'_>) -> Result<Option<Array2<f
     Ok(Some(gate.map_err(|_| format!("tensor gate has shape {shape:?}, expected [n, c_in]"))?))
 }
 
+/// What the checkpoint calls a tensor: by a PyTorch module's name where the options give one.
+fn stored(tensor: &str, options: &Options) -> String {
+    let (module, part) = match tensor {
+        "weight" | "bias" => (&options.layer, tensor),
+        "running_mean" | "running_var" => (&options.norm, tensor),
+        "gamma" => (&options.norm, "weight"),
+        "beta" => (&options.norm, "bias"),
+        _ => (&None, tensor),
+    };
+    module.as_ref().map_or_else(|| tensor.to_owned(), |module| format!("{module}.{part}"))
+}
+
 /// The names of a list; an empty argument is an empty list.
 fn names(list: &[String]) -> impl Iterator<Item = &str> {
     let names = if matches!(list, [only] if only.trim().is_empty()) { &[] } else { list };
@@ -51,7 +63,7 @@ fn names(list: &[String]) -> impl Iterator<Item = &str> {
 }
 
 fn stage(name: &str, options: &Options, file: &SafeTensors<'_>) -> Result<Stage> {
-    let read = |tensor| needed(name, vector(file, tensor));
+    let read = |tensor| needed(name, vector(file, &stored(tensor, options)));
     let layer_norm = |norm: LayerNorm| -> Result<Stage> {
         let norm = norm.eps(options.eps);
         Ok(Stage::LayerNorm(match affine(file, "ln_gamma", "ln_beta")? {
@@ -64,10 +76,12 @@ fn stage(name: &str, options: &Options, file: &SafeTensors<'_>) -> Result<Stage>
         "batch_norm" => {
             let norm = BatchNorm::new(read("running_mean")?, read("running_var")?);
             let norm = norm.eps(options.eps);
-            Stage::BatchNorm(match affine(file, "gamma", "beta")? {
-                Some((gamma, beta)) => norm.affine(gamma, beta),
-                None => norm,
-            })
+            Stage::BatchNorm(
+                match affine(file, &stored("gamma", options), &stored("beta", options))? {
+                    Some((gamma, beta)) => norm.affine(gamma, beta),
+                    None => norm,
+                },
+            )
         }
         "prelu" => Stage::PRelu(read("slope")?),
         "residual" if options.residual.is_none() => Err("stage residual needs --residual R.npy")?,
@@ -120,6 +134,9 @@ fn unused(options: &Options) -> Result<()> {
     }
     if let Some(alpha) = options.alpha.filter(|_| !has("leaky_relu") && !has("elu")) {
         Err(format!("--alpha {alpha} without a stage leaky_relu or elu"))?;
+    }
+    if let Some(norm) = options.norm.as_ref().filter(|_| !has("batch_norm")) {
+        Err(format!("--norm {norm} without a stage batch_norm"))?;
     }
     if let Some(path) = options.residual.as_ref().filter(|_| !has("residual")) {
         Err(format!("--residual {} without a stage residual", path.display()))?;

@@ -16,6 +16,15 @@ pub struct Options {
     #[arg(long, value_name = "W.safetensors")]
     pub weights: PathBuf,
 
+    /// Take weight and bias from NAME.weight and NAME.bias, as PyTorch calls them in a network
+    #[arg(long, value_name = "NAME")]
+    pub layer: Option<String>,
+
+    /// Take running_mean, running_var, gamma and beta from NAME.running_mean, NAME.running_var,
+    /// NAME.weight and NAME.bias
+    #[arg(long, value_name = "NAME")]
+    pub norm: Option<String>,
+
     /// The source: f32, rank 2 ([n, c]) to 5, C or Fortran order; given several times: the files'
     /// concatenation along the channels
     #[arg(long, required = true, value_name = "X.npy")]

@@ -63,7 +63,11 @@ impl Network {
         let full = |name: &str| format!("{prefix}{name}");
         let mut network = Self::build(device, |i| {
             let (name, norm) = NAMES[i];
-            Ok(Pointwise::from_safetensors(file, &full(name), norm.map(full).as_deref())?)
+            let layer = Pointwise::from_safetensors(file, &full(name), norm.map(full).as_deref())?;
+            if i == NAMES.len() - 1 && layer.c_out() != CLASSES {
+                Err(format!("{prefix}{name} has {} outputs, expected {CLASSES}", layer.c_out()))?;
+            }
+            Ok(layer)
         })?;
         for layer in &mut network.layers {
             if let Some(norm) = layer.norm {
@@ -111,7 +115,7 @@ impl Network {
     pub fn prepare(&self) -> Result<Classifier> {
         let prepare = |layers: &[Layer]| {
             let layers = layers.iter().map(|layer| layer.params.prepare());
-            Ok::<_, pointwise::Error>(Sequence::new(layers.collect::<pointwise::Result<_>>()?)?)
+            Sequence::new(layers.collect::<pointwise::Result<_>>()?)
         };
         let (shared, head) = self.layers.split_at(SHARED);
         Ok(Classifier { shared: prepare(shared)?, head: prepare(head)? })

@@ -11,7 +11,7 @@
     makes digits.safetensors beside this script, from the copy in scikit-learn: `images` U8
     [1797, 8, 8], ink from 0 to 16; `labels` U8 [1797].
 `fixture`
-    makes tests/fixtures/train.safetensors: a small network and its first steps of training.
+    makes tests/fixtures/train_example.safetensors: a small network and its first steps of training.
       before/{parameter}      F32, the network as it starts
       digits, maps            I64 [steps, batch] and F32 [steps, batch, 2, 3]: the batches
       losses, after/{parameter}   F64, computed in float64
@@ -28,7 +28,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE / "digits.safetensors"
-FIXTURE = HERE.parents[1] / "tests" / "fixtures" / "train.safetensors"
+FIXTURE = HERE.parents[1] / "tests" / "fixtures" / "train_example.safetensors"
 
 EPOCHS = 40
 BATCH = 32
