@@ -400,7 +400,7 @@ impl Case<'_> {
 
     /// Checks the types that are stored by a way of their own, all of them or one in turn.
     fn check_types(&self, count: usize, memories: &mut [Memory]) -> Result<(), String> {
-        if self.sizes.terms == TermKind::Bf16Pair && count % 4 > 0 {
+        if self.sizes.terms == TermKind::Bf16Pair && !count.is_multiple_of(4) {
             return self.check::<bf16>(memories);
         }
         match count % 4 {

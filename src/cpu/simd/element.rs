@@ -227,7 +227,8 @@ mod tests {
                     for other in [magnitude.wrapping_sub(1), magnitude + 1] {
                         if other <= 0x7fff && !exact(other).is_nan() {
                             let (mine, theirs) = (distance(magnitude), distance(other));
-                            let nearest = mine < theirs || mine == theirs && magnitude % 2 == 0;
+                            let nearest =
+                                mine < theirs || mine == theirs && magnitude.is_multiple_of(2);
                             assert!(nearest, "{x}: {got:#x}, {isa:?}");
                         }
                     }
