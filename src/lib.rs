@@ -31,6 +31,7 @@
 //!   arrays are taken as they are, channels last through [`nhwc`].
 //! - [`Prepared::call`] takes further tensors: sources of a concatenation, a residual, a gate.
 //! - [`Branches`] and [`Sequence`] compose prepared layers.
+//! - [`Quantized`] describes a layer of 8-bit integers; [`quantized`] says what it computes.
 //! - [`reference::forward`] says in f64 what all of this means.
 //!
 //! | feature | |
@@ -57,6 +58,7 @@ mod layer;
 mod plan;
 mod prepared;
 mod problem;
+pub mod quantized;
 pub mod reference;
 mod stages;
 mod tensor;
@@ -78,6 +80,7 @@ pub use error::{Error, Result};
 pub use layer::Pointwise;
 pub use plan::{Candidate, Explanation};
 pub use prepared::{Call, Layout, Math, PrepareOptions, Prepared};
+pub use quantized::{Quantization, Quantized};
 #[cfg(feature = "safetensors")]
 pub use safetensors;
 pub use stages::{Activation, BatchNorm, LayerNorm, NormOver, SourceStage, Stage};

@@ -439,21 +439,21 @@ fn check_alignment<T>(tensor: &'static str, ptr: *const T, extents: &Extents) ->
 }
 
 /// A tensor that a layer can read.
-pub trait AsTensor {
+pub trait AsTensor<T = f32> {
     /// The elements as a borrowed view with axes `[n, c, …spatial]`.
     ///
     /// # Errors
     /// [`Error::Rank`] unless there are 2 to 5 axes.
-    fn as_tensor(&self) -> Result<TensorRef<'_>>;
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>>;
 }
 
 /// A tensor that a layer can write.
-pub trait AsTensorMut {
+pub trait AsTensorMut<T = f32> {
     /// The elements as an exclusively borrowed view with axes `[n, c, …spatial]`.
     ///
     /// # Errors
     /// [`Error::Rank`] unless there are 2 to 5 axes, [`Error::Overlap`] if positions overlap.
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>>;
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>>;
 }
 
 /// A tensor that also says what a result computed from it is: `Array4` in, `Array4` out.
@@ -472,8 +472,8 @@ pub trait Source: AsTensor {
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output>;
 }
 
-impl<D: Dimension> AsTensor for ArrayRef<f32, D> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T, D: Dimension> AsTensor<T> for ArrayRef<T, D> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         // SAFETY: an array's own pointer, shape and strides, borrowed with it.
         unsafe {
             TensorRef::from_raw_parts(self.as_ptr(), Place::Host, self.shape(), self.strides())
@@ -481,8 +481,8 @@ impl<D: Dimension> AsTensor for ArrayRef<f32, D> {
     }
 }
 
-impl<D: Dimension> AsTensorMut for ArrayRef<f32, D> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T, D: Dimension> AsTensorMut<T> for ArrayRef<T, D> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         let ptr = self.as_mut_ptr();
         // SAFETY: as above, exclusively.
         unsafe { TensorMut::from_raw_parts(ptr, Place::Host, self.shape(), self.strides()) }
@@ -497,14 +497,14 @@ impl<D: Dimension> Source for ArrayRef<f32, D> {
     }
 }
 
-impl<S: Data<Elem = f32>, D: Dimension> AsTensor for ArrayBase<S, D> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T, S: Data<Elem = T>, D: Dimension> AsTensor<T> for ArrayBase<S, D> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         (**self).as_tensor()
     }
 }
 
-impl<S: DataMut<Elem = f32>, D: Dimension> AsTensorMut for ArrayBase<S, D> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T, S: DataMut<Elem = T>, D: Dimension> AsTensorMut<T> for ArrayBase<S, D> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         (**self).as_tensor_mut()
     }
 }
@@ -517,14 +517,14 @@ impl<S: Data<Elem = f32>, D: Dimension> Source for ArrayBase<S, D> {
     }
 }
 
-impl AsTensor for TensorRef<'_> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T> AsTensor<T> for TensorRef<'_, T> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         Ok(*self)
     }
 }
 
-impl AsTensorMut for TensorMut<'_> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T> AsTensorMut<T> for TensorMut<'_, T> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         Ok(self.reborrow())
     }
 }
@@ -544,8 +544,8 @@ impl Source for TensorRef<'_> {
     }
 }
 
-impl<T: AsTensor + ?Sized> AsTensor for &T {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T, S: AsTensor<T> + ?Sized> AsTensor<T> for &S {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         (**self).as_tensor()
     }
 }
@@ -558,8 +558,8 @@ impl<T: Source + ?Sized> Source for &T {
     }
 }
 
-impl<T: AsTensorMut + ?Sized> AsTensorMut for &mut T {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T, S: AsTensorMut<T> + ?Sized> AsTensorMut<T> for &mut S {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         (**self).as_tensor_mut()
     }
 }
@@ -642,7 +642,11 @@ pub(crate) fn try_zeros<T: Clone + Default>(what: &'static str, sizes: &[usize])
     Ok(vec![T::default(); len])
 }
 
-fn allocate_like<D: Dimension>(like: TensorRef<'_>, shape: &[usize]) -> Result<Array<f32, D>> {
+/// An array of zeros of this shape, in the memory order of `like`.
+pub(crate) fn allocate_like<T, O: Clone + Default, D: Dimension>(
+    like: TensorRef<'_, T>,
+    shape: &[usize],
+) -> Result<Array<O, D>> {
     if shape.len() != like.rank() {
         let expected = "the rank of the source";
         return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });
