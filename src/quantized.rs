@@ -19,8 +19,8 @@
 //! use ndarray::{Array4, array};
 //! use pointwise::{Device, Quantization, Quantized};
 //!
-//! let layer = Quantized::new(array![[1i8, 2], [3, -4]], [0.5, 0.25], Quantization::u8(0.1, 128))
-//!     .bias([10, -20])
+//! let layer = Quantized::new(array![[1i8, 2], [3, -4]], vec![0.5, 0.25], Quantization::u8(0.1, 128))
+//!     .bias(vec![10, -20])
 //!     .relu()
 //!     .dst(Quantization::u8(0.2, 0))
 //!     .prepare(&Device::cpu())?;
