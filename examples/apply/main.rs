@@ -3,6 +3,7 @@
 mod layer;
 mod npy;
 mod options;
+mod quantized;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -49,11 +50,15 @@ fn fail(message: &str) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
+    if let Some(path) = &options.quantized {
+        return quantized::run(options, path);
+    }
     let last = options.layout == Layout::ChannelsLast;
-    let bytes = std::fs::read(&options.weights)
-        .map_err(|error| format!("{}: {error}", options.weights.display()))?;
+    let weights = options.weights.as_ref().ok_or("no --weights")?;
+    let bytes =
+        std::fs::read(weights).map_err(|error| format!("{}: {error}", weights.display()))?;
     let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| format!("{}: {error}", options.weights.display()))?;
+        .map_err(|error| format!("{}: {error}", weights.display()))?;
     let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
     let layer = layer::read(options, &file)?.prepare(&device)?;
@@ -100,6 +105,6 @@ fn run(options: &Options) -> Result<()> {
 }
 
 /// A file's array with the logical axes `[n, c, …spatial]`.
-fn view(file: &ArrayD<f32>, last: bool) -> ArrayViewD<'_, f32> {
+fn view<T>(file: &ArrayD<T>, last: bool) -> ArrayViewD<'_, T> {
     if last { nhwc(file.view()) } else { file.view() }
 }

@@ -13,8 +13,19 @@ use pointwise::Layout;
 #[command(name = "apply", version, next_line_help = true, after_help = NAMES)]
 pub struct Options {
     /// The checkpoint with the layer's tensors (listed below)
-    #[arg(long, value_name = "W.safetensors")]
-    pub weights: PathBuf,
+    #[arg(long, value_name = "W.safetensors", required_unless_present = "quantized")]
+    pub weights: Option<PathBuf>,
+
+    /// Instead of --weights: a layer of 8-bit integers (its tensors are listed below); input and
+    /// output are u8 or i8
+    #[arg(
+        long,
+        value_name = "Q.safetensors",
+        conflicts_with_all = [
+            "weights", "stages", "source_stages", "residual", "alpha", "clip", "partial", "shuffle",
+        ]
+    )]
+    pub quantized: Option<PathBuf>,
 
     /// The source: f32, rank 2 ([n, c]) to 5, C or Fortran order; given several times: the files'
     /// concatenation along the channels
@@ -97,6 +108,15 @@ Tensors of the checkpoint, F32, F16 or BF16; others are ignored:
   ln_gamma, ln_beta           [c_out], the affine of a layer norm; both or neither
   src_scale, src_shift        [c_in], for the source stage affine
   gate                        [n, c_in], for the source stage gate (squeeze and excitation)
+
+Tensors of a layer of 8-bit integers (--quantized):
+  weight                      I8 [c_out, c_in / groups]
+  weight_scale                F32 [c_out]
+  bias                        I32 [c_out], optional
+  src_scale, dst_scale        F32, one element
+  src_zero_point, dst_zero_point
+                              U8 or I8, one element, of the type of the input and of the output;
+                                where they are I32 or I64, both have the input's type
 
 An error is one line on stderr and exit code 1.
 
