@@ -251,16 +251,11 @@ impl Quantized {
     pub fn clip(mut self, lo: f32, hi: f32) -> Self {
         let clip = &mut self.clips[usize::from(self.residual.is_some())];
         // One clip after another: the bounds of the first are cut down to those of the second.
-        let bound = |x: f32| {
-            if x < lo {
-                lo
-            } else if x > hi {
-                hi
-            } else {
-                x
-            }
-        };
-        *clip = if lo <= hi { (bound(clip.0), bound(clip.1)) } else { (lo, hi) };
+        // What is no clip stays as it is, for `check` to tell.
+        if clip.0 <= clip.1 {
+            let cut = |x: f32| if x < lo { lo } else { x.min(hi) };
+            *clip = if lo <= hi { (cut(clip.0), cut(clip.1)) } else { (lo, hi) };
+        }
         self
     }
 

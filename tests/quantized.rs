@@ -383,6 +383,7 @@ fn bad_descriptions_are_errors_with_their_values() {
     assert!(value(overflow).starts_with("src's scale times weight_scale[0]"));
     assert_eq!(value(layer().clip(1.0, -1.0)), "clip 1, -1");
     assert_eq!(value(layer().clip(f32::NAN, 1.0)), "clip NaN, 1");
+    assert_eq!(value(layer().clip(5.0, 3.0).relu6()), "clip 5, 3");
     assert_eq!(value(layer().stride(0)), "stride 0");
     assert!(matches!(
         refused(layer().bias(vec![1])),

@@ -122,7 +122,8 @@ pub(super) unsafe fn rows<const GROUP: usize>(source: &Source<'_>, out: &mut [u3
         unsafe {
             let row = ptr.wrapping_offset(position);
             let at = |c: usize| u32::from(*row.wrapping_offset(c as isize * channel) ^ flip);
-            if channel == 1 {
+            // A word's first channel is in its lowest bits, and thus first in memory.
+            if channel == 1 && cfg!(target_endian = "little") {
                 let row = std::slice::from_raw_parts(row, whole * GROUP);
                 if GROUP == 4 {
                     let out = out.as_mut_ptr().cast::<u8>();
