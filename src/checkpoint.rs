@@ -24,6 +24,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
+use crate::quantized::{Int8, Quantization, Quantized};
 use crate::stages::BatchNorm;
 
 impl Pointwise {
@@ -82,6 +83,74 @@ impl BatchNorm {
             (None, None) => Ok(norm),
             // Half an affine: reading both reports the half that is missing.
             _ => Ok(norm.affine(read("weight")?, read("bias")?)),
+        }
+    }
+}
+
+impl Quantized {
+    /// Reads a layer of 8-bit integers with a quantised result:
+    ///
+    /// - `weight`: I8 `[c_out, c_in / groups]`, any trailing axes of length 1;
+    /// - `weight_scale`: F32 `[c_out]`; `bias`, if there: I32 `[c_out]`;
+    /// - `src_scale`, `dst_scale`: F32, one element;
+    /// - `src_zero_point`, `dst_zero_point`: one element; U8 or I8 is also the tensor's type, which
+    ///   is `otherwise` where they are I32 or I64.
+    ///
+    /// Groups, stride, a clip and a residual are not in the file: the caller adds them.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::CheckpointTensor`] for another shape or dtype.
+    pub fn from_safetensors(file: &SafeTensors<'_>, otherwise: Int8) -> Result<Quantized> {
+        let one = |view: &TensorView<'_>| view.shape().iter().all(|&len| len == 1);
+        let quantization = |tensor: &str| {
+            let name = format!("{tensor}_scale");
+            let view = find(file, &name)?;
+            let scale = match values(&name, &view)?[..] {
+                [scale] if one(&view) => scale,
+                _ => return Err(unfit(&name, &view, "one element")),
+            };
+            let name = format!("{tensor}_zero_point");
+            let view = find(file, &name)?;
+            let zero_point = match *view.data() {
+                _ if !one(&view) => None,
+                [byte] if view.dtype() == Dtype::U8 => Some((Int8::U8, i32::from(byte))),
+                [byte] if view.dtype() == Dtype::I8 => Some((Int8::I8, i32::from(byte as i8))),
+                _ if view.dtype() == Dtype::I32 => {
+                    view.data().try_into().ok().map(|b| (otherwise, i32::from_le_bytes(b)))
+                }
+                // What does not fit an i32 is as wrong as its ends.
+                _ if view.dtype() == Dtype::I64 => view.data().try_into().ok().map(|b| {
+                    let (min, max) = (i32::MIN.into(), i32::MAX.into());
+                    (otherwise, i64::from_le_bytes(b).clamp(min, max) as i32)
+                }),
+                _ => None,
+            };
+            let (int8, zero_point) =
+                zero_point.ok_or_else(|| unfit(&name, &view, "one U8, I8, I32 or I64"))?;
+            Ok(Quantization { int8, scale, zero_point })
+        };
+        let view = find(file, "weight")?;
+        let bytes = view.data().iter().map(|&byte| byte as i8).collect();
+        let weight = match *view.shape() {
+            [rows, columns, ref ones @ ..]
+                if view.dtype() == Dtype::I8 && ones.iter().all(|&len| len == 1) =>
+            {
+                Array2::from_shape_vec((rows, columns), bytes).ok()
+            }
+            _ => None,
+        };
+        let weight = weight
+            .ok_or_else(|| unfit("weight", &view, "I8 [c_out, c_in] or [c_out, c_in, 1, …]"))?;
+        let scales = vector(file, "weight_scale")?;
+        let layer = Quantized::new(weight, scales, quantization("src")?).dst(quantization("dst")?);
+        match find(file, "bias") {
+            Err(Error::MissingTensor { .. }) => Ok(layer),
+            Err(error) => Err(error),
+            Ok(view) if view.dtype() == Dtype::I32 && view.shape().len() == 1 => {
+                let bias = view.data().as_chunks().0.iter().map(|&b| i32::from_le_bytes(b));
+                Ok(layer.bias(bias.collect::<Array1<_>>()))
+            }
+            Ok(view) => Err(unfit("bias", &view, "I32 [c_out]")),
         }
     }
 }

@@ -76,6 +76,31 @@ pub enum Error {
         /// What would have been accepted.
         expected: &'static str,
     },
+    /// A tensor's elements are of another type than the layer was built for.
+    #[error("{tensor} has elements of type {got}, the layer has {expected}")]
+    ElementType {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The layer's type.
+        expected: &'static str,
+        /// The tensor's type.
+        got: &'static str,
+    },
+    /// A sum of products of 8-bit integers may not fit an i32.
+    #[error(
+        "sums of output channel {channel} may reach {sum}, beyond an i32: {terms} input channels, \
+         bias {bias}"
+    )]
+    SumOverflow {
+        /// The output channel.
+        channel: usize,
+        /// The sum that is farthest from zero, bias included.
+        sum: i64,
+        /// Input channels per group.
+        terms: usize,
+        /// The channel's bias.
+        bias: i32,
+    },
     /// A stage that may stand once in a layer stands twice.
     #[error("stage {stage} stands twice in the list; a layer takes it once")]
     RepeatedStage {

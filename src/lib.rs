@@ -32,6 +32,7 @@
 //! - [`Prepared::call`] takes further tensors: sources of a concatenation, a residual, a gate.
 //! - [`Branches`] and [`Sequence`] compose prepared layers.
 //! - [`train`] has forward and backward passes for training.
+//! - [`Quantized`] describes a layer of 8-bit integers; [`quantized`] says what it computes.
 //! - [`reference::forward`] says in f64 what all of this means.
 //!
 //! | feature | |
@@ -59,6 +60,7 @@ mod layer;
 mod plan;
 mod prepared;
 mod problem;
+pub mod quantized;
 pub mod reference;
 mod stages;
 mod tensor;
@@ -82,6 +84,7 @@ pub use error::{Error, Result};
 pub use layer::Pointwise;
 pub use plan::{Candidate, Explanation};
 pub use prepared::{Call, Layout, Math, PrepareOptions, Prepared};
+pub use quantized::{Quantization, Quantized};
 #[cfg(feature = "safetensors")]
 pub use safetensors;
 pub use stages::{Activation, BatchNorm, LayerNorm, NormOver, SourceStage, Stage};

@@ -12,6 +12,7 @@ use ndarray::{
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::problem::{LayerShape, dst_shape, without_trailing_ones};
+use crate::quantized::Quantized;
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 use crate::train::Statistics;
 
@@ -277,6 +278,62 @@ fn normalised_together(over: NormOver, x: &mut Array3<f64>) -> Vec<ArrayViewMut3
         }
     }
     sets
+}
+
+/// Runs a quantised layer on integers: sums in i64, the rest in f64, with multipliers that are
+/// rounded to f32 as the [specification](crate::quantized) says. Within one step of it, and equal
+/// where no value lies beside a half.
+///
+/// # Shapes
+/// `src [n, c_in, …spatial]` and `residual`, of the result's shape, hold the integers of their
+/// tensors; the result `[n, c_out, …ceil(spatial / stride)]` holds those of dst, or real numbers
+/// where the layer has no quantisation for it.
+///
+/// # Errors
+/// As the prepared layer's `forward`; its types are not checked.
+pub fn forward_quantized(
+    layer: &Quantized,
+    src: ArrayViewD<'_, i32>,
+    residual: Option<ArrayViewD<'_, i32>>,
+) -> Result<ArrayD<f64>> {
+    layer.check()?;
+    let shape = dst_shape(&layer.shape(), src.shape(), std::iter::empty())?;
+    match (layer.residual, &residual) {
+        (Some(_), None) => return Err(Error::MissingInput { input: "residual" }),
+        (None, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
+        (_, Some(residual)) if residual.shape() != shape.as_slice() => {
+            let (expected, got) = (shape.as_slice().to_vec(), residual.shape().to_vec());
+            return Err(Error::Shape { tensor: "residual", expected, got });
+        }
+        _ => {}
+    }
+    let (c_out, k) = layer.weight.dim();
+    let rows = c_out / layer.groups;
+    let scale = f64::from(layer.dst_scale());
+    let clip =
+        |x: f64, (lo, hi): (f32, f32)| x.max(f64::from(lo) / scale).min(f64::from(hi) / scale);
+    Ok(ArrayD::from_shape_fn(shape.as_slice(), |at| {
+        let channel = at[1];
+        let mut from = at.clone();
+        for axis in 2..shape.as_slice().len() {
+            from[axis] *= layer.stride;
+        }
+        let products = (0..k).map(|i| {
+            from[1] = channel / rows * k + i;
+            i64::from(layer.weight[[channel, i]]) * i64::from(src[&from] - layer.src.zero_point)
+        });
+        let sum = products.sum::<i64>() + i64::from(layer.bias_of(channel));
+        let mut x = clip(sum as f64 * f64::from(layer.multiplier(channel)), layer.clips[0]);
+        if let (Some(residual), Some(quantization)) = (&residual, layer.residual) {
+            let steps = f64::from(residual[&at] - quantization.zero_point);
+            x = clip(x + steps * f64::from(layer.residual_multiplier()), layer.clips[1]);
+        }
+        match layer.dst {
+            Some(dst) => (x.round_ties_even() + f64::from(dst.zero_point))
+                .clamp(dst.int8.min().into(), dst.int8.max().into()),
+            None => x,
+        }
+    }))
 }
 
 /// One activation in f64, by PyTorch's formula: NaN in gives NaN out.

@@ -492,7 +492,7 @@ pub trait Source<T = f32>: AsTensor<T> {
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output>;
 }
 
-impl<T: Element, D: Dimension> AsTensor<T> for ArrayRef<T, D> {
+impl<T, D: Dimension> AsTensor<T> for ArrayRef<T, D> {
     fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         // SAFETY: an array's own pointer, shape and strides, borrowed with it.
         unsafe {
@@ -501,7 +501,7 @@ impl<T: Element, D: Dimension> AsTensor<T> for ArrayRef<T, D> {
     }
 }
 
-impl<T: Element, D: Dimension> AsTensorMut<T> for ArrayRef<T, D> {
+impl<T, D: Dimension> AsTensorMut<T> for ArrayRef<T, D> {
     fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         let ptr = self.as_mut_ptr();
         // SAFETY: as above, exclusively.
@@ -517,13 +517,13 @@ impl<T: Element, D: Dimension> Source<T> for ArrayRef<T, D> {
     }
 }
 
-impl<T: Element, S: Data<Elem = T>, D: Dimension> AsTensor<T> for ArrayBase<S, D> {
+impl<T, S: Data<Elem = T>, D: Dimension> AsTensor<T> for ArrayBase<S, D> {
     fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         (**self).as_tensor()
     }
 }
 
-impl<T: Element, S: DataMut<Elem = T>, D: Dimension> AsTensorMut<T> for ArrayBase<S, D> {
+impl<T, S: DataMut<Elem = T>, D: Dimension> AsTensorMut<T> for ArrayBase<S, D> {
     fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         (**self).as_tensor_mut()
     }
@@ -662,10 +662,11 @@ pub(crate) fn try_zeros<T: Clone + Default>(what: &'static str, sizes: &[usize])
     Ok(vec![T::default(); len])
 }
 
-fn allocate_like<T: Element, D: Dimension>(
+/// An array of zeros of this shape, in the memory order of `like`.
+pub(crate) fn allocate_like<T, O: Clone + Default, D: Dimension>(
     like: TensorRef<'_, T>,
     shape: &[usize],
-) -> Result<Array<T, D>> {
+) -> Result<Array<O, D>> {
     if shape.len() != like.rank() {
         let expected = "the rank of the source";
         return Err(Error::Rank { tensor: "dst", expected, got: shape.len() });

@@ -12,6 +12,8 @@ use common::{Case, Described, Fixtures, difference, to_nhwc};
 use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn, ShapeBuilder};
 use ndarray_npy::{ReadNpyExt, WriteNpyExt};
+use pointwise::quantized::Int8;
+use pointwise::{Quantization, Quantized, reference};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
@@ -747,4 +749,108 @@ fn training_writes_every_gradient_of_the_reference() {
         }
     }
     assert_eq!(run, 40);
+}
+
+/// A layer of 8-bit integers, in every combination of types and layouts.
+#[test]
+fn quantized_layers_are_applied() {
+    let folder = Folder::new("quantized");
+    let (c_out, groups, stride) = (4usize, 2usize, 2usize);
+    let weight: Vec<i8> = (0..12i32).map(|i| (i * 37 % 251 - 120) as i8).collect();
+    let scales: Vec<f32> = (0..c_out).map(|c| 0.01 * (c + 1) as f32).collect();
+    let bias: Vec<i32> = vec![100, -200, 300, -4000];
+    let one = |x: f32| f32s(&[1], [x]);
+    let ints = |values: &[i32]| {
+        let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        (Dtype::I32, vec![values.len()], bytes)
+    };
+    let point = |int8: Int8, x: i32| match int8 {
+        Int8::U8 => (Dtype::U8, vec![], vec![x as u8]),
+        Int8::I8 => (Dtype::I8, vec![1], vec![x as i8 as u8]),
+    };
+    let arguments = |rest: &[&str]| {
+        let mut arguments = vec!["--quantized", "q.safetensors", "--input", "x.npy"];
+        arguments.extend(["--output", "y.npy", "--groups", "2"]);
+        arguments.extend(rest);
+        arguments.into_iter().map(String::from).collect::<Vec<_>>()
+    };
+    let shape = [2, 6, 5, 4];
+    for (src_type, dst_type, plain) in [
+        (Int8::U8, Int8::U8, false),
+        (Int8::U8, Int8::U8, true),
+        (Int8::U8, Int8::I8, false),
+        (Int8::I8, Int8::U8, false),
+        (Int8::I8, Int8::I8, true),
+    ] {
+        let src = ArrayD::from_shape_fn(IxDyn(&shape), |at| {
+            (at[0] * 71 + at[1] * 37 + at[2] * 113 + at[3] * 29) as i32 % 256 + src_type.min()
+        });
+        let quantization =
+            |int8: Int8, scale, above| Quantization { int8, scale, zero_point: int8.min() + above };
+        let (from, to) = (quantization(src_type, 0.05, 131), quantization(dst_type, 0.25, 120));
+        let weights = ndarray::Array2::from_shape_vec((c_out, 3), weight.clone()).unwrap();
+        let layer = Quantized::new(weights, scales.clone(), from).bias(bias.clone()).dst(to);
+        let layer = layer.groups(groups).stride(stride);
+        let want = reference::forward_quantized(&layer, src.view(), None).unwrap();
+
+        let zero = |q: Quantization| match plain {
+            true => ints(&[q.zero_point]),
+            false => point(q.int8, q.zero_point),
+        };
+        let weight_bytes = weight.iter().map(|&w| w as u8).collect();
+        folder.checkpoint(
+            "q.safetensors",
+            &Tensors::from([
+                ("weight".into(), (Dtype::I8, vec![4, 3, 1, 1], weight_bytes)),
+                ("weight_scale".into(), f32s(&[4], scales.iter().copied())),
+                ("bias".into(), ints(&bias)),
+                ("src_scale".into(), one(from.scale)),
+                ("dst_scale".into(), one(to.scale)),
+                ("src_zero_point".into(), zero(from)),
+                ("dst_zero_point".into(), zero(to)),
+            ]),
+        );
+        for layout in ["nchw", "nhwc"] {
+            let src = match layout {
+                "nhwc" => src.view().permuted_axes(IxDyn(&[0, 2, 3, 1])),
+                _ => src.view(),
+            };
+            match src_type {
+                Int8::U8 => folder.npy("x.npy", &src.mapv(|q| q as u8)),
+                Int8::I8 => folder.npy("x.npy", &src.mapv(|q| q as i8)),
+            }
+            let run = folder.apply(&arguments(&["--stride", "2", "--layout", layout]));
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            let text = String::from_utf8_lossy(&run.stdout).into_owned();
+            assert!(text.contains("fprop_i8_") && text.lines().count() == 1, "{text}");
+            let bytes = fs::read(folder.0.join("y.npy")).unwrap();
+            let got = match dst_type {
+                Int8::U8 => ArrayD::<u8>::read_npy(bytes.as_slice()).unwrap().mapv(i32::from),
+                Int8::I8 => ArrayD::<i8>::read_npy(bytes.as_slice()).unwrap().mapv(i32::from),
+            };
+            let got = match layout {
+                "nhwc" => got.permuted_axes(IxDyn(&[0, 3, 1, 2])),
+                _ => got,
+            };
+            assert_eq!(got.shape(), want.shape());
+            let differ = got.iter().zip(&want).filter(|&(&got, &want)| f64::from(got) != want);
+            assert_eq!(differ.count(), 0, "{src_type} -> {dst_type} {layout}");
+        }
+        let wrong = match src_type {
+            Int8::U8 if !plain => {
+                folder.npy("x.npy", &src.mapv(|q| q as i8));
+                "src has elements of type i8, the layer has u8"
+            }
+            _ => {
+                folder.npy("x.npy", &src.mapv(|q| q as f32));
+                "dtype <f4, expected |u1 (u8) or |i1 (i8)"
+            }
+        };
+        refused(&folder, &arguments(&[]), &[wrong]);
+    }
+    folder.npy("x.npy", &ArrayD::<u8>::zeros(IxDyn(&shape)));
+    refused(&folder, &arguments(&["--stages", "relu"]), &["--stages", "cannot be used with"]);
+    refused(&folder, &arguments(&["--input", "x.npy"]), &["2 inputs"]);
+    folder.checkpoint("q.safetensors", &Tensors::new());
+    refused(&folder, &arguments(&[]), &["weight"]);
 }

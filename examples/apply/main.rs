@@ -3,6 +3,7 @@
 mod layer;
 mod npy;
 mod options;
+mod quantized;
 mod train;
 
 use std::io::{self, Write};
@@ -51,10 +52,14 @@ fn fail(message: &str) -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let bytes = std::fs::read(&options.weights)
-        .map_err(|error| format!("{}: {error}", options.weights.display()))?;
+    if let Some(path) = &options.quantized {
+        return quantized::run(options, path);
+    }
+    let weights = options.weights.as_ref().ok_or("no --weights")?;
+    let bytes =
+        std::fs::read(weights).map_err(|error| format!("{}: {error}", weights.display()))?;
     let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| format!("{}: {error}", options.weights.display()))?;
+        .map_err(|error| format!("{}: {error}", weights.display()))?;
     let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
     let layer = layer::read(options, &file)?;

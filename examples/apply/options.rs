@@ -13,8 +13,20 @@ use pointwise::{DType, Layout};
 #[command(name = "apply", version, next_line_help = true, after_help = NAMES)]
 pub struct Options {
     /// The checkpoint with the layer's tensors (listed below)
-    #[arg(long, value_name = "W.safetensors")]
-    pub weights: PathBuf,
+    #[arg(long, value_name = "W.safetensors", required_unless_present = "quantized")]
+    pub weights: Option<PathBuf>,
+
+    /// Instead of --weights: a layer of 8-bit integers (its tensors are listed below); input and
+    /// output are u8 or i8
+    #[arg(
+        long,
+        value_name = "Q.safetensors",
+        conflicts_with_all = [
+            "weights", "stages", "source_stages", "residual", "alpha", "clip", "partial", "shuffle",
+            "layer", "norm", "dtype", "train",
+        ]
+    )]
+    pub quantized: Option<PathBuf>,
 
     /// Take weight and bias from NAME.weight and NAME.bias, as PyTorch calls them in a network
     #[arg(long, value_name = "NAME")]
@@ -137,6 +149,15 @@ Tensors of the checkpoint, F32, F16 or BF16; others are ignored:
 Tensors of --gradients, F32, for what the layer has:
   d_src (d_src0, d_src1, … for several inputs), d_residual, d_gate; d_weight, d_bias, d_gamma,
   d_beta, d_slope, d_ln_gamma, d_ln_beta, d_src_scale, d_src_shift; running_mean, running_var
+
+Tensors of a layer of 8-bit integers (--quantized):
+  weight                      I8 [c_out, c_in / groups]
+  weight_scale                F32 [c_out]
+  bias                        I32 [c_out], optional
+  src_scale, dst_scale        F32, one element
+  src_zero_point, dst_zero_point
+                              U8 or I8, one element, of the type of the input and of the output;
+                                where they are I32 or I64, both have the input's type
 
 An error is one line on stderr and exit code 1.
 

@@ -8,6 +8,7 @@
 mod area;
 mod epilogue;
 mod gemm;
+pub(crate) mod int8;
 mod isa;
 mod math;
 mod microkernel;

@@ -1,0 +1,64 @@
+//! A layer of 8-bit integers.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use ndarray::ArrayD;
+use pointwise::quantized::{Int8, PreparedQuantized, QuantizedElement, QuantizedOutput};
+use pointwise::safetensors::SafeTensors;
+use pointwise::{Device, Layout, Quantized, nhwc_mut};
+
+use crate::npy::{self, Integers, Value};
+use crate::options::Options;
+use crate::{Result, view};
+
+/// Runs the layer of a checkpoint on the only input.
+pub fn run(options: &Options, path: &Path) -> Result<()> {
+    let [input] = options.input.as_slice() else {
+        Err(format!("{} inputs; a layer of 8-bit integers takes one", options.input.len()))?
+    };
+    let input = npy::integers(input)?;
+    let otherwise = match input {
+        Integers::U8(_) => Int8::U8,
+        Integers::I8(_) => Int8::I8,
+    };
+    let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let file =
+        SafeTensors::deserialize(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+    let layer = Quantized::from_safetensors(&file, otherwise)?;
+    let layer = layer.groups(options.groups).stride(options.stride);
+    let device: Device = options.device.parse()?;
+    let prepared = layer.prepare(&options.threads.into_iter().fold(device, Device::threads))?;
+    let dst = layer.dst_quantization().map(|dst| dst.int8);
+    match (input, dst) {
+        (Integers::U8(src), Some(Int8::I8)) => apply::<u8, i8>(options, &prepared, &src),
+        (Integers::U8(src), _) => apply::<u8, u8>(options, &prepared, &src),
+        (Integers::I8(src), Some(Int8::U8)) => apply::<i8, u8>(options, &prepared, &src),
+        (Integers::I8(src), _) => apply::<i8, i8>(options, &prepared, &src),
+    }
+}
+
+fn apply<T: QuantizedElement, O: QuantizedOutput + Value>(
+    options: &Options,
+    layer: &PreparedQuantized,
+    src: &ArrayD<T>,
+) -> Result<()> {
+    let last = options.layout == Layout::ChannelsLast;
+    let logical = view(src, last);
+    let mut dst_shape = layer.dst_shape(logical.shape())?;
+    if last {
+        dst_shape[1..].rotate_left(1);
+    }
+    let mut dst = npy::zeros::<O>(&dst_shape)?;
+    let start = Instant::now();
+    match last {
+        true => layer.forward_into(&logical, &mut nhwc_mut(dst.view_mut()))?,
+        false => layer.forward_into(&logical, &mut dst)?,
+    }
+    let time = start.elapsed();
+    npy::write(&options.output, &dst)?;
+    let (src, kernel, device) = (src.shape(), layer.kernel(), layer.device());
+    writeln!(io::stdout(), "{src:?} -> {dst_shape:?}, {kernel} on {device}, {time:.1?}")?;
+    Ok(())
+}

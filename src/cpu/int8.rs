@@ -1,0 +1,516 @@
+//! Layers of 8-bit integers: how a call is cut into units, and a unit into tiles.
+//!
+//! As in f32, one operand of a tile is broadcast and the other one read in vectors. Where the
+//! channels of dst are adjacent, vectors run along them and src is broadcast, in place if it can be;
+//! otherwise they run along positions and the weight is broadcast. `pack` makes words of what is
+//! not read in place, `sums` multiplies them, `finish` makes dst of the sums, `kernels` has the code
+//! of all that for each instruction set.
+
+mod finish;
+mod kernels;
+mod pack;
+mod sums;
+
+use std::cell::{RefCell, UnsafeCell};
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use finish::{CHUNK, Finish, Operand, Stored};
+pub(crate) use finish::{Clip, Scaling};
+use kernels::Kernel;
+use pack::{Source, Weights, Words};
+use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
+
+use crate::cpu::isa::{ISA_VARIABLE, Isa};
+use crate::cpu::plan::{even, pieces_of};
+use crate::cpu::threads::CpuDevice;
+use crate::error::{Error, Result};
+use crate::problem::{DstShape, LayerShape, Positions};
+use crate::tensor::{MAX_RANK, TensorMut, TensorRef};
+
+/// Bytes of src that a unit works on: they stay in the second cache level while the weights pass.
+const BLOCK_BYTES: usize = 192 << 10;
+
+/// A prepared layer of 8-bit integers on the CPU.
+#[derive(Clone)]
+pub(crate) struct Layer {
+    device: CpuDevice,
+    kernel: &'static Kernel,
+    packed: Arc<Packed>,
+}
+
+/// What all clones of a layer share.
+struct Packed {
+    weights: Weights,
+    offset: Vec<i32>,
+    scale: Vec<f32>,
+    scaling: Scaling,
+    src_flip: u8,
+    shape: LayerShape,
+}
+
+/// A layer as the backend takes it: `dst = finish((Σ w · (src ^ src_flip) + offset) · scale)`, where
+/// the sums are over unsigned bytes.
+pub(crate) struct Lowered<'a> {
+    pub shape: LayerShape,
+    /// `[c_out, c_in / groups]`, row-major.
+    pub weight: &'a [i8],
+    /// One per output channel.
+    pub offset: Vec<i32>,
+    /// One per output channel.
+    pub scale: Vec<f32>,
+    pub scaling: Scaling,
+    pub src_flip: u8,
+}
+
+/// The tensors of one call, which have been checked against the layer: bytes of either sign.
+pub(crate) struct Call<'a, T> {
+    pub shape: DstShape,
+    pub src: TensorRef<'a, u8>,
+    pub residual: Option<TensorRef<'a, u8>>,
+    pub dst: TensorMut<'a, T>,
+}
+
+/// A result's element, and which of a kernel's functions makes it.
+pub(crate) trait Output: Stored {
+    fn finish(kernel: &Kernel) -> unsafe fn(&Finish<Self>);
+}
+
+impl Output for u8 {
+    fn finish(kernel: &Kernel) -> unsafe fn(&Finish<u8>) {
+        kernel.finish_bytes
+    }
+}
+
+impl Output for f32 {
+    fn finish(kernel: &Kernel) -> unsafe fn(&Finish<f32>) {
+        kernel.finish_f32
+    }
+}
+
+impl Layer {
+    /// Packs a layer.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for an instruction set that is unknown or not there.
+    pub(crate) fn new(device: &CpuDevice, lowered: Lowered<'_>) -> Result<Self> {
+        let isa = Isa::detect().map_err(|reason| Error::Environment {
+            variable: ISA_VARIABLE,
+            value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
+            reason,
+        })?;
+        Ok(Layer::with_kernel(device, Kernel::of(isa), lowered))
+    }
+
+    fn with_kernel(device: &CpuDevice, kernel: &'static Kernel, lowered: Lowered<'_>) -> Self {
+        let Lowered { shape, weight, mut offset, mut scale, scaling, src_flip } = lowered;
+        let rows = shape.c_out / shape.groups;
+        let weights = Weights::pack(weight, rows, shape.k(), kernel.group, kernel.lanes);
+        // They are read a whole chunk at a time.
+        offset.resize(shape.c_out + CHUNK, 0);
+        scale.resize(shape.c_out + CHUNK, 0.0);
+        let packed = Packed { weights, offset, scale, scaling, src_flip, shape };
+        Layer { device: device.clone(), kernel, packed: Arc::new(packed) }
+    }
+
+    /// The kernel that runs it.
+    pub(crate) fn kernel(&self) -> &'static str {
+        self.kernel.name
+    }
+
+    /// Runs a call.
+    pub(crate) fn run<T: Output>(&self, call: &Call<'_, T>) {
+        let pass = Pass::new(self, call);
+        let work = pass.macs / 4 + pass.bytes / 4;
+        self.device.for_each(pass.units(), work, &|unit| {
+            SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
+                Ok(mut scratch) => pass.run_unit(unit, &mut scratch),
+                // A unit never runs inside another one; a fresh scratch keeps that from being a
+                // promise.
+                Err(_) => pass.run_unit(unit, &mut Scratch::default()),
+            });
+        });
+    }
+}
+
+impl fmt::Debug for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cpu::int8::Layer({} on {})", self.kernel.name, self.device)
+    }
+}
+
+/// What a thread needs while it works on a unit.
+#[derive(Default)]
+struct Scratch {
+    packed: Words,
+    /// What `packed` holds: pass, block, group.
+    held: Option<(u64, usize, usize)>,
+    src: Vec<isize>,
+    dst: Vec<isize>,
+    residual: Vec<isize>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+static PASSES: AtomicU64 = AtomicU64::new(1);
+
+/// A tensor of a call: positions run over all samples.
+struct Walked<T> {
+    ptr: *mut T,
+    channel: isize,
+    positions: Positions,
+}
+
+impl<T> Walked<T> {
+    /// Every `stride`-th position of each spatial axis.
+    fn new(tensor: &TensorRef<'_, T>, shape: &DstShape, stride: usize) -> Self {
+        let (lengths, strides) = (shape.as_slice(), tensor.strides());
+        let mut axes = [(1, 0); MAX_RANK - 1];
+        axes[0] = (lengths[0], strides[0]);
+        for axis in 2..lengths.len() {
+            axes[axis - 1] = (lengths[axis], strides[axis].wrapping_mul(stride as isize));
+        }
+        Walked {
+            ptr: tensor.as_ptr().cast_mut(),
+            channel: strides[1],
+            positions: Positions::new(&axes),
+        }
+    }
+
+    /// Some channels at a block's positions.
+    fn at(&self, channel: usize, table: &[isize], first: usize) -> Operand<T> {
+        Operand {
+            ptr: self.ptr.wrapping_offset(channel as isize * self.channel),
+            channel: self.channel,
+            positions: table[first..].as_ptr(),
+            adjacent: self.positions.uniform() == Some(1),
+        }
+    }
+}
+
+/// How src is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Read {
+    /// Where it is, with this distance between positions.
+    InPlace(isize),
+    /// Copied, a row of words per position.
+    Rows,
+    /// Copied into panels of so many positions, in which words of neighbours are adjacent.
+    Panels(usize),
+}
+
+/// One call, and how it is cut.
+struct Pass<'a, T> {
+    layer: &'a Layer,
+    src: Walked<u8>,
+    dst: Walked<T>,
+    residual: Option<Walked<u8>>,
+    lanes_are_channels: bool,
+    read: Read,
+    /// Positions over all samples, and how many a block has.
+    positions: usize,
+    block: usize,
+    /// Output channels of a group that a unit has.
+    rows: usize,
+    macs: usize,
+    bytes: usize,
+    id: u64,
+}
+
+// SAFETY: the pointers are to tensors that the caller of a run has borrowed for its duration; units
+// write to disjoint parts of dst.
+unsafe impl<T> Sync for Pass<'_, T> {}
+
+impl<'a, T: Output> Pass<'a, T> {
+    fn new(layer: &'a Layer, call: &Call<'_, T>) -> Self {
+        let Layer { device, kernel, packed } = layer;
+        let LayerShape { c_in, c_out, groups, stride, .. } = packed.shape;
+        let k = packed.shape.k();
+        let shape = &call.shape;
+        let src = Walked::new(&call.src, shape, stride);
+        let dst = Walked::new(call.dst.view(), shape, 1);
+        let residual = call.residual.as_ref().map(|residual| Walked::new(residual, shape, 1));
+        let lengths = shape.as_slice();
+        let positions = lengths[0] * lengths[2..].iter().product::<usize>();
+
+        let adjacent_positions =
+            positions > 1 && dst.positions.runs(0, 2).next().is_some_and(|(_, step, _)| step == 1);
+        let lanes_are_channels = dst.channel == 1 || !adjacent_positions;
+        let in_place = kernel.group == 4 && k.is_multiple_of(4) && packed.src_flip == 0;
+        let read = match src.positions.uniform() {
+            Some(step) if lanes_are_channels && src.channel == 1 && in_place => Read::InPlace(step),
+            _ if lanes_are_channels && (src.channel == 1 || k == 1) => Read::Rows,
+            _ => Read::Panels(kernel.widest()),
+        };
+
+        let macs = [positions, c_out, k].into_iter().fold(1usize, usize::saturating_mul);
+        let bytes = positions.saturating_mul(c_in + c_out * size_of::<T>());
+        let threads = device.threads_for(macs / 4 + bytes / 4);
+        let tile =
+            if lanes_are_channels { kernel.rows[kernel.rows.len() - 1] } else { kernel.widest() };
+        let per_group = c_out / groups;
+        let wanted = if threads < 2 { 1 } else { (4 * threads).div_ceil(groups) };
+        // Blocks for the cache; more of them for threads, as long as each has some tiles; where
+        // that does not do, the channels are split too.
+        let blocks = positions.div_ceil((BLOCK_BYTES / k).max(4 * tile));
+        let blocks = blocks.max(wanted.min(positions / (4 * tile))).max(1);
+        let block = positions.div_ceil(blocks).max(1);
+        let block = if lanes_are_channels { block } else { block.next_multiple_of(tile) };
+        let blocks = positions.div_ceil(block).max(1);
+        let splits = if blocks * groups < 2 * threads && threads > 1 {
+            wanted.div_ceil(blocks).min(per_group.div_ceil(kernel.widest().max(kernel.lanes)))
+        } else {
+            1
+        };
+        let rows = per_group.div_ceil(splits.max(1)).next_multiple_of(kernel.lanes);
+        let id = PASSES.fetch_add(1, Ordering::Relaxed);
+        Pass {
+            layer,
+            src,
+            dst,
+            residual,
+            lanes_are_channels,
+            read,
+            positions,
+            block,
+            rows,
+            macs,
+            bytes,
+            id,
+        }
+    }
+
+    /// Units per block and group.
+    fn splits(&self) -> usize {
+        self.rows_per_group().div_ceil(self.rows)
+    }
+
+    fn rows_per_group(&self) -> usize {
+        self.layer.packed.shape.c_out / self.layer.packed.shape.groups
+    }
+
+    fn units(&self) -> usize {
+        self.positions.div_ceil(self.block) * self.layer.packed.shape.groups * self.splits()
+    }
+
+    fn run_unit(&self, unit: usize, scratch: &mut Scratch) {
+        let Packed { shape, src_flip, weights, .. } = &*self.layer.packed;
+        let kernel = self.layer.kernel;
+        let (rest, split) = (unit / self.splits(), unit % self.splits());
+        let (block, group) = (rest / shape.groups, rest % shape.groups);
+        let first = block * self.block;
+        let count = (self.positions - first).min(self.block);
+        let Scratch { packed, held, src, dst, residual } = scratch;
+        dst.resize(count, 0);
+        self.dst.positions.fill(first, 0, dst);
+        if let Some(walked) = &self.residual {
+            residual.resize(count, 0);
+            walked.positions.fill(first, 0, residual);
+        }
+
+        let k = shape.k();
+        let ptr = self.src.ptr.wrapping_offset((group * k) as isize * self.src.channel);
+        let a_or_b = match self.read {
+            Read::InPlace(step) => ptr.cast_const().wrapping_offset(first as isize * step),
+            Read::Rows | Read::Panels(_) => {
+                if *held != Some((self.id, block, group)) {
+                    src.resize(count, 0);
+                    self.src.positions.fill(first, 0, src);
+                    let channel = self.src.channel;
+                    let source = Source { ptr, channel, positions: src, k, flip: *src_flip };
+                    // SAFETY: the CPU has the kernel's instructions, and the call was checked: the
+                    // channels of the group lie in src at every position.
+                    unsafe {
+                        match self.read {
+                            Read::Panels(width) => {
+                                let len = count.next_multiple_of(width) * weights.k_words;
+                                (kernel.pack_panels)(&source, width, packed.get(len));
+                            }
+                            _ => (kernel.pack_rows)(&source, packed.get(count * weights.k_words)),
+                        }
+                    }
+                    *held = Some((self.id, block, group));
+                }
+                packed.as_ptr().cast()
+            }
+        };
+        let rows = split * self.rows..((split + 1) * self.rows).min(self.rows_per_group());
+        let sums = Sums(UnsafeCell::new([0; MOST_ROWS * SUMS_STRIDE]));
+        let area = Area { pass: self, group, src: a_or_b, dst, residual, sums };
+        if self.lanes_are_channels {
+            area.channels(rows, count)
+        } else {
+            area.positions(rows, count)
+        }
+    }
+}
+
+/// A unit's tiles.
+struct Area<'a, T> {
+    pass: &'a Pass<'a, T>,
+    group: usize,
+    /// The block's src, as [`Read`] says.
+    src: *const u8,
+    /// Where the block's positions are in dst and in the residual.
+    dst: &'a [isize],
+    residual: &'a [isize],
+    /// Those of the tile at hand.
+    sums: Sums,
+}
+
+/// The sums of a tile, on cache lines.
+#[repr(align(64))]
+struct Sums(UnsafeCell<[i32; MOST_ROWS * SUMS_STRIDE]>);
+
+impl<T: Output> Area<'_, T> {
+    /// Vectors run along the channels.
+    fn channels(&self, rows: Range<usize>, count: usize) {
+        let kernel = self.pass.layer.kernel;
+        for panel in self.panels(&rows) {
+            for lanes in pieces_of(panel, kernel.widest()) {
+                for lanes in lanes.each() {
+                    // Positions of one tile lie in one panel.
+                    let width = match self.pass.read {
+                        Read::Panels(width) => width,
+                        _ => count,
+                    };
+                    for panel in pieces_of(0..count, width.max(1)).flat_map(|run| run.each()) {
+                        let positions = panel.first..panel.first + panel.len;
+                        let most = kernel.most_rows(lanes.len);
+                        for positions in even(positions, most).flat_map(|run| run.each()) {
+                            let channels = lanes.first..lanes.first + lanes.len;
+                            self.across(channels, positions.first..positions.first + positions.len);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Vectors run along the positions, but for a few behind the last vector.
+    fn positions(&self, rows: Range<usize>, count: usize) {
+        let kernel = self.pass.layer.kernel;
+        let tail = count % kernel.lanes;
+        // With more, what a vector throws away costs less than a tile of so few rows.
+        let tail = if tail * 3 <= kernel.lanes { tail } else { 0 };
+        for piece in pieces_of(0..count - tail, kernel.widest()).flat_map(|run| run.each()) {
+            for panel in self.panels(&rows) {
+                let most = kernel.most_rows(piece.len);
+                for rows in even(panel, most).flat_map(|run| run.each()) {
+                    let channels = rows.first..rows.first + rows.len;
+                    self.along(channels, piece.first..piece.first + piece.len);
+                }
+            }
+        }
+        if tail > 0 {
+            for panel in self.panels(&rows) {
+                for lanes in pieces_of(panel, kernel.widest()).flat_map(|run| run.each()) {
+                    self.across(lanes.first..lanes.first + lanes.len, count - tail..count);
+                }
+            }
+        }
+    }
+
+    /// The weight's panels, cut down to some rows.
+    fn panels(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'_, T> {
+        let weights = &self.pass.layer.packed.weights;
+        let rows = rows.clone();
+        let panels = rows.start / pack::PANEL..rows.end.div_ceil(pack::PANEL);
+        panels.map(move |panel| weights.rows_of(panel, &rows))
+    }
+
+    /// A tile with lanes along the channels.
+    fn across(&self, channels: Range<usize>, positions: Range<usize>) {
+        let Pass { layer, read, .. } = self.pass;
+        let weights = &layer.packed.weights;
+        let k_words = weights.k_words;
+        let (a, a_row, a_word) = match *read {
+            Read::InPlace(step) => (positions.start as isize * step, step, 4),
+            Read::Rows => {
+                let row = 4 * k_words as isize;
+                (positions.start as isize * row, row, 4)
+            }
+            Read::Panels(width) => {
+                let (panel, within) = (positions.start / width, positions.start % width);
+                (4 * (panel * width * k_words + within) as isize, 4, 4 * width as isize)
+            }
+        };
+        let tile = Tile {
+            a: self.src.wrapping_offset(a),
+            a_row,
+            a_word,
+            b: weights.row(self.group, channels.start),
+            b_word: weights.stride(channels.start / pack::PANEL),
+            words: k_words,
+            rows: positions.len(),
+            vectors: channels.len().div_ceil(layer.kernel.lanes),
+            weight_is_a: false,
+            out: self.sums.0.get().cast(),
+        };
+        self.tile(tile, channels, positions, true);
+    }
+
+    /// A tile with lanes along the positions.
+    fn along(&self, channels: Range<usize>, positions: Range<usize>) {
+        let Pass { layer, read, .. } = self.pass;
+        let weights = &layer.packed.weights;
+        let Read::Panels(width) = *read else { unreachable!("src is packed into panels") };
+        let (panel, within) = (positions.start / width, positions.start % width);
+        let b = panel * width * weights.k_words + within;
+        let tile = Tile {
+            a: weights.row(self.group, channels.start).cast(),
+            a_row: 4,
+            a_word: 4 * weights.stride(channels.start / pack::PANEL) as isize,
+            b: self.src.cast::<u32>().wrapping_add(b),
+            b_word: width,
+            words: weights.k_words,
+            rows: channels.len(),
+            vectors: positions.len().div_ceil(layer.kernel.lanes),
+            weight_is_a: true,
+            out: self.sums.0.get().cast(),
+        };
+        self.tile(tile, channels, positions, false);
+    }
+
+    fn tile(
+        &self,
+        tile: Tile,
+        channels: Range<usize>,
+        positions: Range<usize>,
+        lanes_are_channels: bool,
+    ) {
+        let Pass { layer, dst, residual, .. } = self.pass;
+        let channel = self.group * self.pass.rows_per_group() + channels.start;
+        let Packed { offset, scale, scaling, .. } = &*layer.packed;
+        let (rows, lanes) = match lanes_are_channels {
+            true => (positions.len(), channels.len()),
+            false => (channels.len(), positions.len()),
+        };
+        let finish = Finish {
+            sums: tile.out,
+            rows,
+            lanes,
+            lanes_are_channels,
+            offset: offset[channel..].as_ptr(),
+            scale: scale[channel..].as_ptr(),
+            scaling: *scaling,
+            dst: dst.at(channel, self.dst, positions.start),
+            residual: residual.as_ref().map(|r| r.at(channel, self.residual, positions.start)),
+        };
+        // SAFETY: the CPU has the kernel's instructions; the block lies inside src or its copy, the
+        // rows and lanes inside the packed weight, which is as wide as whole vectors (and so are the
+        // copy's panels); the call was checked, and the tables have the block's positions. Nobody else
+        // uses the sums.
+        unsafe {
+            (layer.kernel.sum)(&tile);
+            T::finish(layer.kernel)(&finish);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

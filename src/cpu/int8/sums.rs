@@ -1,0 +1,214 @@
+//! Sums of products of 8-bit integers, exact in i32, a tile at a time.
+//!
+//! Operands are words of 32 bits that hold a group of adjacent input channels: four bytes where the
+//! CPU multiplies bytes (VNNI), elsewhere two 16-bit integers. One side is unsigned (src), the other
+//! one signed (the weight). Sums wrap, so that whatever is taken from them afterwards is exact as
+//! long as the result fits an i32.
+
+use std::hint::black_box;
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// The distance from row to row of a finished tile, in sums: the lanes of the widest tile.
+pub(crate) const SUMS_STRIDE: usize = 64;
+/// The most rows of any tile.
+pub(crate) const MOST_ROWS: usize = 14;
+
+/// One tile: `out[r][l] = Σ_w a[r][w] · b[w][l]`, each product that of a group.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    /// Read a word at a time, at any alignment, and given to all lanes.
+    pub a: *const u8,
+    /// From row to row, in bytes.
+    pub a_row: isize,
+    /// From word to word, in bytes.
+    pub a_word: isize,
+    /// Read a vector at a time.
+    pub b: *const u32,
+    /// From word to word, in words.
+    pub b_word: usize,
+    /// Words to sum.
+    pub words: usize,
+    pub rows: usize,
+    pub vectors: usize,
+    /// Whether A is the weight, the signed side; otherwise B is.
+    pub weight_is_a: bool,
+    /// Rows of [`SUMS_STRIDE`] sums.
+    pub out: *mut i32,
+}
+
+/// A vector of sums, and of words to multiply.
+///
+/// # Safety of all methods
+/// The CPU has the type's instructions, and pointers are to as many elements as there are lanes.
+pub(super) trait Dot: Copy {
+    const LANES: usize;
+    unsafe fn zero() -> Self;
+    unsafe fn load(words: *const u32) -> Self;
+    /// The word at any address, in every lane.
+    unsafe fn splat(word: *const u8) -> Self;
+    /// `self` plus the products of each lane's group.
+    unsafe fn dot(self, unsigned: Self, signed: Self) -> Self;
+    unsafe fn store(self, out: *mut i32);
+}
+
+/// Pairs of 16-bit integers in plain code.
+#[cfg(any(test, not(target_arch = "x86_64")))]
+#[derive(Clone, Copy)]
+pub(super) struct Pairs8([u32; 8]);
+
+#[cfg(any(test, not(target_arch = "x86_64")))]
+impl Dot for Pairs8 {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Pairs8([0; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn load(words: *const u32) -> Self {
+        // SAFETY: the caller's promise.
+        Pairs8(unsafe { words.cast::<[u32; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn splat(word: *const u8) -> Self {
+        // SAFETY: the caller's promise.
+        Pairs8([unsafe { word.cast::<u32>().read_unaligned() }; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn dot(self, unsigned: Self, signed: Self) -> Self {
+        // In the form that compilers know as one instruction.
+        let halves = |words: [u32; 8]| -> [i16; 16] {
+            std::array::from_fn(|i| (words[i / 2] >> (i % 2 * 16)) as i16)
+        };
+        let (a, b) = (halves(unsigned.0), halves(signed.0));
+        let mut products = [0i32; 16];
+        for i in 0..16 {
+            products[i] = i32::from(a[i]) * i32::from(b[i]);
+        }
+        Pairs8(std::array::from_fn(|lane| {
+            self.0[lane].wrapping_add((products[2 * lane] + products[2 * lane + 1]) as u32)
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, out: *mut i32) {
+        // SAFETY: the caller's promise.
+        unsafe { out.cast::<[u32; 8]>().write_unaligned(self.0) }
+    }
+}
+
+/// An x86 vector: its type, its lanes, and what it is made of.
+#[cfg(target_arch = "x86_64")]
+macro_rules! vectors {
+    ($($(#[$doc:meta])* $name:ident($register:ty), $lanes:literal lanes: $zero:ident, $load:ident, $store:ident, $splat:ident, |$sum:ident, $unsigned:ident, $signed:ident| $dot:expr;)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub(super) struct $name($register);
+
+        impl Dot for $name {
+            const LANES: usize = $lanes;
+
+            #[inline(always)]
+            unsafe fn zero() -> Self {
+                // SAFETY: the caller's promises, here and below.
+                $name(unsafe { $zero() })
+            }
+
+            #[inline(always)]
+            unsafe fn load(words: *const u32) -> Self {
+                // SAFETY: as above.
+                $name(unsafe { $load(words.cast()) })
+            }
+
+            #[inline(always)]
+            unsafe fn splat(word: *const u8) -> Self {
+                // SAFETY: as above.
+                $name(unsafe { $splat(word.cast::<i32>().read_unaligned()) })
+            }
+
+            #[inline(always)]
+            unsafe fn dot(self, unsigned: Self, signed: Self) -> Self {
+                let ($sum, $unsigned, $signed) = (self.0, unsigned.0, signed.0);
+                // SAFETY: as above.
+                $name(unsafe { $dot })
+            }
+
+            #[inline(always)]
+            unsafe fn store(self, out: *mut i32) {
+                // SAFETY: as above.
+                unsafe { $store(out.cast(), self.0) }
+            }
+        }
+    )*};
+}
+
+#[cfg(target_arch = "x86_64")]
+vectors! {
+    /// As [`Pairs8`], in what every CPU of the target has.
+    Sse2Pairs(__m128i), 4 lanes: _mm_setzero_si128, _mm_loadu_si128, _mm_storeu_si128, _mm_set1_epi32,
+        |sum, unsigned, signed| _mm_add_epi32(sum, _mm_madd_epi16(unsigned, signed));
+    /// Pairs of 16-bit integers: no sum of two products overflows, which those of bytes could.
+    Avx2Pairs(__m256i), 8 lanes: _mm256_setzero_si256, _mm256_loadu_si256, _mm256_storeu_si256, _mm256_set1_epi32,
+        |sum, unsigned, signed| _mm256_add_epi32(sum, _mm256_madd_epi16(unsigned, signed));
+    /// As [`Avx2Pairs`].
+    Avx512Pairs(__m512i), 16 lanes: _mm512_setzero_si512, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_set1_epi32,
+        |sum, unsigned, signed| _mm512_add_epi32(sum, _mm512_madd_epi16(unsigned, signed));
+    /// Groups of four bytes.
+    Vnni(__m512i), 16 lanes: _mm512_setzero_si512, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_set1_epi32,
+        |sum, unsigned, signed| _mm512_dpbusd_epi32(sum, unsigned, signed);
+}
+
+/// Computes a tile of `R` rows and `NV` vectors.
+///
+/// Rows are reached by addresses of the form `base + stride * {1, 2, 4}`, whose strides are hidden
+/// from the optimiser, which would make one long chain of additions of them.
+///
+/// # Safety
+/// The CPU has D's instructions; A is readable at every row and word, B at every word and lane, and
+/// `out` is writable at every row and lane.
+#[inline(always)]
+pub(super) unsafe fn tile<D: Dot, const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(
+    tile: &Tile,
+) {
+    debug_assert!(tile.rows == R && tile.vectors == NV);
+    let one = tile.a_row;
+    let [three, five, seven] = [3, 5, 7].map(|times| black_box(times * one));
+    let mut bases = [tile.a, tile.a.wrapping_offset(seven)];
+    let mut b = tile.b;
+    // SAFETY: the caller's promises; addresses past the last word are not used.
+    unsafe {
+        let mut sums = [[D::zero(); NV]; R];
+        for _ in 0..tile.words {
+            let mut lanes = [D::zero(); NV];
+            for (v, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = D::load(b.add(v * D::LANES));
+            }
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let word = D::splat(bases[row / 7].wrapping_offset(match row % 7 {
+                    0 => 0,
+                    1 => one,
+                    2 => one * 2,
+                    3 => three,
+                    4 => one * 4,
+                    5 => five,
+                    _ => three * 2,
+                }));
+                for (sum, lanes) in sums.iter_mut().zip(lanes) {
+                    *sum = if WEIGHT_IS_A { sum.dot(lanes, word) } else { sum.dot(word, lanes) };
+                }
+            }
+            bases = bases.map(|base| base.wrapping_offset(tile.a_word));
+            b = b.wrapping_add(tile.b_word);
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                sum.store(tile.out.add(row * SUMS_STRIDE + v * D::LANES));
+            }
+        }
+    }
+}

@@ -1,0 +1,285 @@
+use ndarray::{Array2, Array4, ArrayView4, s};
+
+use super::kernels::KERNELS;
+use super::*;
+use crate::problem::dst_shape;
+use crate::quantized::{Quantization, Quantized};
+use crate::tensor::{AsTensor, AsTensorMut, nhwc, nhwc_mut};
+
+/// A sequence that looks random, the same in every run.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u8 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 56) as u8
+    }
+
+    fn array(&mut self, shape: [usize; 4]) -> Array4<u8> {
+        Array4::from_shape_simple_fn(shape, || self.next())
+    }
+}
+
+fn run<T: Output>(
+    kernel: &'static Kernel,
+    threads: usize,
+    layer: &Quantized,
+    src: ArrayView4<'_, u8>,
+    residual: Option<ArrayView4<'_, u8>>,
+    dst: &mut ndarray::ArrayViewMut4<'_, T>,
+) {
+    layer.check().unwrap();
+    let mut device = CpuDevice::default();
+    device.limit_threads(threads);
+    let weight = layer.weight().as_standard_layout();
+    let lowered = layer.lower(weight.as_slice().unwrap());
+    let shape = dst_shape(&lowered.shape, src.shape(), std::iter::empty()).unwrap();
+    assert_eq!(dst.shape(), shape.as_slice());
+    let layer = Layer::with_kernel(&device, kernel, lowered);
+    let call = Call {
+        shape,
+        src: src.as_tensor().unwrap(),
+        residual: residual.as_ref().map(|residual| residual.as_tensor().unwrap()),
+        dst: dst.as_tensor_mut().unwrap(),
+    };
+    layer.run(&call);
+}
+
+/// Input channels, output channels, groups, samples, height, width, stride.
+const SHAPES: &[[usize; 7]] = &[
+    [1, 1, 1, 1, 1, 1, 1],
+    [1, 17, 1, 1, 3, 5, 1],
+    [2, 3, 1, 2, 4, 4, 1],
+    [3, 16, 1, 1, 7, 7, 1],
+    [4, 15, 1, 1, 4, 4, 1],
+    [5, 65, 1, 1, 1, 67, 1],
+    [7, 64, 1, 3, 5, 3, 1],
+    [8, 63, 1, 1, 8, 8, 1],
+    [16, 24, 1, 1, 13, 13, 1],
+    [12, 129, 1, 1, 6, 11, 1],
+    [64, 48, 1, 1, 9, 11, 1],
+    [33, 96, 1, 2, 7, 7, 1],
+    [97, 31, 1, 1, 10, 10, 2],
+    [24, 40, 2, 1, 7, 9, 1],
+    [15, 21, 3, 2, 6, 6, 1],
+    [20, 12, 4, 1, 9, 7, 3],
+    [36, 130, 1, 97, 1, 1, 1],
+    [260, 80, 1, 1, 14, 14, 1],
+    [64, 64, 1, 0, 3, 3, 1],
+    [64, 64, 1, 2, 0, 3, 1],
+    [2048, 70, 1, 1, 13, 13, 1],
+];
+
+/// How a test's tensors lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order {
+    First,
+    Last,
+    /// Every second channel and position of a larger tensor, rows backwards.
+    Sparse,
+}
+
+fn in_order<T: Copy>(values: ArrayView4<'_, T>, order: Order, f: impl FnOnce(ArrayView4<'_, T>)) {
+    match order {
+        Order::First => f(values.as_standard_layout().view()),
+        Order::Last => {
+            let last = values.permuted_axes([0, 2, 3, 1]);
+            f(nhwc(last.as_standard_layout().view()));
+        }
+        Order::Sparse => {
+            let (n, c, h, w) = values.dim();
+            let larger = Array4::from_shape_fn((n, 2 * c, h, 2 * w), |(i, j, y, x)| {
+                values[[i, j / 2, h - 1 - y, x / 2]]
+            });
+            f(larger.slice(s![.., ..;2, ..;-1, ..;2]));
+        }
+    }
+}
+
+/// Runs into memory of some order that is filled with `canary`, and gives the result; what lies
+/// around it must stay as it is.
+fn into_order<T: Output + PartialEq + std::fmt::Debug>(
+    shape: [usize; 4],
+    order: Order,
+    canary: T,
+    f: impl FnOnce(&mut ndarray::ArrayViewMut4<'_, T>),
+) -> Array4<T> {
+    let [n, c, h, w] = shape;
+    match order {
+        Order::First => {
+            let mut fenced = Array4::from_elem((n, c + 2, h, w), canary);
+            f(&mut fenced.slice_mut(s![.., 1..c + 1, .., ..]));
+            assert!(fenced.slice(s![.., 0, .., ..]).iter().all(|&x| x == canary));
+            assert!(fenced.slice(s![.., c + 1, .., ..]).iter().all(|&x| x == canary));
+            fenced.slice(s![.., 1..c + 1, .., ..]).to_owned()
+        }
+        Order::Last => {
+            let mut fenced = Array4::from_elem((n, h, w, c + 2), canary);
+            f(&mut nhwc_mut(fenced.slice_mut(s![.., .., .., 1..c + 1])));
+            assert!(fenced.slice(s![.., .., .., 0]).iter().all(|&x| x == canary));
+            assert!(fenced.slice(s![.., .., .., c + 1]).iter().all(|&x| x == canary));
+            nhwc(fenced.slice(s![.., .., .., 1..c + 1])).to_owned()
+        }
+        Order::Sparse => {
+            let mut fenced = Array4::from_elem((n, 2 * c, h, 2 * w), canary);
+            f(&mut fenced.slice_mut(s![.., ..;2, ..;-1, ..;2]));
+            assert!(fenced.slice(s![.., 1..;2, .., ..]).iter().all(|&x| x == canary));
+            assert!(fenced.slice(s![.., .., .., 1..;2]).iter().all(|&x| x == canary));
+            fenced.slice(s![.., ..;2, ..;-1, ..;2]).to_owned()
+        }
+    }
+}
+
+fn kernels() -> impl Iterator<Item = &'static Kernel> {
+    KERNELS.iter().copied().filter(|kernel| kernel.supported())
+}
+
+const ORDERS: [Order; 3] = [Order::First, Order::Last, Order::Sparse];
+
+/// The sums of every shape, and what becomes of them, computed one at a time in the arithmetic that
+/// the specification names.
+struct Case {
+    layer: Quantized,
+    src: Array4<u8>,
+    residual: Array4<u8>,
+    sums: Array4<f32>,
+    bytes: Array4<u8>,
+}
+
+impl Case {
+    fn new(
+        noise: &mut Noise,
+        [c_in, c_out, groups, n, h, w, stride]: [usize; 7],
+        i8: bool,
+    ) -> Case {
+        let k = c_in / groups;
+        let weight = Array2::from_shape_simple_fn((c_out, k), || noise.next() as i8);
+        let bias: Vec<i32> = (0..c_out).map(|_| i32::from(noise.next() as i8) * 77).collect();
+        let zero_point = if i8 { -7 } else { 130 };
+        let src = noise.array([n, c_in, h, w]);
+        let (h, w) = (h.div_ceil(stride), w.div_ceil(stride));
+        let residual = noise.array([n, c_out, h, w]);
+        let value = |byte: u8| i64::from(if i8 { i32::from(byte as i8) } else { i32::from(byte) });
+        let sums = Array4::from_shape_fn((n, c_out, h, w), |(i, c, y, x)| {
+            let products = (0..k).map(|j| {
+                let at = [i, c / (c_out / groups) * k + j, y * stride, x * stride];
+                i64::from(weight[[c, j]]) * (value(src[at]) - zero_point)
+            });
+            let sum = products.sum::<i64>() + i64::from(bias[c]);
+            i32::try_from(sum).unwrap() as f32
+        });
+        // Powers of two: no product is rounded, and halves are frequent.
+        let src_quantization = match i8 {
+            true => Quantization::i8(1.0, zero_point as i32),
+            false => Quantization::u8(1.0, zero_point as i32),
+        };
+        let layer = Quantized::new(weight, vec![1.0; c_out], src_quantization)
+            .bias(bias)
+            .groups(groups)
+            .stride(stride);
+        let range = sums.iter().fold(0.0f32, |range, sum| range.max(sum.abs()));
+        let scale = (range / 256.0).max(1.0).log2().ceil().exp2();
+        let bytes = Array4::from_shape_fn(sums.dim(), |at| {
+            let residual = (f32::from(residual[at] as i8) + 3.0) * 0.5;
+            let steps = (sums[at] / scale).max(-20.0) + residual;
+            (steps.min(100.0).round_ties_even() + 50.0).clamp(0.0, 255.0) as u8
+        });
+        let layer = layer.clip(-20.0 * scale, f32::INFINITY);
+        let layer = layer.residual(Quantization::i8(scale / 2.0, -3));
+        let layer = layer.clip(f32::NEG_INFINITY, 100.0 * scale).dst(Quantization::u8(scale, 50));
+        Case { layer, src, residual, sums, bytes }
+    }
+
+    /// The bare sums as f32.
+    fn bare(&self) -> Quantized {
+        Quantized { dst: None, residual: None, clips: BARE, ..self.layer.clone() }
+    }
+}
+
+const BARE: [(f32, f32); 2] = [(f32::NEG_INFINITY, f32::INFINITY); 2];
+
+#[test]
+fn every_kernel_is_exact_on_every_shape_and_order() {
+    let mut noise = Noise(1);
+    for &shape in SHAPES {
+        for signed in [false, true] {
+            let case = Case::new(&mut noise, shape, signed);
+            let dst_shape: [usize; 4] = case.sums.shape().try_into().unwrap();
+            for kernel in kernels() {
+                for (src_order, dst_order) in
+                    ORDERS.iter().flat_map(|&a| ORDERS.iter().map(move |&b| (a, b)))
+                {
+                    for threads in [1, 2] {
+                        let what = format!(
+                            "{} {shape:?} {src_order:?} -> {dst_order:?} signed {signed}",
+                            kernel.name
+                        );
+                        in_order(case.src.view(), src_order, |src| {
+                            let got = into_order(dst_shape, dst_order, f32::MAX, |dst| {
+                                run(kernel, threads, &case.bare(), src, None, dst);
+                            });
+                            assert_eq!(got, case.sums, "{what}");
+                            in_order(case.residual.view(), src_order, |residual| {
+                                let got = into_order(dst_shape, dst_order, 99, |dst| {
+                                    run(kernel, threads, &case.layer, src, Some(residual), dst);
+                                });
+                                assert_eq!(got, case.bytes, "{what}, bytes");
+                            });
+                        });
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_longest_sums_are_exact() {
+    // The most channels whose sums fit, all at their greatest: 66 311 · 127 · 255 < 2^31.
+    let k = 66_311;
+    for kernel in kernels() {
+        for (w, x, zero_point) in [(127i8, 255u8, 0), (-127, 255, 0), (127, 0, 255), (-127, 0, 255)]
+        {
+            let sum = k as i64 * i64::from(w) * (i64::from(x) - zero_point);
+            // What is left shows the lowest bit.
+            let bias = i32::try_from(5 - sum).unwrap();
+            let quantization = Quantization::u8(1.0, zero_point as i32);
+            let layer = Quantized::new(Array2::from_elem((3, k), w), vec![1.0; 3], quantization)
+                .bias(vec![bias; 3]);
+            let src = Array4::from_elem((1, k, 1, 2), x);
+            for order in ORDERS {
+                in_order(src.view(), order, |src| {
+                    let got = into_order([1, 3, 1, 2], order, f32::MAX, |dst| {
+                        run(kernel, 1, &layer, src, None, dst);
+                    });
+                    assert!(got.iter().all(|&x| x == 5.0), "{}: {got}", kernel.name);
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn pairs_in_plain_code_are_those_of_the_instructions() {
+    use super::sums::{Dot, Pairs8};
+    let mut noise = Noise(7);
+    for _ in 0..100 {
+        let mut word = || u32::from(noise.next()) | u32::from(noise.next()) << 16;
+        let unsigned: [u32; 8] = std::array::from_fn(|_| word());
+        let signed: [u32; 8] = std::array::from_fn(|_| {
+            let (a, b) = (noise.next() as i8, noise.next() as i8);
+            u32::from(i16::from(a) as u16) | u32::from(i16::from(b) as u16) << 16
+        });
+        let mut got = [0i32; 8];
+        // SAFETY: plain code, and eight elements each.
+        unsafe {
+            let [a, b] = [&unsigned, &signed].map(|words| Pairs8::load(words.as_ptr()));
+            Pairs8::zero().dot(a, b).dot(a, b).store(got.as_mut_ptr());
+        }
+        for lane in 0..8 {
+            let half = |word: u32, i: u32| i32::from((word >> (16 * i)) as u16 as i16);
+            let product = |i| half(unsigned[lane], i) * half(signed[lane], i);
+            assert_eq!(got[lane], 2 * (product(0) + product(1)));
+        }
+    }
+}

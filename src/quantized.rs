@@ -1,0 +1,419 @@
+//! Layers of 8-bit integers, as ONNX's `QLinearConv` and PyTorch's quantised convolution define
+//! them.
+//!
+//! An integer `q` stands for the real number `scale · (q − zero_point)`. A layer computes
+//!
+//! ```text
+//! sum = Σ_k weight[c, k] · (src[k] − src.zero_point) + bias[c]             exact, in i32
+//! x   = f32(sum) · (src.scale · weight_scale[c] / dst.scale)               in f32
+//! x   = clip(x) + f32(residual − residual.zero_point) · (residual.scale / dst.scale)
+//! dst = saturate(round(clip(x)) + dst.zero_point)                          ties to even
+//! ```
+//!
+//! where each operation of the last three lines rounds once to f32, in the order of the
+//! parentheses; the bounds of a clip are divided by `dst.scale`. Without a quantisation of its own,
+//! `dst` is the real number in f32: `dst.scale` is one, and nothing is rounded or saturated.
+//! Results are the same bits on every instruction set and for any number of threads.
+//!
+//! ```
+//! use ndarray::{Array4, array};
+//! use pointwise::{Device, Quantization, Quantized};
+//!
+//! let layer = Quantized::new(array![[1i8, 2], [3, -4]], vec![0.5, 0.25], Quantization::u8(0.1, 128))
+//!     .bias(vec![10, -20])
+//!     .relu()
+//!     .dst(Quantization::u8(0.2, 0))
+//!     .prepare(&Device::cpu())?;
+//! let src = Array4::<u8>::from_elem((1, 2, 5, 5), 138);
+//! let dst: Array4<u8> = layer.forward(&src)?;
+//! // 1·10 + 2·10 + 10 = 40, times 0.1 · 0.5 / 0.2
+//! assert_eq!(dst[[0, 0, 0, 0]], 10);
+//! # Ok::<(), pointwise::Error>(())
+//! ```
+
+mod calibrate;
+mod prepared;
+
+use std::fmt;
+
+use ndarray::{Array1, Array2};
+
+pub use calibrate::{Calibration, Range};
+pub use prepared::{PreparedQuantized, QuantizedCall};
+
+use crate::error::{Error, Result};
+use crate::problem::LayerShape;
+use crate::tensor::checked_product;
+
+/// An 8-bit integer type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Int8 {
+    /// 0 to 255.
+    U8,
+    /// −128 to 127.
+    I8,
+}
+
+impl Int8 {
+    /// The least value.
+    pub const fn min(self) -> i32 {
+        match self {
+            Int8::U8 => 0,
+            Int8::I8 => -128,
+        }
+    }
+
+    /// The greatest value.
+    pub const fn max(self) -> i32 {
+        self.min() + 255
+    }
+
+    /// `u8` or `i8`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Int8::U8 => "u8",
+            Int8::I8 => "i8",
+        }
+    }
+
+    /// What makes a byte of this type unsigned, by exclusive or.
+    fn flip(self) -> u8 {
+        self.min().unsigned_abs() as u8
+    }
+}
+
+impl fmt::Display for Int8 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+mod sealed {
+    pub trait Sealed: Copy + Default + Send + Sync + 'static {}
+    impl Sealed for u8 {}
+    impl Sealed for i8 {}
+    impl Sealed for f32 {}
+}
+
+/// An element that stands for a real number by a [`Quantization`]: `u8` or `i8`.
+pub trait QuantizedElement: sealed::Sealed + Into<i32> {
+    /// The type as a value.
+    const INT8: Int8;
+}
+
+impl QuantizedElement for u8 {
+    const INT8: Int8 = Int8::U8;
+}
+
+impl QuantizedElement for i8 {
+    const INT8: Int8 = Int8::I8;
+}
+
+/// An element of a result: `u8` or `i8`, or `f32` where the layer has no quantisation for it.
+pub trait QuantizedOutput: sealed::Sealed {
+    /// The integer type; `None` is f32.
+    const OUTPUT: Option<Int8>;
+}
+
+impl QuantizedOutput for u8 {
+    const OUTPUT: Option<Int8> = Some(Int8::U8);
+}
+
+impl QuantizedOutput for i8 {
+    const OUTPUT: Option<Int8> = Some(Int8::I8);
+}
+
+impl QuantizedOutput for f32 {
+    const OUTPUT: Option<Int8> = None;
+}
+
+/// Which real numbers the integers of a tensor stand for: `scale · (q − zero_point)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Quantization {
+    /// The integers' type.
+    pub int8: Int8,
+    /// Finite and positive.
+    pub scale: f32,
+    /// The integer that stands for zero, within the type.
+    pub zero_point: i32,
+}
+
+impl Quantization {
+    /// Of a tensor of `u8`. The layer that uses it checks the values.
+    pub const fn u8(scale: f32, zero_point: i32) -> Self {
+        Quantization { int8: Int8::U8, scale, zero_point }
+    }
+
+    /// Of a tensor of `i8`. The layer that uses it checks the values.
+    pub const fn i8(scale: f32, zero_point: i32) -> Self {
+        Quantization { int8: Int8::I8, scale, zero_point }
+    }
+
+    /// The integer for a real number: ties to even, saturating; NaN gives the zero point.
+    pub fn quantize(&self, x: f32) -> i32 {
+        let steps = (x / self.scale).round_ties_even();
+        let steps = if steps.is_nan() { 0.0 } else { f64::from(steps) };
+        let (min, max) = (self.int8.min(), self.int8.max());
+        (steps + f64::from(self.zero_point)).clamp(min.into(), max.into()) as i32
+    }
+
+    /// The real number that an integer stands for.
+    pub fn dequantize(&self, q: i32) -> f32 {
+        self.scale * (f64::from(q) - f64::from(self.zero_point)) as f32
+    }
+
+    fn check(&self, tensor: &str) -> Result<()> {
+        check_scale(|| format!("{tensor}'s scale"), self.scale)?;
+        if (self.int8.min()..=self.int8.max()).contains(&self.zero_point) {
+            return Ok(());
+        }
+        Err(Error::ParameterValue {
+            parameter: format!("{tensor}'s zero point"),
+            value: self.zero_point.to_string(),
+            expected: match self.int8 {
+                Int8::U8 => "0 to 255 (u8)",
+                Int8::I8 => "-128 to 127 (i8)",
+            },
+        })
+    }
+}
+
+fn check_scale(parameter: impl Fn() -> String, scale: f32) -> Result<()> {
+    if scale.is_finite() && scale > 0.0 {
+        return Ok(());
+    }
+    Err(Error::ParameterValue {
+        parameter: parameter(),
+        value: scale.to_string(),
+        expected: "a finite and positive number",
+    })
+}
+
+/// A layer of 8-bit integers as a description: plain data. What it computes is in
+/// [the module's page](self).
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Quantized {
+    pub(crate) weight: Array2<i8>,
+    pub(crate) weight_scale: Array1<f32>,
+    pub(crate) src: Quantization,
+    pub(crate) bias: Option<Array1<i32>>,
+    pub(crate) dst: Option<Quantization>,
+    pub(crate) residual: Option<Quantization>,
+    /// Before the residual is added, and after it; at the end where there is none.
+    pub(crate) clips: [(f32, f32); 2],
+    pub(crate) groups: usize,
+    pub(crate) stride: usize,
+}
+
+impl Quantized {
+    /// A bare convolution with f32 results.
+    ///
+    /// # Shapes
+    /// `weight [c_out, c_in / groups]`, symmetric (its zero points are zero); `weight_scale [c_out]`.
+    pub fn new(
+        weight: impl Into<Array2<i8>>,
+        weight_scale: impl Into<Array1<f32>>,
+        src: Quantization,
+    ) -> Self {
+        Quantized {
+            weight: weight.into(),
+            weight_scale: weight_scale.into(),
+            src,
+            bias: None,
+            dst: None,
+            residual: None,
+            clips: [(f32::NEG_INFINITY, f32::INFINITY); 2],
+            groups: 1,
+            stride: 1,
+        }
+    }
+
+    /// Adds `bias [c_out]`, integers of scale `src.scale · weight_scale[c]`.
+    pub fn bias(mut self, bias: impl Into<Array1<i32>>) -> Self {
+        self.bias = Some(bias.into());
+        self
+    }
+
+    /// `max(x, 0)`; before or after the residual, as it is written.
+    pub fn relu(self) -> Self {
+        self.clip(0.0, f32::INFINITY)
+    }
+
+    /// `min(max(x, 0), 6)`, likewise.
+    pub fn relu6(self) -> Self {
+        self.clip(0.0, 6.0)
+    }
+
+    /// `min(max(x, lo), hi)`, likewise; of real numbers. Infinite bounds are none.
+    pub fn clip(mut self, lo: f32, hi: f32) -> Self {
+        let clip = &mut self.clips[usize::from(self.residual.is_some())];
+        // One clip after another: the bounds of the first are cut down to those of the second.
+        // What is no clip stays as it is, for `check` to tell.
+        if clip.0 <= clip.1 {
+            let cut = |x: f32| if x < lo { lo } else { x.min(hi) };
+            *clip = if lo <= hi { (cut(clip.0), cut(clip.1)) } else { (lo, hi) };
+        }
+        self
+    }
+
+    /// Adds a tensor of dst's shape, which each call brings.
+    pub fn residual(mut self, quantization: Quantization) -> Self {
+        self.residual = Some(quantization);
+        self
+    }
+
+    /// The result is quantised.
+    pub fn dst(mut self, quantization: Quantization) -> Self {
+        self.dst = Some(quantization);
+        self
+    }
+
+    /// Splits the channels into groups.
+    pub fn groups(mut self, groups: usize) -> Self {
+        self.groups = groups;
+        self
+    }
+
+    /// Keeps every `stride`-th position of each spatial axis.
+    pub fn stride(mut self, stride: usize) -> Self {
+        self.stride = stride;
+        self
+    }
+
+    /// `weight [c_out, c_in / groups]`.
+    pub fn weight(&self) -> &Array2<i8> {
+        &self.weight
+    }
+
+    /// The weight's scale, one per output channel.
+    pub fn weight_scale(&self) -> &Array1<f32> {
+        &self.weight_scale
+    }
+
+    /// The source's quantisation.
+    pub fn src_quantization(&self) -> Quantization {
+        self.src
+    }
+
+    /// The result's quantisation; `None` is f32.
+    pub fn dst_quantization(&self) -> Option<Quantization> {
+        self.dst
+    }
+
+    /// The bias of a channel.
+    pub(crate) fn bias_of(&self, channel: usize) -> i32 {
+        self.bias.as_ref().map_or(0, |bias| bias[channel])
+    }
+
+    /// dst's scale, one if it is f32.
+    pub(crate) fn dst_scale(&self) -> f32 {
+        self.dst.map_or(1.0, |dst| dst.scale)
+    }
+
+    /// From sums to dst, of each channel: the order of operations is ONNX Runtime's.
+    pub(crate) fn multiplier(&self, channel: usize) -> f32 {
+        self.src.scale * self.weight_scale[channel] / self.dst_scale()
+    }
+
+    /// From the residual to dst.
+    pub(crate) fn residual_multiplier(&self) -> f32 {
+        self.residual.map_or(0.0, |residual| residual.scale / self.dst_scale())
+    }
+
+    /// Everything that can be checked without a source.
+    ///
+    /// # Errors
+    /// The first thing that does not fit, with its values: shapes; scales that are not finite and
+    /// positive, or whose quotient is not finite; zero points outside of their type; bounds of a
+    /// clip; [`Error::SumOverflow`] where a source could take a sum beyond an i32.
+    pub fn check(&self) -> Result<()> {
+        let (c_out, k) = self.weight.dim();
+        if c_out == 0 || k == 0 {
+            let shape = self.weight.shape().to_vec();
+            return Err(Error::NoChannels { tensor: "weight", shape });
+        }
+        if self.groups == 0 || c_out % self.groups != 0 {
+            let (groups, channels) = (self.groups, c_out);
+            return Err(Error::Groups { groups, channels, what: "output channels" });
+        }
+        checked_product("the number of input channels", &[k, self.groups])?;
+        if self.stride == 0 {
+            return Err(Error::ParameterValue {
+                parameter: "stride".into(),
+                value: "0".into(),
+                expected: "at least 1",
+            });
+        }
+        let lengths = [
+            ("weight_scale", self.weight_scale.len()),
+            ("bias", self.bias.as_ref().map_or(c_out, |bias| bias.len())),
+        ];
+        for (parameter, got) in lengths {
+            if got != c_out {
+                return Err(Error::ParameterLength { parameter, expected: c_out, got });
+            }
+        }
+        self.src.check("src")?;
+        self.dst.map_or(Ok(()), |dst| dst.check("dst"))?;
+        self.residual.map_or(Ok(()), |residual| residual.check("residual"))?;
+        for (lo, hi) in self.clips {
+            if lo.is_nan() || hi.is_nan() || lo > hi {
+                return Err(Error::ParameterValue {
+                    parameter: "clip".into(),
+                    value: format!("{lo}, {hi}"),
+                    expected: "two numbers, the lower one first",
+                });
+            }
+        }
+        let quotient = |parameter: String, value: f32| {
+            if value.is_finite() {
+                return Ok(());
+            }
+            let (value, expected) = (value.to_string(), "a finite number");
+            Err(Error::ParameterValue { parameter, value, expected })
+        };
+        // Differences from a zero point are of at most 255.
+        quotient(
+            "255 times the residual's scale over dst's".into(),
+            self.residual_multiplier() * 255.0,
+        )?;
+        let src = [self.src.int8.min(), self.src.int8.max()];
+        let [least, greatest] = src.map(|q| i64::from(q - self.src.zero_point));
+        for (channel, row) in self.weight.outer_iter().enumerate() {
+            check_scale(|| format!("weight_scale[{channel}]"), self.weight_scale[channel])?;
+            quotient(
+                format!("src's scale times weight_scale[{channel}] over dst's scale"),
+                self.multiplier(channel),
+            )?;
+            let bias = self.bias_of(channel);
+            // Zero points lie within their type, so that zero is between the bounds.
+            let (mut low, mut high) = (0i64, 0i64);
+            for &w in row {
+                let (a, b) = (i64::from(w) * least, i64::from(w) * greatest);
+                low += a.min(b);
+                high += a.max(b);
+            }
+            let sums = [low, high, low + i64::from(bias), high + i64::from(bias)];
+            if let Some(&sum) = sums.iter().find(|&&sum| i32::try_from(sum).is_err()) {
+                return Err(Error::SumOverflow { channel, sum, terms: k, bias });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn shape(&self) -> LayerShape {
+        LayerShape {
+            c_in: self.weight.ncols() * self.groups,
+            c_out: self.weight.nrows(),
+            groups: self.groups,
+            stride: self.stride,
+            partial: None,
+            residual: self.residual.is_some(),
+            gate: false,
+            norm_over_all: false,
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! From an f32 layer to a quantised one: ranges of values that were seen, and what they make of it.
+
+use ndarray::{Array2, ArrayViewD};
+
+use super::{Int8, Quantization, Quantized};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::epilogue::{Lowered, Step};
+use crate::error::{Error, Result};
+use crate::layer::Pointwise;
+use crate::stages::Activation;
+
+/// Which of the values that were seen a quantisation covers; the others saturate.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub enum Range {
+    /// All of them.
+    #[default]
+    MinMax,
+    /// All but the least and the greatest: `Percentile(99.9)` leaves one in a thousand out at each
+    /// end. Above 50 and at most 100.
+    Percentile(f32),
+}
+
+/// The values of a layer's tensors on sources that are like those that it will meet.
+///
+/// It keeps all values that it sees, 4 bytes each.
+#[derive(Clone, Debug, Default)]
+pub struct Calibration {
+    src: Vec<f32>,
+    dst: Vec<f32>,
+    residual: Vec<f32>,
+}
+
+impl Calibration {
+    /// Nothing seen.
+    pub fn new() -> Self {
+        Calibration::default()
+    }
+
+    /// Runs the layer on a source `[n, c_in, …spatial]` (and its residual, if it has one) in f32,
+    /// and keeps what goes in and comes out.
+    ///
+    /// # Errors
+    /// As the layer's `forward`.
+    pub fn observe(
+        &mut self,
+        layer: &Pointwise,
+        src: ArrayViewD<'_, f32>,
+        residual: Option<ArrayViewD<'_, f32>>,
+    ) -> Result<()> {
+        let prepared = layer.prepare(&Device::cpu())?;
+        let mut call = prepared.call(&src);
+        if let Some(residual) = &residual {
+            call = call.residual(residual);
+        }
+        let dst = call.run()?;
+        self.src.extend(&src);
+        self.dst.extend(&dst);
+        self.residual.extend(residual.iter().flatten());
+        Ok(())
+    }
+
+    /// The quantisation of values that were seen.
+    ///
+    /// # Errors
+    /// [`Error::ParameterValue`] if there are none, or some are not finite, or for a percentile out
+    /// of range.
+    fn quantization(
+        tensor: &'static str,
+        values: &[f32],
+        range: Range,
+        int8: Int8,
+    ) -> Result<Quantization> {
+        let refused = |value: String, expected| {
+            let parameter = format!("the calibration of {tensor}");
+            Err(Error::ParameterValue { parameter, value, expected })
+        };
+        if values.is_empty() {
+            return refused("empty".into(), "values that a run has shown");
+        }
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            return refused(value.to_string(), "finite values");
+        }
+        let last = values.len() - 1;
+        let left_out = match range {
+            Range::MinMax => 0,
+            Range::Percentile(p) if p > 50.0 && p <= 100.0 => {
+                ((1.0 - f64::from(p) / 100.0) * last as f64).round() as usize
+            }
+            Range::Percentile(p) => {
+                return refused(format!("percentile {p}"), "above 50 and at most 100");
+            }
+        };
+        let mut values = values.to_vec();
+        let mut nth = |n| *values.select_nth_unstable_by(n, f32::total_cmp).1;
+        // Zero stands for itself, as padding and ReLU want it.
+        let (lo, hi) =
+            (f64::from(nth(left_out)).min(0.0), f64::from(nth(last - left_out)).max(0.0));
+        if lo == hi {
+            return Ok(Quantization {
+                int8,
+                scale: 1.0,
+                zero_point: int8.min().midpoint(int8.max()),
+            });
+        }
+        // The smallest f32 with all its bits, so that reciprocals are finite.
+        let scale = (((hi - lo) / 255.0) as f32).max(f32::MIN_POSITIVE);
+        let zero_point = f64::from(int8.min()) - (lo / f64::from(scale)).round_ties_even();
+        let zero_point = zero_point.clamp(int8.min().into(), int8.max().into()) as i32;
+        Ok(Quantization { int8, scale, zero_point })
+    }
+}
+
+impl Quantized {
+    /// Quantises an f32 layer: bias, batch norm and a source affine are folded into the weight first,
+    /// each output channel gets the scale that takes its largest weight to 127, and activations are
+    /// quantised to `int8` as the calibration saw them.
+    ///
+    /// # Errors
+    /// As [`Pointwise::check`]; [`Error::Unsupported`] for a stage that is none of bias, batch norm,
+    /// ReLU, ReLU6, clip and residual, and for a partial convolution; [`Error::ParameterValue`] for
+    /// a calibration that saw nothing or values that are not finite, and for such weights.
+    pub fn from_layer(
+        layer: &Pointwise,
+        calibration: &Calibration,
+        range: Range,
+        int8: Int8,
+    ) -> Result<Quantized> {
+        layer.check()?;
+        let unsupported = |what: &str| {
+            let device = "a layer of 8-bit integers".into();
+            Err(Error::Unsupported { device, what: what.into() })
+        };
+        let lowered = Lowered::new(layer, DType::F32);
+        if layer.partial.is_some() {
+            return unsupported("a partial convolution");
+        }
+        if !lowered.source_steps.is_empty() {
+            return unsupported("source stages beside an affine");
+        }
+        if lowered.norm.is_some() {
+            return unsupported("layer norm");
+        }
+        if lowered.dst_map.is_some() || lowered.residual_map.is_some() {
+            return unsupported("a channel shuffle");
+        }
+        let quantization =
+            |tensor, values: &[f32]| Calibration::quantization(tensor, values, range, int8);
+        let src = quantization("src", &calibration.src)?;
+        let (k, bias) = (layer.weight.ncols(), &lowered.bias);
+        let mut weights = Vec::with_capacity(lowered.weight.len());
+        let (mut scales, mut biases) = (Vec::new(), Vec::new());
+        for (channel, (row, &bias)) in lowered.weight.chunks_exact(k).zip(bias).enumerate() {
+            let largest = row.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
+            if let Some(value) = row.iter().chain([&bias]).find(|value| !value.is_finite()) {
+                return Err(Error::ParameterValue {
+                    parameter: format!("weight and bias of output channel {channel}"),
+                    value: value.to_string(),
+                    expected: "finite numbers",
+                });
+            }
+            // A bias that is large beside the weights must fit its i32.
+            let least = f64::from(bias.abs()) / f64::from(src.scale) / f64::from(1 << 30);
+            let scale = (f64::from(largest) / 127.0).max(least);
+            let scale = if scale > 0.0 { (scale as f32).max(f32::MIN_POSITIVE) } else { 1.0 };
+            let quantize = |x: f32, by: f64| (f64::from(x) / by).round_ties_even();
+            weights
+                .extend(row.iter().map(|&w| quantize(w, scale.into()).clamp(-127.0, 127.0) as i8));
+            biases.push(quantize(bias, f64::from(src.scale) * f64::from(scale)) as i32);
+            scales.push(scale);
+        }
+        let weight = Array2::from_shape_vec(layer.weight.dim(), weights);
+        let weight = weight.expect("as many as the layer's");
+        let mut quantized = Quantized::new(weight, scales, src)
+            .bias(biases)
+            .dst(quantization("dst", &calibration.dst)?)
+            .groups(layer.groups)
+            .stride(layer.stride);
+        for step in &lowered.steps {
+            quantized = match step {
+                Step::Activation(Activation::Relu) => quantized.relu(),
+                Step::Activation(Activation::Relu6) => quantized.relu6(),
+                Step::Activation(Activation::Clip { lo, hi }) => quantized.clip(*lo, *hi),
+                Step::Activation(activation) => return unsupported(activation.name()),
+                Step::Residual => {
+                    quantized.residual(quantization("residual", &calibration.residual)?)
+                }
+                Step::PRelu { .. } => return unsupported("prelu"),
+                Step::Affine { .. } => return unsupported("an affine behind an activation"),
+            };
+        }
+        Ok(quantized)
+    }
+}
