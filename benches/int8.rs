@@ -45,7 +45,7 @@ fn main() {
         if row[9] == "relu" {
             layer = layer.relu();
         }
-        let src = Array4::from_shape_simple_fn((n, c_in, h, w), || noise());
+        let src = Array4::from_shape_simple_fn((n, c_in, h, w), noise);
         let want =
             reference::forward_quantized(&layer, src.mapv(i32::from).view().into_dyn(), None)
                 .expect("a valid layer");

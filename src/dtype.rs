@@ -77,7 +77,7 @@ impl FromStr for DType {
     }
 }
 
-/// A type that tensors hold: `f32`, [`f16`] or [`bf16`].
+/// A type that tensors hold: `f32`, [`struct@f16`] or [`bf16`].
 ///
 /// Sums and all that follows them are f32 whatever the type; a result is rounded once, to the
 /// nearest, ties to even.

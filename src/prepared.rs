@@ -157,7 +157,7 @@ impl Pointwise {
         self.prepare_as(device, options)
     }
 
-    /// As [`prepare_with`](Self::prepare_with), for tensors of `T`: f32, [`f16`](crate::f16) or
+    /// As [`prepare_with`](Self::prepare_with), for tensors of `T`: f32, [`f16`](struct@crate::f16) or
     /// [`bf16`](crate::bf16).
     ///
     /// Sources, residual, gate and dst hold `T`, and so does the weight, rounded to the nearest; all
