@@ -20,12 +20,12 @@ impl Moments {
     /// Of the values at hand, in two passes.
     pub(crate) fn of(isa: Supported, values: &[f32]) -> Self {
         let count = values.len() as f64;
-        let mean = runs::sum(isa, values) / count;
-        // Deviations are taken from the rounded mean; what rounding moved is put back.
-        let rounded = mean as f32;
-        let moved = mean - f64::from(rounded);
-        let deviations = runs::sum_squared_deviations(isa, rounded, values) - count * moved * moved;
-        Moments { count, mean, deviations: keep_nan_max_zero(deviations) }
+        // Deviations are taken from about the mean; their own mean is what that is off.
+        let about = (runs::sum(isa, values) / count) as f32;
+        let [sum, squares] = runs::sum_deviations(isa, about, values);
+        let off = sum / count;
+        let deviations = squares - count * off * off;
+        Moments { count, mean: f64::from(about) + off, deviations: keep_nan_max_zero(deviations) }
     }
 
     /// Of both sets of values together (Chan, Golub and LeVeque 1979).

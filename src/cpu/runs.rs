@@ -56,8 +56,8 @@ per_isa! {
     /// The sum of `x`: f32 in short blocks, f64 across them.
     pub(crate) fn sum(x: &[f32]) -> f64 = sum_run;
 
-    /// The sum of `(x - mean)²`: f32 in short blocks, f64 across them.
-    pub(crate) fn sum_squared_deviations(mean: f32, x: &[f32]) -> f64 = sum_squared_deviations_run;
+    /// The sums of `x - mean` and of `(x - mean)²`: f32 in short blocks, f64 across them.
+    pub(crate) fn sum_deviations(mean: f32, x: &[f32]) -> [f64; 2] = sum_deviations_run;
 }
 
 /// Positions that are evenly spaced in memory, and where they are copied to.
@@ -250,52 +250,61 @@ const BLOCK: usize = 2048;
 #[inline(always)]
 unsafe fn sum_run<V: Simd>(x: &[f32]) -> f64 {
     // SAFETY: the CPU has V's instruction set.
-    unsafe { reduce::<V, false>(x, 0.0) }
+    unsafe { reduce::<V, false>(x, 0.0)[0] }
 }
 
 #[inline(always)]
-unsafe fn sum_squared_deviations_run<V: Simd>(mean: f32, x: &[f32]) -> f64 {
+unsafe fn sum_deviations_run<V: Simd>(mean: f32, x: &[f32]) -> [f64; 2] {
     // SAFETY: the CPU has V's instruction set.
     unsafe { reduce::<V, true>(x, mean) }
 }
 
-/// Sums the values, or the squares of their distances from `from`, in four interleaved vectors
-/// per block, and merges them in order.
+/// Sums the distances of values from `from`, and their squares if those are asked for, in four
+/// interleaved vectors per block, and merges them in order.
 ///
 /// # Safety
 /// The CPU has `V`'s instruction set.
 #[inline(always)]
-unsafe fn reduce<V: Simd, const SQUARED: bool>(x: &[f32], from: f32) -> f64 {
-    let mut total = 0.0;
+unsafe fn reduce<V: Simd, const SQUARES: bool>(x: &[f32], from: f32) -> [f64; 2] {
+    let mut totals = [0.0; 2];
     for block in x.chunks(BLOCK) {
         // SAFETY: whole groups of four vectors are inside the block; the rest goes through a
         // copy, padded with what adds nothing.
         unsafe {
-            let mut sums = [V::splat(0.0); 4];
+            let mut sums = [[V::splat(0.0); 4]; 2];
             let mut groups = block.chunks_exact(4 * V::LANES);
             for group in &mut groups {
-                add_group::<V, SQUARED>(&mut sums, group, from);
+                add_group::<V, SQUARES>(&mut sums, group, from);
             }
             let rest = groups.remainder();
             let mut padded = [from; 64];
             padded[..rest.len()].copy_from_slice(rest);
-            add_group::<V, SQUARED>(&mut sums, &padded, from);
+            add_group::<V, SQUARES>(&mut sums, &padded, from);
             let mut lanes = [0.0f32; 16];
-            ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes.as_mut_ptr());
-            total += lanes[..V::LANES].iter().map(|&lane| f64::from(lane)).sum::<f64>();
+            for (total, sums) in totals.iter_mut().zip(&sums).take(1 + usize::from(SQUARES)) {
+                ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(lanes.as_mut_ptr());
+                *total += lanes[..V::LANES].iter().map(|&lane| f64::from(lane)).sum::<f64>();
+            }
         }
     }
-    total
+    totals
 }
 
 /// # Safety
 /// The CPU has `V`'s instruction set; `group` has four vectors.
 #[inline(always)]
-unsafe fn add_group<V: Simd, const SQUARED: bool>(sums: &mut [V; 4], group: &[f32], from: f32) {
-    for (v, sum) in sums.iter_mut().enumerate() {
+unsafe fn add_group<V: Simd, const SQUARES: bool>(
+    [sums, squares]: &mut [[V; 4]; 2],
+    group: &[f32],
+    from: f32,
+) {
+    for (v, (sum, square)) in sums.iter_mut().zip(squares).enumerate() {
         // SAFETY: the caller's promise.
-        let x = unsafe { V::load(group.as_ptr().add(v * V::LANES)) };
-        *sum = if SQUARED { (x - from).mul_add(x - from, *sum) } else { *sum + x };
+        let x = unsafe { V::load(group.as_ptr().add(v * V::LANES)) } - from;
+        *sum = *sum + x;
+        if SQUARES {
+            *square = x.mul_add(x, *square);
+        }
     }
 }
 
@@ -349,7 +358,8 @@ mod tests {
                 let want: f64 = x.iter().map(|&x| f64::from(x)).sum();
                 assert_eq!(sum(isa, &x), want, "{isa:?} {len}");
                 let want: f64 = x.iter().map(|&x| f64::from(x - 2.0).powi(2)).sum();
-                assert_eq!(sum_squared_deviations(isa, 2.0, &x), want, "{isa:?} {len}");
+                let around: f64 = x.iter().map(|&x| f64::from(x - 2.0)).sum();
+                assert_eq!(sum_deviations(isa, 2.0, &x), [around, want], "{isa:?} {len}");
             }
             let long = vec![0.1f32; 3_000_001];
             let want = f64::from(0.1f32) * long.len() as f64;
