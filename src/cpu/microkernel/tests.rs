@@ -51,6 +51,9 @@ impl Memory {
 impl Memory {
     /// Copies `values` to the start or the end of the memory.
     fn place<T: Element>(&mut self, values: &[T], at_end: bool) -> &mut [T] {
+        if values.is_empty() {
+            return &mut [];
+        }
         let first = match self {
             Memory::Guarded { start, end } => {
                 assert!(size_of_val(values) <= end.addr() - start.addr());
