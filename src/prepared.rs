@@ -727,6 +727,13 @@ impl<'a, T> Extra<'a, T> {
         tensor.as_tensor().map_err(|error| self.error.get_or_insert(error)).ok()
     }
 
+    pub(crate) fn view_mut<'d>(
+        &mut self,
+        tensor: &'d mut (impl AsTensorMut<T> + ?Sized),
+    ) -> Option<TensorMut<'d, T>> {
+        tensor.as_tensor_mut().map_err(|error| self.error.get_or_insert(error)).ok()
+    }
+
     pub(crate) fn add_source(&mut self, src: &'a (impl AsTensor<T> + ?Sized)) {
         let view = self.view(src);
         self.more.extend(view);

@@ -224,35 +224,21 @@ impl<'a> BackwardCall<'a> {
     /// Where the gradient by the first source goes, then by each further one; of the source's
     /// shape. Either all sources get one, or none does.
     pub fn d_src(mut self, d_src: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
-        match d_src.as_tensor_mut() {
-            Ok(d_src) => self.d_sources.push(d_src),
-            Err(error) => {
-                self.extra.error.get_or_insert(error);
-            }
-        }
+        let d_src = self.extra.view_mut(d_src);
+        self.d_sources.extend(d_src);
         self
     }
 
     /// Where the gradient by the residual goes; dst's shape. It is zero in the channels that a
     /// partial convolution passes through.
     pub fn d_residual(mut self, d_residual: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
-        match d_residual.as_tensor_mut() {
-            Ok(d_residual) => self.d_residual = Some(d_residual),
-            Err(error) => {
-                self.extra.error.get_or_insert(error);
-            }
-        }
+        self.d_residual = self.extra.view_mut(d_residual);
         self
     }
 
     /// Where the gradient by the gate goes; the gate's shape.
     pub fn d_gate(mut self, d_gate: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
-        match d_gate.as_tensor_mut() {
-            Ok(d_gate) => self.d_gate = Some(d_gate),
-            Err(error) => {
-                self.extra.error.get_or_insert(error);
-            }
-        }
+        self.d_gate = self.extra.view_mut(d_gate);
         self
     }
 

@@ -7,7 +7,7 @@ use ndarray::{Array2, Array3, Array5, ArrayD, Axis};
 use pointwise::cudarc::driver::sys;
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
-    PrepareOptions, Prepared, Sequence, SourceStage, TensorRef, reference,
+    PrepareOptions, Prepared, Sequence, SourceStage, Stage, TensorRef, reference,
 };
 
 use super::cases::{Case, LAYOUTS, Layout, Placed, close, force, kernels, same_bits};
@@ -80,24 +80,11 @@ impl Operator {
 
 /// Whether a layer takes a residual, and a gate.
 fn takes(layer: &Pointwise) -> (bool, bool) {
-    let text = format!("{layer:?}");
-    (text.contains("Residual"), text.contains("Gate"))
+    (layer.stages().contains(&Stage::Residual), layer.source_stages().contains(&SourceStage::Gate))
 }
 
 fn on_cpu(layer: &Pointwise, inputs: &Inputs) -> Result<Array5<f32>, Error> {
-    let prepared = layer.prepare(&Device::cpu())?;
-    let (residual, gate) = takes(layer);
-    let mut call = prepared.call(&inputs.sources[0]);
-    for source in &inputs.sources[1..] {
-        call = call.concat(source);
-    }
-    if residual {
-        call = call.residual(&inputs.residual);
-    }
-    if gate {
-        call = call.gate(&inputs.gate);
-    }
-    call.run()
+    on_host(&layer.prepare(&Device::cpu())?, layer, inputs)
 }
 
 /// Runs a call on tensors that lie as the layouts say: sources in turn, the rest by the last.
