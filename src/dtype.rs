@@ -24,8 +24,8 @@ pub enum DType {
 }
 
 impl DType {
-    /// Every one of them.
-    pub const ALL: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+    /// Every dtype, in no promised order.
+    pub const ALL: &'static [DType] = &[DType::F32, DType::F16, DType::Bf16];
 
     /// Bytes of an element.
     pub const fn size(self) -> usize {
@@ -67,7 +67,7 @@ impl FromStr for DType {
     /// # Errors
     /// [`Error::ParameterValue`] for a name that is none of `f32`, `f16`, `bf16`.
     fn from_str(name: &str) -> Result<Self> {
-        DType::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or_else(|| {
+        DType::ALL.iter().copied().find(|dtype| dtype.name() == name).ok_or_else(|| {
             Error::ParameterValue {
                 parameter: "dtype".into(),
                 value: name.into(),
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn names_are_read_back() {
-        for dtype in DType::ALL {
+        for &dtype in DType::ALL {
             assert_eq!(dtype.to_string().parse::<DType>().unwrap(), dtype);
         }
         let error = "fp8".parse::<DType>().unwrap_err().to_string();

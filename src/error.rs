@@ -94,7 +94,7 @@ pub enum Error {
     SumOverflow {
         /// The output channel.
         channel: usize,
-        /// The sum that is farthest from zero, bias included.
+        /// The sum that is farthest from zero, with or without the bias.
         sum: i64,
         /// Input channels per group.
         terms: usize,

@@ -356,6 +356,7 @@ impl<T: Element> Prepared<T> {
     pub fn update(&self, params: &crate::train::Params) -> Result<()> {
         let (Inner { shape, device, options, backend, .. }, layer) = (&*self.inner, params.layer());
         layer.check()?;
+        layer.check_weight(T::DTYPE)?;
         let new = LayerShape::new(layer);
         if (new.c_out, new.k(), new.groups) != (shape.c_out, shape.k(), shape.groups) {
             let (expected, got) = (vec![shape.c_out, shape.k()], vec![new.c_out, new.k()]);

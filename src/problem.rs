@@ -533,7 +533,11 @@ impl Positions {
     ) -> impl Iterator<Item = (isize, isize, usize)> {
         let (inner, stride) = match self.rank {
             0 => (count.max(1), 0),
-            rank => self.axes[rank - 1],
+            rank => {
+                // Of an empty axis no run is asked for.
+                let (len, stride) = self.axes[rank - 1];
+                (len.max(1), stride)
+            }
         };
         let outer = Positions { rank: self.rank.saturating_sub(1), axes: self.axes };
         let mut next = first;

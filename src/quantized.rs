@@ -203,9 +203,34 @@ pub struct Quantized {
     pub(crate) dst: Option<Quantization>,
     pub(crate) residual: Option<Quantization>,
     /// Before the residual is added, and after it; at the end where there is none.
+    #[cfg_attr(feature = "serde", serde(with = "bounds"))]
     pub(crate) clips: [(f32, f32); 2],
     pub(crate) groups: usize,
     pub(crate) stride: usize,
+}
+
+/// Bounds as data: an infinite one is left out, since JSON has no word for it.
+#[cfg(feature = "serde")]
+mod bounds {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        clips: &[(f32, f32); 2],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let finite = |bound: f32| (!bound.is_infinite()).then_some(bound);
+        clips.map(|(lo, hi)| (finite(lo), finite(hi))).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<[(f32, f32); 2], D::Error> {
+        let clips = <[(Option<f32>, Option<f32>); 2]>::deserialize(deserializer)?;
+        let bound = |(lo, hi): (Option<f32>, Option<f32>)| {
+            (lo.unwrap_or(f32::NEG_INFINITY), hi.unwrap_or(f32::INFINITY))
+        };
+        Ok(clips.map(bound))
+    }
 }
 
 impl Quantized {
@@ -397,7 +422,8 @@ impl Quantized {
                 high += a.max(b);
             }
             let sums = [low, high, low + i64::from(bias), high + i64::from(bias)];
-            if let Some(&sum) = sums.iter().find(|&&sum| i32::try_from(sum).is_err()) {
+            let beyond = sums.into_iter().filter(|&sum| i32::try_from(sum).is_err());
+            if let Some(sum) = beyond.max_by_key(|sum| sum.unsigned_abs()) {
                 return Err(Error::SumOverflow { channel, sum, terms: k, bias });
             }
         }

@@ -320,12 +320,13 @@ pub fn forward_quantized(
         }
         let products = (0..k).map(|i| {
             from[1] = channel / rows * k + i;
-            i64::from(layer.weight[[channel, i]]) * i64::from(src[&from] - layer.src.zero_point)
+            let step = i64::from(src[&from]) - i64::from(layer.src.zero_point);
+            i64::from(layer.weight[[channel, i]]) * step
         });
         let sum = products.sum::<i64>() + i64::from(layer.bias_of(channel));
         let mut x = clip(sum as f64 * f64::from(layer.multiplier(channel)), layer.clips[0]);
         if let (Some(residual), Some(quantization)) = (&residual, layer.residual) {
-            let steps = f64::from(residual[&at] - quantization.zero_point);
+            let steps = f64::from(residual[&at]) - f64::from(quantization.zero_point);
             x = clip(x + steps * f64::from(layer.residual_multiplier()), layer.clips[1]);
         }
         match layer.dst {

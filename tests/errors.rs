@@ -938,9 +938,16 @@ fn in_a_child() {
     let device = match job.as_str() {
         "best" => Device::best(),
         "cpu" => Device::cpu(),
+        "quantized" => Device::cpu(),
         other => panic!("no job {other}"),
     };
     let run = || -> Result<String> {
+        if job == "quantized" {
+            let weight = ndarray::array![[1i8, 2, 3]];
+            let layer =
+                pointwise::Quantized::new(weight, vec![1.0], pointwise::Quantization::u8(1.0, 0));
+            return Ok(format!("ran {}", layer.prepare(&device)?.kernel()));
+        }
         let prepared = layer.prepare(&device)?;
         let dst = prepared.forward(&src(1, 3, 2, 2))?;
         assert!(dst.iter().all(|&x| x == 6.0), "{dst}");
@@ -988,6 +995,9 @@ fn a_forced_kernel_is_obeyed_or_refused() {
     let answer = child("cpu", &[("POINTWISE_KERNEL", "fprop_f32_avx9_1x1")]);
     assert!(answer.starts_with("Kernel"), "{answer}");
     assert!(answer.contains("fprop_f32_avx9_1x1") && answer.contains(name), "{answer}");
+    let name = "fprop_i8_portable_4x8";
+    assert_eq!(child("quantized", &[("POINTWISE_KERNEL", name)]), format!("ran {name}"));
+    assert!(child("quantized", &[("POINTWISE_KERNEL", "fprop_f32_portable_4x8")]).contains(name));
 }
 
 #[test]

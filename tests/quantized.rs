@@ -542,3 +542,17 @@ fn quantization_rounds_and_saturates() {
     assert_eq!([3, 5, -128].map(|x| q.dequantize(x)), [0.0, 1.0, -65.5]);
     assert_eq!((u8::INT8, i8::INT8, f32::OUTPUT), (Int8::U8, Int8::I8, None));
 }
+
+#[cfg(feature = "serde")]
+#[test]
+fn descriptions_are_data() {
+    let bare = Quantized::new(Array2::<i8>::ones((2, 3)), vec![0.5; 2], Quantization::u8(0.1, 3));
+    for layer in [
+        bare.clone(),
+        bare.clone().relu(),
+        bare.clone().clip(-1.0, 2.0).dst(Quantization::i8(0.2, -4)),
+    ] {
+        let text = serde_json::to_string(&layer).unwrap();
+        assert_eq!(serde_json::from_str::<Quantized>(&text).unwrap(), layer, "{text}");
+    }
+}

@@ -873,7 +873,9 @@ fn a_worker_that_dies_or_stays_away_is_an_error() {
 #[test]
 fn slopes_follow_the_reference() {
     // A layer of one channel that hands x on to the activation.
-    let x: Vec<f32> = (-4000..4000).map(|i| i as f32 / 128.0 + 1.0 / 1024.0).collect();
+    let between = (-4000..4000).map(|i| i as f32 / 128.0 + 1.0 / 1024.0);
+    let kinks = [0.0, -0.0, 3.0, -3.0, 6.0, -0.75, 1.1, 20.0, 1e4, -1e4];
+    let x: Vec<f32> = between.chain(kinks).collect();
     let src = ArrayD::from_shape_vec(IxDyn(&[1, 1, x.len()]), x.clone()).unwrap();
     let ones = src.mapv(|_| 1.0);
     for activation in [
@@ -893,14 +895,18 @@ fn slopes_follow_the_reference() {
         Activation::Softplus,
         Activation::Mish,
     ] {
-        let mut a = params(&Pointwise::new(Array2::eye(1)).activation(activation));
-        let mut grads = a.grads();
-        let (_, workspace) = a.forward(&src).unwrap();
-        let d = a.backward(&src, workspace, &ones, &mut grads, Accumulate::Set).unwrap();
-        for (&x, &d) in x.iter().zip(&d) {
-            let want = reference::slope(activation, f64::from(x));
-            let err = (f64::from(d) - want).abs();
-            assert!(err <= 2e-6, "{activation:?} at {x}: {d} instead of {want}");
+        // Alone, of which bits may be enough, and before a step of slope one, of which values are kept.
+        let alone = Pointwise::new(Array2::eye(1)).activation(activation);
+        for layer in [alone.clone(), alone.prelu(vec![1.0])] {
+            let mut a = params(&layer);
+            let mut grads = a.grads();
+            let (_, workspace) = a.forward(&src).unwrap();
+            let d = a.backward(&src, workspace, &ones, &mut grads, Accumulate::Set).unwrap();
+            for (&x, &d) in x.iter().zip(&d) {
+                let want = reference::slope(activation, f64::from(x));
+                let err = (f64::from(d) - want).abs();
+                assert!(err <= 2e-6, "{activation:?} at {x}: {d} instead of {want}");
+            }
         }
     }
 }
@@ -996,4 +1002,42 @@ fn the_references_gradients_are_pytorchs() {
         }
     }
     assert!(compared > 150, "only {compared} tensors");
+}
+
+#[test]
+fn nothing_to_train_on_is_no_accident() {
+    let norm = || BatchNorm::new(vec![0.0; 4], vec![1.0; 4]).affine(vec![1.0; 4], vec![0.0; 4]);
+    let plain = || Pointwise::new(Array2::from_elem((4, 3), 0.5)).batch_norm(norm()).relu();
+    for (layer, shape, d_shape) in
+        [(plain(), [0, 3, 4, 8], [0, 4, 4, 8]), (plain().stride(2), [2, 3, 0, 8], [2, 4, 0, 4])]
+    {
+        for reduce in [false, true] {
+            let mut a = params(&layer);
+            if reduce {
+                let group = ThreadWorker::group(1, Duration::MAX);
+                a.set_all_reduce(Some(Arc::new(group.into_iter().next().unwrap())));
+            }
+            let src = ArrayD::<f32>::zeros(IxDyn(&shape));
+            let mut grads = a.grads();
+            let (dst, workspace) = a.forward(&src).unwrap();
+            assert_eq!(dst.shape(), d_shape);
+            let d_dst = ArrayD::<f32>::zeros(IxDyn(&d_shape));
+            let d_src = a.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set).unwrap();
+            assert_eq!(d_src.shape(), shape);
+            assert_eq!(a.layer(), &layer, "running statistics stay");
+            grads.visit(|name, _, values| assert!(values.iter().all(|&d| d == 0.0), "{name}"));
+        }
+    }
+}
+
+#[test]
+fn a_16_bit_layer_is_not_updated_beyond_its_range() {
+    let layer = Pointwise::new(Array2::from_elem((2, 2), 0.5));
+    let ready = layer.prepare_as::<pointwise::f16>(&Device::cpu(), Default::default()).unwrap();
+    let mut a = params(&layer);
+    a.visit_mut(|_, _, values| values.fill(1e5));
+    refused!(ready.update(&a), Error::ParameterValue { .. }, "100000");
+    let src = ndarray::Array2::from_elem((1, 2), pointwise::f16::ONE);
+    let dst = ready.forward(&src).unwrap();
+    assert!(dst.iter().all(|&y| y == pointwise::f16::ONE), "as it was");
 }

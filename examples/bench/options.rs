@@ -31,7 +31,7 @@ pub struct Options {
     #[arg(
         long,
         default_value = "f32",
-        value_parser = PossibleValuesParser::new(DType::ALL.map(DType::name))
+        value_parser = PossibleValuesParser::new(DType::ALL.iter().map(|dtype| dtype.name()))
             .try_map(|name| name.parse::<DType>())
     )]
     pub dtype: DType,

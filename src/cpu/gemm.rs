@@ -137,7 +137,12 @@ impl Layer {
 
     /// Another layer of this shape, with this one's choices.
     pub(crate) fn choices_for(&self, other: Layer) -> Self {
-        other.with(self.kernel, self.choices.clone())
+        // The environment may have changed since this one was prepared.
+        if (self.isa.isa(), self.terms) != (other.isa.isa(), other.terms) {
+            return other;
+        }
+        let kernel = other.kernel;
+        other.with(kernel, self.choices.clone())
     }
 
     pub(crate) fn isa(&self) -> Isa {

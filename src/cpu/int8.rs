@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use finish::{CHUNK, Finish, Operand, Stored};
 pub(crate) use finish::{Clip, Scaling};
-use kernels::Kernel;
+use kernels::{KERNELS, Kernel};
 use pack::{Source, Weights, Words};
 use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
 
@@ -27,6 +27,7 @@ use crate::cpu::isa::{ISA_VARIABLE, Isa};
 use crate::cpu::plan::{even, pieces_of};
 use crate::cpu::threads::CpuDevice;
 use crate::error::{Error, Result};
+use crate::plan::forced_kernel;
 use crate::problem::{DstShape, LayerShape, Positions};
 use crate::tensor::{MAX_RANK, TensorMut, TensorRef};
 
@@ -94,14 +95,28 @@ impl Layer {
     /// Packs a layer.
     ///
     /// # Errors
-    /// [`Error::Environment`] for an instruction set that is unknown or not there.
+    /// [`Error::Environment`] for an instruction set that is unknown or not there, [`Error::Kernel`] for
+    /// a forced kernel that is.
     pub(crate) fn new(device: &CpuDevice, lowered: Lowered<'_>) -> Result<Self> {
         let isa = Isa::detect().map_err(|reason| Error::Environment {
             variable: ISA_VARIABLE,
             value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
             reason,
         })?;
-        Ok(Layer::with_kernel(device, Kernel::of(isa), lowered))
+        let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        let kernel = match forced_kernel(None, &names)? {
+            None => Kernel::of(isa),
+            Some(name) => {
+                let kernel = KERNELS.iter().find(|kernel| kernel.name == name);
+                let kernel = kernel.expect("it is one of the names");
+                if !kernel.supported() {
+                    let reason = "this CPU does not have its instructions".into();
+                    return Err(Error::Kernel { kernel: name.into(), reason });
+                }
+                kernel
+            }
+        };
+        Ok(Layer::with_kernel(device, kernel, lowered))
     }
 
     fn with_kernel(device: &CpuDevice, kernel: &'static Kernel, lowered: Lowered<'_>) -> Self {

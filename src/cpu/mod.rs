@@ -1,8 +1,8 @@
 //! The CPU backend: `plan` chooses a kernel and how a problem is cut, `gemm` runs the loops over it,
 //! `area` cuts grids of tiles out of a unit, `pack` lays weights (and, where it pays, src) out for the
 //! microkernels, `norm` normalises a block of positions, `threads` spreads units over a pool, `roof`
-//! measures the machine's ceilings, `tune` measures kernels, `train` has the passes of training. Everything that depends on the
-//! instruction set is in `microkernel`, `epilogue`, `runs` and `math`, written over one vector type
+//! measures the machine's ceilings, `tune` measures kernels, `train` has the passes of training, `int8`
+//! layers of 8-bit integers. Everything that depends on the instruction set is, for the others, in `microkernel`, `epilogue`, `runs` and `math`, written over one vector type
 //! in `simd`.
 
 mod area;

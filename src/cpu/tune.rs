@@ -274,7 +274,8 @@ mod tests {
 
     #[test]
     fn a_key_survives_being_written() {
-        for ((axis, _), dtype) in AXES.into_iter().flat_map(|a| DType::ALL.map(|dtype| (a, dtype)))
+        for ((axis, _), dtype) in
+            AXES.into_iter().flat_map(|a| DType::ALL.iter().map(move |&dtype| (a, dtype)))
         {
             for (read, _) in READS {
                 let (groups, k, rows, samples, positions) = (2, 3, 5, 7, 11);

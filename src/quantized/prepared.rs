@@ -34,7 +34,8 @@ impl Quantized {
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::Unsupported`] for a CUDA device;
-    /// [`Error::Environment`] for an instruction set that is forced and unknown, or not there.
+    /// [`Error::Environment`] for an instruction set that is forced and unknown, or not there;
+    /// [`Error::Kernel`] likewise for `POINTWISE_KERNEL`.
     pub fn prepare(&self, device: &Device) -> Result<PreparedQuantized> {
         self.check()?;
         let cpu = match device.kind()? {

@@ -6,9 +6,7 @@ use crate::cpu::train::Moments;
 use crate::device::Kind;
 use crate::error::{Error, Result};
 use crate::prepared::{Extra, on_host};
-use crate::problem::{
-    DstShape, Operands, dst_shape, expect_shape, same_place, without_trailing_ones,
-};
+use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
 use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
@@ -321,7 +319,7 @@ impl Params {
         let mut counted = false;
         for statistics in state.statistics.iter().flatten() {
             if !counted {
-                self.num_batches_tracked += 1;
+                self.num_batches_tracked = self.num_batches_tracked.saturating_add(1);
                 counted = true;
             }
             let momentum = self.options.momentum.unwrap_or(1.0 / self.num_batches_tracked as f64);
@@ -405,26 +403,7 @@ impl Params {
         grads.check(self.shapes().into_iter())?;
         on_host(&operands.src)?;
         let shape = self.dst_shape(operands)?;
-        expect_shape("d_dst", d_dst.shape(), shape.as_slice())?;
-        same_place("d_dst", Place::Host, d_dst.place())?;
-        for (input, wanted, tensor) in [
-            ("residual", self.shape.residual, &operands.residual),
-            ("gate", self.shape.gate, &operands.gate),
-        ] {
-            match tensor {
-                None if wanted => return Err(Error::MissingInput { input }),
-                Some(_) if !wanted => return Err(Error::UnexpectedInput { input }),
-                Some(tensor) => same_place(input, Place::Host, tensor.place())?,
-                None => {}
-            }
-        }
-        if let Some(residual) = &operands.residual {
-            expect_shape("residual", residual.shape(), shape.as_slice())?;
-        }
-        if let Some(gate) = &operands.gate {
-            let expected = [operands.src.shape()[0], self.shape.c_in];
-            expect_shape("gate", without_trailing_ones(gate.shape()), &expected)?;
-        }
+        Problem::reading(&self.shape, operands, "d_dst", d_dst)?;
         if !outputs.d_sources.is_empty() && outputs.d_sources.len() != given.len() {
             return Err(Error::Shape {
                 tensor: "the list of d_src",

@@ -1,4 +1,5 @@
-//! Training: forward with batch statistics, the gradient of everything, parameters to update.
+//! Training: forward with batch statistics, the gradient of everything, parameters to update. In
+//! f32, on the CPU.
 //!
 //! ```
 //! use ndarray::{Array3, Array2};

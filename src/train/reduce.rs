@@ -88,7 +88,8 @@ impl ThreadWorker {
     }
 
     fn sum(&self, values: Vec<f64>) -> Result<Arc<Vec<f64>>> {
-        let deadline = Instant::now() + self.group.timeout;
+        // None: longer than a clock can tell.
+        let deadline = Instant::now().checked_add(self.group.timeout);
         let mut state = self.group.lock();
         let broken = |state: &State| state.broken.clone().map(|reason| Error::AllReduce { reason });
         if let Some(error) = broken(&state) {
@@ -104,7 +105,9 @@ impl ThreadWorker {
             if let Some(error) = broken(&state) {
                 return Err(error);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.map_or(Duration::MAX, |deadline| {
+                deadline.saturating_duration_since(Instant::now())
+            });
             if left.is_zero() {
                 let missing = state.given.iter().position(Option::is_none).unwrap_or(self.rank);
                 let timeout = self.group.timeout;

@@ -40,7 +40,6 @@ impl Kernel {
     }
 
     /// Whether this CPU can run it.
-    #[cfg(test)]
     pub(crate) fn supported(&self) -> bool {
         self.isa.supported().is_some() && (self.extra)()
     }
@@ -130,6 +129,11 @@ macro_rules! kernel {
             pack_panels: $pick::pack_panels,
         };
         const _: () = assert!($([$($rows),*].len() <= MOST_ROWS)&&*);
+        const _: () = {
+            let widest = [$([$($rows),*].len()),*].len() * <$dot as Dot>::LANES;
+            assert!(widest <= sums::SUMS_STRIDE && pack::PANEL.is_multiple_of(widest));
+            assert!($group == 2 || $group == 4);
+        };
     };
 }
 

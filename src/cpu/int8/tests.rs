@@ -190,6 +190,18 @@ impl Case {
         Case { layer, src, residual, sums, bytes }
     }
 
+    /// The layer with f32 results: exact, since every factor is a power of two.
+    fn real(&self) -> (Quantized, Array4<f32>) {
+        let layer = Quantized { dst: None, ..self.layer.clone() };
+        let scale = layer.residual.unwrap().scale;
+        let [(lo, _), (_, hi)] = layer.clips;
+        let values = Array4::from_shape_fn(self.sums.dim(), |at| {
+            let residual = (f32::from(self.residual[at] as i8) + 3.0) * scale;
+            (self.sums[at].max(lo) + residual).min(hi)
+        });
+        (layer, values)
+    }
+
     /// The bare sums as f32.
     fn bare(&self) -> Quantized {
         Quantized { dst: None, residual: None, clips: BARE, ..self.layer.clone() }
@@ -205,6 +217,7 @@ fn every_kernel_is_exact_on_every_shape_and_order() {
         for signed in [false, true] {
             let case = Case::new(&mut noise, shape, signed);
             let dst_shape: [usize; 4] = case.sums.shape().try_into().unwrap();
+            let (real, values) = case.real();
             for kernel in kernels() {
                 for (src_order, dst_order) in
                     ORDERS.iter().flat_map(|&a| ORDERS.iter().map(move |&b| (a, b)))
@@ -224,6 +237,10 @@ fn every_kernel_is_exact_on_every_shape_and_order() {
                                     run(kernel, threads, &case.layer, src, Some(residual), dst);
                                 });
                                 assert_eq!(got, case.bytes, "{what}, bytes");
+                                let got = into_order(dst_shape, dst_order, f32::MAX, |dst| {
+                                    run(kernel, threads, &real, src, Some(residual), dst);
+                                });
+                                assert_eq!(got, values, "{what}, f32 beside a residual");
                             });
                         });
                     }

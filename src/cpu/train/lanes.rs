@@ -297,7 +297,12 @@ unsafe fn pack_bits_block<V: Simd>(lo: f32, hi: f32, x: &[f32], bits: &mut [u8])
 unsafe fn apply_bits_block<V: Simd>(alpha: f32, bits: &[u8], d: &mut [f32]) {
     for (&bits, d) in bits.iter().zip(d.chunks_mut(8)) {
         for (i, d) in d.iter_mut().enumerate() {
-            *d = if bits >> i & 1 == 1 { *d } else { *d * alpha };
+            // As a product, a gradient that is not finite would come through a slope of zero.
+            *d = match bits >> i & 1 == 1 {
+                true => *d,
+                false if alpha == 0.0 => 0.0,
+                false => *d * alpha,
+            };
         }
     }
 }

@@ -226,10 +226,10 @@ impl Training<'_> {
         if let Some((op, batch)) = source_chain.batch_norm() {
             let mut sweep = self.source_sweep(isa, &problem, source_chain);
             let moments = sweep.forward(None)?;
-            check(&moments, batch.mean, operands.src.shape())?;
             source_chain = sweep.chain;
-            let (names, channels) = ([batch.mean, batch.var], source_chain.channels[op].clone());
-            state.statistics[0] = Some(BatchStatistics { names, moments, channels });
+            let channels = &source_chain.channels[op];
+            state.statistics[0] =
+                checked(moments, channels, [batch.mean, batch.var], operands.src.shape())?;
         }
 
         let need = self.need();
@@ -267,10 +267,9 @@ impl Training<'_> {
         });
         let moments = sweep.forward(Some((&dst_view, Accumulate::Set)))?;
         if let Some((op, batch)) = batch {
-            check(&moments, batch.mean, operands.src.shape())?;
-            let channels = sweep.chain.channels[op].clone();
-            let names = [batch.mean, batch.var];
-            state.statistics[1] = Some(BatchStatistics { names, moments, channels });
+            let channels = &sweep.chain.channels[op];
+            state.statistics[1] =
+                checked(moments, channels, [batch.mean, batch.var], operands.src.shape())?;
         }
         for (src, dst) in problem.passed_through() {
             self.copy(isa, &problem, &src, &dst, Accumulate::Set)?;
@@ -828,27 +827,33 @@ fn settle(chain: &mut Chain, statistics: &Option<BatchStatistics>) {
     }
 }
 
-/// Statistics must be finite, and of more than one value.
-fn check(moments: &[Moments], mean: &'static str, src: &[usize]) -> Result<()> {
-    if moments.first().is_some_and(|m| m.count == 1.0) {
-        return Err(Error::BatchTooSmall { shape: src.to_vec() });
+/// Statistics must be finite, and of more than one value; of none there are none. `channels` says
+/// which channel each row is.
+fn checked(
+    moments: Vec<Moments>,
+    channels: &[usize],
+    names: [&'static str; 2],
+    src: &[usize],
+) -> Result<Option<BatchStatistics>> {
+    match moments.first().map_or(0.0, |m| m.count) {
+        0.0 => return Ok(None),
+        1.0 => return Err(Error::BatchTooSmall { shape: src.to_vec() }),
+        _ => {}
     }
-    let wrong = |m: &Moments| m.count > 0.0 && !(m.mean.is_finite() && m.deviations.is_finite());
-    match moments.iter().position(wrong) {
-        None => Ok(()),
-        Some(channel) => {
-            let (what, value) = match moments[channel].mean.is_finite() {
-                true => ("variance", moments[channel].deviations),
-                false => ("mean", moments[channel].mean),
-            };
-            let of = mean.trim_end_matches(".running_mean");
-            Err(Error::NonFinite {
-                what: format!("the {what} of the batch at {of}"),
-                channel,
-                value: value as f32,
-            })
-        }
+    let finite = |m: &Moments| m.mean.is_finite() && m.deviations.is_finite();
+    if let Some(row) = moments.iter().position(|m| !finite(m)) {
+        let (what, value) = match moments[row].mean.is_finite() {
+            true => ("variance", moments[row].deviations),
+            false => ("mean", moments[row].mean),
+        };
+        let of = names[0].trim_end_matches(".running_mean");
+        return Err(Error::NonFinite {
+            what: format!("the {what} of the batch at {of}"),
+            channel: channels[row],
+            value: value as f32,
+        });
     }
+    Ok(Some(BatchStatistics { names, moments, channels: channels.to_vec() }))
 }
 
 /// Sets every element to zero.
