@@ -1,5 +1,5 @@
-//! Layers of `benches/layers.csv` as layers of 8-bit integers, on one thread and on all, against
-//! the machine's roof:
+//! Layers of `benches/layers.csv` as layers of 8-bit integers, on one thread and on two, against
+//! the machine's roof, where the CPU has AVX512-VNNI:
 //!
 //! ```sh
 //! cargo bench --bench int8 -- s2.c1a s3.c3 s4.c1b b4.exp s3.c1b
@@ -55,17 +55,22 @@ fn main() {
         for threads in [1, 2] {
             let device = Device::cpu().threads(threads);
             let prepared = layer.prepare(&device).expect("a valid layer");
-            let mut first = Array4::<u8>::zeros(shape);
+            let mut dst_first = Array4::<u8>::zeros(shape);
             let mut dst_last = Array4::<u8>::zeros([shape[0], shape[2], shape[3], shape[1]]);
+            for src in [src.view(), nhwc(last.view())] {
+                let got: Array4<u8> = prepared.forward(&src).expect("it fits");
+                for (&got, want) in got.iter().zip(&want) {
+                    assert!((f64::from(got) - want).abs() <= 1.0, "{}", row[1]);
+                }
+            }
             for layout in ["nchw", "nhwc"] {
                 let mut run = || match layout {
-                    "nchw" => prepared.forward_into(&src, &mut first).expect("it fits"),
+                    "nchw" => prepared.forward_into(&src, &mut dst_first).expect("it fits"),
                     _ => {
                         let dst = &mut nhwc_mut(dst_last.view_mut());
                         prepared.forward_into(&nhwc(last.view()), dst).expect("it fits");
                     }
                 };
-                run();
                 let mut times = Vec::new();
                 let mut roof = 0.0f64;
                 let begin = Instant::now();
@@ -82,20 +87,20 @@ fn main() {
                 let gops = 2.0 * macs as f64 / median / 1e9;
                 let kernel = prepared.kernel();
                 let (model, name, us) = (row[0], row[1], median * 1e6);
-                println!(
-                    "{model},{name},{layout},{threads},{kernel},{us:.1},{gops:.0},{:.0},{:.2}",
-                    roof / 1e9,
-                    gops * 1e9 / roof
-                );
-            }
-            for ((first, last), want) in first.iter().zip(&nhwc(dst_last.view())).zip(&want) {
-                assert!(first == last && (f64::from(*first) - want).abs() <= 1.0, "{}", row[1]);
+                print!("{model},{name},{layout},{threads},{kernel},{us:.1},{gops:.0},");
+                match gops * 1e9 / roof {
+                    fraction if roof > 0.0 => {
+                        println!("{:.0},{fraction:.2}", roof / 1e9);
+                        assert!(fraction <= 1.02, "the roof is wrong");
+                    }
+                    _ => println!(","),
+                }
             }
         }
     }
 }
 
-/// Multiply-adds of bytes that so many threads do in a second, times two.
+/// Multiply-adds of bytes that so many threads do in a second, times two; 0 if it is not known.
 fn peak(threads: usize) -> f64 {
     const ROUNDS: usize = 20_000;
     let sample = || {
@@ -134,5 +139,6 @@ fn rounds(rounds: usize) -> usize {
         // SAFETY: the CPU has the instructions.
         return unsafe { chains(rounds) };
     }
-    panic!("no roof for a CPU without AVX512-VNNI, after {rounds} rounds")
+    let _ = rounds;
+    0
 }

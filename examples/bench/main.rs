@@ -57,6 +57,11 @@ fn run(options: &Options) -> Result<()> {
         Some(path) => Table::read(path, options.batch)?,
         None => Table::built_in(options.batch)?,
     };
+    if options.pass == Pass::Train
+        && (options.dtype != pointwise::DType::F32 || !options.kernel.is_empty())
+    {
+        return Err("--pass train takes f32 and no --kernel".into());
+    }
     let bench = Bench::new(options)?;
     // Before minutes are spent on what cannot be kept.
     let mut csv: Box<dyn Write> = match options.csv.as_deref() {

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use ndarray::{Array4, ArrayD, ArrayView4, Axis, Slice};
+use ndarray::{Array4, ArrayView4, Axis};
 use pointwise::init::Init;
 use pointwise::reference::{self, Gradients, Inputs};
 use pointwise::train::{Accumulate, Grads, Params, Statistics, name};
@@ -14,6 +14,7 @@ use crate::Result;
 use crate::layers::Layer;
 use crate::measure::{Bench, Outcome, Row, SAMPLES, TURN, in_order, values};
 use crate::options::Order;
+use crate::verify;
 
 /// One layer in one layout.
 struct Contender {
@@ -143,33 +144,29 @@ impl Contender {
         let shape = want.dst.shape();
         let positions: usize = shape[0] * shape[2..].iter().product::<usize>() * times;
         let terms = positions + shape[1] + self.src.shape()[1];
-        let first = Slice::from(0..shape[0]);
-        let dst = self.dst.slice_axis(Axis(0), first).to_owned().into_dyn();
-        let d_src = self.d_src.slice_axis(Axis(0), first).to_owned().into_dyn();
-        let mut all: Vec<(&str, ArrayD<f32>, ArrayD<f64>)> =
-            vec![("dst", dst, want.dst.clone()), ("d_src", d_src, want.d_sources[0].clone())];
+        let as_array = |values: &mut dyn Iterator<Item = f64>| {
+            values.collect::<ndarray::Array1<_>>().insert_axis(Axis(0)).into_dyn()
+        };
+        let (dst, d_src) = (self.dst.view().into_dyn(), self.d_src.view().into_dyn());
+        let mut all = vec![
+            ("dst", dst.to_owned(), want.dst.clone()),
+            ("d_src", d_src.to_owned(), want.d_sources[0].clone()),
+        ];
         for name in [name::WEIGHT, name::GAMMA, name::BETA] {
             let got = self.grads.get(name).ok_or("a gradient")?;
             let want = want.parameter(name).ok_or("a gradient")?;
-            let want = want.iter().map(|x| x * times as f64);
-            all.push((
-                name,
-                got.iter().copied().collect::<ndarray::Array1<_>>().into_dyn(),
-                want.collect::<ndarray::Array1<_>>().into_dyn(),
-            ));
+            let got = as_array(&mut got.iter().map(|&x| f64::from(x))).mapv(|x| x as f32);
+            all.push((name, got, as_array(&mut want.iter().map(|x| x * times as f64))));
         }
         for (name, got, want) in all {
             let largest = want.iter().fold(0.0f64, |a, b| a.max(b.abs()));
             let tolerance = f64::from(f32::EPSILON) * terms as f64 * largest.max(1.0);
-            for (&got, &want) in got.iter().zip(&want) {
-                let err = (f64::from(got) - want).abs() / tolerance;
-                // Written so that NaN fails.
-                if err <= 1.0 {
-                    self.err = self.err.max(err);
-                    continue;
-                }
+            let err = verify::error(want.view(), got.view(), tolerance);
+            self.err = self.err.max(err);
+            // Infinite where a value is not a number.
+            if err > 1.0 {
                 let order = self.order.name();
-                Err(format!("{order}: {name} is {got} instead of {want}"))?;
+                Err(format!("{order}: {name} is off by {err:.1} times the tolerance"))?;
             }
         }
         Ok(())

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::cost::{Cost, Roof};
 use crate::cpu::area::Area;
 use crate::cpu::epilogue::{self, ChannelAxis, Steps};
-use crate::cpu::isa::{ISA_VARIABLE, Isa, Supported};
+use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Sizes, TermKind};
 use crate::cpu::norm::{self, Finish, Moments, Slot};
 use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Weights};
@@ -23,7 +23,7 @@ use crate::cpu::threads::CpuDevice;
 use crate::cpu::tune::Choices;
 use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::Candidate;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Positions, Problem};
@@ -77,11 +77,7 @@ impl Layer {
         dtype: DType,
         options: &PrepareOptions,
     ) -> Result<Self> {
-        let best = Isa::detect().map_err(|reason| Error::Environment {
-            variable: ISA_VARIABLE,
-            value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
-            reason,
-        })?;
+        let best = Isa::detect()?;
         let staged = !lowered.source_steps.is_empty();
         let (isa, terms, kernel) = choose_isa(best, dtype, staged, options.kernel.as_deref())?;
         // What does not fold into a weight of 16 bits: see `TileEpilogue::scale`. A normalised

@@ -23,7 +23,7 @@ use kernels::{KERNELS, Kernel};
 use pack::{Source, Weights, Words};
 use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
 
-use crate::cpu::isa::{ISA_VARIABLE, Isa};
+use crate::cpu::isa::Isa;
 use crate::cpu::plan::{even, pieces_of};
 use crate::cpu::threads::CpuDevice;
 use crate::error::{Error, Result};
@@ -98,11 +98,7 @@ impl Layer {
     /// [`Error::Environment`] for an instruction set that is unknown or not there, [`Error::Kernel`] for
     /// a forced kernel that is.
     pub(crate) fn new(device: &CpuDevice, lowered: Lowered<'_>) -> Result<Self> {
-        let isa = Isa::detect().map_err(|reason| Error::Environment {
-            variable: ISA_VARIABLE,
-            value: std::env::var_os(ISA_VARIABLE).unwrap_or_default().to_string_lossy().into(),
-            reason,
-        })?;
+        let isa = Isa::detect()?;
         let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
         let kernel = match forced_kernel(None, &names)? {
             None => Kernel::of(isa),

@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use crate::error::Error;
+
 /// The environment variable that forces an instruction set.
 pub(crate) const ISA_VARIABLE: &str = "POINTWISE_CPU_ISA";
 
@@ -44,14 +46,22 @@ impl Isa {
     ///
     /// The variable is read once per process. An unknown name and an instruction set that this
     /// CPU lacks are errors: a forced choice is never replaced silently.
-    pub(crate) fn detect() -> Result<Supported, String> {
-        static DETECTED: OnceLock<Result<Supported, String>> = OnceLock::new();
-        DETECTED
-            .get_or_init(|| {
-                let forced = std::env::var_os(ISA_VARIABLE);
-                choose(forced.as_deref().map(|name| name.to_string_lossy()).as_deref())
-            })
-            .clone()
+    ///
+    /// # Errors
+    /// [`Error::Environment`] for one that is forced and unknown, or not there.
+    pub(crate) fn detect() -> crate::error::Result<Supported> {
+        static DETECTED: OnceLock<Result<Supported, (String, String)>> = OnceLock::new();
+        let detected = DETECTED.get_or_init(|| {
+            let forced = std::env::var_os(ISA_VARIABLE);
+            let forced = forced.as_deref().map(|name| name.to_string_lossy());
+            choose(forced.as_deref())
+                .map_err(|reason| (forced.as_deref().unwrap_or_default().to_owned(), reason))
+        });
+        detected.clone().map_err(|(value, reason)| Error::Environment {
+            variable: ISA_VARIABLE,
+            value,
+            reason,
+        })
     }
 
     /// Whether this CPU multiplies pairs of bf16 with this instruction set: AVX512-BF16.

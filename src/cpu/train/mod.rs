@@ -195,14 +195,7 @@ impl Training<'_> {
     }
 
     fn isa(&self) -> Result<Supported> {
-        Isa::detect().map_err(|reason| Error::Environment {
-            variable: crate::cpu::isa::ISA_VARIABLE,
-            value: std::env::var_os(crate::cpu::isa::ISA_VARIABLE)
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into(),
-            reason,
-        })
+        Isa::detect()
     }
 
     /// Runs forward into `dst`.
