@@ -761,7 +761,8 @@ pub struct Call<'a, S: ?Sized, T = f32> {
 
 impl<'a, T: Element, S: AsTensor<T> + ?Sized> Call<'a, S, T> {
     /// A further source: all of them stand for their concatenation along the channels, in the
-    /// order in which they are given, and are read in place.
+    /// order in which they are given, and are read in place. On CUDA, host tensors, and what is beyond
+    /// 16 device tensors, are put together first.
     pub fn concat(mut self, src: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.add_source(src);
         self

@@ -152,7 +152,7 @@ private:
                                    : position[here.fast + i] + channel(here.slow, map) * stride;
     }
 
-    // Reads of the residual do not pass through the read-only cache: it may be dst itself.
+    // The residual is read once: nothing is gained by the read-only cache.
     __device__ void read_residual_vector(float (&to)[4], const Four& here,
                                          const uint32_t* map) const {
         const int64_t from = offset(here, 0, at.residual, p.residual_channel, map);

@@ -91,14 +91,12 @@ impl Sources {
         sources
     }
 
-    /// Whether there was room for it.
-    pub(crate) fn push(&mut self, tensor: Tensor, channels: u32) -> bool {
-        let room = self.count < MAX_SOURCES;
-        if room {
-            self.list[self.count] = (tensor, channels);
+    /// Beyond [`MAX_SOURCES`] one is left out: see `Layer::put_together`.
+    pub(crate) fn push(&mut self, tensor: Tensor, channels: u32) {
+        if let Some(slot) = self.list.get_mut(self.count) {
+            *slot = (tensor, channels);
             self.count += 1;
         }
-        room
     }
 
     pub(crate) fn as_slice(&self) -> &[(Tensor, u32)] {
@@ -515,7 +513,8 @@ pub(super) unsafe fn merge(
             what: "the grid of a launch",
             sizes: vec![samples as usize, items as usize],
         };
-        let grid = Kernel::grid(blocks).ok_or_else(too_large)?;
+        // The kernel counts blocks along one axis.
+        let grid = Kernel::grid(blocks).filter(|grid| grid.1 == 1).ok_or_else(too_large)?;
         // SAFETY: the caller's promise.
         unsafe { start(device, Launch::helper(Helper::Merge), grid, &mut params)? };
         (from, items, unit) = (to, next, unit.saturating_mul(MERGED));

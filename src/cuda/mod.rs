@@ -1,6 +1,6 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
-//! kernels and stream, `plan` chooses a kernel, `layer` packs and uploads, `launch` is the one place
-//! where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
+//! kernels and stream, `plan` chooses a kernel, `pack` lays a layer out and uploads it, `layer` runs its
+//! calls, `launch` is the one place where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
 //! memory, `slice` borrows cudarc's, `staging` brings host tensors there and back, `chain` runs
 //! layers one after another.
 
@@ -9,6 +9,7 @@ mod device;
 mod driver;
 mod launch;
 mod layer;
+mod pack;
 mod plan;
 mod scratch;
 mod slice;

@@ -2,13 +2,13 @@
 //!
 //! The convolution, its gradient by src (the transposed weight) and its gradient by the weight are
 //! the microkernels' ([`wgrad`]); the stages around it are a [`chain`] that [`sweep`] replays over
-//! blocks, by the operations
-//! of [`lanes`]; [`fused`] has the chain that most layers have.
+//! blocks of a [`view`], by the operations of [`lanes`]; [`fused`] has the chain that most layers have.
 
 mod chain;
 mod fused;
 mod lanes;
 mod sweep;
+mod view;
 mod wgrad;
 
 use std::sync::{Mutex, PoisonError};
@@ -18,7 +18,8 @@ use crate::cpu::isa::{Isa, Supported};
 pub(crate) use crate::cpu::norm::Moments;
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::chain::{Chain, Op};
-use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Part, Reduce, Sweep, View};
+use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Reduce, Sweep};
+use crate::cpu::train::view::{Part, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
 use crate::dtype::DType;
 use crate::epilogue::{Lowered, SourceStep};

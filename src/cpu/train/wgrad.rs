@@ -3,8 +3,8 @@
 //!
 //! Lanes run along src's channels, out of panels `[positions][lanes]` of a block of positions. The
 //! gradient by the convolution's result is read in place where its rows are neighbours (channels
-//! last), else from a copy `[positions][rows]` of some rows. The sum is split over positions where the weight is small, by the problem alone,
-//! and the parts are added up in order.
+//! last), else from a copy `[positions][rows]` of some rows. The sum is split over positions where the
+//! weight is small, by the problem alone, and the parts are added up in order.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use crate::cpu::pack::Buffer;
 use crate::cpu::plan::{Run, even, pieces_of};
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::lanes;
-use crate::cpu::train::sweep::View;
+use crate::cpu::train::view::View;
 use crate::epilogue::Step;
 use crate::train::Accumulate;
 
