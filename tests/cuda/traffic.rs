@@ -146,7 +146,7 @@ pub fn child(what: &str, device: &CudaDevice) -> Result<String, Error> {
 }
 
 fn of_every_kernel(device: &CudaDevice) -> Outcome {
-    compare("counted kernels", &every_kernel(device))
+    compare("counted kernels", &every_kernel(device), 0.01)
 }
 
 fn of_layers(device: &CudaDevice) -> Outcome {
