@@ -257,14 +257,22 @@ unsafe fn run<V: Simd, P: Product<V>, const R: usize, const NV: usize>(
     buffered: FinishBuffered,
 ) {
     debug_assert!(grid.rows == R && grid.cols.div_ceil(V::LANES) == NV);
-    let whole = !V::TAILS_ARE_FREE && grid.cols == NV * V::LANES;
+    let axis = grid.epilogue.axis();
     // SAFETY: the caller's promises.
     unsafe {
-        match (grid.epilogue.axis(), whole) {
-            (ChannelAxis::Rows, false) => tiles::<V, P, R, NV, true, true>(grid, buffered),
-            (ChannelAxis::Rows, true) => tiles::<V, P, R, NV, false, true>(grid, buffered),
-            (ChannelAxis::Lanes, false) => tiles::<V, P, R, NV, true, false>(grid, buffered),
-            (ChannelAxis::Lanes, true) => tiles::<V, P, R, NV, false, false>(grid, buffered),
+        // Alone in its condition, so that what it excludes is not even compiled.
+        if V::TAILS_ARE_FREE {
+            match axis {
+                ChannelAxis::Rows => tiles::<V, P, R, NV, true, true>(grid, buffered),
+                ChannelAxis::Lanes => tiles::<V, P, R, NV, true, false>(grid, buffered),
+            }
+        } else {
+            match (axis, grid.cols == NV * V::LANES) {
+                (ChannelAxis::Rows, false) => tiles::<V, P, R, NV, true, true>(grid, buffered),
+                (ChannelAxis::Rows, true) => tiles::<V, P, R, NV, false, true>(grid, buffered),
+                (ChannelAxis::Lanes, false) => tiles::<V, P, R, NV, true, false>(grid, buffered),
+                (ChannelAxis::Lanes, true) => tiles::<V, P, R, NV, false, false>(grid, buffered),
+            }
         }
     }
 }
@@ -293,8 +301,14 @@ unsafe fn tiles<
         while let [Segment { k: 0, .. }, rest @ ..] = segments {
             segments = rest;
         }
-        let Some((first, rest)) = segments.split_first() else {
-            return empty::<V, P, R, NV, TAIL, PACKED>(grid, tail, &direct, buffered);
+        // A path of its own for nothing to sum would compile every epilogue once more.
+        let nothing;
+        let (first, rest) = match segments.split_first() {
+            Some(first_and_rest) => first_and_rest,
+            None => {
+                nothing = zero();
+                (&nothing, segments)
+            }
         };
         // Where the first terms of a tile are does not wait for anything at the tile's start: the
         // multiplications of a tile begin while those of the last one are under way.
@@ -319,41 +333,15 @@ unsafe fn tiles<
     }
 }
 
-/// As [`tiles`], where there is nothing to sum.
-///
-/// # Safety
-/// As [`run`].
+/// Zeros for a row of any tile, and its lanes: the one term of a sum of nothing.
+static ZEROS: [f32; 64] = [0.0; 64];
+
+/// As many zeros as a tile reads for one `k`.
 #[cold]
-#[inline(always)]
-unsafe fn empty<
-    V: Simd,
-    P: Product<V>,
-    const R: usize,
-    const NV: usize,
-    const TAIL: bool,
-    const PACKED: bool,
->(
-    grid: &Grid<'_>,
-    tail: V::Tail,
-    direct: &Option<Direct<'_, P::Stored, R>>,
-    buffered: FinishBuffered,
-) {
-    for i in 0..grid.tiles[0] {
-        for j in 0..grid.tiles[1] {
-            // SAFETY: the caller's promises.
-            unsafe {
-                let acc = [[V::splat(0.0); NV]; R];
-                epilogue::finish::<V, P, R, NV, TAIL, PACKED>(
-                    acc,
-                    tail,
-                    grid,
-                    [i, j],
-                    direct,
-                    buffered,
-                );
-            }
-        }
-    }
+#[inline(never)]
+fn zero() -> Segment {
+    let zeros = ZEROS.as_ptr();
+    Segment { k: 1, a: zeros, a_row: 0, a_k: 0, a_step: [0; 2], b: zeros, b_k: 0, b_step: [0; 2] }
 }
 
 /// How many terms ahead the weight is fetched where it is A: a tile takes a part of each row of its
