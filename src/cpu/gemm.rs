@@ -13,7 +13,7 @@ use crate::cpu::epilogue::{self, ChannelAxis, Steps};
 use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Sizes, TermKind};
 use crate::cpu::norm::{self, Finish, Moments, Slot};
-use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Weights};
+use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Unpacked, Weights};
 use crate::cpu::plan::{
     self, Facts, Order, Plan, Run, choose_isa, even, pieces_of, refusal, vectors_of,
 };
@@ -77,6 +77,20 @@ impl Layer {
         dtype: DType,
         options: &PrepareOptions,
     ) -> Result<Self> {
+        let weight = std::mem::take(&mut lowered.weight);
+        let weight = Unpacked::new(&weight, shape.groups, shape.k());
+        Self::of_weight(device, shape, weight, lowered, dtype, options)
+    }
+
+    /// As [`new`](Self::new), of a weight beside the description.
+    pub(crate) fn of_weight(
+        device: &CpuDevice,
+        shape: &LayerShape,
+        weight: Unpacked<'_>,
+        mut lowered: Lowered,
+        dtype: DType,
+        options: &PrepareOptions,
+    ) -> Result<Self> {
         let best = Isa::detect()?;
         let staged = !lowered.source_steps.is_empty();
         let (isa, terms, kernel) = choose_isa(best, dtype, staged, options.kernel.as_deref())?;
@@ -102,9 +116,9 @@ impl Layer {
             choices: Choices::default(),
             packed: Arc::new(Packed {
                 weights: Weights::pack(
-                    &lowered.weight,
-                    shape.groups,
-                    shape.k(),
+                    device,
+                    isa,
+                    weight,
                     terms,
                     Sizes::of(isa.isa(), terms).panel_widths,
                 ),

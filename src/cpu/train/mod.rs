@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::cpu::gemm::{self, Layer};
 use crate::cpu::isa::{Isa, Supported};
 pub(crate) use crate::cpu::norm::Moments;
+use crate::cpu::pack::Unpacked;
 use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::chain::{Chain, Op};
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Reduce, Sweep};
@@ -541,7 +542,7 @@ impl Training<'_> {
         values: &mut [f32],
     ) -> Result<()> {
         let lowered = Lowered {
-            weight: self.layer.weight.as_slice().expect(CONTIGUOUS).to_vec(),
+            weight: Vec::new(),
             bias: vec![0.0; self.shape.c_out],
             source_steps: source_steps(source_chain),
             steps: Vec::new(),
@@ -556,8 +557,7 @@ impl Training<'_> {
             norm_over_all: false,
             ..self.shape.clone()
         };
-        let layer =
-            Layer::new(self.device, &shape, lowered, DType::F32, &PrepareOptions::default())?;
+        let layer = self.product(&shape, self.weight(), lowered)?;
         // The channels that are convolved.
         let convolved = match &self.shape.partial {
             Some(range) => (range.start, range.end),
@@ -591,6 +591,17 @@ impl Training<'_> {
         Ok(())
     }
 
+    fn weight(&self) -> Unpacked<'_> {
+        let weight = self.layer.weight.as_slice().expect(CONTIGUOUS);
+        Unpacked::new(weight, self.shape.groups, self.shape.k())
+    }
+
+    /// A layer of inference that multiplies by a weight.
+    fn product(&self, shape: &LayerShape, weight: Unpacked<'_>, lowered: Lowered) -> Result<Layer> {
+        let options = PrepareOptions::default();
+        Layer::of_weight(self.device, shape, weight, lowered, DType::F32, &options)
+    }
+
     /// The gradient by the convolution's input: the transposed weight.
     fn multiply_back(
         &self,
@@ -600,11 +611,8 @@ impl Training<'_> {
         into: Target<'_, '_>,
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
-        let (k, rows) = (c_in / groups, c_out / groups);
-        let weight = self.layer.weight.as_slice().expect(CONTIGUOUS);
-        let turned = turned(weight, groups, rows, k);
         let lowered = Lowered {
-            weight: turned,
+            weight: Vec::new(),
             bias: vec![0.0; c_in],
             source_steps: Vec::new(),
             steps: Vec::new(),
@@ -623,8 +631,7 @@ impl Training<'_> {
             gate: false,
             norm_over_all: false,
         };
-        let layer =
-            Layer::new(self.device, &shape, lowered, DType::F32, &PrepareOptions::default())?;
+        let layer = self.product(&shape, self.weight().transposed(), lowered)?;
         let rank = MAX_RANK;
         let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
         let (to_shape, mut to_strides) = contiguous(problem, rank, c_in, axis);
@@ -734,27 +741,6 @@ fn chain_of(rows: usize) -> Chain {
 
 fn rows_of(operand: &Operand, rows: usize) -> Operand {
     Operand { channels: rows, ..*operand }
-}
-
-/// Each group's `[rows, k]` as `[k, rows]`.
-fn turned(weight: &[f32], groups: usize, rows: usize, k: usize) -> Vec<f32> {
-    // Squares, so that the lines of both are used whole.
-    const SIDE: usize = 16;
-    let mut turned = vec![0.0f32; weight.len()];
-    for group in 0..groups {
-        let range = group * rows * k..(group + 1) * rows * k;
-        let (from, to) = (&weight[range.clone()], &mut turned[range]);
-        for first_row in (0..rows).step_by(SIDE) {
-            for first in (0..k).step_by(SIDE) {
-                for i in first..k.min(first + SIDE) {
-                    for row in first_row..rows.min(first_row + SIDE) {
-                        to[i * rows + row] = from[row * k + i];
-                    }
-                }
-            }
-        }
-    }
-    turned
 }
 
 /// Which way to cut a tensor: along its memory.
