@@ -22,7 +22,7 @@ use crate::train::Accumulate;
 /// Values of a block of src, at most: half of a common L2.
 const BLOCK_VALUES: usize = 128 << 10;
 /// Positions of a block, and input channels that are multiplied at a time.
-const MOST_POSITIONS: usize = 256;
+const MOST_POSITIONS: usize = 512;
 const MOST_CHANNELS: usize = BLOCK_VALUES / MOST_POSITIONS;
 /// Values of all parts of a sum that is split.
 const PARTS_VALUES: usize = 2 << 20;
