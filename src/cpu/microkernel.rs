@@ -180,6 +180,12 @@ pub(crate) trait Product<V: Simd> {
     /// What tensors hold that are stored from registers; others go through memory.
     type Stored: Element;
 
+    /// A term of A in every lane.
+    ///
+    /// # Safety
+    /// The CPU has `V`'s instruction set; the term is readable, at any address.
+    unsafe fn splat(term: *const f32) -> V;
+
     /// `x * lanes + sum`.
     fn mul_add(x: V, lanes: V, sum: V) -> V;
 
@@ -201,6 +207,12 @@ struct F32;
 
 impl<V: Simd> Product<V> for F32 {
     type Stored = f32;
+
+    #[inline(always)]
+    unsafe fn splat(term: *const f32) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::splat(term.read_unaligned()) }
+    }
 
     #[inline(always)]
     fn mul_add(x: V, lanes: V, sum: V) -> V {
@@ -229,9 +241,15 @@ impl<V: crate::cpu::simd::avx512::DotBf16> Product<V> for Bf16Pairs {
     type Stored = bf16;
 
     #[inline(always)]
+    unsafe fn splat(term: *const f32) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::splat_pair(term.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
     fn mul_add(x: V, lanes: V, sum: V) -> V {
         // SAFETY: only kernels that need AVX512-BF16 multiply pairs.
-        unsafe { sum.dot_bf16(x, lanes) }
+        unsafe { sum.dot_bf16(lanes, x) }
     }
 
     #[inline(always)]
@@ -396,8 +414,7 @@ unsafe fn sums<
             }
             for (row, sums) in acc.iter_mut().enumerate() {
                 // Pairs of a src that is read in place may begin at any of its values.
-                let x = if PACKED { terms.a[0].add(row) } else { terms.row(row) };
-                let x = V::splat(x.read_unaligned());
+                let x = P::splat(if PACKED { terms.a[0].add(row) } else { terms.row(row) });
                 for (sum, lanes) in sums.iter_mut().zip(lanes) {
                     *sum = P::mul_add(x, lanes, *sum);
                 }
