@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ndarray::ArrayD;
-use pointwise::quantized::{Int8, PreparedQuantized, QuantizedElement, QuantizedOutput};
+use pointwise::quantized::{Int8, PreparedQuantized, QuantizedElement};
 use pointwise::safetensors::SafeTensors;
 use pointwise::{Device, Layout, Quantized, nhwc_mut};
 
@@ -39,7 +39,7 @@ pub fn run(options: &Options, path: &Path) -> Result<()> {
     }
 }
 
-fn apply<T: QuantizedElement, O: QuantizedOutput + Value>(
+fn apply<T: QuantizedElement, O: QuantizedElement + Value>(
     options: &Options,
     layer: &PreparedQuantized,
     src: &ArrayD<T>,

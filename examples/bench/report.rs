@@ -69,7 +69,7 @@ pub fn line(layer: &Layer, row: &Row, bench: &Bench) -> Result<String> {
         &stride,
         &groups,
         layer.act(),
-        bench.dtype.name(),
+        bench.numbers.name(),
         row.order.name(),
         &threads,
         &bench.device_name,

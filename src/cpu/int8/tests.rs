@@ -20,7 +20,7 @@ impl Noise {
     }
 }
 
-fn run<T: Output>(
+fn run<T: Output<u8>>(
     kernel: &'static Kernel,
     threads: usize,
     layer: &Quantized,
@@ -98,7 +98,7 @@ fn in_order<T: Copy>(values: ArrayView4<'_, T>, order: Order, f: impl FnOnce(Arr
 
 /// Runs into memory of some order that is filled with `canary`, and gives the result; what lies
 /// around it must stay as it is.
-fn into_order<T: Output + PartialEq + std::fmt::Debug>(
+fn into_order<T: Copy + PartialEq + std::fmt::Debug>(
     shape: [usize; 4],
     order: Order,
     canary: T,
