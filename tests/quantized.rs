@@ -620,7 +620,7 @@ fn sources_of_f32_give_what_the_specification_says() {
         [2, 130, 70, 1, 1, 1, 1],
         [1, 1, 1, 1, 1, 1, 1],
         [1, 5, 200, 20, 20, 1, 3],
-        [40, 64, 65, 1, 3, 2, 1],
+        [40, 64, 66, 1, 3, 2, 1],
         [1, 512, 96, 23, 23, 1, 1],
         [0, 8, 8, 3, 3, 1, 1],
         [2, 8, 8, 0, 3, 1, 1],
@@ -710,17 +710,13 @@ fn real_results_are_those_of_f32_rounded_once() {
 
 #[test]
 fn the_ends_of_f32_have_quantisations() {
+    // Halves, so that a step beyond the greatest does not overflow.
     let run = |src: Array2<f32>, per| -> Array2<f32> {
-        let weight = Array2::from_shape_fn((src.ncols(), src.ncols()), |(i, j)| i8::from(i == j));
-        let scales = vec![1.0; src.ncols()];
-        let layer = DynamicQuantized::new(weight, scales, per).prepare(&Device::cpu()).unwrap();
-        let dst: Array2<f32> = layer.forward(&src).unwrap();
-        let want = DynamicQuantized::new(
-            Array2::from_shape_fn((src.ncols(), src.ncols()), |(i, j)| i8::from(i == j)),
-            vec![1.0; src.ncols()],
-            per,
-        );
-        let want = reference::forward_dynamic(&want, src.view().into_dyn(), None).unwrap();
+        let c = src.ncols();
+        let weight = Array2::from_shape_fn((c, c), |(i, j)| i8::from(i == j));
+        let layer = DynamicQuantized::new(weight, vec![0.5; c], per);
+        let dst: Array2<f32> = layer.prepare(&Device::cpu()).unwrap().forward(&src).unwrap();
+        let want = reference::forward_dynamic(&layer, src.view().into_dyn(), None).unwrap();
         for (&got, &want) in dst.iter().zip(&want) {
             let err = (f64::from(got) - want).abs();
             assert!(got.is_nan() && want.is_nan() || err <= 1e-6 * want.abs(), "{got}, {want}");
@@ -737,10 +733,10 @@ fn the_ends_of_f32_have_quantisations() {
     ];
     let dst = run(rows, Per::Position);
     assert_eq!(dst.row(0), array![0.0, 0.0, 0.0]);
-    assert!(dst.row(1).iter().all(|x| x.is_finite()) && dst[[1, 0]] > 0.99 * max);
+    assert!(dst.row(1).iter().all(|x| x.is_finite()) && dst[[1, 0]] > 0.49 * max);
     assert_eq!(dst.row(2), array![0.0, 0.0, 0.0]);
-    assert!(dst.row(3).iter().all(|&x| x == 5.0));
-    assert_eq!(dst[[4, 2]], -3.0);
+    assert!(dst.row(3).iter().all(|&x| x == 2.5));
+    assert_eq!(dst[[4, 2]], -1.5);
     for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let src = array![[1.0, 2.0, 3.0], [1.0, bad, 3.0]];
         let dst = run(src.clone(), Per::Position);
@@ -778,9 +774,9 @@ fn what_shares_a_quantisation_is_as_it_says() {
         src[[1, 3, 2, 2]] = 1e3;
         let last: Array4<f32> = layer.forward(&src).unwrap();
         if per == Per::Position {
-            for ((i, _, y, x), value) in last.indexed_iter() {
-                let kept = (i, y, x) != (1, 1, 1);
-                assert_eq!(*value == after[[i, 0, y, x]] || !kept, true);
+            for ((i, c, y, x), &value) in last.indexed_iter() {
+                let same = value == after[[i, c, y, x]];
+                assert_eq!(same, (i, y, x) != (1, 1, 1), "{i} {c} {y} {x}");
             }
         }
     }

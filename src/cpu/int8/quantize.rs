@@ -77,11 +77,14 @@ impl Reach {
     pub(crate) fn quantization(self) -> (f32, i32) {
         let [above, below] = [self.above, self.below].map(|bits| f32::from_bits(bits as u32));
         let scale = match (above + below) / 255.0 {
-            scale if scale == f32::INFINITY => above / 255.0 + below / 255.0,
-            0.0 if above + below == 0.0 => 1.0,
-            // NaN stays.
-            scale if scale < f32::MIN_POSITIVE => f32::MIN_POSITIVE,
+            f32::INFINITY => above / 255.0 + below / 255.0,
             scale => scale,
+        };
+        let scale = match scale {
+            0.0 if above + below == 0.0 => 1.0,
+            scale if scale < f32::INFINITY => scale.max(f32::MIN_POSITIVE),
+            // Of values that are not finite.
+            _ => f32::NAN,
         };
         let zero_point = below / scale;
         let zero_point = if zero_point < 255.0 { zero_point } else { 255.0 };
