@@ -27,8 +27,8 @@ use quantize::{Element, PerPosition, Reach, Table};
 use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
 
 use crate::cpu::isa::Isa;
-use crate::cpu::plan::{even, pieces_of};
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::plan::{even, pieces_of, vectors_and_tail};
+use crate::cpu::threads::{CpuDevice, with_scratch};
 use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
 use crate::plan::forced_kernel;
@@ -174,23 +174,15 @@ impl Layer {
         if !pass.samples.is_empty() {
             let (units, work) = pass.reading(call);
             self.device.for_each(units, work, &|unit| {
-                with_scratch(|scratch| pass.read_ranges(unit, call, scratch));
+                with_scratch(&SCRATCH, |scratch| pass.read_ranges(unit, call, scratch));
             });
         }
         let work = pass.macs / 4 + pass.bytes / 4;
         self.device.for_each(pass.units(), work, &|unit| {
-            with_scratch(|scratch| pass.run_unit(unit, scratch));
+            with_scratch(&SCRATCH, |scratch| pass.run_unit(unit, scratch));
         });
         SAMPLES.set(reaches);
     }
-}
-
-/// A unit never runs inside another one; a fresh scratch keeps that from being a promise.
-fn with_scratch(f: impl FnOnce(&mut Scratch)) {
-    SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => f(&mut scratch),
-        Err(_) => f(&mut Scratch::default()),
-    });
 }
 
 impl fmt::Debug for Layer {
@@ -566,10 +558,8 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
     /// Vectors run along the positions, but for a few behind the last vector.
     fn positions(&self, rows: Range<usize>, count: usize) {
         let kernel = self.pass.layer.kernel;
-        let tail = count % kernel.lanes;
-        // With more, what a vector throws away costs less than a tile of so few rows.
-        let tail = if tail * 3 <= kernel.lanes { tail } else { 0 };
-        for piece in pieces_of(0..count - tail, kernel.widest()).flat_map(|run| run.each()) {
+        let (pieces, tail) = vectors_and_tail(count, kernel.lanes, kernel.widest());
+        for piece in pieces.flat_map(|run| run.each()) {
             for panel in self.panels(&rows) {
                 let most = kernel.most_rows(piece.len);
                 for rows in even(panel, most).flat_map(|run| run.each()) {
@@ -578,10 +568,11 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
                 }
             }
         }
-        if tail > 0 {
+        if let Some(tail) = tail {
             for panel in self.panels(&rows) {
                 for lanes in pieces_of(panel, kernel.widest()).flat_map(|run| run.each()) {
-                    self.across(lanes.first..lanes.first + lanes.len, count - tail..count);
+                    let lanes = lanes.first..lanes.first + lanes.len;
+                    self.across(lanes, tail.first..count);
                 }
             }
         }
