@@ -384,6 +384,19 @@ fn nothing_is_allocated_once_warm() {
         let before = allocated();
         (0..3).for_each(|_| run());
         assert_eq!(allocated() - before, 0);
+
+        let (src, residual) = (src.mapv(f32::from), residual.mapv(f32::from));
+        let mut dst = Array4::<f32>::zeros((2, 40, 9, 9));
+        for per in [Per::Tensor, Per::Sample, Per::Position] {
+            let weight = Array2::<i8>::ones((40, c_in));
+            let layer = DynamicQuantized::new(weight, vec![1.0; 40], per).residual();
+            let layer = layer.prepare(&Device::cpu().threads(1)).unwrap();
+            let mut run = || layer.call(&src).residual(&residual).run_into(&mut dst).unwrap();
+            run();
+            let before = allocated();
+            (0..3).for_each(|_| run());
+            assert_eq!(allocated() - before, 0);
+        }
     }
 }
 

@@ -406,9 +406,16 @@ impl<'a, T: Output<R>, R: Added> Pass<'a, T, R> {
         let per_sample = all / call.src.shape()[0];
         let src = Walked::new(&call.src, call.src.shape(), 1);
         self.reaches(&src, first..all.min(first + self.reading_block()), positions, reaches);
-        for (p, &reach) in reaches.iter().enumerate() {
-            let sample = if self.samples.len() == 1 { 0 } else { (first + p) / per_sample };
-            self.samples[sample].widen(reach);
+        let (mut rest, mut first) = (&reaches[..], first);
+        while !rest.is_empty() {
+            // One step per sample, or all at once where they share a range.
+            let (sample, last) = match self.samples.len() {
+                1 => (0, all),
+                _ => (first / per_sample, (first / per_sample + 1) * per_sample),
+            };
+            let (now, later) = rest.split_at(rest.len().min(last - first));
+            self.samples[sample].widen(now.iter().copied().fold(Reach::default(), Reach::and));
+            (rest, first) = (later, first + now.len());
         }
     }
 
