@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         trial("coffee", data, |_| top_5("coffee.png", COFFEE)),
         trial("f16", data, |_| fewer_bits(Some(DType::F16), 0.03)),
         trial("bf16", data, |_| fewer_bits(Some(DType::Bf16), 0.25)),
-        trial("int8", data, |_| fewer_bits(None, 1.5)),
+        trial("int8", data, |_| fewer_bits(None, 0.5)),
         trial("another_network_is_refused", data, |_| another_network()),
         trial("command_prints_classes_time_and_layers", || data().and(command()), report),
         trial("command_has_help", command, help),
