@@ -19,7 +19,7 @@ use crate::cpu::plan::{
 };
 use crate::cpu::roof;
 use crate::cpu::runs::Spaced;
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::threads::{self, CpuDevice};
 use crate::cpu::tune::Choices;
 use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
@@ -357,13 +357,8 @@ fn run_units<T: Element>(passes: &[Pass<'_, T>]) {
     }
 }
 
-/// A unit never runs inside another one, so the borrow is free; a fresh scratch keeps that from
-/// being a promise.
 fn with_scratch(f: impl FnOnce(&mut Scratch)) {
-    SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => f(&mut scratch),
-        Err(_) => f(&mut Scratch::default()),
-    });
+    threads::with_scratch(&SCRATCH, f);
 }
 
 impl<'a, T: Element> Pass<'a, T> {
