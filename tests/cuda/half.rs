@@ -1,10 +1,10 @@
 //! Tensors of f16 and bf16: exact where the arithmetic is, and one rounding of what f32 gives.
 
 use ndarray::{Array2, Array3, Array5};
-use pointwise::cudarc::driver::sys;
+use pointwise::cudarc::driver::{DeviceRepr, sys};
 use pointwise::{
-    BatchNorm, Branches, CudaDevice, CudaTensor, DType, Device, Error, LayerNorm, Pointwise,
-    PrepareOptions, Sequence, bf16, f16, reference,
+    BatchNorm, Branches, CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, DType, Device, Error,
+    LayerNorm, Pointwise, PrepareOptions, Sequence, bf16, f16, reference,
 };
 
 use super::cases::{
@@ -195,7 +195,7 @@ fn norms<T: Value>(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
-fn compositions<T: Value>(device: &CudaDevice) -> Outcome {
+fn compositions<T: Value + DeviceRepr>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(84);
     let gpu = Device::from(device.clone());
     let mut layer = |c_out: usize, c_in: usize| {
@@ -227,6 +227,7 @@ fn compositions<T: Value>(device: &CudaDevice) -> Outcome {
     // More sources than a launch takes, and branches that read them.
     let wide = prepare(&layer_of(&mut random, 10, 6 * 20))?;
     let all = ndarray::concatenate(ndarray::Axis(1), &vec![src.view(); 20]).unwrap();
+    let all = all.as_standard_layout();
     let expected = wide.forward(&CudaTensor::from_host(device, all.view())?)?.to_host()?;
     let source = CudaTensor::from_host(device, src.view())?;
     let call = (1..20).fold(wide.call(&source), |call, _| call.concat(&source));
@@ -240,6 +241,18 @@ fn compositions<T: Value>(device: &CudaDevice) -> Outcome {
         let got = got.to_host()?;
         assert!(got.iter().zip(part).all(|(a, b)| a.to_f32() == b.to_f32()), "branches");
     }
+
+    // cudarc's own memory, read and written in place.
+    let failed = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let stream = device.stream().clone();
+    let memory = stream.clone_htod(src.as_slice().unwrap()).map_err(failed)?;
+    let mut result = stream.clone_htod(&vec![T::CANARY; 2 * 5 * 41]).map_err(failed)?;
+    parts[0].forward_into(
+        &CudaSliceRef::new(memory.as_view(), 0, &[2, 6, 41], &[6 * 41, 41, 1])?,
+        &mut CudaSliceMut::new(result.as_view_mut(), 0, &[2, 5, 41], &[5 * 41, 41, 1])?,
+    )?;
+    let result = stream.clone_dtoh(&result).map_err(failed)?;
+    assert!(bits(&result) == bits(alone[0].as_slice().unwrap()), "slices of cudarc's");
     Ok(())
 }
 
