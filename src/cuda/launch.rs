@@ -346,7 +346,8 @@ impl Call {
         let most = if kernel.reads_eight() { 8 } else { 4 };
         let axes = self.describe(params, &self.sources, (kernel.dtype, most), [0; MAX_AXES]);
         (params.groups, params.rows, params.depth) = (self.groups, self.rows, self.depth);
-        self.set_vectors(&axes, kernel.channels_fast, (dst_dtype, kernel.dtype), params);
+        let along = (kernel.channels_fast, i64::from(kernel.vector));
+        self.set_vectors(&axes, along, (dst_dtype, kernel.dtype), params);
         if dst_dtype != kernel.dtype {
             params.flags |= pw_flags::PW_FLAG_DST_F32.0;
             params.epilogue = pw_epilogue::PW_EPILOGUE_STEPS;
@@ -389,17 +390,18 @@ impl Call {
         };
         params.norm.values = positions as f64 * f64::from(params.rows);
         let channels_fast = self.letters().channels_fast;
-        self.set_vectors(&axes, true, (dtype, dtype), params);
+        self.set_vectors(&axes, (true, 4), (dtype, dtype), params);
         if channels_fast {
             params.flags |= pw_flags::PW_FLAG_CHANNELS_FAST.0;
         }
     }
 
-    /// Which of dst and residual, of these dtypes, are accessed in vectors along the fast axis.
+    /// Which of dst and residual, of these dtypes, are accessed in vectors along the fast axis, of
+    /// at most so many elements.
     fn set_vectors(
         &self,
         axes: &Axes,
-        channels_fast: bool,
+        (channels_fast, most): (bool, i64),
         (of_dst, of_residual): (DType, DType),
         params: &mut pw_fprop,
     ) {
@@ -418,6 +420,9 @@ impl Call {
             (4, pw_flags::PW_FLAG_DST_VEC4, pw_flags::PW_FLAG_RESIDUAL_VEC4),
             (8, pw_flags::PW_FLAG_DST_VEC8, pw_flags::PW_FLAG_RESIDUAL_VEC8),
         ] {
+            if width > most {
+                continue;
+            }
             let vector = |dtype| Vector { width, dtype };
             if vectors(DST, &self.dst, params.dst_map, vector(of_dst)) {
                 params.flags |= dst.0;

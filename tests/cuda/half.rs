@@ -224,15 +224,18 @@ fn compositions<T: Value + DeviceRepr>(device: &CudaDevice) -> Outcome {
     let on_device = sequence.forward(&CudaTensor::from_host(device, src.view())?)?.to_host()?;
     assert!(bits(on_device.as_slice().unwrap()) == expected, "a sequence on the device");
 
-    // More sources than a launch takes, and branches that read them.
-    let wide = prepare(&layer_of(&mut random, 10, 6 * 20))?;
-    let all = ndarray::concatenate(ndarray::Axis(1), &vec![src.view(); 20]).unwrap();
+    // More sources than a launch takes: integers, as slabs of other channels are summed otherwise.
+    let weight = Array2::from_shape_vec((10, 6 * 20), random.integers(10 * 6 * 20)).unwrap();
+    let wide = prepare(&Pointwise::new(weight))?;
+    let whole = Array3::from_shape_simple_fn((2, 6, 41), || T::from_f32(random.integer()));
+    let all = ndarray::concatenate(ndarray::Axis(1), &vec![whole.view(); 20]).unwrap();
     let all = all.as_standard_layout();
     let expected = wide.forward(&CudaTensor::from_host(device, all.view())?)?.to_host()?;
-    let source = CudaTensor::from_host(device, src.view())?;
+    let source = CudaTensor::from_host(device, whole.view())?;
     let call = (1..20).fold(wide.call(&source), |call, _| call.concat(&source));
     let got = call.run()?.to_host()?;
     assert!(bits(got.as_slice().unwrap()) == bits(expected.as_slice().unwrap()), "20 sources");
+    let source = CudaTensor::from_host(device, src.view())?;
 
     let parts = [prepare(&layer_of(&mut random, 5, 6))?, prepare(&layer_of(&mut random, 11, 6))?];
     let alone = [parts[0].forward(&source)?.to_host()?, parts[1].forward(&source)?.to_host()?];
