@@ -280,7 +280,7 @@ private:
     __device__ void along_channels(Element* slab) {
         constexpr int kStep = kAcross<kWidth>;
         // Elements of 16 bits pass through registers, of which there are not enough for all.
-        constexpr int kAtOnce = kWidth * sizeof(Element) < 4 ? 4 : Tile::kPositions;
+        constexpr int kAtOnce = kWidth * sizeof(Element) < 4 ? 8 : Tile::kPositions;
 #pragma unroll kAtOnce
         for (int i = 0; i < Tile::kPositions; i += kStep) {
             const bool in = column + i < valid && src_left > 0;
