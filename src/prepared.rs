@@ -178,7 +178,7 @@ impl Pointwise {
     ///
     /// # Errors
     /// As [`prepare_with`](Self::prepare_with); [`Error::ParameterValue`] for a finite weight that
-    /// `T` has no finite value for; [`Error::Unsupported`] on CUDA for 16 bits.
+    /// `T` has no finite value for.
     pub fn prepare_as<T: Element>(
         &self,
         device: &Device,
@@ -195,24 +195,13 @@ impl Pointwise {
                 Backend::Cpu(Current::new(layer))
             }
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) if T::DTYPE != DType::F32 => {
-                return Err(Error::Unsupported {
-                    device: device.to_string(),
-                    what: format!("layers in {}", T::DTYPE),
-                });
+            Kind::Cuda(cuda) => {
+                Backend::Cuda(cuda::Layer::new(cuda, &shape, lowered, T::DTYPE, &options)?)
             }
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => Backend::Cuda(cuda::Layer::new(cuda, &shape, lowered, &options)?),
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
         Ok(Prepared::new(Inner { shape, parameters, device: device.clone(), options, backend }))
     }
-}
-
-/// A call of a CUDA layer, which takes f32.
-#[cfg(feature = "cuda")]
-fn on_cuda<'p, 'a, T: Element>(problem: &'p Problem<'a, T>) -> &'p Problem<'a> {
-    problem.as_f32().expect("a CUDA layer was prepared for f32")
 }
 
 impl<T> Prepared<T> {
@@ -299,7 +288,7 @@ impl<T: Element> Prepared<T> {
                 Ok(0)
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.scratch_bytes(on_cuda(problem)),
+            Backend::Cuda(layer) => layer.scratch_bytes(problem),
         })
     }
 
@@ -414,7 +403,7 @@ impl<T: Element> Prepared<T> {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(on_cuda(problem)),
+                Backend::Cuda(layer) => layer.explain(problem),
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
@@ -445,7 +434,7 @@ impl<T: Element> Prepared<T> {
             Ok(match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().plans(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.plans(on_cuda(problem)),
+                Backend::Cuda(layer) => layer.plans(problem),
             })
         })
     }
@@ -622,7 +611,7 @@ impl<T: Element> Prepared<T> {
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(on_cuda(&problem), scratch)?,
+            Backend::Cuda(layer) => layer.run(&problem, scratch)?,
         }
         Ok(())
     }
@@ -633,7 +622,7 @@ impl<T: Element> Prepared<T> {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem).0,
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(on_cuda(problem)).0,
+                Backend::Cuda(layer) => layer.explain(problem).0,
             };
             crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
         })
@@ -662,7 +651,7 @@ pub(crate) fn run_together<T: Element>(
             Backend::Cpu(cpu) => held.push((cpu.get(), problem)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(on_cuda(problem), None)?,
+            Backend::Cuda(layer) => layer.run(problem, None)?,
         }
     }
     let calls: Vec<_> = held.iter().map(|(layer, problem)| (&**layer, *problem)).collect();
@@ -682,8 +671,6 @@ pub(crate) fn run_chain<T: Element>(
         Backend::Cpu(_) => None,
         Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),
     });
-    let (src, dst) = (src.as_f32(), dst.as_f32());
-    let (src, dst) = src.zip(dst).expect("CUDA layers were prepared for f32");
     cuda::chain::run(layers, src, dst)
 }
 
