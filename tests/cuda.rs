@@ -30,6 +30,12 @@ mod streams;
 mod tensor_cores;
 #[path = "cuda/traffic.rs"]
 mod traffic;
+#[path = "cuda/train.rs"]
+mod train;
+#[path = "common/training.rs"]
+mod training;
+
+use fixtures as common;
 
 use std::process::ExitCode;
 
@@ -60,6 +66,7 @@ fn main() -> ExitCode {
         compose::TRIALS,
         operator::TRIALS,
         tensor_cores::TRIALS,
+        train::TRIALS,
         driver::TRIALS,
     ]
     .concat();

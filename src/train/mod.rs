@@ -44,11 +44,14 @@
 //! `src_affine.weight` and `src_affine.bias`. [`name`] has them as constants.
 
 mod call;
+pub(crate) mod chain;
 mod grads;
 mod params;
 mod reduce;
 
 use std::ops::Range;
+
+use crate::prepared::Math;
 
 pub use call::{BackwardCall, Call, Workspace};
 pub use grads::Grads;
@@ -123,6 +126,9 @@ pub struct Options {
     /// Rows of the weight (output channels) that keep their values: their gradients are zero, and
     /// [`Params::update`] does not change them.
     pub frozen_rows: Vec<Range<usize>>,
+    /// What the products of the convolution and of its gradient by src may round. No effect on the
+    /// CPU; gradients by the weight are of f32 products everywhere.
+    pub math: Math,
 }
 
 impl Default for Options {
@@ -132,6 +138,7 @@ impl Default for Options {
             momentum: Some(0.1),
             frozen: Vec::new(),
             frozen_rows: Vec::new(),
+            math: Math::default(),
         }
     }
 }
