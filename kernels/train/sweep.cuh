@@ -16,7 +16,6 @@ constexpr int kSweepNarrow = 8;
 
 struct SweepShared {
     float sums[2 * PW_MAX_SUMMED][kSweepThreads];
-    double mean[kSweepWide];
 };
 
 // Where a position lies along strides.
@@ -81,7 +80,6 @@ public:
         __syncthreads();
         const double count = double(end - begin);
         const double moved = total(0) / count;
-        if (exists && lane == 0) shared.mean[local] = double(shift) + moved;
         const float about = float(moved);
         float squares = 0.f, off = 0.f;
         if (exists) {

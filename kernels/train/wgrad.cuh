@@ -12,8 +12,8 @@ constexpr int kWgradSide = 4;
 
 struct WgradShared {
     // One vector more than a tile has: threads that store along a column then meet other banks.
-    float d[kWgradSlab][kWgradTile + 4];
-    float src[kWgradSlab][kWgradTile + 4];
+    alignas(16) float d[kWgradSlab][kWgradTile + 4];
+    alignas(16) float src[kWgradSlab][kWgradTile + 4];
     int64_t d_at[2][kWgradSlab];
     int64_t src_at[2][kWgradSlab];
 };
