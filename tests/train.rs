@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice};
-use pointwise::reference::{self, Gradients, Inputs};
+use pointwise::reference::{self, Inputs};
 use pointwise::train::{
     Accumulate, AllReduce, Grads, Options, Params, Statistics, ThreadWorker, name,
 };

@@ -1,5 +1,5 @@
 //! Training: forward with batch statistics, the gradient of everything, parameters to update. In
-//! f32, on the CPU.
+//! f32, on the CPU and, but for layer norms, on CUDA.
 //!
 //! ```
 //! use ndarray::{Array3, Array2};
