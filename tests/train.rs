@@ -10,12 +10,9 @@ use std::time::Duration;
 
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice};
 use pointwise::reference::{self, Inputs};
-use pointwise::train::{
-    Accumulate, AllReduce, Grads, Options, Params, Statistics, ThreadWorker, name,
-};
+use pointwise::train::{Accumulate, AllReduce, Options, Params, Statistics, ThreadWorker, name};
 use pointwise::{
-    Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, SourceStage, Stage,
-    TensorMut, TensorRef,
+    Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, Stage, TensorMut, TensorRef,
 };
 use training::*;
 
