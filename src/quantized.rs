@@ -12,8 +12,11 @@
 //!
 //! where each operation of the last three lines rounds once to f32, in the order of the
 //! parentheses; the bounds of a clip are divided by `dst.scale`. Without a quantisation of its own,
-//! `dst` is the real number in f32: `dst.scale` is one, and nothing is rounded or saturated.
-//! Results are the same bits on every instruction set and for any number of threads.
+//! `dst` is the real number, in f32 or rounded once to f16 or bf16, as the call asks: `dst.scale` is
+//! one, and nothing is rounded to integers or saturated. Results are the same bits on every instruction
+//! set and for any number of threads.
+//!
+//! [`DynamicQuantized`] takes sources of f32, and finds their scales in each call.
 //!
 //! ```
 //! use ndarray::{Array4, array};
@@ -32,15 +35,19 @@
 //! ```
 
 mod calibrate;
+mod dynamic;
 mod prepared;
 
 use std::fmt;
 
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, ArrayView1};
 
 pub use calibrate::{Calibration, Range};
+pub use dynamic::DynamicQuantized;
 pub use prepared::{PreparedQuantized, QuantizedCall};
 
+pub use crate::cpu::int8::Per;
+use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
 use crate::problem::LayerShape;
 use crate::tensor::checked_product;
@@ -89,43 +96,49 @@ impl fmt::Display for Int8 {
     }
 }
 
+/// What a tensor of a quantised layer holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ElementType {
+    /// Integers, which a [`Quantization`] gives a meaning.
+    Int8(Int8),
+    /// Real numbers.
+    Real(DType),
+}
+
+impl ElementType {
+    /// `u8`, `i8`, `f32`, `f16` or `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ElementType::Int8(int8) => int8.name(),
+            ElementType::Real(dtype) => dtype.name(),
+        }
+    }
+}
+
 mod sealed {
     pub trait Sealed: Copy + Default + Send + Sync + 'static {}
-    impl Sealed for u8 {}
-    impl Sealed for i8 {}
-    impl Sealed for f32 {}
 }
 
-/// An element that stands for a real number by a [`Quantization`]: `u8` or `i8`.
-pub trait QuantizedElement: sealed::Sealed + Into<i32> {
+/// An element of such a tensor: `u8`, `i8`, `f32`, [`f16`](struct@f16) or [`bf16`].
+pub trait QuantizedElement: sealed::Sealed {
     /// The type as a value.
-    const INT8: Int8;
+    const TYPE: ElementType;
 }
 
-impl QuantizedElement for u8 {
-    const INT8: Int8 = Int8::U8;
+macro_rules! elements {
+    ($($element:ty: $type:expr;)*) => {$(
+        impl sealed::Sealed for $element {}
+        impl QuantizedElement for $element {
+            const TYPE: ElementType = $type;
+        }
+    )*};
 }
-
-impl QuantizedElement for i8 {
-    const INT8: Int8 = Int8::I8;
-}
-
-/// An element of a result: `u8` or `i8`, or `f32` where the layer has no quantisation for it.
-pub trait QuantizedOutput: sealed::Sealed {
-    /// The integer type; `None` is f32.
-    const OUTPUT: Option<Int8>;
-}
-
-impl QuantizedOutput for u8 {
-    const OUTPUT: Option<Int8> = Some(Int8::U8);
-}
-
-impl QuantizedOutput for i8 {
-    const OUTPUT: Option<Int8> = Some(Int8::I8);
-}
-
-impl QuantizedOutput for f32 {
-    const OUTPUT: Option<Int8> = None;
+elements! {
+    u8: ElementType::Int8(Int8::U8);
+    i8: ElementType::Int8(Int8::I8);
+    f32: ElementType::Real(DType::F32);
+    f16: ElementType::Real(DType::F16);
+    bf16: ElementType::Real(DType::Bf16);
 }
 
 /// Which real numbers the integers of a tensor stand for: `scale · (q − zero_point)`.
@@ -234,7 +247,7 @@ mod bounds {
 }
 
 impl Quantized {
-    /// A bare convolution with f32 results.
+    /// A bare convolution with results that are real numbers.
     ///
     /// # Shapes
     /// `weight [c_out, c_in / groups]`, symmetric (its zero points are zero); `weight_scale [c_out]`.
@@ -250,7 +263,7 @@ impl Quantized {
             bias: None,
             dst: None,
             residual: None,
-            clips: [(f32::NEG_INFINITY, f32::INFINITY); 2],
+            clips: UNBOUNDED,
             groups: 1,
             stride: 1,
         }
@@ -274,13 +287,7 @@ impl Quantized {
 
     /// `min(max(x, lo), hi)`, likewise; of real numbers. Infinite bounds are none.
     pub fn clip(mut self, lo: f32, hi: f32) -> Self {
-        let clip = &mut self.clips[usize::from(self.residual.is_some())];
-        // One clip after another: the bounds of the first are cut down to those of the second.
-        // What is no clip stays as it is, for `check` to tell.
-        if clip.0 <= clip.1 {
-            let cut = |x: f32| if x < lo { lo } else { x.min(hi) };
-            *clip = if lo <= hi { (cut(clip.0), cut(clip.1)) } else { (lo, hi) };
-        }
+        cut(&mut self.clips[usize::from(self.residual.is_some())], lo, hi);
         self
     }
 
@@ -293,6 +300,12 @@ impl Quantized {
     /// The result is quantised.
     pub fn dst(mut self, quantization: Quantization) -> Self {
         self.dst = Some(quantization);
+        self
+    }
+
+    /// The result is real numbers, whatever it was.
+    pub fn dequantized(mut self) -> Self {
+        self.dst = None;
         self
     }
 
@@ -323,7 +336,12 @@ impl Quantized {
         self.src
     }
 
-    /// The result's quantisation; `None` is f32.
+    /// The residual's quantisation, if the layer takes one.
+    pub fn residual_quantization(&self) -> Option<Quantization> {
+        self.residual
+    }
+
+    /// The result's quantisation; `None` is real numbers.
     pub fn dst_quantization(&self) -> Option<Quantization> {
         self.dst
     }
@@ -333,7 +351,7 @@ impl Quantized {
         self.bias.as_ref().map_or(0, |bias| bias[channel])
     }
 
-    /// dst's scale, one if it is f32.
+    /// dst's scale, one if it is real.
     pub(crate) fn dst_scale(&self) -> f32 {
         self.dst.map_or(1.0, |dst| dst.scale)
     }
@@ -355,44 +373,12 @@ impl Quantized {
     /// positive, or whose quotient is not finite; zero points outside of their type; bounds of a
     /// clip; [`Error::SumOverflow`] where a source could take a sum beyond an i32.
     pub fn check(&self) -> Result<()> {
-        let (c_out, k) = self.weight.dim();
-        if c_out == 0 || k == 0 {
-            let shape = self.weight.shape().to_vec();
-            return Err(Error::NoChannels { tensor: "weight", shape });
-        }
-        if self.groups == 0 || c_out % self.groups != 0 {
-            let (groups, channels) = (self.groups, c_out);
-            return Err(Error::Groups { groups, channels, what: "output channels" });
-        }
-        checked_product("the number of input channels", &[k, self.groups])?;
-        if self.stride == 0 {
-            return Err(Error::ParameterValue {
-                parameter: "stride".into(),
-                value: "0".into(),
-                expected: "at least 1",
-            });
-        }
-        let lengths = [
-            ("weight_scale", self.weight_scale.len()),
-            ("bias", self.bias.as_ref().map_or(c_out, |bias| bias.len())),
-        ];
-        for (parameter, got) in lengths {
-            if got != c_out {
-                return Err(Error::ParameterLength { parameter, expected: c_out, got });
-            }
-        }
+        let Quantized { weight, weight_scale, groups, stride, .. } = self;
+        let bias = self.bias.as_ref().map(|bias| bias.len());
+        check_layer(weight, weight_scale, bias, *groups, *stride, self.clips)?;
         self.src.check("src")?;
         self.dst.map_or(Ok(()), |dst| dst.check("dst"))?;
         self.residual.map_or(Ok(()), |residual| residual.check("residual"))?;
-        for (lo, hi) in self.clips {
-            if lo.is_nan() || hi.is_nan() || lo > hi {
-                return Err(Error::ParameterValue {
-                    parameter: "clip".into(),
-                    value: format!("{lo}, {hi}"),
-                    expected: "two numbers, the lower one first",
-                });
-            }
-        }
         let quotient = |parameter: String, value: f32| {
             if value.is_finite() {
                 return Ok(());
@@ -408,38 +394,113 @@ impl Quantized {
         let src = [self.src.int8.min(), self.src.int8.max()];
         let [least, greatest] = src.map(|q| i64::from(q - self.src.zero_point));
         for (channel, row) in self.weight.outer_iter().enumerate() {
-            check_scale(|| format!("weight_scale[{channel}]"), self.weight_scale[channel])?;
             quotient(
                 format!("src's scale times weight_scale[{channel}] over dst's scale"),
                 self.multiplier(channel),
             )?;
             let bias = self.bias_of(channel);
-            // Zero points lie within their type, so that zero is between the bounds.
-            let (mut low, mut high) = (0i64, 0i64);
-            for &w in row {
-                let (a, b) = (i64::from(w) * least, i64::from(w) * greatest);
-                low += a.min(b);
-                high += a.max(b);
-            }
-            let sums = [low, high, low + i64::from(bias), high + i64::from(bias)];
-            let beyond = sums.into_iter().filter(|&sum| i32::try_from(sum).is_err());
-            if let Some(sum) = beyond.max_by_key(|sum| sum.unsigned_abs()) {
-                return Err(Error::SumOverflow { channel, sum, terms: k, bias });
-            }
+            check_sums(channel, row, bias, [(least, greatest)])?;
         }
         Ok(())
     }
 
     pub(crate) fn shape(&self) -> LayerShape {
-        LayerShape {
-            c_in: self.weight.ncols() * self.groups,
-            c_out: self.weight.nrows(),
-            groups: self.groups,
-            stride: self.stride,
-            partial: None,
-            residual: self.residual.is_some(),
-            gate: false,
-            norm_over_all: false,
+        shape(&self.weight, self.groups, self.stride, self.residual.is_some())
+    }
+}
+
+fn shape(weight: &Array2<i8>, groups: usize, stride: usize, residual: bool) -> LayerShape {
+    LayerShape {
+        c_in: weight.ncols() * groups,
+        c_out: weight.nrows(),
+        groups,
+        stride,
+        partial: None,
+        residual,
+        gate: false,
+        norm_over_all: false,
+    }
+}
+
+/// One clip after another: the bounds of the first are cut down to those of the second. What is no
+/// clip stays as it is, for a check to tell.
+fn cut(clip: &mut (f32, f32), lo: f32, hi: f32) {
+    if clip.0 <= clip.1 {
+        let cut = |x: f32| if x < lo { lo } else { x.min(hi) };
+        *clip = if lo <= hi { (cut(clip.0), cut(clip.1)) } else { (lo, hi) };
+    }
+}
+
+/// No clip, before a residual and after it.
+const UNBOUNDED: [(f32, f32); 2] = [(f32::NEG_INFINITY, f32::INFINITY); 2];
+
+/// What every layer must fulfil, with so many values in its bias.
+fn check_layer(
+    weight: &Array2<i8>,
+    weight_scale: &Array1<f32>,
+    bias: Option<usize>,
+    groups: usize,
+    stride: usize,
+    clips: [(f32, f32); 2],
+) -> Result<()> {
+    let (c_out, k) = weight.dim();
+    if c_out == 0 || k == 0 {
+        let shape = weight.shape().to_vec();
+        return Err(Error::NoChannels { tensor: "weight", shape });
+    }
+    if groups == 0 || c_out % groups != 0 {
+        return Err(Error::Groups { groups, channels: c_out, what: "output channels" });
+    }
+    checked_product("the number of input channels", &[k, groups])?;
+    if stride == 0 {
+        return Err(Error::ParameterValue {
+            parameter: "stride".into(),
+            value: "0".into(),
+            expected: "at least 1",
+        });
+    }
+    for (parameter, got) in [("weight_scale", weight_scale.len()), ("bias", bias.unwrap_or(c_out))]
+    {
+        if got != c_out {
+            return Err(Error::ParameterLength { parameter, expected: c_out, got });
         }
     }
+    for (lo, hi) in clips {
+        if lo.is_nan() || hi.is_nan() || lo > hi {
+            return Err(Error::ParameterValue {
+                parameter: "clip".into(),
+                value: format!("{lo}, {hi}"),
+                expected: "two numbers, the lower one first",
+            });
+        }
+    }
+    for (channel, &scale) in weight_scale.iter().enumerate() {
+        check_scale(|| format!("weight_scale[{channel}]"), scale)?;
+    }
+    Ok(())
+}
+
+/// Whether all sums of a channel fit an i32, with its bias and without, where values of src minus their
+/// zero point lie between any of these bounds.
+fn check_sums<const N: usize>(
+    channel: usize,
+    row: ArrayView1<'_, i8>,
+    bias: i32,
+    bounds: [(i64, i64); N],
+) -> Result<()> {
+    for (least, greatest) in bounds {
+        // Zero points lie within their type, so that zero is between the bounds.
+        let (mut low, mut high) = (0i64, 0i64);
+        for &w in row {
+            let (a, b) = (i64::from(w) * least, i64::from(w) * greatest);
+            low += a.min(b);
+            high += a.max(b);
+        }
+        let sums = [low, high, low + i64::from(bias), high + i64::from(bias)];
+        let beyond = sums.into_iter().filter(|&sum| i32::try_from(sum).is_err());
+        if let Some(sum) = beyond.max_by_key(|sum| sum.unsigned_abs()) {
+            return Err(Error::SumOverflow { channel, sum, terms: row.len(), bias });
+        }
+    }
+    Ok(())
 }

@@ -12,7 +12,7 @@ use ndarray::{
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::problem::{LayerShape, dst_shape, without_trailing_ones};
-use crate::quantized::Quantized;
+use crate::quantized::{DynamicQuantized, Per, Quantized};
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 use crate::train::Statistics;
 
@@ -307,34 +307,122 @@ pub fn forward_quantized(
         }
         _ => {}
     }
-    let (c_out, k) = layer.weight.dim();
-    let rows = c_out / layer.groups;
+    let steps = src.mapv(|q| i64::from(q) - i64::from(layer.src.zero_point));
+    let sums = sums(&layer.weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
     let scale = f64::from(layer.dst_scale());
     let clip =
         |x: f64, (lo, hi): (f32, f32)| x.max(f64::from(lo) / scale).min(f64::from(hi) / scale);
-    Ok(ArrayD::from_shape_fn(shape.as_slice(), |at| {
-        let channel = at[1];
-        let mut from = at.clone();
-        for axis in 2..shape.as_slice().len() {
-            from[axis] *= layer.stride;
-        }
-        let products = (0..k).map(|i| {
-            from[1] = channel / rows * k + i;
-            let step = i64::from(src[&from]) - i64::from(layer.src.zero_point);
-            i64::from(layer.weight[[channel, i]]) * step
-        });
-        let sum = products.sum::<i64>() + i64::from(layer.bias_of(channel));
-        let mut x = clip(sum as f64 * f64::from(layer.multiplier(channel)), layer.clips[0]);
+    let mut dst = sums.mapv(|sum| sum as f64);
+    for (at, x) in dst.indexed_iter_mut() {
+        let sum = *x + f64::from(layer.bias_of(at[1]));
+        *x = clip(sum * f64::from(layer.multiplier(at[1])), layer.clips[0]);
         if let (Some(residual), Some(quantization)) = (&residual, layer.residual) {
             let steps = f64::from(residual[&at]) - f64::from(quantization.zero_point);
-            x = clip(x + steps * f64::from(layer.residual_multiplier()), layer.clips[1]);
+            *x = clip(*x + steps * f64::from(layer.residual_multiplier()), layer.clips[1]);
         }
-        match layer.dst {
-            Some(dst) => (x.round_ties_even() + f64::from(dst.zero_point))
-                .clamp(dst.int8.min().into(), dst.int8.max().into()),
-            None => x,
+        if let Some(dst) = layer.dst {
+            *x = (x.round_ties_even() + f64::from(dst.zero_point))
+                .clamp(dst.int8.min().into(), dst.int8.max().into());
         }
-    }))
+    }
+    Ok(dst)
+}
+
+/// `Σ_k weight[c, k] · steps[k]` at the positions that the stride keeps.
+fn sums(
+    weight: &Array2<i8>,
+    groups: usize,
+    stride: usize,
+    steps: ArrayViewD<'_, i64>,
+    shape: &[usize],
+) -> ArrayD<i64> {
+    let (c_out, k) = weight.dim();
+    let (rows, positions) = (c_out / groups, shape[2..].iter().product());
+    let steps = kept(steps, stride).to_owned();
+    let steps = steps.to_shape((shape[0], k * groups, positions)).expect("axes are kept in order");
+    let sums = Array3::from_shape_fn((shape[0], c_out, positions), |(n, row, p)| {
+        let first = row / rows * k;
+        (0..k).map(|i| i64::from(weight[[row, i]]) * steps[[n, first + i, p]]).sum()
+    });
+    sums.into_shape_with_order(IxDyn(shape)).expect("the same number of elements")
+}
+
+/// Runs a layer whose sources are quantised in each call: the source's scales, zero points and integers
+/// as the [specification](DynamicQuantized) says, sums exact, and then in f64.
+///
+/// # Shapes
+/// `src [n, c_in, …spatial]` and `residual`, of the result's shape; the result
+/// `[n, c_out, …ceil(spatial / stride)]`.
+///
+/// # Errors
+/// As the prepared layer's `forward`.
+pub fn forward_dynamic(
+    layer: &DynamicQuantized,
+    src: ArrayViewD<'_, f32>,
+    residual: Option<ArrayViewD<'_, f32>>,
+) -> Result<ArrayD<f64>> {
+    layer.check()?;
+    let shape = dst_shape(&layer.shape(), src.shape(), std::iter::empty())?;
+    match (layer.residual, &residual) {
+        (true, None) => return Err(Error::MissingInput { input: "residual" }),
+        (false, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
+        (_, Some(residual)) if residual.shape() != shape.as_slice() => {
+            let (expected, got) = (shape.as_slice().to_vec(), residual.shape().to_vec());
+            return Err(Error::Shape { tensor: "residual", expected, got });
+        }
+        _ => {}
+    }
+    // The index of a value's range among as many as the source has.
+    let at = |index: &IxDyn| {
+        let mut at = index.clone();
+        let from = match layer.per {
+            Per::Tensor => 0,
+            Per::Sample => 1,
+            Per::Position => {
+                at[1] = 0;
+                src.ndim()
+            }
+        };
+        (from..src.ndim()).for_each(|axis| at[axis] = 0);
+        at
+    };
+    let mut ranges = ArrayD::from_elem(src.raw_dim(), (0.0f32, 0.0f32, true));
+    for (index, &x) in src.indexed_iter() {
+        let (min, max, finite) = &mut ranges[at(&index)];
+        (*min, *max, *finite) = (min.min(x), max.max(x), *finite && x.is_finite());
+    }
+    let quantizations = ranges.mapv(|(min, max, finite)| {
+        let scale = match (max - min) / 255.0 {
+            _ if !finite => f32::NAN,
+            _ if min == max => 1.0,
+            f32::INFINITY => max / 255.0 - min / 255.0,
+            scale => scale.max(f32::MIN_POSITIVE),
+        };
+        (scale, (-min / scale).min(255.0).round_ties_even())
+    });
+    let mut steps = ArrayD::zeros(src.raw_dim());
+    for ((index, &x), steps) in src.indexed_iter().zip(&mut steps) {
+        let (scale, zero_point) = quantizations[at(&index)];
+        let q = ((x / scale).round_ties_even() + zero_point).clamp(0.0, 255.0);
+        *steps = (q - zero_point) as i64;
+    }
+    let sums = sums(&layer.weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
+    let clip = |x: f64, (lo, hi): (f32, f32)| {
+        if x.is_nan() { x } else { x.max(lo.into()).min(hi.into()) }
+    };
+    let mut dst = sums.mapv(|sum| sum as f64);
+    for (index, x) in dst.indexed_iter_mut() {
+        let (channel, mut from) = (index[1], index.clone());
+        (2..src.ndim()).for_each(|axis| from[axis] *= layer.stride);
+        let (scale, _) = quantizations[at(&from)];
+        let bias = layer.bias.as_ref().map_or(0.0, |bias| bias[channel]);
+        let scale = f64::from(scale) * f64::from(layer.weight_scale[channel]);
+        *x = clip(*x * scale + f64::from(bias), layer.clips[0]);
+        if let Some(residual) = &residual {
+            *x = clip(*x + f64::from(residual[&index]), layer.clips[1]);
+        }
+    }
+    Ok(dst)
 }
 
 /// One activation in f64, by PyTorch's formula: NaN in gives NaN out.

@@ -93,6 +93,22 @@ fn each_layer_is_a_row_per_layout() {
 }
 
 #[test]
+fn integers_are_rows_too() {
+    let layers = format!("{LAYERS}tiny,a,5,12,20,4,5,2,1,relu\ntiny,b,1,9,6,4,5,1,3,none\n");
+    let folder = Folder::new("int8", &layers);
+    let results = folder.results(&["--dtype", "int8", "--kernel", "fprop_i8_portable_4x8"]);
+    assert_eq!(results.len(), 4);
+    for row in &results {
+        assert_eq!((&*row[10], &*row[14]), ("int8", "fprop_i8_portable_4x8"));
+        let numbers: Vec<f64> = row[15..].iter().map(|x| x.parse().expect("a number")).collect();
+        assert!(numbers[..7].iter().all(|&x| x > 0.0) && numbers[6] <= 1.02, "{row:?}");
+        assert!((0.0..=1.0).contains(&numbers[7]), "{row:?}");
+    }
+    let smooth = format!("{LAYERS}tiny,a,1,8,8,3,3,1,1,gelu\n");
+    refused("int8_gelu", &smooth, &["--dtype", "int8"], &["tiny a", "gelu"]);
+}
+
+#[test]
 fn options_choose_layout_batch_kernels_and_files() {
     let folder = Folder::new("options", &format!("{LAYERS}tiny,a,1,8,8,3,3,1,1,none\n"));
     let kernel = ["--kernel", "fprop_f32_portable_4x8"];
@@ -184,7 +200,7 @@ fn bad_options_are_refused_with_their_values() {
         ),
         ("device", &["--device", "tpu"], &["tpu"]),
         ("missing_device", &["--device", "cuda:77"], &["cuda:77"]),
-        ("dtype", &["--dtype", "f8"], &["f8", "bf16"]),
+        ("dtype", &["--dtype", "f8"], &["f8", "bf16", "int8"]),
         ("layout", &["--layout", "chwn"], &["chwn"]),
         ("threads", &["--threads", "0"], &["--threads", "0"]),
         ("batch", &["--batch", "0"], &["--batch", "0"]),
@@ -229,5 +245,26 @@ fn a_wrong_value_anywhere_is_an_error() {
             assert!(verify::error(expected.view(), wrong.view(), 0.0) == f64::INFINITY);
             assert!(verify::error(expected.view(), wrong.view(), f64::NAN) == f64::INFINITY);
         }
+    }
+}
+
+#[test]
+fn a_wrong_integer_anywhere_is_an_error() {
+    let expected = ArrayD::from_shape_fn(IxDyn(&[2, 1000]), |i| (i[1] % 256) as f64);
+    let right = ArrayD::from_shape_fn(IxDyn(&[3, 1000]), |i| (i[1] % 256) as u8);
+    let error = |result: &ArrayD<u8>| verify::error_of_integers(expected.view(), result.view());
+    assert_eq!(error(&right), 0.0);
+    for sample in 0..3 {
+        let mut off = right.clone();
+        off[[sample, 7]] = 8;
+        assert_eq!(error(&off), 1.0);
+        off[[sample, 7]] = 9;
+        assert_eq!(error(&off), 2.0);
+        let mut off = right.clone();
+        for i in 0..4 {
+            off[[sample, 10 + i]] += 1;
+        }
+        // Three of 3000 may be a step off, not four.
+        assert!(error(&off) > 1.0);
     }
 }

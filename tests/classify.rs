@@ -34,8 +34,9 @@ fn main() -> ExitCode {
         trial("logits_do_not_depend_on_threads", data, |_| threads()),
         trial("cat", data, |_| top_5("chelsea.png", CAT)),
         trial("coffee", data, |_| top_5("coffee.png", COFFEE)),
-        trial("f16", data, |_| sixteen_bits(DType::F16, 0.03)),
-        trial("bf16", data, |_| sixteen_bits(DType::Bf16, 0.25)),
+        trial("f16", data, |_| fewer_bits(Some(DType::F16), 0.03)),
+        trial("bf16", data, |_| fewer_bits(Some(DType::Bf16), 0.25)),
+        trial("int8", data, |_| fewer_bits(None, 0.5)),
         trial("another_network_is_refused", data, |_| another_network()),
         trial("command_prints_classes_time_and_layers", || data().and(command()), report),
         trial("command_has_help", command, help),
@@ -173,22 +174,28 @@ fn top_5(name: &str, (labels, probability): ([&str; 5], f32)) -> Result {
     Ok(())
 }
 
-/// The first of the classes is the same, and the logits are near those of f32, which are up to 9.
-fn sixteen_bits(dtype: DType, tolerance: f32) -> Result {
-    for name in ["chelsea.png", "coffee.png"] {
-        let pixels = picture::read(&root("examples/data").join(name)).map_err(|e| e.to_string())?;
-        for layout in [NCHW, NHWC] {
-            let picture = picture::normalise(&pixels, layout);
-            let mut exact = network(&Device::cpu(), layout)?;
-            let mut rounded = network_in(dtype, &Device::cpu(), layout)?;
-            let (exact, got) = (exact.forward(&picture)?, rounded.forward(&picture)?);
+/// The first of the classes is the same, and the logits are near those of f32, which are up to 9. Without
+/// a type, they are of 8-bit integers.
+fn fewer_bits(dtype: Option<DType>, tolerance: f32) -> Result {
+    for layout in [NCHW, NHWC] {
+        let pictures = ["chelsea.png", "coffee.png"].map(|name| {
+            let pixels = picture::read(&root("examples/data").join(name)).expect(name);
+            picture::normalise(&pixels, layout)
+        });
+        let mut exact = network(&Device::cpu(), layout)?;
+        let mut rounded = match dtype {
+            Some(dtype) => network_in(dtype, &Device::cpu(), layout)?,
+            None => network(&Device::cpu(), layout)?.quantized(&pictures, &Device::cpu())?,
+        };
+        for (i, picture) in pictures.iter().enumerate() {
+            let (exact, got) = (exact.forward(picture)?, rounded.forward(picture)?);
             let first = |x: &[f32]| (0..x.len()).max_by(|&a, &b| x[a].total_cmp(&x[b]));
-            assert_eq!(first(got), first(exact), "{name}, {layout:?}");
+            assert_eq!(first(got), first(exact), "{i}, {layout:?}");
             for (class, (got, exact)) in got.iter().zip(exact).enumerate() {
                 let error = (got - exact).abs();
-                assert!(error <= tolerance, "{name}, {layout:?}, {class}: {got} for {exact}");
+                assert!(error <= tolerance, "{i}, {layout:?}, {class}: {got} for {exact}");
             }
-            assert!(got.iter().zip(exact).any(|(got, exact)| got != exact), "{dtype} was not used");
+            assert!(got.iter().zip(exact).any(|(got, exact)| got != exact), "it was not used");
         }
     }
     Ok(())

@@ -22,6 +22,7 @@ mod guard {
     use std::alloc::{GlobalAlloc, Layout, System};
     use std::ffi::{c_int, c_long, c_void};
     use std::ptr::null_mut;
+    use std::sync::{Mutex, PoisonError};
 
     unsafe extern "C" {
         fn mmap(
@@ -52,6 +53,39 @@ mod guard {
         layout.size().next_multiple_of(PAGE)
     }
 
+    /// Mappings to be used again, guard and all, by their number of pages: each begins with the
+    /// address of the next one. (To map takes longer than to run most of these layers.)
+    static FREE: [Mutex<usize>; 8] = [const { Mutex::new(0) }; 8];
+
+    fn free(pages: usize) -> Option<&'static Mutex<usize>> {
+        FREE.get(pages / PAGE)
+    }
+
+    /// The first byte of so many bytes of pages that end at a guard.
+    fn map(pages: usize) -> *mut u8 {
+        if let Some(list) = free(pages) {
+            let mut head = list.lock().unwrap_or_else(PoisonError::into_inner);
+            if *head != 0 {
+                let base = std::ptr::with_exposed_provenance_mut::<usize>(*head);
+                // SAFETY: a mapping of the list.
+                *head = unsafe { base.read() };
+                return base.cast();
+            }
+        }
+        // SAFETY: a new mapping; the guard is its last page.
+        unsafe {
+            let base = mmap(null_mut(), pages + PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0);
+            if base as isize == -1 {
+                return null_mut();
+            }
+            if mprotect(base.byte_add(pages), PAGE, 0) != 0 {
+                munmap(base, pages + PAGE);
+                return null_mut();
+            }
+            base.cast()
+        }
+    }
+
     // SAFETY: each block is a mapping of its own that ends with the block, rounded to its
     // alignment by the sizes that `holds_numbers` lets through; the others are the system's.
     unsafe impl GlobalAlloc for Guarded {
@@ -61,18 +95,10 @@ mod guard {
                 return unsafe { System.alloc(layout) };
             }
             let pages = pages(&layout);
-            // SAFETY: a new mapping; the guard is its last page.
-            unsafe {
-                let base = mmap(null_mut(), pages + PAGE, READ_WRITE, PRIVATE_ANONYMOUS, -1, 0);
-                if base as isize == -1 {
-                    return null_mut();
-                }
-                let end = base.cast::<u8>().add(pages);
-                if mprotect(end.cast(), PAGE, 0) != 0 {
-                    munmap(base, pages + PAGE);
-                    return null_mut();
-                }
-                end.sub(layout.size())
+            match map(pages) {
+                base if base.is_null() => base,
+                // SAFETY: the mapping has so many pages.
+                base => unsafe { base.add(pages - layout.size()) },
             }
         }
 
@@ -82,8 +108,19 @@ mod guard {
                 return unsafe { System.dealloc(ptr, layout) };
             }
             let pages = pages(&layout);
-            // SAFETY: the whole mapping of `alloc`.
-            unsafe { munmap(ptr.add(layout.size()).sub(pages).cast(), pages + PAGE) };
+            // SAFETY: the mapping of `alloc`, nobody's any more.
+            unsafe {
+                let base = ptr.add(layout.size()).sub(pages).cast::<usize>();
+                match free(pages) {
+                    Some(list) => {
+                        let mut head = list.lock().unwrap_or_else(PoisonError::into_inner);
+                        base.write(std::mem::replace(&mut *head, base.expose_provenance()));
+                    }
+                    None => {
+                        munmap(base.cast(), pages + PAGE);
+                    }
+                }
+            }
         }
     }
 
@@ -112,6 +149,8 @@ struct Placed<T> {
     offset: usize,
     shape: Vec<usize>,
     strides: Vec<isize>,
+    /// Of neighbouring positions, across axes.
+    position_stride: usize,
 }
 
 impl<T: Element> Placed<T> {
@@ -134,19 +173,16 @@ impl<T: Element> Placed<T> {
             offset: fence_before + beside / 2 * channel,
             shape: [n, c].iter().chain(spatial).copied().collect(),
             strides,
+            position_stride: position,
         }
     }
 
     /// The index of channel `c` at position `p` of sample `n`.
     fn at(&self, n: usize, c: usize, p: usize) -> usize {
-        let mut index =
-            self.offset as isize + n as isize * self.strides[0] + c as isize * self.strides[1];
-        let mut rest = p;
-        for (&len, &stride) in self.shape[2..].iter().zip(&self.strides[2..]).rev() {
-            index += (rest % len) as isize * stride;
-            rest /= len;
-        }
-        index as usize
+        self.offset
+            + n * self.strides[0] as usize
+            + c * self.strides[1] as usize
+            + p * self.position_stride
     }
 
     fn positions(&self) -> usize {

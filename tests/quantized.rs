@@ -4,16 +4,19 @@
 #[path = "common/counting.rs"]
 mod counting;
 
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 
 use counting::allocated;
-use ndarray::{Array1, Array2, Array4, ArrayD, array, s};
+use ndarray::{Array, Array1, Array2, Array4, ArrayD, Dimension, Ix1, IxDyn, array, s};
 use pointwise::quantized::{
-    Calibration, Int8, PreparedQuantized, QuantizedElement, QuantizedOutput, Range,
+    Calibration, DynamicQuantized, ElementType, Int8, Per, PreparedQuantized, QuantizedElement,
+    Range,
 };
 use pointwise::{
-    BatchNorm, Device, Error, Pointwise, Quantization, Quantized, nhwc, nhwc_mut, reference,
+    BatchNorm, Device, Element, Error, Pointwise, Quantization, Quantized, bf16, f16, nhwc,
+    nhwc_mut, reference,
 };
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -48,15 +51,28 @@ fn integers(file: &SafeTensors<'_>, name: &str) -> (Dtype, ArrayD<i32>) {
     (view.dtype(), ArrayD::from_shape_vec(view.shape(), values).expect(name))
 }
 
-fn reals(file: &SafeTensors<'_>, name: &str) -> Array1<f32> {
+fn reals<D: Dimension>(file: &SafeTensors<'_>, name: &str) -> Array<f32, D> {
     let view = file.tensor(name).expect(name);
     assert_eq!(view.dtype(), Dtype::F32, "{name}");
-    view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    let values = view.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    ArrayD::from_shape_vec(view.shape(), values).unwrap().into_dimensionality().expect(name)
+}
+
+/// The cases of `fixtures/quantized.py`, of a kind.
+fn cases(dynamic: bool, each: impl Fn(&SafeTensors<'_>, &Value)) -> usize {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantized.safetensors");
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let cases = &metadata.metadata().as_ref().unwrap()["cases"];
+    let cases: Vec<Value> = serde_json::from_str(cases).unwrap();
+    let cases = cases.iter().filter(|case| case.get("per").is_some() == dynamic);
+    cases.map(|case| each(&file, case)).count()
 }
 
 /// Runs on integers of the layer's type, and gives those of dst.
 fn forward(layer: &PreparedQuantized, int8: Int8, src: &ArrayD<i32>, dst: Int8) -> ArrayD<i32> {
-    fn to<O: QuantizedOutput + Into<i32>>(
+    fn to<O: QuantizedElement + Into<i32>>(
         layer: &PreparedQuantized,
         int8: Int8,
         src: &ArrayD<i32>,
@@ -76,15 +92,8 @@ fn forward(layer: &PreparedQuantized, int8: Int8, src: &ArrayD<i32>, dst: Int8) 
 
 #[test]
 fn results_are_those_of_onnx_runtime_and_pytorch() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/quantized.safetensors");
-    let bytes = std::fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
-    let cases = &metadata.metadata().as_ref().unwrap()["cases"];
-    let cases: Vec<Value> = serde_json::from_str(cases).unwrap();
-    assert!(cases.len() >= 20, "only {} cases", cases.len());
-    let (mut elements, mut unequal) = (0, 0);
-    for case in &cases {
+    let (elements, unequal) = (Cell::new(0), Cell::new(0));
+    let count = cases(false, |file, case| {
         let name = case["name"].as_str().unwrap();
         let tensor = |part: &str| format!("{name}/{part}");
         let quantization = |tensor: &str, dtype: Dtype| Quantization {
@@ -92,14 +101,14 @@ fn results_are_those_of_onnx_runtime_and_pytorch() {
             scale: case[tensor][0].as_f64().unwrap() as f32,
             zero_point: case[tensor][1].as_i64().unwrap() as i32,
         };
-        let (src_type, src) = integers(&file, &tensor("src"));
-        let (dst_type, want) = integers(&file, &tensor("dst"));
-        let (_, weight) = integers(&file, &tensor("weight"));
+        let (src_type, src) = integers(file, &tensor("src"));
+        let (dst_type, want) = integers(file, &tensor("dst"));
+        let (_, weight) = integers(file, &tensor("weight"));
         let weight = weight.into_dimensionality().unwrap().mapv(|w| w as i8);
-        let (_, bias) = integers(&file, &tensor("bias"));
+        let (_, bias) = integers(file, &tensor("bias"));
         let src_quantization = quantization("src", src_type);
         let mut layer =
-            Quantized::new(weight, reals(&file, &tensor("weight_scale")), src_quantization)
+            Quantized::new(weight, reals::<Ix1>(file, &tensor("weight_scale")), src_quantization)
                 .bias(Array1::from_iter(bias))
                 .groups(case["groups"].as_u64().unwrap() as usize)
                 .stride(case["stride"].as_u64().unwrap() as usize);
@@ -112,7 +121,7 @@ fn results_are_those_of_onnx_runtime_and_pytorch() {
             let got: ArrayD<f32> =
                 layer.prepare(&Device::cpu()).unwrap().forward(&src.mapv(|q| q as u8)).unwrap();
             assert_eq!(got.mapv(|x| x as i32), want, "{name}");
-            continue;
+            return;
         }
         let dst = quantization("dst", dst_type);
         let layer = layer.dst(dst);
@@ -125,14 +134,49 @@ fn results_are_those_of_onnx_runtime_and_pytorch() {
             assert_eq!(got.shape(), want.shape(), "{name}");
             for (got, want) in got.iter().zip(&want) {
                 assert!((got - want).abs() <= 1, "{name}: {got} instead of {want}");
-                unequal += usize::from(got != want);
-                elements += 1;
+                unequal.update(|count| count + usize::from(got != want));
+                elements.update(|count| count + 1);
             }
             let ends = want.iter().filter(|&&q| q == dst.int8.min() || q == dst.int8.max());
             assert!(ends.count() > 0 || case["relu"] == true, "{name} saturates nowhere");
         }
-    }
+    });
+    assert!(count >= 20, "only {count} cases");
+    let (unequal, elements) = (unequal.get(), elements.get());
     assert!(unequal * 1000 <= elements, "{unequal} of {elements} elements differ");
+}
+
+#[test]
+fn results_of_f32_sources_are_those_of_onnx_runtime_and_pytorch() {
+    let count = cases(true, |file, case| {
+        let name = case["name"].as_str().unwrap();
+        let tensor = |part: &str| format!("{name}/{part}");
+        let per = match case["per"].as_str().unwrap() {
+            "tensor" => Per::Tensor,
+            "position" => Per::Position,
+            other => panic!("{other}"),
+        };
+        let (src, want) =
+            (reals::<IxDyn>(file, &tensor("src")), reals::<IxDyn>(file, &tensor("dst")));
+        let (_, weight) = integers(file, &tensor("weight"));
+        let weight: Array2<i8> = weight.into_dimensionality().unwrap().mapv(|w| w as i8);
+        let layer = DynamicQuantized::new(weight, reals::<Ix1>(file, &tensor("weight_scale")), per)
+            .bias(reals::<Ix1>(file, &tensor("bias")))
+            .groups(case["groups"].as_u64().unwrap() as usize)
+            .stride(case["stride"].as_u64().unwrap() as usize);
+        let got: ArrayD<f32> = layer.prepare(&Device::cpu()).unwrap().forward(&src).unwrap();
+        assert_eq!(got.shape(), want.shape(), "{name}");
+        let largest = want.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let specified = reference::forward_dynamic(&layer, src.view(), None).unwrap();
+        for ((&got, &specified), &want) in got.iter().zip(&specified).zip(&want) {
+            // Of a few steps of f32: any other integer is a hundred times as far away.
+            let tolerance = 1e-6 * f64::from(largest);
+            for got in [got.into(), specified] {
+                assert!((got - f64::from(want)).abs() <= tolerance, "{name}: {got}, {want}");
+            }
+        }
+    });
+    assert!(count >= 16, "only {count} cases");
 }
 
 #[test]
@@ -340,6 +384,19 @@ fn nothing_is_allocated_once_warm() {
         let before = allocated();
         (0..3).for_each(|_| run());
         assert_eq!(allocated() - before, 0);
+
+        let (src, residual) = (src.mapv(f32::from), residual.mapv(f32::from));
+        let mut dst = Array4::<f32>::zeros((2, 40, 9, 9));
+        for per in [Per::Tensor, Per::Sample, Per::Position] {
+            let weight = Array2::<i8>::ones((40, c_in));
+            let layer = DynamicQuantized::new(weight, vec![1.0; 40], per).residual();
+            let layer = layer.prepare(&Device::cpu().threads(1)).unwrap();
+            let mut run = || layer.call(&src).residual(&residual).run_into(&mut dst).unwrap();
+            run();
+            let before = allocated();
+            (0..3).for_each(|_| run());
+            assert_eq!(allocated() - before, 0);
+        }
     }
 }
 
@@ -540,7 +597,267 @@ fn quantization_rounds_and_saturates() {
     assert_eq!([0.25, 0.75, -0.25, 1e9, -1e9].map(|x| q.quantize(x)), [3, 5, 3, 127, -128]);
     assert_eq!(q.quantize(f32::NAN), 3);
     assert_eq!([3, 5, -128].map(|x| q.dequantize(x)), [0.0, 1.0, -65.5]);
-    assert_eq!((u8::INT8, i8::INT8, f32::OUTPUT), (Int8::U8, Int8::I8, None));
+    assert_eq!([u8::TYPE.name(), i8::TYPE.name(), bf16::TYPE.name()], ["u8", "i8", "bf16"]);
+    assert_eq!(i8::TYPE, ElementType::Int8(Int8::I8));
+}
+
+/// A layer, its source and residual, whose rows reach differently far.
+fn dynamic_case(
+    noise: &mut Noise,
+    [n, c_in, c_out, h, w, groups, stride]: [usize; 7],
+    per: Per,
+) -> (DynamicQuantized, Array4<f32>, Array4<f32>) {
+    let weight = Array2::from_shape_simple_fn((c_out, c_in / groups), || noise.next() as i8);
+    let scales = Array1::from_shape_simple_fn(c_out, || 0.01 * (1.5 + noise.real()));
+    let bias = Array1::from_shape_simple_fn(c_out, || noise.real());
+    let layer = DynamicQuantized::new(weight, scales, per).bias(bias).groups(groups).stride(stride);
+    let mut src = Array4::from_shape_simple_fn((n, c_in, h, w), || noise.real());
+    for (i, mut sample) in src.outer_iter_mut().enumerate() {
+        for mut row in sample.axis_iter_mut(ndarray::Axis(2)) {
+            let (scale, shift) = (1.0 + 3.0 * noise.real().powi(2), noise.real());
+            row.mapv_inplace(|x| x * scale * (1 + i) as f32 + shift);
+        }
+    }
+    let shape = (n, c_out, h.div_ceil(stride), w.div_ceil(stride));
+    let residual = Array4::from_shape_simple_fn(shape, || noise.real());
+    (layer, src, residual)
+}
+
+#[test]
+fn sources_of_f32_give_what_the_specification_says() {
+    let mut noise = Noise(5);
+    let shapes = [
+        [2, 16, 24, 5, 7, 1, 1],
+        [1, 67, 33, 9, 9, 1, 1],
+        [3, 24, 36, 6, 5, 3, 2],
+        [2, 130, 70, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1],
+        [1, 5, 200, 20, 20, 1, 3],
+        [40, 64, 66, 1, 3, 2, 1],
+        [1, 512, 96, 23, 23, 1, 1],
+        [0, 8, 8, 3, 3, 1, 1],
+        [2, 8, 8, 0, 3, 1, 1],
+    ];
+    for shape in shapes {
+        for per in [Per::Tensor, Per::Sample, Per::Position] {
+            let (layer, src, residual) = dynamic_case(&mut noise, shape, per);
+            let layer = layer.clip(-2.0, 3.0).residual().clip(-2.5, f32::INFINITY);
+            let want = reference::forward_dynamic(
+                &layer,
+                src.view().into_dyn(),
+                Some(residual.view().into_dyn()),
+            )
+            .unwrap();
+            let last = src.view().permuted_axes([0, 2, 3, 1]).as_standard_layout().to_owned();
+            let mut first = None;
+            for device in [Device::cpu().threads(1), Device::cpu()] {
+                let layer = layer.prepare(&device).unwrap();
+                for src in [src.view(), nhwc(last.view()), src.slice(s![.., .., ..;-1, ..])] {
+                    let turned = src.strides()[2] < 0;
+                    let residual = if turned {
+                        residual.slice(s![.., .., ..;-1, ..])
+                    } else {
+                        residual.view()
+                    };
+                    // Rows that a stride skips from the end are others than from the front.
+                    if turned && (shape[3] % shape[6] != 1 % shape[6]) {
+                        continue;
+                    }
+                    let got = layer.call(&src).residual(&residual).run::<f32>().unwrap();
+                    let got =
+                        if turned { got.slice_move(s![.., .., ..;-1, ..]).into_dyn() } else { got };
+                    assert_eq!(got.shape(), want.shape());
+                    for (&got, want) in got.iter().zip(&want) {
+                        let err = (f64::from(got) - want).abs();
+                        assert!(
+                            err <= 1e-5 * want.abs().max(1.0),
+                            "{shape:?} {per:?}: {got}, {want}"
+                        );
+                    }
+                    let got = got.as_standard_layout().to_owned();
+                    assert_eq!(*first.get_or_insert_with(|| got.clone()), got, "{shape:?} {per:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn real_results_are_those_of_f32_rounded_once() {
+    fn check<T: QuantizedElement + Element>(noise: &mut Noise) {
+        let (layer, src, residual) = dynamic_case(noise, [2, 40, 70, 7, 7, 1, 1], Per::Position);
+        let added = residual.mapv(T::from_f32);
+        let layer = layer.residual().relu().prepare(&Device::cpu()).unwrap();
+        let widened = added.mapv(T::to_f32);
+        let want = layer.call(&src).residual(&widened).run::<f32>().unwrap();
+        let got = layer.call(&src).residual(&added).run::<T>().unwrap();
+        assert_eq!(got.mapv(T::to_f32), want.mapv(|x| T::from_f32(x).to_f32()));
+        let error = layer.call(&src).residual(&added).run::<f32>().unwrap_err();
+        assert!(matches!(error, Error::ElementType { tensor: "residual", .. }));
+
+        // Of integers, too.
+        let weight = Array2::from_shape_simple_fn((70, 40), || noise.next() as i8);
+        let layer = Quantized::new(weight, vec![0.013; 70], Quantization::u8(0.1, 7))
+            .residual(Quantization::i8(0.3, 5))
+            .prepare(&Device::cpu())
+            .unwrap();
+        for last in [false, true] {
+            let src = Array4::from_shape_simple_fn((1, 7, 7, 40), || noise.next());
+            let residual = Array4::from_shape_simple_fn((1, 7, 7, 70), || noise.next() as i8);
+            let (src, residual) = (nhwc(src.view()), nhwc(residual.view()));
+            let (src, residual) = match last {
+                true => (src.to_owned(), residual.to_owned()),
+                false => {
+                    (src.as_standard_layout().to_owned(), residual.as_standard_layout().to_owned())
+                }
+            };
+            let want = layer.call(&src).residual(&residual).run::<f32>().unwrap();
+            let got = layer.call(&src).residual(&residual).run::<T>().unwrap();
+            assert_eq!(got.mapv(T::to_f32), want.mapv(|x| T::from_f32(x).to_f32()));
+        }
+    }
+    let mut noise = Noise(8);
+    check::<f16>(&mut noise);
+    check::<bf16>(&mut noise);
+}
+
+#[test]
+fn the_ends_of_f32_have_quantisations() {
+    // Halves, so that a step beyond the greatest does not overflow.
+    let run = |src: Array2<f32>, per| -> Array2<f32> {
+        let c = src.ncols();
+        let weight = Array2::from_shape_fn((c, c), |(i, j)| i8::from(i == j));
+        let layer = DynamicQuantized::new(weight, vec![0.5; c], per);
+        let dst: Array2<f32> = layer.prepare(&Device::cpu()).unwrap().forward(&src).unwrap();
+        let want = reference::forward_dynamic(&layer, src.view().into_dyn(), None).unwrap();
+        for (&got, &want) in dst.iter().zip(&want) {
+            let err = (f64::from(got) - want).abs();
+            assert!(got.is_nan() && want.is_nan() || err <= 1e-6 * want.abs(), "{got}, {want}");
+        }
+        dst
+    };
+    let (max, tiny) = (f32::MAX, f32::from_bits(3));
+    let rows = array![
+        [0.0, -0.0, 0.0],
+        [max, -max, 0.0],
+        [tiny, -tiny, 0.0],
+        [5.0, 5.0, 5.0],
+        [-1.0, -2.0, -3.0]
+    ];
+    let dst = run(rows, Per::Position);
+    assert_eq!(dst.row(0), array![0.0, 0.0, 0.0]);
+    assert!(dst.row(1).iter().all(|x| x.is_finite()) && dst[[1, 0]] > 0.49 * max);
+    assert_eq!(dst.row(2), array![0.0, 0.0, 0.0]);
+    assert!(dst.row(3).iter().all(|&x| x == 2.5));
+    assert_eq!(dst[[4, 2]], -1.5);
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let src = array![[1.0, 2.0, 3.0], [1.0, bad, 3.0]];
+        let dst = run(src.clone(), Per::Position);
+        assert!(dst.row(0).iter().all(|x| x.is_finite()));
+        assert!(dst.row(1).iter().all(|x| x.is_nan()), "{bad}: {dst}");
+        assert!(run(src, Per::Tensor).iter().all(|x| x.is_nan()), "{bad}");
+        // Through clips, too.
+        let layer = DynamicQuantized::new(array![[1i8]], vec![1.0], Per::Position).relu6();
+        let dst: Array2<f32> =
+            layer.prepare(&Device::cpu()).unwrap().forward(&array![[bad]]).unwrap();
+        assert!(dst[[0, 0]].is_nan());
+    }
+}
+
+#[test]
+fn what_shares_a_quantisation_is_as_it_says() {
+    let mut noise = Noise(12);
+    let shape = [3, 12, 20, 4, 5, 1, 2];
+    for per in [Per::Tensor, Per::Sample, Per::Position] {
+        let (layer, mut src, _) = dynamic_case(&mut noise, shape, per);
+        let layer = layer.prepare(&Device::cpu()).unwrap();
+        let before: Array4<f32> = layer.forward(&src).unwrap();
+        // A position that the stride skips, of the second sample.
+        src[[1, 3, 1, 1]] = 1e3;
+        let after: Array4<f32> = layer.forward(&src).unwrap();
+        let changed =
+            [0, 1, 2].map(|i| before.slice(s![i, .., .., ..]) != after.slice(s![i, .., .., ..]));
+        let want = match per {
+            Per::Tensor => [true; 3],
+            Per::Sample => [false, true, false],
+            Per::Position => [false; 3],
+        };
+        assert_eq!(changed, want, "{per:?}");
+        // One that it keeps.
+        src[[1, 3, 2, 2]] = 1e3;
+        let last: Array4<f32> = layer.forward(&src).unwrap();
+        if per == Per::Position {
+            for ((i, c, y, x), &value) in last.indexed_iter() {
+                let same = value == after[[i, c, y, x]];
+                assert_eq!(same, (i, y, x) != (1, 1, 1), "{i} {c} {y} {x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_dynamic_layers_and_calls_are_errors_with_their_values() {
+    let weight = || Array2::<i8>::from_elem((2, 3), 1);
+    let layer = || DynamicQuantized::new(weight(), vec![1.0, 1.0], Per::Position);
+    let value = |layer: DynamicQuantized| match layer.prepare(&Device::cpu()).unwrap_err() {
+        Error::ParameterValue { parameter, value, .. } => format!("{parameter} {value}"),
+        error => panic!("{error}"),
+    };
+    assert_eq!(value(layer().bias(vec![0.0, f32::NAN])), "bias[1] NaN");
+    assert_eq!(value(layer().clip(1.0, -1.0)), "clip 1, -1");
+    assert_eq!(value(layer().stride(0)), "stride 0");
+    let zero = DynamicQuantized::new(weight(), vec![1.0, 0.0], Per::Tensor);
+    assert_eq!(value(zero), "weight_scale[1] 0");
+    assert!(matches!(layer().groups(3).check(), Err(Error::Groups { groups: 3, .. })));
+    assert!(matches!(
+        layer().bias(vec![1.0]).check(),
+        Err(Error::ParameterLength { parameter: "bias", expected: 2, got: 1 })
+    ));
+    let long =
+        |k| DynamicQuantized::new(Array2::<i8>::from_elem((1, k), -127), vec![1.0], Per::Tensor);
+    assert!(long(66_311).check().is_ok());
+    assert!(matches!(long(66_312).check(), Err(Error::SumOverflow { channel: 0, bias: 0, .. })));
+
+    let prepared = layer().prepare(&Device::cpu()).unwrap();
+    let src = Array2::<f32>::zeros((4, 3));
+    let error = prepared.forward::<u8, f32, _>(&src.mapv(|_| 0u8)).unwrap_err();
+    assert!(matches!(error, Error::ElementType { tensor: "src", expected: "f32", got: "u8" }));
+    let error = prepared.forward::<f32, u8, _>(&src).unwrap_err();
+    assert!(matches!(error, Error::ElementType { tensor: "dst", expected: "f32", got: "u8" }));
+    let error = prepared.forward::<f32, f32, _>(&Array2::zeros((4, 4))).unwrap_err();
+    assert!(matches!(error, Error::Channels { weight: 3, src: 4, groups: 1 }));
+    let added = Array2::<f32>::zeros((4, 2));
+    let error = prepared.call(&src).residual(&added).run::<f32>().unwrap_err();
+    assert!(matches!(error, Error::UnexpectedInput { input: "residual" }));
+    let error = layer().residual().prepare(&Device::cpu()).unwrap().forward::<_, f32, _>(&src);
+    assert!(matches!(error, Err(Error::MissingInput { input: "residual" })));
+}
+
+#[test]
+fn a_dynamic_layer_is_close_to_the_layer_that_it_comes_from() {
+    let mut noise = Noise(31);
+    let (c_in, c_out) = (64, 48);
+    let weight = Array2::from_shape_simple_fn((c_out, c_in), || noise.real());
+    let bias = Array1::from_shape_simple_fn(c_out, || noise.real() * 10.0);
+    let layer = Pointwise::new(weight).bias(bias).residual().relu6();
+    let src = Array4::from_shape_simple_fn((2, c_in, 9, 9), || noise.real()).into_dyn();
+    let residual = Array4::from_shape_simple_fn((2, c_out, 9, 9), || noise.real()).into_dyn();
+    let inputs = reference::Inputs {
+        sources: vec![src.view()],
+        residual: Some(residual.view()),
+        gate: None,
+    };
+    let want = reference::forward(&layer, &inputs).unwrap();
+    for per in [Per::Tensor, Per::Sample, Per::Position] {
+        let dynamic = DynamicQuantized::from_layer(&layer, per).unwrap();
+        let dynamic = dynamic.prepare(&Device::cpu()).unwrap();
+        let got = dynamic.call(&src).residual(&residual).run::<f32>().unwrap();
+        let error = got.iter().zip(&want).map(|(&x, y)| (f64::from(x) - y).abs());
+        let error = error.fold(0.0f64, |a, b| if b > a || b.is_nan() { b } else { a });
+        assert!(error <= 0.1, "{error}");
+    }
+    let shuffled = DynamicQuantized::from_layer(&layer.channel_shuffle(4), Per::Tensor);
+    assert!(matches!(shuffled, Err(Error::Unsupported { .. })));
 }
 
 #[cfg(feature = "serde")]
@@ -555,4 +872,7 @@ fn descriptions_are_data() {
         let text = serde_json::to_string(&layer).unwrap();
         assert_eq!(serde_json::from_str::<Quantized>(&text).unwrap(), layer, "{text}");
     }
+    let layer = DynamicQuantized::new(Array2::<i8>::ones((2, 3)), vec![0.5; 2], Per::Sample).relu();
+    let text = serde_json::to_string(&layer).unwrap();
+    assert_eq!(serde_json::from_str::<DynamicQuantized>(&text).unwrap(), layer, "{text}");
 }

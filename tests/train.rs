@@ -4,7 +4,7 @@ mod common;
 #[path = "common/training.rs"]
 mod training;
 
-use common::Fixtures;
+use common::{Fixtures, channels_last};
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -17,14 +17,15 @@ import numpy as np
 
 import layer as layers
 import report
-from contenders import CONTENDERS
-from layer import Layer
+from contenders import CONTENDERS, OF_DTYPE
+from layer import DTYPES, Layer
 from process import Failure, Pass, Worker, busy, is_disturbed, numbers
 from report import Row
 
 HERE = Path(__file__).resolve().parent
 RUST = ("pointwise-nchw", "pointwise-nhwc", "gemm", "faer", "candle")
 NAMES = (*RUST, *CONTENDERS)
+OURS = ("pointwise-nchw", "pointwise-nhwc")
 
 # What idle workers may use of a CPU while another is timed.
 IDLE = 0.02
@@ -48,16 +49,20 @@ class Tally:
     errors: dict[str, float] = field(default_factory=dict)
 
 
-def verify(worker: Worker, layer: Layer, want: np.ndarray, directory: Path) -> float:
+def verify(worker: Worker, layer: Layer, want: np.ndarray, dtype: str, directory: Path) -> float:
     """The error of the worker's result; raises if it is wrong."""
     got = worker.result(layer, directory / "dst.f32")
-    error = layers.error(got, worker.layout, want)
-    if not error <= layers.TOLERANCE:
+    error = layers.error(got, worker.layout, want, dtype)
+    if not error <= layers.TOLERANCE[dtype]:
         raise Failure(
-            f"{worker.name}, {layer.model} {layer.name}: wrong result, off by {error:.2e} of the "
-            f"largest value (at most {layers.TOLERANCE:.0e})"
+            f"{worker.name}, {layer.model} {layer.name}: wrong result, off by {error:.2e} of "
+            f"{unit(dtype)} (at most {layers.TOLERANCE[dtype]:.0e})"
         )
     return error
+
+
+def unit(dtype: str) -> str:
+    return "a step" if dtype == "int8" else "the largest value"
 
 
 def sags(meter: Worker, tally: Tally, patience: float = 0.0) -> bool:
@@ -113,12 +118,12 @@ def measure(
     directory: Path,
 ) -> list[Row]:
     """One layer in all contenders: verified, then timed pass by pass in changing order."""
-    given = layers.inputs(layer)
+    given = layers.inputs(layer, args.dtype)
     layers.write_inputs(layer, given, directory)
     want = layers.expected(layer, given)
     for worker in workers:
         worker.ask(f"load {layer.request()} {directory}", "ready")
-        error = verify(worker, layer, want, directory)
+        error = verify(worker, layer, want, args.dtype, directory)
         tally.errors[worker.name] = max(error, tally.errors.get(worker.name, 0.0))
         worker.settle()
     passes: dict[str, list[Pass]] = {worker.name: [] for worker in workers}
@@ -139,6 +144,7 @@ def measure(
                 worker.layout,
                 worker.threads,
                 worker.version,
+                args.dtype,
                 median_us=statistics.median(medians) * 1e6,
                 min_us=min(p.min for p in done) * 1e6,
                 spread=max(medians) / min(medians),
@@ -163,7 +169,8 @@ def run(args: argparse.Namespace, threads: int, rows: list[Row]) -> None:
             for contender in args.contenders:
                 python = [sys.executable, str(HERE / "worker.py")]
                 command = [str(args.binary)] if contender in RUST else python
-                workers.append(Worker(command, contender, threads, args.offset))
+                worker = Worker(command, contender, threads, args.offset, args.dtype)
+                workers.append(worker)
             for i, layer in enumerate(todo):
                 new = measure(layer, workers, meter, args, tally, Path(name))
                 rows += new
@@ -179,7 +186,7 @@ def run(args: argparse.Namespace, threads: int, rows: list[Row]) -> None:
                 worker.close()
     worst = max(tally.errors, key=lambda name: tally.errors[name])
     print(
-        f"{report.count(threads)}: largest error {tally.errors[worst]:.1e} of the largest value "
+        f"{report.count(threads)}: largest error {tally.errors[worst]:.1e} of {unit(args.dtype)} "
         f"({worst}); {tally.passes} passes, {tally.retaken} retaken because other processes ran or the "
         f"peak sagged, {tally.disturbed} disturbed all the same; peak {tally.peak / 1e9:.0f} GFLOP/s",
         file=sys.stderr,
@@ -203,7 +210,8 @@ def parse() -> argparse.Namespace:
     add("--threads", type=numbers, default=[1, 2], metavar="1,2", help="one run after the other")
     add("--passes", type=int, default=5, help="alternating passes per contender and layer [5]")
     add("--seconds", type=float, default=0.1, help="length of a pass, 20 calls or more [0.1]")
-    add("--contenders", type=names, default=list(NAMES), metavar="A,B", help=",".join(NAMES))
+    add("--dtype", choices=DTYPES, default="f32", help="what tensors and weights hold [f32]")
+    add("--contenders", type=names, metavar="A,B", help=",".join(NAMES) + " [those with the dtype]")
     add(
         "--offset",
         type=int,
@@ -222,7 +230,12 @@ def parse() -> argparse.Namespace:
         help="report on earlier runs instead of measuring",
     )
     add("--binary", type=Path, required=True, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    there = NAMES if args.dtype == "f32" else (*OURS, *OF_DTYPE[args.dtype])
+    args.contenders = args.contenders or list(there)
+    if without := [name for name in args.contenders if name not in there]:
+        parser.error(f"no {args.dtype} in {','.join(without)}, only in {','.join(there)}")
+    return args
 
 
 def main() -> None:

@@ -271,7 +271,7 @@ def compare(threads: int, args: argparse.Namespace) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == [SERVE]:
-        _, _, _, threads, _ = sys.argv
+        _, _, _, threads, _, _ = sys.argv
         serve_onnxruntime(int(threads))
         return
     parser = argparse.ArgumentParser(

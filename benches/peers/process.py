@@ -40,12 +40,14 @@ class Pass:
 class Worker:
     """A contender's process."""
 
-    def __init__(self, command: list[str], name: str, threads: int, offset: int = 0) -> None:
+    def __init__(
+        self, command: list[str], name: str, threads: int, offset: int = 0, dtype: str = "f32"
+    ) -> None:
         self.name, self.threads = name, threads
         self.cpus = sorted(os.sched_getaffinity(0))[-threads:]
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [*command, name, str(threads), str(offset)],
+            [*command, name, str(threads), str(offset), dtype],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

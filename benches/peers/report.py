@@ -38,6 +38,7 @@ class Row:
     layout: str
     threads: int
     version: str
+    dtype: str
     median_us: float
     min_us: float
     spread: float
@@ -50,7 +51,7 @@ class Row:
 
 COLUMNS = (
     "model,layer,n,cin,cout,h,w,stride,groups,act,contender,layout,threads,version,"
-    "median_us,min_us,spread,disturbed,gflops"
+    "median_us,min_us,spread,disturbed,gflops,dtype"
 ).split(",")
 
 
@@ -66,7 +67,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
             out.writerow(
                 [it.model, it.name, *sizes, it.act, *who]
                 + [f"{time:.2f}" for time in times]
-                + [f"{row.spread:.3f}", row.disturbed, f"{row.gflops:.1f}"]
+                + [f"{row.spread:.3f}", row.disturbed, f"{row.gflops:.1f}", row.dtype]
             )
 
 
@@ -74,13 +75,15 @@ def read(path: Path) -> list[Row]:
     rows = []
     with path.open() as file:
         for line in csv.DictReader(file):
-            if list(line) != COLUMNS:
+            # Earlier files have no dtype: f32.
+            if list({**line, "dtype": None}) != COLUMNS:
                 raise SystemExit(f"{path} has columns {list(line)}, expected {COLUMNS}")
             sizes = [int(line[c]) for c in ("n", "cin", "cout", "h", "w", "stride", "groups")]
             times = [float(line[c]) for c in ("median_us", "min_us", "spread")]
             layer = Layer(line["model"], line["layer"], *sizes, line["act"])
             who = (line["contender"], line["layout"], int(line["threads"]), line["version"])
-            rows.append(Row(layer, *who, *times, int(line["disturbed"])))
+            dtype = line.get("dtype", "f32")
+            rows.append(Row(layer, *who, dtype, *times, int(line["disturbed"])))
     return rows
 
 
@@ -92,7 +95,9 @@ def geomean(values: Iterable[float]) -> float:
 class Index:
     """Rows by layer, contender and threads, all in the order in which they were measured."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: list[Row]) -> None:
+        if len(dtypes := {row.dtype for row in rows}) > 1:
+            raise SystemExit(f"rows of {' and '.join(sorted(dtypes))} are not compared")
         self._rows = {(row.layer, row.contender, row.threads): row for row in rows}
         self.layers = list(dict.fromkeys(layer for layer, _, _ in self._rows))
         self.contenders = list(dict.fromkeys(name for _, name, _ in self._rows))

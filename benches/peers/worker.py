@@ -1,6 +1,6 @@
 """A worker process: one contender, kept alive, driven by lines on stdin.
 
-    python worker.py CONTENDER THREADS OFFSET
+    python worker.py CONTENDER THREADS OFFSET DTYPE
 
 It greets with `hello LAYOUT VERSION` and answers each line with one line:
 
@@ -78,10 +78,10 @@ def serve(hello: str, load: Callable[[str], Loaded]) -> None:
 
 
 def main() -> None:
-    name, threads, offset = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    name, threads, offset, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     module_name, argument = CONTENDERS[name]
     module = importlib.import_module(module_name)
-    layout, version, load_layer = module.contender(argument, threads)
+    layout, version, load_layer = module.contender(argument, threads, dtype)
 
     def load(rest: str) -> Loaded:
         *fields, directory = rest.split(" ", 8)

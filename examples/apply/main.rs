@@ -7,7 +7,7 @@ mod quantized;
 mod train;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -56,10 +56,8 @@ fn run(options: &Options) -> Result<()> {
         return quantized::run(options, path);
     }
     let weights = options.weights.as_ref().ok_or("no --weights")?;
-    let bytes =
-        std::fs::read(weights).map_err(|error| format!("{}: {error}", weights.display()))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|error| format!("{}: {error}", weights.display()))?;
+    let bytes = read(weights)?;
+    let file = checkpoint(weights, &bytes)?;
     let device: Device = options.device.parse()?;
     let device = options.threads.into_iter().fold(device, Device::threads);
     let layer = layer::read(options, &file)?;
@@ -76,6 +74,14 @@ fn run(options: &Options) -> Result<()> {
     run(options, &device, &layer, gate)
 }
 
+fn read(path: &Path) -> Result<Vec<u8>> {
+    std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+fn checkpoint<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
 /// Runs the layer on tensors of a type, to which the files' values are rounded.
 fn run_as<T: Element>(
     options: &Options,
@@ -85,9 +91,9 @@ fn run_as<T: Element>(
 ) -> Result<()> {
     let last = options.layout == Layout::ChannelsLast;
     let layer = layer.prepare_as::<T>(device, Default::default())?;
-    let read = |path: &PathBuf| Ok(npy::read(path)?.mapv(T::from_f32));
-    let inputs = options.input.iter().map(read).collect::<Result<Vec<_>>>()?;
-    let residual = options.residual.as_ref().map(read).transpose()?;
+    let tensor = |path: &PathBuf| Ok(npy::read(path)?.mapv(T::from_f32));
+    let inputs = options.input.iter().map(tensor).collect::<Result<Vec<_>>>()?;
+    let residual = options.residual.as_ref().map(tensor).transpose()?;
     let gate = gate.map(|gate| gate.mapv(T::from_f32));
     let logical = |file| view(file, last);
     let sources: Vec<_> = inputs.iter().map(logical).collect();

@@ -5,13 +5,12 @@ use std::path::Path;
 use std::time::Instant;
 
 use ndarray::ArrayD;
-use pointwise::quantized::{Int8, PreparedQuantized, QuantizedElement, QuantizedOutput};
-use pointwise::safetensors::SafeTensors;
+use pointwise::quantized::{Int8, PreparedQuantized, QuantizedElement};
 use pointwise::{Device, Layout, Quantized, nhwc_mut};
 
 use crate::npy::{self, Integers, Value};
 use crate::options::Options;
-use crate::{Result, view};
+use crate::{Result, checkpoint, in_file, read, view};
 
 /// Runs the layer of a checkpoint on the only input.
 pub fn run(options: &Options, path: &Path) -> Result<()> {
@@ -23,9 +22,8 @@ pub fn run(options: &Options, path: &Path) -> Result<()> {
         Integers::U8(_) => Int8::U8,
         Integers::I8(_) => Int8::I8,
     };
-    let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let file =
-        SafeTensors::deserialize(&bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+    let bytes = read(path)?;
+    let file = checkpoint(path, &bytes)?;
     let layer = Quantized::from_safetensors(&file, otherwise)?;
     let layer = layer.groups(options.groups).stride(options.stride);
     let device: Device = options.device.parse()?;
@@ -39,17 +37,14 @@ pub fn run(options: &Options, path: &Path) -> Result<()> {
     }
 }
 
-fn apply<T: QuantizedElement, O: QuantizedOutput + Value>(
+fn apply<T: QuantizedElement, O: QuantizedElement + Value>(
     options: &Options,
     layer: &PreparedQuantized,
     src: &ArrayD<T>,
 ) -> Result<()> {
     let last = options.layout == Layout::ChannelsLast;
     let logical = view(src, last);
-    let mut dst_shape = layer.dst_shape(logical.shape())?;
-    if last {
-        dst_shape[1..].rotate_left(1);
-    }
+    let dst_shape = in_file(layer.dst_shape(logical.shape())?, last);
     let mut dst = npy::zeros::<O>(&dst_shape)?;
     let start = Instant::now();
     match last {

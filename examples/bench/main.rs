@@ -4,6 +4,7 @@ mod layers;
 mod measure;
 mod options;
 mod plot;
+mod quantized;
 mod report;
 mod train;
 mod verify;
@@ -18,7 +19,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use layers::Table;
 use measure::Bench;
-use options::{Options, Pass};
+use options::{Numbers, Options, Pass};
+use pointwise::DType;
 
 /// Whatever goes wrong is told to the user in one line.
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -58,7 +60,7 @@ fn run(options: &Options) -> Result<()> {
         None => Table::built_in(options.batch)?,
     };
     if options.pass == Pass::Train
-        && (options.dtype != pointwise::DType::F32 || !options.kernel.is_empty())
+        && (options.dtype != Numbers::Real(DType::F32) || !options.kernel.is_empty())
     {
         return Err("--pass train takes f32 and no --kernel".into());
     }

@@ -1,6 +1,7 @@
 //! Verifies and times one layer in every layout and with every kernel that was asked for.
 
 use std::hint::black_box;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use pointwise::{CudaDevice, CudaTensor, DeviceElement};
 
 use crate::Result;
 use crate::layers::Layer;
-use crate::options::{Options, Order};
+use crate::options::{Numbers, Options, Order};
 use crate::verify;
 
 /// Samples of the roof per layer, each followed by two turns of every contender.
@@ -29,7 +30,7 @@ const CALLS: Duration = Duration::from_micros(20);
 const QUEUED_CALLS: Duration = Duration::from_millis(1);
 /// Samples of a batch that differ; the others repeat them, so that a large batch is verified in
 /// the time that the reference takes for a small one.
-const DISTINCT: usize = 3;
+pub const DISTINCT: usize = 3;
 /// A larger fraction of the roof means that the roof is wrong.
 const MOST: f64 = 1.02;
 
@@ -51,7 +52,7 @@ pub struct Bench {
     /// `cpu` or `cuda:N`.
     pub device_name: String,
     pub threads: usize,
-    pub dtype: DType,
+    pub numbers: Numbers,
     orders: Vec<Order>,
     /// `None` is the planner's choice.
     kernels: Vec<Option<String>>,
@@ -134,7 +135,7 @@ impl Bench {
             cuda: None,
             device_name: options.device.clone(),
             threads: 1,
-            dtype: options.dtype,
+            numbers: options.dtype,
             orders,
             kernels,
         };
@@ -155,6 +156,11 @@ impl Bench {
         Ok(bench)
     }
 
+    /// `None` is the planner's choice.
+    pub fn kernels(&self) -> &[Option<String>] {
+        &self.kernels
+    }
+
     pub fn orders(&self) -> &[Order] {
         &self.orders
     }
@@ -169,14 +175,29 @@ impl Bench {
     /// # Errors
     /// A result that is wrong, a kernel that the device does not have, the device's errors.
     pub fn measure(&self, layer: &Layer) -> Result<Outcome> {
-        match self.dtype {
-            DType::F16 => self.measure_as::<f16>(layer),
-            DType::Bf16 => self.measure_as::<bf16>(layer),
-            _ => self.measure_as::<f32>(layer),
+        let (mut contenders, notes) = match self.numbers {
+            Numbers::Real(DType::F16) => self.contenders_as::<f16>(layer)?,
+            Numbers::Real(DType::Bf16) => self.contenders_as::<bf16>(layer)?,
+            Numbers::Real(_) => self.contenders_as::<f32>(layer)?,
+            Numbers::Int8 => self.contenders_of_integers(layer)?,
+        };
+        let mut rows = Vec::new();
+        for _ in 0..2 {
+            contenders.iter_mut().try_for_each(Contender::verify)?;
+            rows = self.time(&mut contenders)?;
+            // What was timed has to be right as well.
+            for (contender, row) in contenders.iter_mut().zip(&mut rows) {
+                contender.check()?;
+                row.max_err = contender.err;
+            }
+            if rows.iter().all(|row| row.wrong_roof().is_none()) {
+                break;
+            }
         }
+        Ok(Outcome { rows, notes })
     }
 
-    fn measure_as<T: Value>(&self, layer: &Layer) -> Result<Outcome> {
+    fn contenders_as<T: Value>(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
         let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
         // What the type holds, so that the reference computes with the same.
         let rounded = |x: f32| T::from_f32(x).to_f32();
@@ -188,7 +209,7 @@ impl Bench {
         }
         let distinct = values(n.min(DISTINCT), c_in, h, w).mapv(rounded);
         let inputs = Inputs { sources: vec![distinct.view().into_dyn()], ..Inputs::default() };
-        let expected = reference::forward(&description, &inputs)?;
+        let expected = Rc::new(reference::forward(&description, &inputs)?);
         let tolerance =
             verify::tolerance(&description, distinct.view().into_dyn(), expected.view(), T::DTYPE);
 
@@ -212,35 +233,30 @@ impl Bench {
                     notes.push(format!("{} left out of {}: {why}", plan.kernel, order.name()));
                     continue;
                 }
-                let prepared = prepared.clone();
                 let tensors = self.tensors(&prepared, order, n, distinct.view())?;
-                let (forced, kernel) = (kernel.is_some(), plan.kernel);
-                contenders.push(Contender { order, kernel, forced, prepared, tensors, err: 0.0 });
+                let (prepared, expected) = (prepared.clone(), Rc::clone(&expected));
+                contenders.push(Contender {
+                    order,
+                    kernel: plan.kernel,
+                    forced: kernel.is_some(),
+                    cost: prepared.cost(&[n, c_in, h, w])?,
+                    layer: Box::new(Real { prepared, tensors, expected, tolerance }),
+                    err: 0.0,
+                });
             }
         }
-
-        let mut rows = Vec::new();
-        for _ in 0..2 {
-            contenders.iter_mut().try_for_each(|c| c.verify(&expected, tolerance))?;
-            rows = self.time(&mut contenders, &[n, c_in, h, w])?;
-            // What was timed has to be right as well.
-            for (contender, row) in contenders.iter_mut().zip(&mut rows) {
-                contender.check(&expected, tolerance)?;
-                row.max_err = contender.err;
-            }
-            if rows.iter().all(|row| row.wrong_roof().is_none()) {
-                break;
-            }
-        }
-        Ok(Outcome { rows, notes })
+        Ok((contenders, notes))
     }
 
-    fn time<T: Value>(&self, contenders: &mut [Contender<T>], src: &[usize]) -> Result<Vec<Row>> {
+    fn time(&self, contenders: &mut [Contender]) -> Result<Vec<Row>> {
         let Some(first) = contenders.first() else {
             return Ok(Vec::new());
         };
-        let cost = first.prepared.cost(src)?;
-        let meter = self.device.roof_meter_as(T::DTYPE, cost.bytes())?;
+        let bytes = first.cost.bytes();
+        let meter = match self.numbers {
+            Numbers::Real(dtype) => self.device.roof_meter_as(dtype, bytes)?,
+            Numbers::Int8 => self.device.roof_meter_int8(bytes)?,
+        };
         let mut roof = meter.sample();
         let mut times = vec![Vec::new(); contenders.len()];
         for sample in 0..SAMPLES {
@@ -253,7 +269,7 @@ impl Bench {
                 contenders[i].turn(&mut times[i])?;
             }
         }
-        let row = |(contender, times): (&Contender<T>, &mut Vec<f64>)| {
+        let row = |(contender, times): (&Contender, &mut Vec<f64>)| {
             times.sort_by(f64::total_cmp);
             Row {
                 order: contender.order,
@@ -261,7 +277,7 @@ impl Bench {
                 forced: contender.forced,
                 median: times[times.len() / 2],
                 min: times[0],
-                cost,
+                cost: contender.cost,
                 roof,
                 max_err: contender.err,
                 roof_is_measured: self.device_name == "cpu",
@@ -295,7 +311,7 @@ impl Bench {
 }
 
 /// A copy in a memory order.
-pub fn in_order<T: Element>(order: Order, values: ArrayView4<'_, T>) -> Array4<T> {
+pub fn in_order<T: Copy + Default>(order: Order, values: ArrayView4<'_, T>) -> Array4<T> {
     let (n, c, h, w) = values.dim();
     let mut copy = match order {
         Order::Nchw => Array4::from_elem((n, c, h, w), T::default()),
@@ -324,15 +340,84 @@ pub fn values(n: usize, c: usize, h: usize, w: usize) -> Array4<f32> {
     })
 }
 
+/// A layer that is ready, with its source and result.
+pub trait Timed {
+    /// Fills the result with what is no right value anywhere.
+    fn blank(&mut self) -> Result<()>;
+
+    /// Some calls, one after another, and until the last has ended.
+    fn run(&mut self, calls: usize) -> Result<()>;
+
+    /// The largest error of the result, as a multiple of the tolerance.
+    fn error(&self) -> Result<f64>;
+
+    /// How long the calls last that are timed as one.
+    fn enough(&self) -> Duration {
+        CALLS
+    }
+}
+
 /// A layer in one layout with one kernel.
-struct Contender<T> {
-    order: Order,
-    kernel: &'static str,
-    forced: bool,
+pub struct Contender {
+    pub order: Order,
+    pub kernel: &'static str,
+    pub forced: bool,
+    pub cost: Cost,
+    pub layer: Box<dyn Timed>,
+    /// The largest error so far, as a multiple of the tolerance.
+    pub err: f64,
+}
+
+impl Contender {
+    /// Computes the result anew and checks it.
+    fn verify(&mut self) -> Result<()> {
+        self.layer.blank()?;
+        self.layer.run(1)?;
+        self.check()
+    }
+
+    /// Checks the result as it stands.
+    fn check(&mut self) -> Result<()> {
+        let err = self.layer.error()?;
+        self.err = self.err.max(err);
+        // Written so that NaN fails.
+        if err <= 1.0 {
+            return Ok(());
+        }
+        let (order, kernel) = (self.order.name(), self.kernel);
+        Err(format!("{order} with {kernel} is wrong by {err:.3} times the tolerance"))?
+    }
+
+    /// Times calls for a while.
+    fn turn(&mut self, times: &mut Vec<f64>) -> Result<()> {
+        let enough = self.layer.enough();
+        // The roof or another contender has had the caches: calls that do not count come first,
+        // and say how many to time as one.
+        let mut calls = 1;
+        while self.seconds(calls)? * (calls as f64) < enough.as_secs_f64() {
+            calls *= 2;
+        }
+        let start = Instant::now();
+        while start.elapsed() < TURN {
+            times.push(self.seconds(calls)?);
+        }
+        Ok(())
+    }
+
+    /// Seconds per call of some calls.
+    fn seconds(&mut self, calls: usize) -> Result<f64> {
+        let start = Instant::now();
+        self.layer.run(calls)?;
+        Ok(start.elapsed().as_secs_f64() / calls as f64)
+    }
+}
+
+/// A layer of real numbers.
+struct Real<T> {
     prepared: Prepared<T>,
     tensors: Tensors<T>,
-    /// The largest error so far, as a multiple of the tolerance.
-    err: f64,
+    expected: Rc<ArrayD<f64>>,
+    tolerance: f64,
 }
 
 /// Source and result.
@@ -348,9 +433,8 @@ enum Tensors<T> {
     },
 }
 
-impl<T: Value> Contender<T> {
-    /// Computes the result anew, over values that are not numbers, and checks it.
-    fn verify(&mut self, expected: &ArrayD<f64>, tolerance: f64) -> Result<()> {
+impl<T: Value> Timed for Real<T> {
+    fn blank(&mut self) -> Result<()> {
         match &mut self.tensors {
             Tensors::Host { dst, .. } => dst.fill(T::from_f32(f32::NAN)),
             #[cfg(feature = "cuda")]
@@ -360,58 +444,11 @@ impl<T: Value> Contender<T> {
                 *dst = CudaTensor::from_host(dst.device(), blank.view())?;
             }
         }
-        self.run(1)?;
-        self.check(expected, tolerance)
-    }
-
-    /// Checks the result as it stands.
-    fn check(&mut self, expected: &ArrayD<f64>, tolerance: f64) -> Result<()> {
-        let err = match &self.tensors {
-            Tensors::Host { dst, .. } => {
-                verify::error(expected.view(), dst.view().into_dyn(), tolerance)
-            }
-            #[cfg(feature = "cuda")]
-            Tensors::Cuda { dst, .. } => {
-                verify::error(expected.view(), dst.to_host()?.view(), tolerance)
-            }
-        };
-        self.err = self.err.max(err);
-        // Written so that NaN fails.
-        if err <= 1.0 {
-            return Ok(());
-        }
-        let (order, kernel) = (self.order.name(), self.kernel);
-        Err(format!("{order} with {kernel} is wrong by {err:.3} times the tolerance"))?
-    }
-
-    /// Times calls for a while.
-    fn turn(&mut self, times: &mut Vec<f64>) -> Result<()> {
-        let enough = match &self.tensors {
-            Tensors::Host { .. } => CALLS,
-            #[cfg(feature = "cuda")]
-            Tensors::Cuda { .. } => QUEUED_CALLS,
-        };
-        // The roof or another contender has had the caches: calls that do not count come first,
-        // and say how many to time as one.
-        let mut calls = 1;
-        loop {
-            let time = self.run(calls)? * calls as f64;
-            if time >= enough.as_secs_f64() {
-                break;
-            }
-            calls *= 2;
-        }
-        let start = Instant::now();
-        while start.elapsed() < TURN {
-            times.push(self.run(calls)?);
-        }
         Ok(())
     }
 
-    /// Seconds per call of some calls, one after another.
-    fn run(&mut self, calls: usize) -> Result<f64> {
+    fn run(&mut self, calls: usize) -> Result<()> {
         let prepared = &self.prepared;
-        let start = Instant::now();
         match &mut self.tensors {
             Tensors::Host { src, dst } => {
                 for _ in 0..calls {
@@ -427,6 +464,23 @@ impl<T: Value> Contender<T> {
                 src.device().synchronize()?;
             }
         }
-        Ok(start.elapsed().as_secs_f64() / calls as f64)
+        Ok(())
+    }
+
+    fn error(&self) -> Result<f64> {
+        let (expected, tolerance) = (self.expected.view(), self.tolerance);
+        Ok(match &self.tensors {
+            Tensors::Host { dst, .. } => verify::error(expected, dst.view().into_dyn(), tolerance),
+            #[cfg(feature = "cuda")]
+            Tensors::Cuda { dst, .. } => verify::error(expected, dst.to_host()?.view(), tolerance),
+        })
+    }
+
+    fn enough(&self) -> Duration {
+        match &self.tensors {
+            Tensors::Host { .. } => CALLS,
+            #[cfg(feature = "cuda")]
+            Tensors::Cuda { .. } => QUEUED_CALLS,
+        }
     }
 }

@@ -27,14 +27,16 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "forward")]
     pub pass: Pass,
 
-    /// The type of the tensors' values; the roof of bf16 is that of bf16 products, if the CPU has them
+    /// The type of the tensors' values; the roof is that of the fastest products of it (bf16, int8)
+    /// that the CPU has. int8: u8 in and out, i8 weights, on the CPU, none, relu or relu6 as act
     #[arg(
         long,
         default_value = "f32",
-        value_parser = PossibleValuesParser::new(DType::ALL.iter().map(|dtype| dtype.name()))
-            .try_map(|name| name.parse::<DType>())
+        value_parser = PossibleValuesParser::new(Numbers::ALL.map(Numbers::name))
+            .map(|name| Numbers::ALL.into_iter().find(|numbers| numbers.name() == name))
+            .try_map(|numbers| numbers.ok_or("one of the names"))
     )]
-    pub dtype: DType,
+    pub dtype: Numbers,
 
     /// The memory order of the tensors [default: both]
     #[arg(long)]
@@ -73,6 +75,29 @@ pub enum Pass {
     Train,
 }
 
+/// What tensors hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    Real(DType),
+    Int8,
+}
+
+impl Numbers {
+    const ALL: [Numbers; 4] = [
+        Numbers::Real(DType::F32),
+        Numbers::Real(DType::F16),
+        Numbers::Real(DType::Bf16),
+        Numbers::Int8,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Numbers::Real(dtype) => dtype.name(),
+            Numbers::Int8 => "int8",
+        }
+    }
+}
+
 /// A memory order by its usual name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Order {
@@ -108,7 +133,8 @@ Columns of the results, beside the table's:
   max_err        the largest error, as a multiple of the tolerance
                  max|weight| max|src| K 2^-23 + eps_out max|result|, where K is cin / groups and
                  eps_out 2^-23 (f16 2^-10, bf16 2^-7), in f32 four times that where act is a smooth
-                 function; weight and src as the type holds them
+                 function; weight and src as the type holds them. Of int8, a multiple of one step,
+                 or of a step in one of 1000 values, whichever is larger
 
 A step of training counts three products; src, dst and weight thrice each. Its kernel is `train`, and
 its max_err a multiple of (positions + cin + cout) 2^-23 max|result|, of everything that it gives.

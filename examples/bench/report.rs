@@ -69,7 +69,7 @@ pub fn line(layer: &Layer, row: &Row, bench: &Bench) -> Result<String> {
         &stride,
         &groups,
         layer.act(),
-        bench.dtype.name(),
+        bench.numbers.name(),
         row.order.name(),
         &threads,
         &bench.device_name,
@@ -92,7 +92,7 @@ fn csv_line(fields: &[&str]) -> Result<String> {
     Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
-/// A short table for the eye: fractions of the roof by layout and forced kernel.
+/// A short table for the eye: fractions of the roof by layout and forced kernel, the largest error.
 pub fn summary(rows: &[(&Layer, Row)], bench: &Bench) -> String {
     let mut parts: BTreeMap<(&str, &str), Vec<(f64, &Layer)>> = BTreeMap::new();
     for (layer, row) in rows {
@@ -123,6 +123,9 @@ pub fn summary(rows: &[(&Layer, Row)], bench: &Bench) -> String {
                 low.to_string()
             );
         }
+    }
+    if let Some((layer, row)) = rows.iter().max_by(|a, b| a.1.max_err.total_cmp(&b.1.max_err)) {
+        let _ = writeln!(out, "largest error {:.3} of the tolerance, {layer}", row.max_err);
     }
     out
 }

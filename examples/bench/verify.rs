@@ -51,3 +51,18 @@ pub fn error<T: Element>(
     }
     largest
 }
+
+/// The same of integers, of which none may be off by more than a step, and one of 1000 (or a single
+/// one) by a step.
+pub fn error_of_integers(expected: ArrayViewD<'_, f64>, result: ArrayViewD<'_, u8>) -> f64 {
+    let distinct = expected.len_of(Axis(0));
+    let (mut largest, mut unequal) = (0.0f64, 0usize);
+    for (i, sample) in result.axis_iter(Axis(0)).enumerate() {
+        for (want, &got) in expected.index_axis(Axis(0), i % distinct).iter().zip(sample) {
+            let error = (want - f64::from(got)).abs();
+            unequal += usize::from(error != 0.0);
+            largest = if error.is_nan() { f64::INFINITY } else { error.max(largest) };
+        }
+    }
+    largest.max(unequal as f64 / (result.len() / 1000).max(1) as f64)
+}

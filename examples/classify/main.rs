@@ -21,8 +21,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Says what is on a picture, with EfficientNet-Lite0 pretrained on ImageNet.
 ///
-/// Prints the five likeliest of ImageNet's 1000 classes (rank, probability, label), in 16 bits how far
-/// the logits are from those of f32, then the time per picture and what each pointwise convolution of
+/// Prints the five likeliest of ImageNet's 1000 classes (rank, probability, label), in 16 or 8 bits how
+/// far the logits are from those of f32, then the time per picture and what each pointwise convolution of
 /// the network took of it.
 #[derive(Parser)]
 #[command(name = "classify", version)]
@@ -36,10 +36,11 @@ struct Args {
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// What the tensors of pointwise layers hold, weights included: f32, f16 or bf16. Everything else
-    /// stays f32, and is rounded at their edges
-    #[arg(long, default_value = "f32", value_parser = parse_dtype)]
-    dtype: DType,
+    /// What the tensors of pointwise layers hold, weights included: f32, f16, bf16 or int8 (on the
+    /// CPU). Everything else stays f32, and is rounded at their edges. The ranges of int8 are those of
+    /// the bundled pictures
+    #[arg(long, default_value = "f32", value_parser = parse_numbers)]
+    dtype: Numbers,
     /// Memory order of the activations: nchw or nhwc
     #[arg(long, default_value = "nchw", value_parser = parse_layout)]
     layout: Layout,
@@ -59,9 +60,31 @@ fn parse_layout(name: &str) -> std::result::Result<Layout, &'static str> {
     }
 }
 
-fn parse_dtype(name: &str) -> std::result::Result<DType, &'static str> {
-    name.parse().map_err(|_| "expected f32, f16 or bf16")
+/// What the tensors of pointwise layers hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Numbers {
+    Real(DType),
+    Int8,
 }
+
+impl Numbers {
+    fn name(self) -> &'static str {
+        match self {
+            Numbers::Real(dtype) => dtype.name(),
+            Numbers::Int8 => "int8",
+        }
+    }
+}
+
+fn parse_numbers(name: &str) -> std::result::Result<Numbers, &'static str> {
+    match name {
+        "int8" => Ok(Numbers::Int8),
+        _ => name.parse().map(Numbers::Real).map_err(|_| "expected f32, f16, bf16 or int8"),
+    }
+}
+
+/// The pictures that say how far the values of 8-bit layers reach.
+const CALIBRATION: [&str; 2] = ["chelsea.png", "coffee.png"];
 
 fn main() -> ExitCode {
     let result = match Args::try_parse() {
@@ -128,10 +151,21 @@ fn run(args: &Args) -> Result<()> {
         let network =
             |dtype| Network::new(&file, &device, args.layout, dtype).map_err(about(&weights));
         let mut reference = match args.dtype {
-            DType::F32 => None,
+            Numbers::Real(DType::F32) => None,
             _ => Some(network(DType::F32)?),
         };
-        let mut network = network(args.dtype)?;
+        let mut network = match args.dtype {
+            Numbers::Real(dtype) => network(dtype)?,
+            Numbers::Int8 => {
+                let picture = |name| -> Result<Vec<f32>> {
+                    let path = bundled(name)?;
+                    let pixels = picture::read(&path).map_err(about(&path))?;
+                    Ok(picture::normalise(&pixels, args.layout))
+                };
+                let pictures = CALIBRATION.into_iter().map(picture).collect::<Result<Vec<_>>>()?;
+                network(DType::F32)?.quantized(&pictures, &device)?
+            }
+        };
         let picture = picture::normalise(&pixels, args.layout);
         let logits = network.forward(&picture)?;
         let mut out = io::stdout().lock();
@@ -152,7 +186,7 @@ fn run(args: &Args) -> Result<()> {
 }
 
 /// How far logits are from those of f32.
-fn agreement(dtype: DType, logits: &[f32], exact: &[f32]) -> String {
+fn agreement(numbers: Numbers, logits: &[f32], exact: &[f32]) -> String {
     let pairs = || logits.iter().zip(exact).map(|(&x, &y)| (f64::from(x), f64::from(y)));
     // A maximum would pass over NaN.
     let larger = |a: f64, b: f64| if b > a || b.is_nan() { b } else { a };
@@ -161,8 +195,9 @@ fn agreement(dtype: DType, logits: &[f32], exact: &[f32]) -> String {
     let dot = |f: fn((f64, f64)) -> f64| pairs().map(f).sum::<f64>();
     let cosine = dot(|(x, y)| x * y) / (dot(|(x, _)| x * x) * dot(|(_, y)| y * y)).sqrt();
     format!(
-        "logits in {dtype} beside f32: largest difference {largest:.4} of at most {range:.2}, \
-         cosine {cosine:.6}"
+        "logits in {} beside f32: largest difference {largest:.4} of at most {range:.2}, \
+         cosine {cosine:.6}",
+        numbers.name()
     )
 }
 

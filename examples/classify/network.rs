@@ -5,10 +5,11 @@
 use std::time::{Duration, Instant};
 
 use ndarray::{ArrayView4, ArrayViewMut4};
+use pointwise::quantized::{Calibration, Int8, PreparedQuantized, Range};
 use pointwise::safetensors::SafeTensors;
 use pointwise::{
-    BatchNorm, DType, Device, Element, Error, Layout, Pointwise, PrepareOptions, Prepared, Result,
-    TensorMut, TensorRef, bf16, checkpoint, f16, nhwc, nhwc_mut,
+    BatchNorm, DType, Device, Element, Error, Layout, Pointwise, PrepareOptions, Prepared,
+    Quantization, Quantized, Result, TensorMut, TensorRef, bf16, checkpoint, f16, nhwc, nhwc_mut,
 };
 
 use super::spatial::{Convolution, Geometry, mean};
@@ -51,6 +52,7 @@ enum Op {
     Spatial(Convolution),
     /// Adds the block's input, if that is where `residual` says.
     Pointwise {
+        description: Pointwise,
         layer: Box<dyn Layer>,
         residual: Option<usize>,
     },
@@ -146,6 +148,56 @@ impl<T: Element> Layer for Rounded<T> {
     }
 }
 
+/// A layer of 8-bit integers that gives f32, and its tensors in memory order: the source and the residual.
+struct Integers {
+    layer: PreparedQuantized,
+    quantizations: [Option<Quantization>; 2],
+    tensors: [Vec<u8>; 2],
+}
+
+impl Integers {
+    fn new(layer: &Pointwise, calibration: &Calibration, device: &Device) -> Result<Self> {
+        let layer = Quantized::from_layer(layer, calibration, Range::MinMax, Int8::U8)?;
+        let quantizations = [Some(layer.src_quantization()), layer.residual_quantization()];
+        let layer = layer.dequantized().prepare(device)?;
+        Ok(Integers { layer, quantizations, tensors: Default::default() })
+    }
+}
+
+impl Layer for Integers {
+    fn plan(&self, src: &[usize], _: Layout) -> Result<(f64, &'static str)> {
+        Ok((self.layer.cost(src)?.flops(), self.layer.kernel()))
+    }
+
+    fn run(
+        &mut self,
+        src: ArrayView4<'_, f32>,
+        residual: Option<ArrayView4<'_, f32>>,
+        mut dst: ArrayViewMut4<'_, f32>,
+    ) -> Result<()> {
+        let [from, added] = &mut self.tensors;
+        let inputs = [(from, Some(&src)), (added, residual.as_ref())];
+        for ((bytes, of), quantization) in inputs.into_iter().zip(self.quantizations) {
+            bytes.clear();
+            if let (Some(of), Some(quantization)) = (of, quantization) {
+                let memory = of.as_slice_memory_order().expect(SIZES);
+                bytes.extend(memory.iter().map(|&x| quantization.quantize(x) as u8));
+            }
+        }
+        let [from, added] = &self.tensors;
+        let view = |bytes, like: &ArrayView4<'_, f32>| {
+            TensorRef::from_slice(bytes, 0, like.shape(), like.strides())
+        };
+        match &residual {
+            None => self.layer.forward_into(&view(from, &src)?, &mut dst),
+            Some(residual) => {
+                let (src, residual) = (view(from, &src)?, view(added, residual)?);
+                self.layer.call(&src).residual(&residual).run_into(&mut dst)
+            }
+        }
+    }
+}
+
 fn plan<T: Element>(
     layer: &Prepared<T>,
     src: &[usize],
@@ -213,8 +265,9 @@ impl Network {
         builder.push("mean", [HEAD, size, size], [HEAD, 1, 1], [EXPANDED, 0], Op::Mean);
         // The bias is optional in a checkpoint, but not in this network.
         checkpoint::vector(file, "_fc.bias")?;
-        let layer = builder.prepare(&builder.weights("_fc", [HEAD, CLASSES])?)?;
-        let op = Op::Pointwise { layer, residual: None };
+        let description = builder.weights("_fc", [HEAD, CLASSES])?;
+        let layer = builder.prepare(&description)?;
+        let op = Op::Pointwise { description, layer, residual: None };
         builder.push("_fc", [HEAD, 1, 1], [CLASSES, 1, 1], [0, 1], op);
 
         let steps = builder.steps;
@@ -232,6 +285,33 @@ impl Network {
         })
     }
 
+    /// The same network, in f32 so far, with pointwise layers of 8-bit integers for `device`: their
+    /// sources and residuals span what these pictures make of them.
+    pub fn quantized(mut self, pictures: &[Vec<f32>], device: &Device) -> Result<Network> {
+        let mut seen = vec![Calibration::new(); self.steps.len()];
+        for picture in pictures {
+            aligned_mut(&mut self.buffers[1])[..picture.len()].copy_from_slice(picture);
+            for (i, calibration) in seen.iter_mut().enumerate() {
+                let step = &self.steps[i];
+                if let Op::Pointwise { description, residual, .. } = &step.op {
+                    let values = |buffer: usize, shape: [usize; 3]| {
+                        let values = &aligned(&self.buffers[buffer])[..shape.iter().product()];
+                        view(self.layout, shape, values).into_dyn()
+                    };
+                    let residual = residual.map(|buffer| values(buffer, step.dst));
+                    calibration.observe(description, values(step.from, step.src), residual)?;
+                }
+                self.run_step(i)?;
+            }
+        }
+        for (step, calibration) in self.steps.iter_mut().zip(&seen) {
+            if let Op::Pointwise { description, layer, .. } = &mut step.op {
+                *layer = Box::new(Integers::new(description, calibration, device)?);
+            }
+        }
+        Ok(self)
+    }
+
     /// The operations, in order.
     pub fn steps(&self) -> &[Step] {
         &self.steps
@@ -245,15 +325,20 @@ impl Network {
     /// The logits of a picture, `[3, SIZE, SIZE]` or channels last.
     pub fn forward(&mut self, picture: &[f32]) -> Result<&[f32]> {
         aligned_mut(&mut self.buffers[1])[..picture.len()].copy_from_slice(picture);
-        for (step, time) in self.steps.iter_mut().zip(&mut self.times) {
+        for i in 0..self.steps.len() {
             let start = Instant::now();
-            let mut dst = std::mem::take(&mut self.buffers[step.to]);
-            let result = step.run(self.layout, &self.buffers, aligned_mut(&mut dst));
-            self.buffers[step.to] = dst;
-            result?;
-            *time = start.elapsed();
+            self.run_step(i)?;
+            self.times[i] = start.elapsed();
         }
         Ok(&aligned(&self.buffers[1])[..CLASSES])
+    }
+
+    fn run_step(&mut self, i: usize) -> Result<()> {
+        let step = &mut self.steps[i];
+        let mut dst = std::mem::take(&mut self.buffers[step.to]);
+        let result = step.run(self.layout, &self.buffers, aligned_mut(&mut dst));
+        self.buffers[step.to] = dst;
+        result
     }
 }
 
@@ -265,7 +350,7 @@ impl Step {
         match &mut self.op {
             Op::Spatial(convolution) => convolution.run(src, dst),
             Op::Mean => mean(src, dst, layout),
-            Op::Pointwise { layer, residual } => {
+            Op::Pointwise { layer, residual, .. } => {
                 let src = view(layout, from_shape, src);
                 let residual = residual.map(|buffer| {
                     let residual = &aligned(&buffers[buffer])[..to_shape.iter().product()];
@@ -370,7 +455,8 @@ impl Builder<'_> {
         if residual.is_some() {
             layer = layer.residual();
         }
-        let op = Op::Pointwise { layer: self.prepare(&layer)?, residual };
+        let (description, layer) = (layer.clone(), self.prepare(&layer)?);
+        let op = Op::Pointwise { description, layer, residual };
         self.push(&name, [c_in, size, size], [c_out, size, size], buffers, op);
         Ok(())
     }

@@ -13,13 +13,13 @@ use crate::cpu::epilogue::{self, ChannelAxis, Steps};
 use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Sizes, TermKind};
 use crate::cpu::norm::{self, Finish, Moments, Slot};
-use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Weights};
+use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Unpacked, Weights};
 use crate::cpu::plan::{
     self, Facts, Order, Plan, Run, choose_isa, even, pieces_of, refusal, vectors_of,
 };
 use crate::cpu::roof;
 use crate::cpu::runs::Spaced;
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::threads::{self, CpuDevice};
 use crate::cpu::tune::Choices;
 use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
@@ -77,6 +77,20 @@ impl Layer {
         dtype: DType,
         options: &PrepareOptions,
     ) -> Result<Self> {
+        let weight = std::mem::take(&mut lowered.weight);
+        let weight = Unpacked::new(&weight, shape.groups, shape.k());
+        Self::of_weight(device, shape, weight, lowered, dtype, options)
+    }
+
+    /// As [`new`](Self::new), of a weight beside the description.
+    pub(crate) fn of_weight(
+        device: &CpuDevice,
+        shape: &LayerShape,
+        weight: Unpacked<'_>,
+        mut lowered: Lowered,
+        dtype: DType,
+        options: &PrepareOptions,
+    ) -> Result<Self> {
         let best = Isa::detect()?;
         let staged = !lowered.source_steps.is_empty();
         let (isa, terms, kernel) = choose_isa(best, dtype, staged, options.kernel.as_deref())?;
@@ -102,9 +116,9 @@ impl Layer {
             choices: Choices::default(),
             packed: Arc::new(Packed {
                 weights: Weights::pack(
-                    &lowered.weight,
-                    shape.groups,
-                    shape.k(),
+                    device,
+                    isa,
+                    weight,
                     terms,
                     Sizes::of(isa.isa(), terms).panel_widths,
                 ),
@@ -343,13 +357,8 @@ fn run_units<T: Element>(passes: &[Pass<'_, T>]) {
     }
 }
 
-/// A unit never runs inside another one, so the borrow is free; a fresh scratch keeps that from
-/// being a promise.
 fn with_scratch(f: impl FnOnce(&mut Scratch)) {
-    SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => f(&mut scratch),
-        Err(_) => f(&mut Scratch::default()),
-    });
+    threads::with_scratch(&SCRATCH, f);
 }
 
 impl<'a, T: Element> Pass<'a, T> {

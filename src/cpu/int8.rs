@@ -3,29 +3,33 @@
 //! As in f32, one operand of a tile is broadcast and the other one read in vectors. Where the
 //! channels of dst are adjacent, vectors run along them and src is broadcast, in place if it can be;
 //! otherwise they run along positions and the weight is broadcast. `pack` makes words of what is
-//! not read in place, `sums` multiplies them, `finish` makes dst of the sums, `kernels` has the code
-//! of all that for each instruction set.
+//! not read in place, `quantize` bytes of sources that are real, `sums` multiplies, `finish` makes dst
+//! of the sums, `kernels` has the code of all that for each instruction set.
 
 mod finish;
 mod kernels;
 mod pack;
+mod quantize;
 mod sums;
 
-use std::cell::{RefCell, UnsafeCell};
+use std::cell::{Cell, RefCell, UnsafeCell};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
+pub(crate) use finish::{Added, Clip, Scaling};
 use finish::{CHUNK, Finish, Operand, Stored};
-pub(crate) use finish::{Clip, Scaling};
-use kernels::{KERNELS, Kernel};
+use kernels::{FinishFn, KERNELS, Kernel};
 use pack::{Source, Weights, Words};
+pub use quantize::Per;
+use quantize::{Element, PerPosition, Reach, Table};
 use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
 
 use crate::cpu::isa::Isa;
-use crate::cpu::plan::{even, pieces_of};
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::plan::{even, pieces_of, vectors_and_tail};
+use crate::cpu::threads::{CpuDevice, with_scratch};
+use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
 use crate::plan::forced_kernel;
 use crate::problem::{DstShape, LayerShape, Positions};
@@ -33,6 +37,16 @@ use crate::tensor::{MAX_RANK, TensorMut, TensorRef};
 
 /// Bytes of src that a unit works on: they stay in the second cache level while the weights pass.
 const BLOCK_BYTES: usize = 192 << 10;
+
+/// Independent chains of the fastest products of bytes that the CPU has; gives how many operations so
+/// many rounds are, two per product.
+pub(crate) fn peak_rounds(rounds: usize) -> usize {
+    let kernel = KERNELS.iter().rev().find(|kernel| kernel.supported());
+    let kernel = kernel.expect("the portable kernel is always there");
+    // SAFETY: the CPU has the kernel's instructions.
+    let products = unsafe { (kernel.chains)(rounds) };
+    2 * kernel.group * products
+}
 
 /// A prepared layer of 8-bit integers on the CPU.
 #[derive(Clone)]
@@ -47,13 +61,16 @@ struct Packed {
     weights: Weights,
     offset: Vec<i32>,
     scale: Vec<f32>,
+    shift: Vec<f32>,
+    per: Option<Per>,
     scaling: Scaling,
     src_flip: u8,
     shape: LayerShape,
 }
 
-/// A layer as the backend takes it: `dst = finish((Σ w · (src ^ src_flip) + offset) · scale)`, where
-/// the sums are over unsigned bytes.
+/// A layer as the backend takes it. Of bytes: `dst = finish((Σ w · (src ^ src_flip) + offset) · scale)`,
+/// where the sums are over unsigned bytes. Of real numbers, which `s` and `z` quantise:
+/// `dst = finish((Σ w · byte(src) - z · offset) · (s · scale) + shift)`.
 pub(crate) struct Lowered<'a> {
     pub shape: LayerShape,
     /// `[c_out, c_in / groups]`, row-major.
@@ -62,33 +79,45 @@ pub(crate) struct Lowered<'a> {
     pub offset: Vec<i32>,
     /// One per output channel.
     pub scale: Vec<f32>,
+    /// One per output channel; of real numbers only.
+    pub shift: Vec<f32>,
+    /// What shares a quantisation, if src is real.
+    pub per: Option<Per>,
     pub scaling: Scaling,
     pub src_flip: u8,
 }
 
-/// The tensors of one call, which have been checked against the layer: bytes of either sign.
-pub(crate) struct Call<'a, T> {
+/// The tensors of one call, which have been checked against the layer: bytes of either sign, or real
+/// numbers.
+pub(crate) struct Call<'a, T, R: Added> {
     pub shape: DstShape,
-    pub src: TensorRef<'a, u8>,
-    pub residual: Option<TensorRef<'a, u8>>,
+    pub src: TensorRef<'a, R::Source>,
+    pub residual: Option<TensorRef<'a, R>>,
     pub dst: TensorMut<'a, T>,
 }
 
-/// A result's element, and which of a kernel's functions makes it.
-pub(crate) trait Output: Stored {
-    fn finish(kernel: &Kernel) -> unsafe fn(&Finish<Self>);
+/// A result's element, and which of a kernel's functions makes it beside residuals of `R`.
+pub(crate) trait Output<R: Added>: Stored {
+    fn finish(kernel: &Kernel) -> FinishFn<Self, R>;
 }
 
-impl Output for u8 {
-    fn finish(kernel: &Kernel) -> unsafe fn(&Finish<u8>) {
-        kernel.finish_bytes
-    }
+macro_rules! outputs {
+    ($($t:ty, $r:ty: $finish:ident;)*) => {$(
+        impl Output<$r> for $t {
+            fn finish(kernel: &Kernel) -> FinishFn<$t, $r> {
+                kernel.$finish
+            }
+        }
+    )*};
 }
-
-impl Output for f32 {
-    fn finish(kernel: &Kernel) -> unsafe fn(&Finish<f32>) {
-        kernel.finish_f32
-    }
+outputs! {
+    u8, u8: finish_u8;
+    f32, u8: finish_f32;
+    f16, u8: finish_f16;
+    bf16, u8: finish_bf16;
+    f32, f32: finish_real_f32;
+    f16, f16: finish_real_f16;
+    bf16, bf16: finish_real_bf16;
 }
 
 impl Layer {
@@ -97,10 +126,14 @@ impl Layer {
     /// # Errors
     /// [`Error::Environment`] for an instruction set that is unknown or not there, [`Error::Kernel`] for
     /// a forced kernel that is.
-    pub(crate) fn new(device: &CpuDevice, lowered: Lowered<'_>) -> Result<Self> {
+    pub(crate) fn new(
+        device: &CpuDevice,
+        kernel: Option<&str>,
+        lowered: Lowered<'_>,
+    ) -> Result<Self> {
         let isa = Isa::detect()?;
         let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
-        let kernel = match forced_kernel(None, &names)? {
+        let kernel = match forced_kernel(kernel, &names)? {
             None => Kernel::of(isa),
             Some(name) => {
                 let kernel = KERNELS.iter().find(|kernel| kernel.name == name);
@@ -116,13 +149,15 @@ impl Layer {
     }
 
     fn with_kernel(device: &CpuDevice, kernel: &'static Kernel, lowered: Lowered<'_>) -> Self {
-        let Lowered { shape, weight, mut offset, mut scale, scaling, src_flip } = lowered;
+        let Lowered { shape, weight, mut offset, mut scale, mut shift, per, scaling, src_flip } =
+            lowered;
         let rows = shape.c_out / shape.groups;
         let weights = Weights::pack(weight, rows, shape.k(), kernel.group, kernel.lanes);
         // They are read a whole chunk at a time.
         offset.resize(shape.c_out + CHUNK, 0);
         scale.resize(shape.c_out + CHUNK, 0.0);
-        let packed = Packed { weights, offset, scale, scaling, src_flip, shape };
+        shift.resize(shape.c_out + CHUNK, 0.0);
+        let packed = Packed { weights, offset, scale, shift, per, scaling, src_flip, shape };
         Layer { device: device.clone(), kernel, packed: Arc::new(packed) }
     }
 
@@ -132,17 +167,21 @@ impl Layer {
     }
 
     /// Runs a call.
-    pub(crate) fn run<T: Output>(&self, call: &Call<'_, T>) {
-        let pass = Pass::new(self, call);
+    pub(crate) fn run<T: Output<R>, R: Added>(&self, call: &Call<'_, T, R>) {
+        // Taken, so that nothing is borrowed while units run.
+        let mut reaches = SAMPLES.take();
+        let pass = Pass::new(self, call, &mut reaches);
+        if !pass.samples.is_empty() {
+            let (units, work) = pass.reading(call);
+            self.device.for_each(units, work, &|unit| {
+                with_scratch(&SCRATCH, |scratch| pass.read_ranges(unit, call, scratch));
+            });
+        }
         let work = pass.macs / 4 + pass.bytes / 4;
         self.device.for_each(pass.units(), work, &|unit| {
-            SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-                Ok(mut scratch) => pass.run_unit(unit, &mut scratch),
-                // A unit never runs inside another one; a fresh scratch keeps that from being a
-                // promise.
-                Err(_) => pass.run_unit(unit, &mut Scratch::default()),
-            });
+            with_scratch(&SCRATCH, |scratch| pass.run_unit(unit, scratch));
         });
+        SAMPLES.set(reaches);
     }
 }
 
@@ -161,10 +200,35 @@ struct Scratch {
     src: Vec<isize>,
     dst: Vec<isize>,
     residual: Vec<isize>,
+    reaches: Vec<Reach>,
+    /// The quantisations of a block's positions, and which pass and block that is.
+    quantization: Table,
+    quantized: Option<(u64, usize)>,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// Those of a call's samples.
+    static SAMPLES: Cell<Vec<SharedReach>> = const { Cell::new(Vec::new()) };
+}
+
+/// A [`Reach`] that units widen together.
+#[derive(Default)]
+struct SharedReach {
+    above: AtomicI32,
+    below: AtomicI32,
+}
+
+impl SharedReach {
+    fn widen(&self, reach: Reach) {
+        self.above.fetch_max(reach.above, Ordering::Relaxed);
+        self.below.fetch_max(reach.below, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Reach {
+        let [above, below] = [&self.above, &self.below].map(|bits| bits.load(Ordering::Relaxed));
+        Reach { above, below }
+    }
 }
 
 static PASSES: AtomicU64 = AtomicU64::new(1);
@@ -177,9 +241,9 @@ struct Walked<T> {
 }
 
 impl<T> Walked<T> {
-    /// Every `stride`-th position of each spatial axis.
-    fn new(tensor: &TensorRef<'_, T>, shape: &DstShape, stride: usize) -> Self {
-        let (lengths, strides) = (shape.as_slice(), tensor.strides());
+    /// So many positions along each axis, every `stride`-th one of the spatial ones.
+    fn new(tensor: &TensorRef<'_, T>, lengths: &[usize], stride: usize) -> Self {
+        let strides = tensor.strides();
         let mut axes = [(1, 0); MAX_RANK - 1];
         axes[0] = (lengths[0], strides[0]);
         for axis in 2..lengths.len() {
@@ -215,11 +279,14 @@ enum Read {
 }
 
 /// One call, and how it is cut.
-struct Pass<'a, T> {
+struct Pass<'a, T, R: Added> {
     layer: &'a Layer,
-    src: Walked<u8>,
+    src: Walked<R::Source>,
     dst: Walked<T>,
-    residual: Option<Walked<u8>>,
+    residual: Option<Walked<R>>,
+    /// How far values of src reach, where more than a position's share a quantisation: one for all
+    /// samples, or one for each.
+    samples: &'a [SharedReach],
     lanes_are_channels: bool,
     read: Read,
     /// Positions over all samples, and how many a block has.
@@ -234,24 +301,30 @@ struct Pass<'a, T> {
 
 // SAFETY: the pointers are to tensors that the caller of a run has borrowed for its duration; units
 // write to disjoint parts of dst.
-unsafe impl<T> Sync for Pass<'_, T> {}
+unsafe impl<T, R: Added> Sync for Pass<'_, T, R> {}
 
-impl<'a, T: Output> Pass<'a, T> {
-    fn new(layer: &'a Layer, call: &Call<'_, T>) -> Self {
+impl<'a, T: Output<R>, R: Added> Pass<'a, T, R> {
+    fn new(layer: &'a Layer, call: &Call<'_, T, R>, reaches: &'a mut Vec<SharedReach>) -> Self {
         let Layer { device, kernel, packed } = layer;
         let LayerShape { c_in, c_out, groups, stride, .. } = packed.shape;
         let k = packed.shape.k();
-        let shape = &call.shape;
-        let src = Walked::new(&call.src, shape, stride);
-        let dst = Walked::new(call.dst.view(), shape, 1);
-        let residual = call.residual.as_ref().map(|residual| Walked::new(residual, shape, 1));
-        let lengths = shape.as_slice();
+        let lengths = call.shape.as_slice();
+        let src = Walked::new(&call.src, lengths, stride);
+        let dst = Walked::new(call.dst.view(), lengths, 1);
+        let residual = call.residual.as_ref().map(|residual| Walked::new(residual, lengths, 1));
+        let samples = match packed.per {
+            Some(Per::Tensor) => 1,
+            Some(Per::Sample) => lengths[0],
+            Some(Per::Position) | None => 0,
+        };
+        reaches.clear();
+        reaches.resize_with(samples, SharedReach::default);
         let positions = lengths[0] * lengths[2..].iter().product::<usize>();
 
         let adjacent_positions =
             positions > 1 && dst.positions.runs(0, 2).next().is_some_and(|(_, step, _)| step == 1);
         let lanes_are_channels = dst.channel == 1 || !adjacent_positions;
-        let in_place = kernel.group == 4 && k.is_multiple_of(4) && packed.src_flip == 0;
+        let in_place = !R::REAL && kernel.group == 4 && k.is_multiple_of(4) && packed.src_flip == 0;
         let read = match src.positions.uniform() {
             Some(step) if lanes_are_channels && src.channel == 1 && in_place => Read::InPlace(step),
             _ if lanes_are_channels && (src.channel == 1 || k == 1) => Read::Rows,
@@ -259,7 +332,8 @@ impl<'a, T: Output> Pass<'a, T> {
         };
 
         let macs = [positions, c_out, k].into_iter().fold(1usize, usize::saturating_mul);
-        let bytes = positions.saturating_mul(c_in + c_out * size_of::<T>());
+        let bytes = c_in * size_of::<R::Source>() + c_out * size_of::<T>();
+        let bytes = positions.saturating_mul(bytes);
         let threads = device.threads_for(macs / 4 + bytes / 4);
         let tile =
             if lanes_are_channels { kernel.rows[kernel.rows.len() - 1] } else { kernel.widest() };
@@ -284,6 +358,7 @@ impl<'a, T: Output> Pass<'a, T> {
             src,
             dst,
             residual,
+            samples: reaches,
             lanes_are_channels,
             read,
             positions,
@@ -308,6 +383,83 @@ impl<'a, T: Output> Pass<'a, T> {
         self.positions.div_ceil(self.block) * self.layer.packed.shape.groups * self.splits()
     }
 
+    /// Units that find the ranges of src, and how much work that is: blocks of all its positions,
+    /// those too that the stride skips.
+    fn reading(&self, call: &Call<'_, T, R>) -> (usize, usize) {
+        let values = call.src.shape().iter().product::<usize>();
+        (self.positions_of(call).div_ceil(self.reading_block()), values / 4)
+    }
+
+    fn positions_of(&self, call: &Call<'_, T, R>) -> usize {
+        let shape = call.src.shape();
+        shape[0] * shape[2..].iter().product::<usize>()
+    }
+
+    /// Positions of a unit of [`reading`](Self::reading).
+    fn reading_block(&self) -> usize {
+        (BLOCK_BYTES / size_of::<f32>() / self.layer.packed.shape.c_in).max(16)
+    }
+
+    fn read_ranges(&self, unit: usize, call: &Call<'_, T, R>, scratch: &mut Scratch) {
+        let Scratch { src: positions, reaches, .. } = scratch;
+        let (all, first) = (self.positions_of(call), unit * self.reading_block());
+        let per_sample = all / call.src.shape()[0];
+        let src = Walked::new(&call.src, call.src.shape(), 1);
+        self.reaches(&src, first..all.min(first + self.reading_block()), positions, reaches);
+        let (mut rest, mut first) = (&reaches[..], first);
+        while !rest.is_empty() {
+            // One step per sample, or all at once where they share a range.
+            let (sample, last) = match self.samples.len() {
+                1 => (0, all),
+                _ => (first / per_sample, (first / per_sample + 1) * per_sample),
+            };
+            let (now, later) = rest.split_at(rest.len().min(last - first));
+            self.samples[sample].widen(now.iter().copied().fold(Reach::default(), Reach::and));
+            (rest, first) = (later, first + now.len());
+        }
+    }
+
+    /// How far the channels of src reach at each of some positions.
+    fn reaches(
+        &self,
+        src: &Walked<R::Source>,
+        range: Range<usize>,
+        positions: &mut Vec<isize>,
+        reaches: &mut Vec<Reach>,
+    ) {
+        positions.resize(range.len(), 0);
+        src.positions.fill(range.start, 0, positions);
+        reaches.clear();
+        reaches.resize(range.len(), Reach::default());
+        let source = Source {
+            ptr: src.ptr.cast_const(),
+            channel: src.channel,
+            positions,
+            k: self.layer.packed.shape.c_in,
+            flip: 0,
+            quantization: PerPosition::default(),
+        };
+        // SAFETY: the CPU has the kernel's instructions, and the call was checked: all channels lie in
+        // src at every position.
+        unsafe { (R::Source::packing(self.layer.kernel).ranges)(&source, reaches) }
+    }
+
+    /// The quantisations of a block of src.
+    fn quantize(&self, block: usize, positions: Range<usize>, scratch: &mut Scratch) {
+        let Scratch { src, reaches, quantization, quantized, .. } = scratch;
+        if *quantized == Some((self.id, block)) {
+            return;
+        }
+        if self.samples.is_empty() {
+            self.reaches(&self.src, positions, src, reaches);
+            quantization.fill(reaches.iter().copied());
+        } else {
+            let per_sample = self.positions / self.samples.len();
+            quantization.fill(positions.map(|p| self.samples[p / per_sample].get()));
+        }
+        *quantized = Some((self.id, block));
+    }
+
     fn run_unit(&self, unit: usize, scratch: &mut Scratch) {
         let Packed { shape, src_flip, weights, .. } = &*self.layer.packed;
         let kernel = self.layer.kernel;
@@ -315,7 +467,11 @@ impl<'a, T: Output> Pass<'a, T> {
         let (block, group) = (rest / shape.groups, rest % shape.groups);
         let first = block * self.block;
         let count = (self.positions - first).min(self.block);
-        let Scratch { packed, held, src, dst, residual } = scratch;
+        if R::REAL {
+            self.quantize(block, first..first + count, scratch);
+        }
+        let Scratch { packed, held, src, dst, residual, quantization, .. } = scratch;
+        let quantization = if R::REAL { quantization.get() } else { PerPosition::default() };
         dst.resize(count, 0);
         self.dst.positions.fill(first, 0, dst);
         if let Some(walked) = &self.residual {
@@ -326,22 +482,24 @@ impl<'a, T: Output> Pass<'a, T> {
         let k = shape.k();
         let ptr = self.src.ptr.wrapping_offset((group * k) as isize * self.src.channel);
         let a_or_b = match self.read {
-            Read::InPlace(step) => ptr.cast_const().wrapping_offset(first as isize * step),
+            Read::InPlace(step) => ptr.cast_const().wrapping_offset(first as isize * step).cast(),
             Read::Rows | Read::Panels(_) => {
                 if *held != Some((self.id, block, group)) {
                     src.resize(count, 0);
                     self.src.positions.fill(first, 0, src);
                     let channel = self.src.channel;
-                    let source = Source { ptr, channel, positions: src, k, flip: *src_flip };
+                    let (positions, flip) = (&**src, *src_flip);
+                    let source = Source { ptr, channel, positions, k, flip, quantization };
+                    let packing = R::Source::packing(kernel);
                     // SAFETY: the CPU has the kernel's instructions, and the call was checked: the
                     // channels of the group lie in src at every position.
                     unsafe {
                         match self.read {
                             Read::Panels(width) => {
                                 let len = count.next_multiple_of(width) * weights.k_words;
-                                (kernel.pack_panels)(&source, width, packed.get(len));
+                                (packing.panels)(&source, width, packed.get(len));
                             }
-                            _ => (kernel.pack_rows)(&source, packed.get(count * weights.k_words)),
+                            _ => (packing.rows)(&source, packed.get(count * weights.k_words)),
                         }
                     }
                     *held = Some((self.id, block, group));
@@ -351,7 +509,7 @@ impl<'a, T: Output> Pass<'a, T> {
         };
         let rows = split * self.rows..((split + 1) * self.rows).min(self.rows_per_group());
         let sums = Sums(UnsafeCell::new([0; MOST_ROWS * SUMS_STRIDE]));
-        let area = Area { pass: self, group, src: a_or_b, dst, residual, sums };
+        let area = Area { pass: self, group, src: a_or_b, dst, residual, quantization, sums };
         if self.lanes_are_channels {
             area.channels(rows, count)
         } else {
@@ -361,14 +519,16 @@ impl<'a, T: Output> Pass<'a, T> {
 }
 
 /// A unit's tiles.
-struct Area<'a, T> {
-    pass: &'a Pass<'a, T>,
+struct Area<'a, T, R: Added> {
+    pass: &'a Pass<'a, T, R>,
     group: usize,
     /// The block's src, as [`Read`] says.
     src: *const u8,
     /// Where the block's positions are in dst and in the residual.
     dst: &'a [isize],
     residual: &'a [isize],
+    /// Of the block's positions, if src is real.
+    quantization: PerPosition<'a>,
     /// Those of the tile at hand.
     sums: Sums,
 }
@@ -377,7 +537,7 @@ struct Area<'a, T> {
 #[repr(align(64))]
 struct Sums(UnsafeCell<[i32; MOST_ROWS * SUMS_STRIDE]>);
 
-impl<T: Output> Area<'_, T> {
+impl<T: Output<R>, R: Added> Area<'_, T, R> {
     /// Vectors run along the channels.
     fn channels(&self, rows: Range<usize>, count: usize) {
         let kernel = self.pass.layer.kernel;
@@ -405,10 +565,8 @@ impl<T: Output> Area<'_, T> {
     /// Vectors run along the positions, but for a few behind the last vector.
     fn positions(&self, rows: Range<usize>, count: usize) {
         let kernel = self.pass.layer.kernel;
-        let tail = count % kernel.lanes;
-        // With more, what a vector throws away costs less than a tile of so few rows.
-        let tail = if tail * 3 <= kernel.lanes { tail } else { 0 };
-        for piece in pieces_of(0..count - tail, kernel.widest()).flat_map(|run| run.each()) {
+        let (pieces, tail) = vectors_and_tail(count, kernel.lanes, kernel.widest());
+        for piece in pieces.flat_map(|run| run.each()) {
             for panel in self.panels(&rows) {
                 let most = kernel.most_rows(piece.len);
                 for rows in even(panel, most).flat_map(|run| run.each()) {
@@ -417,17 +575,18 @@ impl<T: Output> Area<'_, T> {
                 }
             }
         }
-        if tail > 0 {
+        if let Some(tail) = tail {
             for panel in self.panels(&rows) {
                 for lanes in pieces_of(panel, kernel.widest()).flat_map(|run| run.each()) {
-                    self.across(lanes.first..lanes.first + lanes.len, count - tail..count);
+                    let lanes = lanes.first..lanes.first + lanes.len;
+                    self.across(lanes, tail.first..count);
                 }
             }
         }
     }
 
     /// The weight's panels, cut down to some rows.
-    fn panels(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'_, T> {
+    fn panels(&self, rows: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<'_, T, R> {
         let weights = &self.pass.layer.packed.weights;
         let rows = rows.clone();
         let panels = rows.start / pack::PANEL..rows.end.div_ceil(pack::PANEL);
@@ -496,7 +655,7 @@ impl<T: Output> Area<'_, T> {
     ) {
         let Pass { layer, dst, residual, .. } = self.pass;
         let channel = self.group * self.pass.rows_per_group() + channels.start;
-        let Packed { offset, scale, scaling, .. } = &*layer.packed;
+        let Packed { offset, scale, shift, scaling, .. } = &*layer.packed;
         let (rows, lanes) = match lanes_are_channels {
             true => (positions.len(), channels.len()),
             false => (channels.len(), positions.len()),
@@ -508,6 +667,11 @@ impl<T: Output> Area<'_, T> {
             lanes_are_channels,
             offset: offset[channel..].as_ptr(),
             scale: scale[channel..].as_ptr(),
+            shift: shift[channel..].as_ptr(),
+            quantization: match R::REAL {
+                true => self.quantization.from(positions.start),
+                false => PerPosition::default(),
+            },
             scaling: *scaling,
             dst: dst.at(channel, self.dst, positions.start),
             residual: residual.as_ref().map(|r| r.at(channel, self.residual, positions.start)),

@@ -180,6 +180,12 @@ pub(crate) trait Product<V: Simd> {
     /// What tensors hold that are stored from registers; others go through memory.
     type Stored: Element;
 
+    /// A term of A in every lane.
+    ///
+    /// # Safety
+    /// The CPU has `V`'s instruction set; the term is readable, at any address.
+    unsafe fn splat(term: *const f32) -> V;
+
     /// `x * lanes + sum`.
     fn mul_add(x: V, lanes: V, sum: V) -> V;
 
@@ -201,6 +207,12 @@ struct F32;
 
 impl<V: Simd> Product<V> for F32 {
     type Stored = f32;
+
+    #[inline(always)]
+    unsafe fn splat(term: *const f32) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::splat(term.read_unaligned()) }
+    }
 
     #[inline(always)]
     fn mul_add(x: V, lanes: V, sum: V) -> V {
@@ -229,9 +241,15 @@ impl<V: crate::cpu::simd::avx512::DotBf16> Product<V> for Bf16Pairs {
     type Stored = bf16;
 
     #[inline(always)]
+    unsafe fn splat(term: *const f32) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::splat_pair(term.cast::<i32>().read_unaligned()) }
+    }
+
+    #[inline(always)]
     fn mul_add(x: V, lanes: V, sum: V) -> V {
         // SAFETY: only kernels that need AVX512-BF16 multiply pairs.
-        unsafe { sum.dot_bf16(x, lanes) }
+        unsafe { sum.dot_bf16(lanes, x) }
     }
 
     #[inline(always)]
@@ -257,14 +275,22 @@ unsafe fn run<V: Simd, P: Product<V>, const R: usize, const NV: usize>(
     buffered: FinishBuffered,
 ) {
     debug_assert!(grid.rows == R && grid.cols.div_ceil(V::LANES) == NV);
-    let whole = !V::TAILS_ARE_FREE && grid.cols == NV * V::LANES;
+    let axis = grid.epilogue.axis();
     // SAFETY: the caller's promises.
     unsafe {
-        match (grid.epilogue.axis(), whole) {
-            (ChannelAxis::Rows, false) => tiles::<V, P, R, NV, true, true>(grid, buffered),
-            (ChannelAxis::Rows, true) => tiles::<V, P, R, NV, false, true>(grid, buffered),
-            (ChannelAxis::Lanes, false) => tiles::<V, P, R, NV, true, false>(grid, buffered),
-            (ChannelAxis::Lanes, true) => tiles::<V, P, R, NV, false, false>(grid, buffered),
+        // Alone in its condition, so that what it excludes is not even compiled.
+        if V::TAILS_ARE_FREE {
+            match axis {
+                ChannelAxis::Rows => tiles::<V, P, R, NV, true, true>(grid, buffered),
+                ChannelAxis::Lanes => tiles::<V, P, R, NV, true, false>(grid, buffered),
+            }
+        } else {
+            match (axis, grid.cols == NV * V::LANES) {
+                (ChannelAxis::Rows, false) => tiles::<V, P, R, NV, true, true>(grid, buffered),
+                (ChannelAxis::Rows, true) => tiles::<V, P, R, NV, false, true>(grid, buffered),
+                (ChannelAxis::Lanes, false) => tiles::<V, P, R, NV, true, false>(grid, buffered),
+                (ChannelAxis::Lanes, true) => tiles::<V, P, R, NV, false, false>(grid, buffered),
+            }
         }
     }
 }
@@ -293,8 +319,14 @@ unsafe fn tiles<
         while let [Segment { k: 0, .. }, rest @ ..] = segments {
             segments = rest;
         }
-        let Some((first, rest)) = segments.split_first() else {
-            return empty::<V, P, R, NV, TAIL, PACKED>(grid, tail, &direct, buffered);
+        // A path of its own for nothing to sum would compile every epilogue once more.
+        let nothing;
+        let (first, rest) = match segments.split_first() {
+            Some(first_and_rest) => first_and_rest,
+            None => {
+                nothing = zero();
+                (&nothing, segments)
+            }
         };
         // Where the first terms of a tile are does not wait for anything at the tile's start: the
         // multiplications of a tile begin while those of the last one are under way.
@@ -319,41 +351,15 @@ unsafe fn tiles<
     }
 }
 
-/// As [`tiles`], where there is nothing to sum.
-///
-/// # Safety
-/// As [`run`].
+/// Zeros for a row of any tile, and its lanes: the one term of a sum of nothing.
+static ZEROS: [f32; 64] = [0.0; 64];
+
+/// As many zeros as a tile reads for one `k`.
 #[cold]
-#[inline(always)]
-unsafe fn empty<
-    V: Simd,
-    P: Product<V>,
-    const R: usize,
-    const NV: usize,
-    const TAIL: bool,
-    const PACKED: bool,
->(
-    grid: &Grid<'_>,
-    tail: V::Tail,
-    direct: &Option<Direct<'_, P::Stored, R>>,
-    buffered: FinishBuffered,
-) {
-    for i in 0..grid.tiles[0] {
-        for j in 0..grid.tiles[1] {
-            // SAFETY: the caller's promises.
-            unsafe {
-                let acc = [[V::splat(0.0); NV]; R];
-                epilogue::finish::<V, P, R, NV, TAIL, PACKED>(
-                    acc,
-                    tail,
-                    grid,
-                    [i, j],
-                    direct,
-                    buffered,
-                );
-            }
-        }
-    }
+#[inline(never)]
+fn zero() -> Segment {
+    let zeros = ZEROS.as_ptr();
+    Segment { k: 1, a: zeros, a_row: 0, a_k: 0, a_step: [0; 2], b: zeros, b_k: 0, b_step: [0; 2] }
 }
 
 /// How many terms ahead the weight is fetched where it is A: a tile takes a part of each row of its
@@ -408,8 +414,7 @@ unsafe fn sums<
             }
             for (row, sums) in acc.iter_mut().enumerate() {
                 // Pairs of a src that is read in place may begin at any of its values.
-                let x = if PACKED { terms.a[0].add(row) } else { terms.row(row) };
-                let x = V::splat(x.read_unaligned());
+                let x = P::splat(if PACKED { terms.a[0].add(row) } else { terms.row(row) });
                 for (sum, lanes) in sums.iter_mut().zip(lanes) {
                     *sum = P::mul_add(x, lanes, *sum);
                 }

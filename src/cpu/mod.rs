@@ -24,6 +24,6 @@ mod tune;
 
 pub(crate) use epilogue::Stored;
 pub(crate) use gemm::{Layer, run};
-pub(crate) use roof::Meter;
+pub(crate) use roof::{Meter, Products};
 pub(crate) use threads::CpuDevice;
 pub(crate) use tune::tune;

@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::cpu::isa::Supported;
 use crate::cpu::microkernel::TermKind;
 use crate::cpu::runs::{self, Spaced};
+use crate::cpu::threads::CpuDevice;
 use crate::dtype::{DType, Element, bf16};
 use crate::epilogue::SourceStep;
 use crate::problem::{Operand, Positions};
@@ -53,47 +54,32 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Packs `weight [groups * rows_per_group, c_in / groups]`, row-major, into panels of one of
-    /// `widths`, the first one if there are rows left whichever is taken.
+    /// Packs a weight into panels of one of `widths`, the first one if there are rows left whichever
+    /// is taken.
     pub(crate) fn pack(
-        weight: &[f32],
-        groups: usize,
-        channels: usize,
+        device: &CpuDevice,
+        isa: Supported,
+        weight: Unpacked<'_>,
         terms: TermKind,
         widths: &[usize],
     ) -> Self {
-        let rows_per_group = weight.len() / channels / groups;
+        let Unpacked { values, groups, rows: rows_per_group, channels, .. } = weight;
         let k = terms.of_channels(channels);
         // Whole panels where a width gives them.
         let whole = widths.iter().find(|&&width| rows_per_group.is_multiple_of(width));
         let width = *whole.unwrap_or(&widths[0]);
         let mut weights = Weights { data: Buffer::default(), k, width, rows_per_group };
         let mut data = Buffer::default();
-        let mut packed = data.get(groups * weights.group_len());
-        for group in weight.chunks_exact(rows_per_group * channels) {
-            for (panel, rows) in group.chunks(width * channels).enumerate() {
-                let stride = weights.stride(panel);
-                let (now, later) = packed.split_at_mut(stride * k);
-                // A part of each row at a time, so that the lines that are written stay in cache.
-                const PART: usize = 16;
-                for first in (0..k).step_by(PART) {
-                    for (row, values) in rows.chunks_exact(channels).enumerate() {
-                        let slots = now[first * stride + row..].iter_mut().step_by(stride);
-                        let slots = slots.take(PART);
-                        match terms {
-                            TermKind::F32 => {
-                                slots.zip(&values[first..]).for_each(|(slot, &x)| *slot = x);
-                            }
-                            TermKind::Bf16Pair => {
-                                let pairs = values[2 * first..].chunks(2);
-                                slots.zip(pairs).for_each(|(slot, x)| *slot = pair(x));
-                            }
-                        }
-                    }
-                }
-                packed = later;
-            }
-        }
+        let packed = Shared(data.get(groups * weights.group_len()).as_mut_ptr());
+        let panels = weights.panels();
+        device.for_each(groups * panels, values.len(), &|unit| {
+            let (group, panel) = (unit / panels, unit % panels);
+            let (stride, rows) = (weights.stride(panel), weights.rows(panel));
+            let at = group * weights.group_len() + panel * width * k;
+            // SAFETY: panels do not overlap, and each is one unit's.
+            let out = unsafe { std::slice::from_raw_parts_mut(packed.at(at), stride * k) };
+            weight.pack_panel(isa, terms, group, panel * width..panel * width + rows, stride, out);
+        });
         weights.data = data;
         weights
     }
@@ -179,10 +165,84 @@ impl Weights {
     }
 }
 
-/// One or two values of bf16 as a term.
-fn pair(x: &[f32]) -> f32 {
-    let bits = |i: usize| x.get(i).map_or(0, |&x| u32::from(bf16::from_f32(x).to_bits()));
-    f32::from_bits(bits(0) | bits(1) << 16)
+/// Memory of which threads write disjoint parts.
+struct Shared(*mut f32);
+
+impl Shared {
+    fn at(&self, index: usize) -> *mut f32 {
+        self.0.wrapping_add(index)
+    }
+}
+
+// SAFETY: see the type.
+unsafe impl Sync for Shared {}
+
+/// A weight as it is described: `[groups][rows][channels]`, or each group turned.
+#[derive(Clone, Copy)]
+pub(crate) struct Unpacked<'a> {
+    values: &'a [f32],
+    groups: usize,
+    /// Output and input channels of a group.
+    rows: usize,
+    channels: usize,
+    /// Whether groups are `[channels][rows]`.
+    turned: bool,
+}
+
+impl<'a> Unpacked<'a> {
+    /// `values [groups * rows, channels]`, row-major.
+    pub(crate) fn new(values: &'a [f32], groups: usize, channels: usize) -> Self {
+        let rows = values.len() / channels / groups;
+        Unpacked { values, groups, rows, channels, turned: false }
+    }
+
+    /// The weight of the product with each group's transpose.
+    pub(crate) fn transposed(self) -> Self {
+        let Unpacked { rows, channels, .. } = self;
+        Unpacked { rows: channels, channels: rows, turned: !self.turned, ..self }
+    }
+
+    /// Writes `out[i * stride + row - rows.start]` for the terms `i` of some rows of a group.
+    fn pack_panel(
+        self,
+        isa: Supported,
+        terms: TermKind,
+        group: usize,
+        rows: Range<usize>,
+        stride: usize,
+        out: &mut [f32],
+    ) {
+        let len = self.rows * self.channels;
+        let values = &self.values[group * len..][..len];
+        let at = |row: usize, channel: usize| match self.turned {
+            true => values[channel * self.rows + row],
+            false => values[row * self.channels + channel],
+        };
+        match terms {
+            TermKind::F32 if self.turned => {
+                for (from, to) in values.chunks_exact(self.rows).zip(out.chunks_exact_mut(stride)) {
+                    to[..rows.len()].copy_from_slice(&from[rows.clone()]);
+                }
+            }
+            TermKind::F32 => {
+                let (from, k) = (&values[rows.start * self.channels..], self.channels);
+                assert!(rows.len() * k <= from.len(), "the weight has these rows");
+                // SAFETY: so many rows of so many values follow.
+                unsafe { runs::turn(isa, from.as_ptr(), k, rows.len(), k, stride, out) };
+            }
+            TermKind::Bf16Pair => {
+                let bits = |row, channel| match channel < self.channels {
+                    true => u32::from(bf16::from_f32(at(row, channel)).to_bits()),
+                    false => 0,
+                };
+                for (i, to) in out.chunks_exact_mut(stride).enumerate() {
+                    for (row, to) in rows.clone().zip(to) {
+                        *to = f32::from_bits(bits(row, 2 * i) | bits(row, 2 * i + 1) << 16);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// How src is given to the microkernels.
@@ -482,6 +542,7 @@ impl<T: Element> Block<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::isa::Isa;
 
     #[test]
     fn a_copy_by_channel_holds_every_value_where_tiles_look_for_it() {
@@ -551,7 +612,10 @@ mod tests {
     fn panels_hold_every_row_once_and_zeros_beyond() {
         for (groups, rows, k) in [(2, 5, 3), (1, 64, 2), (3, 96, 1), (2, 150, 4), (1, 48, 5)] {
             let weight: Vec<f32> = (1..=groups * rows * k).map(|i| i as f32).collect();
-            let packed = Weights::pack(&weight, groups, k, TermKind::F32, &[64, 48]);
+            let unpacked = Unpacked::new(&weight, groups, k);
+            let isa = Isa::detect().unwrap();
+            let device = CpuDevice::default();
+            let packed = Weights::pack(&device, isa, unpacked, TermKind::F32, &[64, 48]);
             let all = (0..packed.panels()).map(|panel| packed.rows(panel)).sum::<usize>();
             assert_eq!(all, rows);
             for (group, panel) in

@@ -672,11 +672,19 @@ pub(crate) fn vectors_of(
     count: usize,
     kernel: &Kernel,
 ) -> (impl Iterator<Item = Run> + Clone, Option<Run>) {
-    let vector = kernel.sizes.vector;
+    vectors_and_tail(count, kernel.sizes.vector, kernel.nr)
+}
+
+/// As [`vectors_of`], for vectors of so many lanes, and so many lanes in a tile at most.
+pub(crate) fn vectors_and_tail(
+    count: usize,
+    vector: usize,
+    widest: usize,
+) -> (impl Iterator<Item = Run> + Clone, Option<Run>) {
     let tail = count % vector;
     // With more, a masked vector throws away less than a tile of so few rows costs.
     let tail = if tail * 3 <= vector { tail } else { 0 };
-    let pieces = pieces_of(0..count - tail, kernel.nr);
+    let pieces = pieces_of(0..count - tail, widest);
     (pieces, (tail > 0).then_some(Run { first: count - tail, len: tail, tiles: 1 }))
 }
 

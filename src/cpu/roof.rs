@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cost::Roof;
+use crate::cpu::int8;
 use crate::cpu::isa::Supported;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::avx512::{DotBf16, F32x16};
@@ -42,13 +43,14 @@ pub(crate) fn measure(device: &CpuDevice, dtype: DType, bytes: usize) -> Roof {
     static KNOWN: Mutex<BTreeMap<(usize, usize, bool), Roof>> = Mutex::new(BTreeMap::new());
     let size = bytes.clamp(16 << 10, 128 << 20);
     let size = size.next_multiple_of(size.next_power_of_two() / 8);
-    let key = (size, device.threads(), multiplies_pairs(dtype));
+    let products = Products::of(dtype);
+    let key = (size, device.threads(), products == Products::Pairs);
     // A poisoned map is still a map of finished measurements.
     let known = || KNOWN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(roof) = known().get(&key) {
         return *roof;
     }
-    let meter = Meter::new(device, dtype, size);
+    let meter = Meter::new(device, products, size);
     let begin = Instant::now();
     let mut roof = meter.sample();
     for i in 1.. {
@@ -61,11 +63,28 @@ pub(crate) fn measure(device: &CpuDevice, dtype: DType, bytes: usize) -> Roof {
     roof
 }
 
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Products {
+    F32,
+    /// Pairs of bf16, which the CPU has instructions for.
+    Pairs,
+    /// Bytes.
+    Int8,
+}
+
+impl Products {
+    /// The fastest of a type's that the machine has.
+    pub(crate) fn of(dtype: DType) -> Self {
+        let pairs = dtype == DType::Bf16 && strongest().isa().multiplies_pairs();
+        if pairs { Products::Pairs } else { Products::F32 }
+    }
+}
+
 /// What is needed to measure the ceilings for one size again and again.
 pub(crate) struct Meter {
     isa: Supported,
-    /// Whether products are of pairs of bf16.
-    pairs: bool,
+    products: Products,
     threads: usize,
     /// What the threads read, a part each, from `first` on: whole cache lines.
     data: Vec<f32>,
@@ -74,24 +93,25 @@ pub(crate) struct Meter {
 }
 
 impl Meter {
-    pub(crate) fn new(device: &CpuDevice, dtype: DType, bytes: usize) -> Self {
+    pub(crate) fn new(device: &CpuDevice, products: Products, bytes: usize) -> Self {
         let threads = device.threads().max(1);
         let part = (bytes.min(MOST_BYTES) / threads).max(LEAST_BYTES) / size_of::<f32>();
         let part = part.next_multiple_of(VECTORS * MOST_LANES);
-        let (isa, pairs) = (strongest(), multiplies_pairs(dtype));
+        let isa = strongest();
         // Not zeros: a page of zeros may be shared, and sit in the first cache.
         let data = vec![1.0; threads * part + MOST_LANES];
         // Where it cannot be aligned, reading is a little slower.
         let first = data.as_ptr().align_offset(MOST_LANES * size_of::<f32>()).min(MOST_LANES);
-        Meter { isa, pairs, threads, data, first, part }
+        Meter { isa, products, threads, data, first, part }
     }
 
     /// Measures both ceilings now, in some milliseconds.
     pub(crate) fn sample(&self) -> Roof {
-        let Meter { isa, pairs, threads, part, .. } = *self;
-        let rounds = |rounds: usize| match pairs {
-            true => pair_rounds(isa, rounds),
-            false => fma_rounds(isa, rounds),
+        let Meter { isa, products, threads, part, .. } = *self;
+        let rounds = |rounds: usize| match products {
+            Products::F32 => fma_rounds(isa, rounds),
+            Products::Pairs => pair_rounds(isa, rounds),
+            Products::Int8 => int8::peak_rounds(rounds),
         };
         let flops = rounds(1) * PASS_ROUNDS;
         let multiply = |_| {
@@ -217,11 +237,6 @@ impl Team {
 
 fn strongest() -> Supported {
     Supported::all().last().expect("the portable instruction set is always there")
-}
-
-/// Whether the machine has products of this type that are faster than those of f32.
-fn multiplies_pairs(dtype: DType) -> bool {
-    dtype == DType::Bf16 && strongest().isa().multiplies_pairs()
 }
 
 /// As [`fma_rounds`], of products of pairs of bf16. The CPU has them.
@@ -372,9 +387,11 @@ mod tests {
         let mut device = CpuDevice::default();
         device.limit_threads(2);
         for bytes in [0, 1, 100_000] {
-            let Roof { flops_per_second, bytes_per_second } =
-                Meter::new(&device, DType::Bf16, bytes).sample();
-            assert!(flops_per_second > 0.0 && bytes_per_second > 0.0);
+            for products in [Products::of(DType::Bf16), Products::F32, Products::Int8] {
+                let Roof { flops_per_second, bytes_per_second } =
+                    Meter::new(&device, products, bytes).sample();
+                assert!(flops_per_second > 0.0 && bytes_per_second > 0.0);
+            }
         }
     }
 }

@@ -22,6 +22,12 @@ per_isa! {
     /// Every channel is readable at the positions of every run.
     pub(crate) [unsafe] fn gather_pairs(src: *const bf16, channel: isize, channels: usize, odd: bool, runs: &[Spaced], out: &mut [f32]) = gather_paired_runs;
 
+    /// `out[p * row + c] = src[c * channel + p]`, for positions and channels below the given numbers.
+    ///
+    /// # Safety
+    /// `src` is readable at every channel and position.
+    pub(crate) [unsafe] fn turn(src: *const f32, channel: usize, channels: usize, positions: usize, row: usize, out: &mut [f32]) = turn_block;
+
     /// Copies values, widened. The slices have one length.
     pub(crate) fn widen<T: Element>(x: &[T], out: &mut [f32]) = widen_run;
 
@@ -116,6 +122,37 @@ unsafe fn gather_run<V: Simd, T: Element>(src: *const T, stride: isize, gaps: bo
                 _ => V::load_even(src.add(2 * at).cast()),
             };
             V::store(values, x.as_mut_ptr().add(at));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn turn_block<V: Simd>(
+    src: *const f32,
+    channel: usize,
+    channels: usize,
+    positions: usize,
+    row: usize,
+    out: &mut [f32],
+) {
+    assert!(positions == 0 || (positions - 1) * row + channels <= out.len(), "out holds it all");
+    let (whole_c, whole_p) = (channels / V::LANES * V::LANES, positions / 4 * 4);
+    let out = out.as_mut_ptr();
+    // SAFETY: the CPU has V's instruction set; whole vectors of channels and whole fours of
+    // positions are inside both; the rest is copied by itself.
+    unsafe {
+        for c in (0..whole_c).step_by(V::LANES) {
+            let src = src.add(c * channel);
+            for p in (0..whole_p).step_by(4) {
+                for (i, column) in V::load_columns(src.add(p), channel).into_iter().enumerate() {
+                    column.store(out.add((p + i) * row + c));
+                }
+            }
+        }
+        for c in 0..channels {
+            for p in (if c < whole_c { whole_p } else { 0 })..positions {
+                *out.add(p * row + c) = *src.add(c * channel + p);
+            }
         }
     }
 }

@@ -4,12 +4,13 @@
 //! work to a thread that spins costs a tenth of a microsecond, waking one that sleeps costs as much
 //! as a small layer. While it lingers it runs whatever else the pool has to do.
 
-use std::cell::UnsafeCell;
+use std::cell::{RefCell, UnsafeCell};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, OnceLock};
+use std::thread::LocalKey;
 use std::time::{Duration, Instant};
 
 use crate::cpu::isa::Isa;
@@ -380,6 +381,18 @@ impl fmt::Display for CpuDevice {
         let threads = self.threads();
         write!(f, "cpu ({isa}, {threads} thread{})", if threads == 1 { "" } else { "s" })
     }
+}
+
+/// What a thread keeps for the units that it runs. A unit never runs inside another one, so the borrow is
+/// free; a fresh scratch keeps that from being a promise.
+pub(crate) fn with_scratch<S: Default, R>(
+    scratch: &'static LocalKey<RefCell<S>>,
+    f: impl FnOnce(&mut S) -> R,
+) -> R {
+    scratch.with(|scratch| match scratch.try_borrow_mut() {
+        Ok(mut scratch) => f(&mut scratch),
+        Err(_) => f(&mut S::default()),
+    })
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayViewD};
 use super::{Int8, Quantization, Quantized};
 use crate::device::Device;
 use crate::dtype::DType;
-use crate::epilogue::{Lowered, Step};
+use crate::epilogue::{self, Lowered};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::stages::Activation;
@@ -127,6 +127,55 @@ impl Quantized {
         range: Range,
         int8: Int8,
     ) -> Result<Quantized> {
+        let quantization =
+            |tensor, values: &[f32]| Calibration::quantization(tensor, values, range, int8);
+        layer.check()?;
+        let src = quantization("src", &calibration.src)?;
+        // A bias that is large beside the weights must fit its i32.
+        let least = |bias: f32| f64::from(bias.abs()) / f64::from(src.scale) / f64::from(1 << 30);
+        let Int8Weight { weight, scale, bias, steps } = Int8Weight::new(layer, least)?;
+        let bias = bias.iter().zip(&scale).map(|(&bias, &scale)| {
+            let scale = f64::from(src.scale) * f64::from(scale);
+            (f64::from(bias) / scale).round_ties_even() as i32
+        });
+        let bias: Vec<i32> = bias.collect();
+        let mut quantized = Quantized::new(weight, scale, src)
+            .bias(bias)
+            .dst(quantization("dst", &calibration.dst)?)
+            .groups(layer.groups)
+            .stride(layer.stride);
+        for step in steps {
+            quantized = match step {
+                Step::Clip(lo, hi) => quantized.clip(lo, hi),
+                Step::Residual => {
+                    quantized.residual(quantization("residual", &calibration.residual)?)
+                }
+            };
+        }
+        Ok(quantized)
+    }
+}
+
+/// What follows the convolution of a quantised layer.
+pub(super) enum Step {
+    Clip(f32, f32),
+    Residual,
+}
+
+/// The weight of an f32 layer in 8 bits, all that can be folded into it first, and what is left.
+pub(super) struct Int8Weight {
+    pub weight: Array2<i8>,
+    pub scale: Vec<f32>,
+    pub bias: Vec<f32>,
+    pub steps: Vec<Step>,
+}
+
+impl Int8Weight {
+    /// With scales of at least what `least` says of a channel's bias.
+    ///
+    /// # Errors
+    /// As [`Quantized::from_layer`].
+    pub(super) fn new(layer: &Pointwise, least: impl Fn(f32) -> f64) -> Result<Self> {
         layer.check()?;
         let unsupported = |what: &str| {
             let device = "a layer of 8-bit integers".into();
@@ -145,13 +194,10 @@ impl Quantized {
         if lowered.dst_map.is_some() || lowered.residual_map.is_some() {
             return unsupported("a channel shuffle");
         }
-        let quantization =
-            |tensor, values: &[f32]| Calibration::quantization(tensor, values, range, int8);
-        let src = quantization("src", &calibration.src)?;
-        let (k, bias) = (layer.weight.ncols(), &lowered.bias);
+        let (k, bias) = (layer.weight.ncols(), lowered.bias);
         let mut weights = Vec::with_capacity(lowered.weight.len());
-        let (mut scales, mut biases) = (Vec::new(), Vec::new());
-        for (channel, (row, &bias)) in lowered.weight.chunks_exact(k).zip(bias).enumerate() {
+        let mut scales = Vec::new();
+        for (channel, (row, &bias)) in lowered.weight.chunks_exact(k).zip(&bias).enumerate() {
             let largest = row.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
             if let Some(value) = row.iter().chain([&bias]).find(|value| !value.is_finite()) {
                 return Err(Error::ParameterValue {
@@ -160,36 +206,28 @@ impl Quantized {
                     expected: "finite numbers",
                 });
             }
-            // A bias that is large beside the weights must fit its i32.
-            let least = f64::from(bias.abs()) / f64::from(src.scale) / f64::from(1 << 30);
-            let scale = (f64::from(largest) / 127.0).max(least);
+            let scale = (f64::from(largest) / 127.0).max(least(bias));
             let scale = if scale > 0.0 { (scale as f32).max(f32::MIN_POSITIVE) } else { 1.0 };
-            let quantize = |x: f32, by: f64| (f64::from(x) / by).round_ties_even();
-            weights
-                .extend(row.iter().map(|&w| quantize(w, scale.into()).clamp(-127.0, 127.0) as i8));
-            biases.push(quantize(bias, f64::from(src.scale) * f64::from(scale)) as i32);
+            let steps = |w: f32| (f64::from(w) / f64::from(scale)).round_ties_even();
+            weights.extend(row.iter().map(|&w| steps(w).clamp(-127.0, 127.0) as i8));
             scales.push(scale);
         }
         let weight = Array2::from_shape_vec(layer.weight.dim(), weights);
         let weight = weight.expect("as many as the layer's");
-        let mut quantized = Quantized::new(weight, scales, src)
-            .bias(biases)
-            .dst(quantization("dst", &calibration.dst)?)
-            .groups(layer.groups)
-            .stride(layer.stride);
+        let mut steps = Vec::new();
         for step in &lowered.steps {
-            quantized = match step {
-                Step::Activation(Activation::Relu) => quantized.relu(),
-                Step::Activation(Activation::Relu6) => quantized.relu6(),
-                Step::Activation(Activation::Clip { lo, hi }) => quantized.clip(*lo, *hi),
-                Step::Activation(activation) => return unsupported(activation.name()),
-                Step::Residual => {
-                    quantized.residual(quantization("residual", &calibration.residual)?)
+            steps.push(match step {
+                epilogue::Step::Activation(Activation::Relu) => Step::Clip(0.0, f32::INFINITY),
+                epilogue::Step::Activation(Activation::Relu6) => Step::Clip(0.0, 6.0),
+                epilogue::Step::Activation(Activation::Clip { lo, hi }) => Step::Clip(*lo, *hi),
+                epilogue::Step::Activation(activation) => return unsupported(activation.name()),
+                epilogue::Step::Residual => Step::Residual,
+                epilogue::Step::PRelu { .. } => return unsupported("prelu"),
+                epilogue::Step::Affine { .. } => {
+                    return unsupported("an affine behind an activation");
                 }
-                Step::PRelu { .. } => return unsupported("prelu"),
-                Step::Affine { .. } => return unsupported("an affine behind an activation"),
-            };
+            });
         }
-        Ok(quantized)
+        Ok(Int8Weight { weight, scale: scales, bias, steps })
     }
 }

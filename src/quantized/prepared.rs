@@ -4,13 +4,28 @@ use std::sync::Arc;
 
 use ndarray::{Array, ArrayD, ArrayRef, Dimension};
 
-use super::{Int8, Quantized, QuantizedElement, QuantizedOutput};
+use super::{DynamicQuantized, ElementType, Int8, Quantized, QuantizedElement};
 use crate::alias::share_memory;
-use crate::cpu::int8::{self, Call, Clip, Lowered, Scaling};
+use crate::cost::Cost;
+use crate::cpu::int8::{self, Added, Call, Clip, Lowered, Output, Scaling};
 use crate::device::{Device, Kind};
+use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
-use crate::problem::{LayerShape, dst_shape, expect_shape, same_place};
+use crate::prepared::PrepareOptions;
+use crate::problem::{DstShape, LayerShape, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Place, TensorMut, TensorRef, allocate_like};
+
+/// The same of whichever view it is.
+macro_rules! each {
+    ($erased:expr, $view:ident => $of:expr) => {
+        match $erased {
+            Erased::Bytes(_, $view) => $of,
+            Erased::F32($view) => $of,
+            Erased::F16($view) => $of,
+            Erased::Bf16($view) => $of,
+        }
+    };
+}
 
 /// A quantised layer on a device, ready to run. Independent of batch and spatial size;
 /// `Send + Sync`; a clone shares everything.
@@ -22,8 +37,10 @@ pub struct PreparedQuantized {
 #[derive(Debug)]
 struct Inner {
     shape: LayerShape,
-    src: Int8,
+    src: ElementType,
+    /// Of integers; real numbers are those of the call.
     dst: Option<Int8>,
+    /// Of integers; real numbers are of dst's type.
     residual: Option<Int8>,
     device: Device,
     layer: int8::Layer,
@@ -37,22 +54,26 @@ impl Quantized {
     /// [`Error::Environment`] for an instruction set that is forced and unknown, or not there;
     /// [`Error::Kernel`] likewise for `POINTWISE_KERNEL`.
     pub fn prepare(&self, device: &Device) -> Result<PreparedQuantized> {
+        self.prepare_with(device, PrepareOptions::default())
+    }
+
+    /// As [`prepare`](Self::prepare); of the options, `kernel` matters.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare), and [`Error::Kernel`] for the option too.
+    pub fn prepare_with(
+        &self,
+        device: &Device,
+        options: PrepareOptions,
+    ) -> Result<PreparedQuantized> {
         self.check()?;
-        let cpu = match device.kind()? {
-            Kind::Cpu(cpu) => cpu,
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => {
-                let what = "layers of 8-bit integers".into();
-                return Err(Error::Unsupported { device: device.to_string(), what });
-            }
-            Kind::Unknown(_) => unreachable!("Device::kind reports it"),
-        };
         let weight = self.weight.as_standard_layout();
-        let layer = int8::Layer::new(cpu, self.lower(weight.as_slice().unwrap_or_default()))?;
+        let lowered = self.lower(weight.as_slice().unwrap_or_default());
+        let layer = layer(device, &options, lowered)?;
         Ok(PreparedQuantized {
             inner: Arc::new(Inner {
                 shape: self.shape(),
-                src: self.src.int8,
+                src: ElementType::Int8(self.src.int8),
                 dst: self.dst.map(|dst| dst.int8),
                 residual: self.residual.map(|residual| residual.int8),
                 device: device.clone(),
@@ -84,6 +105,8 @@ impl Quantized {
         Lowered {
             offset: weight.chunks_exact(shape.k()).enumerate().map(offset).collect(),
             scale: (0..shape.c_out).map(|channel| self.multiplier(channel)).collect(),
+            shift: Vec::new(),
+            per: None,
             scaling: Scaling {
                 before,
                 clip,
@@ -101,6 +124,54 @@ impl Quantized {
     }
 }
 
+impl DynamicQuantized {
+    /// Checks the description and packs it, once.
+    ///
+    /// # Errors
+    /// As [`Quantized::prepare`].
+    pub fn prepare(&self, device: &Device) -> Result<PreparedQuantized> {
+        self.prepare_with(device, PrepareOptions::default())
+    }
+
+    /// As [`Quantized::prepare_with`].
+    ///
+    /// # Errors
+    /// As [`Quantized::prepare_with`].
+    pub fn prepare_with(
+        &self,
+        device: &Device,
+        options: PrepareOptions,
+    ) -> Result<PreparedQuantized> {
+        self.check()?;
+        let weight = self.weight.as_standard_layout();
+        let lowered = self.lower(weight.as_slice().unwrap_or_default());
+        let layer = layer(device, &options, lowered)?;
+        Ok(PreparedQuantized {
+            inner: Arc::new(Inner {
+                shape: self.shape(),
+                src: ElementType::Real(DType::F32),
+                dst: None,
+                residual: None,
+                device: device.clone(),
+                layer,
+            }),
+        })
+    }
+}
+
+/// Packs a layer on a device.
+fn layer(device: &Device, options: &PrepareOptions, lowered: Lowered<'_>) -> Result<int8::Layer> {
+    match device.kind()? {
+        Kind::Cpu(cpu) => int8::Layer::new(cpu, options.kernel.as_deref(), lowered),
+        #[cfg(feature = "cuda")]
+        Kind::Cuda(_) => {
+            let what = "layers of 8-bit integers".into();
+            Err(Error::Unsupported { device: device.to_string(), what })
+        }
+        Kind::Unknown(_) => unreachable!("Device::kind reports it"),
+    }
+}
+
 impl PreparedQuantized {
     /// Runs the layer.
     ///
@@ -110,8 +181,9 @@ impl PreparedQuantized {
     ///
     /// # Errors
     /// Whatever does not fit, with its values; [`Error::ElementType`] unless `src` and the result
-    /// have the layer's types; [`Error::MissingInput`] if the layer takes a residual.
-    pub fn forward<T: QuantizedElement, O: QuantizedOutput, D: Dimension>(
+    /// have the layer's types (a result that is not quantised is f32, f16 or bf16);
+    /// [`Error::MissingInput`] if the layer takes a residual.
+    pub fn forward<T: QuantizedElement, O: QuantizedElement, D: Dimension>(
         &self,
         src: &ArrayRef<T, D>,
     ) -> Result<Array<O, D>> {
@@ -127,7 +199,7 @@ impl PreparedQuantized {
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
     /// that is read.
-    pub fn forward_into<T: QuantizedElement, O: QuantizedOutput>(
+    pub fn forward_into<T: QuantizedElement, O: QuantizedElement>(
         &self,
         src: &(impl AsTensor<T> + ?Sized),
         dst: &mut (impl AsTensorMut<O> + ?Sized),
@@ -140,7 +212,7 @@ impl PreparedQuantized {
         &'a self,
         src: &'a (impl AsTensor<T> + ?Sized),
     ) -> QuantizedCall<'a> {
-        QuantizedCall { layer: self, src: Bytes::of(src), residual: None }
+        QuantizedCall { layer: self, src: Erased::of(src), residual: None }
     }
 
     /// The shape of the result for a source of this shape.
@@ -150,6 +222,35 @@ impl PreparedQuantized {
     pub fn dst_shape(&self, src: &[usize]) -> Result<Vec<usize>> {
         let shape = dst_shape(&self.inner.shape, src, std::iter::empty())?;
         Ok(shape.as_slice().to_vec())
+    }
+
+    /// Parameters, work and traffic of a call on a source of this shape: a result that is not
+    /// quantised counts as f32, and so does its residual.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn cost(&self, src: &[usize]) -> Result<Cost> {
+        let Inner { shape, src: element, dst, residual, .. } = &*self.inner;
+        let dst_shape = dst_shape(shape, src, std::iter::empty())?;
+        let positions = dst_shape.as_slice()[2..].iter().product::<usize>();
+        let positions = positions.saturating_mul(src[0]);
+        let size = |element: Option<Int8>| if element.is_some() { 1 } else { size_of::<f32>() };
+        let of =
+            |channels: usize, size: usize| positions.saturating_mul(channels).saturating_mul(size);
+        let src_size = match element {
+            ElementType::Int8(_) => 1,
+            ElementType::Real(dtype) => dtype.size(),
+        };
+        let (c_out, weights) = (shape.c_out, shape.c_out * shape.k());
+        Ok(Cost {
+            parameters: weights + 2 * c_out,
+            macs: of(c_out, shape.k()),
+            src_bytes: of(shape.c_in, src_size),
+            // With a scale and an offset per channel.
+            weight_bytes: weights + 2 * size_of::<f32>() * c_out,
+            dst_bytes: of(c_out, size(*dst)),
+            residual_bytes: if shape.residual { of(c_out, size(*residual)) } else { 0 },
+        })
     }
 
     /// The device that the layer was prepared for.
@@ -168,8 +269,8 @@ impl PreparedQuantized {
 #[must_use = "nothing happens until it is run"]
 pub struct QuantizedCall<'a> {
     layer: &'a PreparedQuantized,
-    src: Result<Bytes<'a>>,
-    residual: Option<Result<Bytes<'a>>>,
+    src: Result<Erased<'a>>,
+    residual: Option<Result<Erased<'a>>>,
 }
 
 impl<'a> QuantizedCall<'a> {
@@ -178,7 +279,7 @@ impl<'a> QuantizedCall<'a> {
         mut self,
         residual: &'a (impl AsTensor<T> + ?Sized),
     ) -> Self {
-        self.residual = Some(Bytes::of(residual));
+        self.residual = Some(Erased::of(residual));
         self
     }
 
@@ -186,11 +287,11 @@ impl<'a> QuantizedCall<'a> {
     ///
     /// # Errors
     /// As [`PreparedQuantized::forward`], also for the residual.
-    pub fn run<O: QuantizedOutput>(self) -> Result<ArrayD<O>> {
+    pub fn run<O: QuantizedElement>(self) -> Result<ArrayD<O>> {
         let QuantizedCall { layer, src, residual } = self;
         let src = src?;
-        let shape = dst_shape(&layer.inner.shape, src.view.shape(), std::iter::empty())?;
-        let mut dst: ArrayD<O> = allocate_like(src.view, shape.as_slice())?;
+        let shape = dst_shape(&layer.inner.shape, src.shape(), std::iter::empty())?;
+        let mut dst: ArrayD<O> = each!(&src, view => allocate_like(*view, shape.as_slice())?);
         QuantizedCall { layer, src: Ok(src), residual }.run_into(&mut dst)?;
         Ok(dst)
     }
@@ -199,79 +300,154 @@ impl<'a> QuantizedCall<'a> {
     ///
     /// # Errors
     /// As [`PreparedQuantized::forward_into`], also for the residual.
-    pub fn run_into<O: QuantizedOutput>(
+    pub fn run_into<O: QuantizedElement>(
         self,
         dst: &mut (impl AsTensorMut<O> + ?Sized),
     ) -> Result<()> {
         let inner = &*self.layer.inner;
         let (src, residual, dst) = (self.src?, self.residual.transpose()?, dst.as_tensor_mut()?);
-        same_type("src", Some(inner.src), Some(src.int8))?;
-        let shape = dst_shape(&inner.shape, src.view.shape(), std::iter::empty())?;
+        same_type("src", inner.src, src.element())?;
+        let shape = dst_shape(&inner.shape, src.shape(), std::iter::empty())?;
         expect_shape("dst", dst.shape(), shape.as_slice())?;
-        same_type("dst", inner.dst, O::OUTPUT)?;
-        let mut read = [Some(("src", src.view)), None];
-        match (inner.residual, &residual) {
-            (Some(_), None) => return Err(Error::MissingInput { input: "residual" }),
-            (None, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
-            (Some(expected), Some(residual)) => {
-                same_type("residual", Some(expected), Some(residual.int8))?;
-                expect_shape("residual", residual.view.shape(), shape.as_slice())?;
-                read[1] = Some(("residual", residual.view));
+        match (inner.dst, O::TYPE) {
+            (None, ElementType::Real(_)) => {}
+            (Some(int8), got) => same_type("dst", ElementType::Int8(int8), got)?,
+            (None, got) => same_type("dst", ElementType::Real(DType::F32), got)?,
+        }
+        match (inner.shape.residual, &residual) {
+            (true, None) => return Err(Error::MissingInput { input: "residual" }),
+            (false, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
+            (true, Some(residual)) => {
+                let expected = inner.residual.map_or(O::TYPE, ElementType::Int8);
+                same_type("residual", expected, residual.element())?;
+                expect_shape("residual", residual.shape(), shape.as_slice())?;
             }
-            (None, None) => {}
+            (false, None) => {}
         }
         same_place("dst", Place::Host, dst.place())?;
-        for (tensor, view) in read.into_iter().flatten() {
-            same_place(tensor, Place::Host, view.place())?;
-            if share_memory(&view, dst.view()) {
+        let read = [("src", Some(&src)), ("residual", residual.as_ref())];
+        for (tensor, read) in read {
+            let Some(read) = read else { continue };
+            same_place(tensor, Place::Host, read.place())?;
+            if read.shares_memory(dst.view()) {
                 return Err(Error::Aliased { tensor });
             }
         }
-        let (src, residual) = (src.view, residual.map(|residual| residual.view));
-        // SAFETY: u8 and i8 are bytes, and what is neither is f32.
+        let layer = &inner.layer;
+        // SAFETY: src and residual are as they were erased, and u8 and i8 are both bytes.
         unsafe {
-            match O::OUTPUT {
-                Some(_) => inner.layer.run::<u8>(&Call { shape, src, residual, dst: cast(dst)? }),
-                None => inner.layer.run::<f32>(&Call { shape, src, residual, dst: cast(dst)? }),
+            match (inner.src, O::TYPE) {
+                (ElementType::Int8(_), ElementType::Int8(_)) => {
+                    run::<O, u8, u8>(layer, shape, &src, &residual, dst)
+                }
+                (ElementType::Int8(_), ElementType::Real(dtype)) => match dtype {
+                    DType::F32 => run::<O, f32, u8>(layer, shape, &src, &residual, dst),
+                    DType::F16 => run::<O, f16, u8>(layer, shape, &src, &residual, dst),
+                    DType::Bf16 => run::<O, bf16, u8>(layer, shape, &src, &residual, dst),
+                },
+                (ElementType::Real(_), ElementType::Real(dtype)) => match dtype {
+                    DType::F32 => run::<O, f32, f32>(layer, shape, &src, &residual, dst),
+                    DType::F16 => run::<O, f16, f16>(layer, shape, &src, &residual, dst),
+                    DType::Bf16 => run::<O, bf16, bf16>(layer, shape, &src, &residual, dst),
+                },
+                (ElementType::Real(_), ElementType::Int8(_)) => {
+                    unreachable!("dst is real where src is")
+                }
             }
         }
-        Ok(())
+    }
+}
+
+/// Runs a call whose elements are known.
+///
+/// # Safety
+/// `O` is as large and aligned as `T`, the residual's elements as `R`, those of src as `R::Source`; any
+/// bits are valid in each.
+unsafe fn run<O, T: Output<R>, R: Added>(
+    layer: &int8::Layer,
+    shape: DstShape,
+    src: &Erased<'_>,
+    residual: &Option<Erased<'_>>,
+    mut dst: TensorMut<'_, O>,
+) -> Result<()> {
+    let (ptr, place) = (dst.as_mut_ptr().cast::<T>(), dst.place());
+    // SAFETY: the caller's promise; `dst` is given up.
+    unsafe {
+        let dst = TensorMut::from_raw_parts(ptr, place, dst.shape(), dst.strides())?;
+        let residual = match residual {
+            Some(residual) => Some(residual.typed()?),
+            None => None,
+        };
+        layer.run::<T, R>(&Call { shape, src: src.typed()?, residual, dst });
+    }
+    Ok(())
+}
+
+fn same_type(tensor: &'static str, expected: ElementType, got: ElementType) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::ElementType { tensor, expected: expected.name(), got: got.name() })
+}
+
+/// A tensor that is read, whatever it holds: as bytes, or as what it is.
+#[derive(Clone, Copy, Debug)]
+enum Erased<'a> {
+    Bytes(Int8, TensorRef<'a, u8>),
+    F32(TensorRef<'a, f32>),
+    F16(TensorRef<'a, f16>),
+    Bf16(TensorRef<'a, bf16>),
+}
+
+impl<'a> Erased<'a> {
+    fn of<T: QuantizedElement>(tensor: &'a (impl AsTensor<T> + ?Sized)) -> Result<Self> {
+        let view = tensor.as_tensor()?;
+        // SAFETY: only one type has each `TYPE`, and i8 are bytes as well.
+        unsafe {
+            Ok(match T::TYPE {
+                ElementType::Int8(int8) => Erased::Bytes(int8, cast(&view)?),
+                ElementType::Real(DType::F32) => Erased::F32(cast(&view)?),
+                ElementType::Real(DType::F16) => Erased::F16(cast(&view)?),
+                ElementType::Real(DType::Bf16) => Erased::Bf16(cast(&view)?),
+            })
+        }
+    }
+
+    fn element(&self) -> ElementType {
+        match self {
+            Erased::Bytes(int8, _) => ElementType::Int8(*int8),
+            Erased::F32(_) => ElementType::Real(DType::F32),
+            Erased::F16(_) => ElementType::Real(DType::F16),
+            Erased::Bf16(_) => ElementType::Real(DType::Bf16),
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        each!(self, view => view.shape())
+    }
+
+    fn place(&self) -> Place {
+        each!(self, view => view.place())
+    }
+
+    fn shares_memory<O>(&self, dst: &TensorRef<'_, O>) -> bool {
+        each!(self, view => share_memory(view, dst))
+    }
+
+    /// # Safety
+    /// It holds `T`.
+    unsafe fn typed<T>(&self) -> Result<TensorRef<'a, T>> {
+        // SAFETY: the caller's promise.
+        each!(self, view => unsafe { cast(view) })
     }
 }
 
 /// The same elements as another type.
 ///
 /// # Safety
-/// It has the same size and alignment, and any bits are valid in both.
-unsafe fn cast<O, T>(mut dst: TensorMut<'_, O>) -> Result<TensorMut<'_, T>> {
-    let (ptr, place) = (dst.as_mut_ptr().cast(), dst.place());
-    // SAFETY: the caller's promise; `dst` is given up.
-    unsafe { TensorMut::from_raw_parts(ptr, place, dst.shape(), dst.strides()) }
-}
-
-fn same_type(tensor: &'static str, expected: Option<Int8>, got: Option<Int8>) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    let name = |int8: Option<Int8>| int8.map_or("f32", Int8::name);
-    Err(Error::ElementType { tensor, expected: name(expected), got: name(got) })
-}
-
-/// A tensor's bytes, and what they are.
-#[derive(Clone, Copy, Debug)]
-struct Bytes<'a> {
-    int8: Int8,
-    view: TensorRef<'a, u8>,
-}
-
-impl<'a> Bytes<'a> {
-    fn of<T: QuantizedElement>(tensor: &'a (impl AsTensor<T> + ?Sized)) -> Result<Self> {
-        let view = tensor.as_tensor()?;
-        // SAFETY: the same elements, of a type that is as large, borrowed for as long.
-        let view = unsafe {
-            let (shape, strides) = (view.shape(), view.strides());
-            TensorRef::from_raw_parts(view.as_ptr().cast(), view.place(), shape, strides)?
-        };
-        Ok(Bytes { int8: T::INT8, view })
-    }
+/// It has the same size and alignment, and any bits are valid in it.
+unsafe fn cast<'a, A, B>(view: &TensorRef<'a, A>) -> Result<TensorRef<'a, B>> {
+    let (shape, strides) = (view.shape(), view.strides());
+    // SAFETY: the caller's promise; the elements are borrowed for as long.
+    unsafe { TensorRef::from_raw_parts(view.as_ptr().cast(), view.place(), shape, strides) }
 }

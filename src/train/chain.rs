@@ -410,27 +410,6 @@ pub(crate) fn lowered(layer: &Pointwise, source_chain: &Chain) -> Lowered {
     Lowered::new(&layer, DType::F32)
 }
 
-/// Each group's `[rows, k]` as `[k, rows]`.
-pub(crate) fn turned(weight: &[f32], groups: usize, rows: usize, k: usize) -> Vec<f32> {
-    // Squares, so that the lines of both are used whole.
-    const SIDE: usize = 16;
-    let mut turned = vec![0.0f32; weight.len()];
-    for group in 0..groups {
-        let range = group * rows * k..(group + 1) * rows * k;
-        let (from, to) = (&weight[range.clone()], &mut turned[range]);
-        for first_row in (0..rows).step_by(SIDE) {
-            for first in (0..k).step_by(SIDE) {
-                for i in first..k.min(first + SIDE) {
-                    for row in first_row..rows.min(first_row + SIDE) {
-                        to[i * rows + row] = from[row * k + i];
-                    }
-                }
-            }
-        }
-    }
-    turned
-}
-
 fn map(channels: &[usize]) -> Option<Vec<u32>> {
     let identity = channels.iter().enumerate().all(|(row, &c)| row == c);
     (!identity).then(|| channels.iter().map(|&c| c as u32).collect())

@@ -1,6 +1,6 @@
 """Python libraries of the comparison, and what they are given and give back.
 
-Each module has `contender(argument, threads)`: the layout, the version, and a function that makes
+Each module has `contender(argument, threads, dtype)`: the layout, the version, and a function that makes
 a `Loaded` of a layer and its files. A library is imported only in the process that runs it.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layer import Layer
+from layer import Layer, Quantization
 
 # The module of each contender, and its argument there.
 CONTENDERS = {
@@ -22,6 +22,12 @@ CONTENDERS = {
     "torch-nchw": ("contenders.torch", "nchw"),
     "torch-nhwc": ("contenders.torch", "nhwc"),
     "torch-addmm": ("contenders.torch", "addmm"),
+}
+
+# Those that run layers of another type than f32.
+OF_DTYPE = {
+    "bf16": ("openvino-nchw", "openvino-nhwc", "torch-onednn", "torch-nchw", "torch-nhwc"),
+    "int8": ("litert", "onnxruntime"),
 }
 
 
@@ -43,20 +49,27 @@ class Files:
     def __init__(self, layer: Layer, directory: Path, offset: int) -> None:
         self._layer, self._directory, self._offset = layer, directory, offset
 
-    def buffer(self, shape: tuple[int, ...]) -> np.ndarray:
-        """NaN, `offset` bytes past a boundary of 64: nobody owes speed to malloc's choice."""
-        size = int(np.prod(shape))
-        values = np.full(size + 32, np.nan, np.float32)
-        start = -values.ctypes.data % 64 // 4 + self._offset // 4
-        return values[start : start + size].reshape(shape)
+    def buffer(self, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+        """NaN (of integers all bits), `offset` bytes past a boundary of 64: nobody owes speed to
+        malloc's choice."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        values = np.full(size + 128, 0xFF, np.uint8)
+        start = -values.ctypes.data % 64 + self._offset
+        return values[start : start + size].view(dtype).reshape(shape)
 
-    def src(self, layout: str) -> np.ndarray:
-        src = self.buffer(self._layer.src_shape(layout))
+    def src(self, layout: str, dtype: type = np.float32) -> np.ndarray:
+        src = self.buffer(self._layer.src_shape(layout), dtype)
         src[...] = self._read(f"src_{layout}").reshape(src.shape)
         return src
 
-    def dst(self, layout: str) -> np.ndarray:
-        return self.buffer(self._layer.dst_shape(layout))
+    def dst(self, layout: str, dtype: type = np.float32) -> np.ndarray:
+        return self.buffer(self._layer.dst_shape(layout), dtype)
+
+    def quantization(self) -> Quantization:
+        """Of int8 only."""
+        src_scale, src_zero, dst_scale, dst_zero, *weight = self._read("quantization")
+        scales = np.array(weight, np.float32)
+        return Quantization(src_scale, int(src_zero), dst_scale, int(dst_zero), scales)
 
     def weight(self) -> np.ndarray:
         """`[c_out, c_in / groups]`."""

@@ -12,14 +12,15 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 from contenders import Files, Loaded
-from layer import Layer
+from layer import Layer, Quantization
 
 
-def contender(layout: str, threads: int):
+def contender(layout: str, threads: int, dtype: str):
+    int8 = dtype == "int8"
+
     def load(layer: Layer, files: Files) -> Loaded:
-        interpreter = Interpreter(
-            model_content=model(layer, files.weight(), files.bias()), num_threads=threads
-        )
+        content = model(layer, files.weight(), files.bias(), files.quantization() if int8 else None)
+        interpreter = Interpreter(model_content=content, num_threads=threads)
         interpreter.allocate_tensors()
         # A node of XNNPACK's, the only delegate that is there by default, follows those it took.
         nodes = [op["op_name"] for op in interpreter._get_ops_details()]
@@ -28,19 +29,39 @@ def contender(layout: str, threads: int):
         src = interpreter.get_input_details()[0]["index"]
         dst = interpreter.get_output_details()[0]["index"]
         # The tensors live in the interpreter; its user writes and reads them in place.
-        interpreter.set_tensor(src, files.src(layout))
-        return Loaded(interpreter.invoke, lambda: interpreter.get_tensor(dst))
+        values = files.src(layout)
+        interpreter.set_tensor(src, (values - 128).astype(np.int8) if int8 else values)
+        shift = np.float32(128 if int8 else 0)
+        return Loaded(interpreter.invoke, lambda: interpreter.get_tensor(dst) + shift)
 
     return layout, f"ai-edge-litert {version('ai-edge-litert')}", load
 
 
-def model(layer: Layer, weight: np.ndarray, bias: np.ndarray) -> bytes:
-    """A .tflite file: `dst = act(conv(src, weight) + bias)`."""
+def model(
+    layer: Layer, weight: np.ndarray, bias: np.ndarray, quantization: Quantization | None
+) -> bytes:
+    """A .tflite file: `dst = act(conv(src, weight) + bias)`, of signed bytes if it is quantized."""
+    float32, int8, int32 = (getattr(schema.TensorType, n) for n in ("FLOAT32", "INT8", "INT32"))
+    types = dict(src=float32, weight=float32, bias=float32, dst=float32)
+    scales: dict[str, tuple[list[float], int]] = {}
+    if q := quantization:
+        types = dict(src=int8, weight=int8, bias=int32, dst=int8)
+        weight, bias = weight.astype(np.int8), bias.astype(np.int32)
+        scales = dict(
+            src=([float(q.src_scale)], q.src_zero - 128),
+            weight=(q.weight_scale.tolist(), 0),
+            bias=((q.src_scale * q.weight_scale).tolist(), 0),
+            dst=([float(q.dst_scale)], q.dst_zero - 128),
+        )
 
     def tensor(name: str, shape: tuple[int, ...], buffer: int):
-        return schema.TensorT(
-            shape=list(shape), type=schema.TensorType.FLOAT32, buffer=buffer, name=name
-        )
+        made = schema.TensorT(shape=list(shape), type=types[name], buffer=buffer, name=name)
+        if name in scales:
+            scale, zero = scales[name]
+            made.quantization = schema.QuantizationParametersT(
+                scale=scale, zeroPoint=[zero] * len(scale), quantizedDimension=0
+            )
+        return made
 
     relu = schema.ActivationFunctionType.RELU
     options = schema.Conv2DOptionsT(

@@ -19,12 +19,12 @@ from contenders import Files, Loaded
 from layer import Layer
 
 
-def contender(layout: str, threads: int):
+def contender(layout: str, threads: int, dtype: str):
     core = ov.Core()
     config = {
         "INFERENCE_NUM_THREADS": threads,
         # It would choose bf16 by itself where the CPU has it.
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": dtype,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         # Threads stay where the driver puts the process, as everybody's.
@@ -32,26 +32,41 @@ def contender(layout: str, threads: int):
     }
 
     def load(layer: Layer, files: Files) -> Loaded:
-        compiled = core.compile_model(
-            model(layer, layout, files.weight(), files.bias()), "CPU", config
-        )
-        src, dst = files.src(layout), files.dst(layout)
+        described = model(layer, layout, files.weight(), files.bias(), dtype)
+        compiled = core.compile_model(described, "CPU", config)
         request = compiled.create_infer_request()
-        request.set_input_tensor(ov.Tensor(src, shared_memory=True))
-        request.set_output_tensor(ov.Tensor(dst, shared_memory=True))
+        if dtype == "bf16":
+            # NumPy has no such type: its bits.
+            src, dst = files.buffer(layer.src_shape(layout), np.uint16), files.dst(layout, np.uint16)
+            src[...] = files.src(layout).view(np.uint32) >> 16
+            tensors = [ov.Tensor(x, x.shape, ov.Type.bf16) for x in (src, dst)]
+        else:
+            src, dst = files.src(layout), files.dst(layout)
+            tensors = [ov.Tensor(x, shared_memory=True) for x in (src, dst)]
+        request.set_input_tensor(tensors[0])
+        request.set_output_tensor(tensors[1])
 
         def call() -> None:
             # Without sharing, every call would copy the result once more.
             request.infer(share_outputs=True)
 
-        return Loaded(call, lambda: dst, keep=src)
+        def result() -> np.ndarray:
+            if dtype == "bf16":
+                return (dst.astype(np.uint32) << 16).view(np.float32)
+            return dst
+
+        return Loaded(call, result, keep=(src, tensors))
 
     return layout, f"openvino {ov.__version__.split('-')[0]}", load
 
 
-def model(layer: Layer, layout: str, weight: np.ndarray, bias: np.ndarray) -> ov.Model:
-    src = ops.parameter(layer.src_shape(layout), np.float32)
-    x = src if layout == "nchw" else ops.transpose(src, [0, 3, 1, 2])
+def model(
+    layer: Layer, layout: str, weight: np.ndarray, bias: np.ndarray, dtype: str
+) -> ov.Model:
+    src = ops.parameter(layer.src_shape(layout), getattr(ov.Type, dtype))
+    # Under its precision hint the plugin runs what is f32 in the model in bf16.
+    x = ops.convert(src, "f32") if dtype == "bf16" else src
+    x = x if layout == "nchw" else ops.transpose(x, [0, 3, 1, 2])
     strides, zeros, ones = [layer.stride] * 2, [0, 0], [1, 1]
     if layer.groups == 1:
         weight = weight[:, :, None, None]
@@ -64,4 +79,6 @@ def model(layer: Layer, layout: str, weight: np.ndarray, bias: np.ndarray) -> ov
         x = ops.relu(x)
     if layout == "nhwc":
         x = ops.transpose(x, [0, 2, 3, 1])
+    if dtype == "bf16":
+        x = ops.convert(x, "bf16")
     return ov.Model([x], [src])

@@ -12,24 +12,25 @@ from contenders import Files, Loaded
 from layer import Layer
 
 
-def contender(way: str, threads: int):
+def contender(way: str, threads: int, dtype: str):
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     layout = "nhwc" if way in ("onednn", "nhwc") else "nchw"
 
     def load(layer: Layer, files: Files) -> Loaded:
-        src = torch.from_numpy(files.src(layout))
+        given = torch.from_numpy(files.src(layout)), *map(torch.from_numpy, (files.weight(), files.bias()))
+        src, weight, bias = (x.to(torch.bfloat16) if dtype == "bf16" else x for x in given)
         if layout == "nhwc":
             src = src.permute(0, 3, 1, 2)
             assert src.is_contiguous(memory_format=torch.channels_last)
-        weight, bias = torch.from_numpy(files.weight()), torch.from_numpy(files.bias())
         call = {"onednn": fused, "nchw": eager, "nhwc": eager, "addmm": product}[way](
             layer, src, weight, bias, torch.from_numpy(files.dst(layout))
         )
 
         def dst():
             result = call()
-            return (result.permute(0, 2, 3, 1) if layout == "nhwc" else result).numpy()
+            result = result.permute(0, 2, 3, 1) if layout == "nhwc" else result
+            return result.float().numpy()
 
         return Loaded(call, dst)
 

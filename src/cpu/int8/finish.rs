@@ -3,14 +3,22 @@
 //! Plain code over vectors of sixteen, which the compiler turns into each instruction set's. No
 //! operation is fused, so that every instruction set gives the same bits.
 
+use super::quantize::{self, PerPosition};
 use super::sums::SUMS_STRIDE;
+use crate::cpu::simd::{Simd, load, store};
+use crate::dtype::{bf16, f16};
 
 /// Values that are finished together.
 pub(crate) const CHUNK: usize = 16;
 
-/// `1.5 * 2^23`: the sum of it and a small f32 has the nearest integer, ties to even, in its lowest
-/// bits. (Rounding by name is a call of a function where the CPU has no instruction for it.)
-const ROUND: f32 = 12_582_912.0;
+/// The nearest integer, ties to even, of an f32 that an i16 holds; right modulo 256. (Rounding by
+/// name is a call of a function where the CPU has no instruction for it.)
+#[inline(always)]
+pub(super) fn round(x: f32) -> u32 {
+    // `1.5 * 2^23`: the sum of it and a small f32 has the integer in its lowest bits, and its own bits
+    // leave the lowest two bytes alone.
+    (x + 12_582_912.0).to_bits()
+}
 
 /// The range that values are cut down to.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,8 +27,15 @@ pub(crate) struct Clip {
     pub hi: f32,
 }
 
+/// No bounds.
+impl Default for Clip {
+    fn default() -> Self {
+        Clip { lo: f32::NEG_INFINITY, hi: f32::INFINITY }
+    }
+}
+
 /// How sums become values: the same for every tile of a layer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Scaling {
     /// Before the residual is added.
     pub before: Clip,
@@ -50,60 +65,120 @@ pub(crate) struct Operand<T> {
 
 /// A tile to finish.
 #[derive(Clone, Copy)]
-pub(crate) struct Finish<T> {
+pub(crate) struct Finish<'a, T, R> {
     pub sums: *const i32,
     pub rows: usize,
     pub lanes: usize,
     pub lanes_are_channels: bool,
-    /// Added to the sums: one per channel, readable up to a whole [`CHUNK`].
+    /// One per channel, readable up to a whole [`CHUNK`]: added to the sums, or the weights' sum where
+    /// zero points are those of positions.
     pub offset: *const i32,
     /// Then they are multiplied: as above.
     pub scale: *const f32,
+    /// And this is added, as above, where scales are those of positions.
+    pub shift: *const f32,
+    /// Of the tile's positions, if `R` is [real](Added::REAL).
+    pub quantization: PerPosition<'a>,
     pub scaling: Scaling,
     pub dst: Operand<T>,
-    pub residual: Option<Operand<u8>>,
+    pub residual: Option<Operand<R>>,
 }
 
-/// A result's element: a byte of either sign, or an f32.
-pub(crate) trait Stored: Copy + 'static {
-    fn of(values: [f32; CHUNK], zero_point: i32) -> [Self; CHUNK];
+/// A result's element: a byte of either sign, or a real number.
+pub(crate) trait Stored: Copy + Sync + 'static {
+    /// # Safety
+    /// The CPU has V's instructions.
+    unsafe fn of<V: Simd>(values: [f32; CHUNK], zero_point: i32) -> [Self; CHUNK];
 }
 
 impl Stored for u8 {
     #[inline(always)]
-    fn of(values: [f32; CHUNK], zero_point: i32) -> [u8; CHUNK] {
-        // The constant's own bits leave the lowest byte alone.
-        values.map(|value| (value + ROUND).to_bits().wrapping_add(zero_point as u32) as u8)
+    unsafe fn of<V: Simd>(values: [f32; CHUNK], zero_point: i32) -> [u8; CHUNK] {
+        values.map(|value| round(value).wrapping_add(zero_point as u32) as u8)
     }
 }
 
-impl Stored for f32 {
+/// What a layer adds: bytes with a scale beside sources of bytes, real numbers of dst's type beside
+/// real ones.
+pub(crate) trait Added: Copy + Default + Sync + 'static {
+    /// What src holds beside it.
+    type Source: quantize::Element;
+    /// Whether it is real, and so is src, whose positions then have quantisations of their own.
+    const REAL: bool;
+
+    /// # Safety
+    /// The CPU has V's instructions.
+    unsafe fn real<V: Simd>(values: [Self; CHUNK], scaling: &Scaling) -> [f32; CHUNK];
+}
+
+impl Added for u8 {
+    type Source = u8;
+    const REAL: bool = false;
+
     #[inline(always)]
-    fn of(values: [f32; CHUNK], _: i32) -> [f32; CHUNK] {
-        values
+    unsafe fn real<V: Simd>(bytes: [u8; CHUNK], scaling: &Scaling) -> [f32; CHUNK] {
+        bytes.map(|byte| {
+            let steps = i32::from(byte ^ scaling.residual_flip) - scaling.residual_zero_point;
+            steps as f32 * scaling.residual_scale
+        })
     }
 }
 
+macro_rules! real {
+    ($($real:ty)*) => {$(
+        impl Stored for $real {
+            #[inline(always)]
+            unsafe fn of<V: Simd>(values: [f32; CHUNK], _: i32) -> [$real; CHUNK] {
+                let mut out = [<$real>::default(); CHUNK];
+                for i in (0..CHUNK).step_by(V::LANES) {
+                    // SAFETY: the caller's promise; lanes divide a chunk.
+                    unsafe { store(V::load(values[i..].as_ptr()), out[i..].as_mut_ptr()) }
+                }
+                out
+            }
+        }
+
+        impl Added for $real {
+            type Source = f32;
+            const REAL: bool = true;
+
+            #[inline(always)]
+            unsafe fn real<V: Simd>(values: [$real; CHUNK], _: &Scaling) -> [f32; CHUNK] {
+                let mut out = [0.0; CHUNK];
+                for i in (0..CHUNK).step_by(V::LANES) {
+                    // SAFETY: as above.
+                    unsafe { load::<V, $real>(values[i..].as_ptr()).store(out[i..].as_mut_ptr()) }
+                }
+                out
+            }
+        }
+    )*};
+}
+real!(f32 f16 bf16);
+
+/// Bounds keep NaN, which only a real src brings.
 #[inline(always)]
 fn clip(x: f32, Clip { lo, hi }: Clip) -> f32 {
-    let x = if x > lo { x } else { lo };
-    if x < hi { x } else { hi }
+    let x = if lo > x { lo } else { x };
+    if hi < x { hi } else { x }
 }
 
 /// Finishes a tile.
 ///
 /// # Safety
-/// `sums` is readable in rows of [`SUMS_STRIDE`], offsets and scales are as they say; dst is
-/// writable, and the residual readable, at every channel and position of the tile, and their
+/// The CPU has V's instructions. `sums` is readable in rows of [`SUMS_STRIDE`], parameters are as they
+/// say; dst is writable, and the residual readable, at every channel and position of the tile, and their
 /// position tables are readable at every position of it.
 #[inline(always)]
-pub(super) unsafe fn finish<T: Stored, const RESIDUAL: bool>(tile: &Finish<T>) {
+pub(super) unsafe fn finish<V: Simd, T: Stored, R: Added>(tile: &Finish<'_, T, R>) {
     for lane in (0..tile.lanes).step_by(CHUNK) {
         // SAFETY: the caller's promises.
         unsafe {
-            match tile.lanes_are_channels {
-                true => chunks::<T, RESIDUAL, true>(tile, lane),
-                false => chunks::<T, RESIDUAL, false>(tile, lane),
+            match (tile.lanes_are_channels, tile.residual.is_some()) {
+                (true, true) => chunks::<V, T, R, true, true>(tile, lane),
+                (true, false) => chunks::<V, T, R, false, true>(tile, lane),
+                (false, true) => chunks::<V, T, R, true, false>(tile, lane),
+                (false, false) => chunks::<V, T, R, false, false>(tile, lane),
             }
         }
     }
@@ -114,43 +189,63 @@ pub(super) unsafe fn finish<T: Stored, const RESIDUAL: bool>(tile: &Finish<T>) {
 /// # Safety
 /// As [`finish`].
 #[inline(always)]
-unsafe fn chunks<T: Stored, const RESIDUAL: bool, const CHANNELS: bool>(
-    tile: &Finish<T>,
+unsafe fn chunks<V: Simd, T: Stored, R: Added, const RESIDUAL: bool, const CHANNELS: bool>(
+    tile: &Finish<'_, T, R>,
     lane: usize,
 ) {
     let count = (tile.lanes - lane).min(CHUNK);
-    let channels = if CHANNELS { lane } else { 0 };
+    let (channels, positions) = if CHANNELS { (lane, 0) } else { (0, lane) };
     // SAFETY: the caller's promises; a chunk of sums lies in its row, whatever the lanes, and
     // parameters are readable up to a whole chunk.
     unsafe {
-        let mut offset = tile.offset.add(channels).cast::<[i32; CHUNK]>().read_unaligned();
-        let mut scale = tile.scale.add(channels).cast::<[f32; CHUNK]>().read_unaligned();
+        let read = |from: *const f32| from.cast::<[f32; CHUNK]>().read_unaligned();
+        let mut factors = Factors {
+            offset: tile.offset.add(channels).cast::<[i32; CHUNK]>().read_unaligned(),
+            scale: read(tile.scale.add(channels)),
+            ..Factors::default()
+        };
+        let PerPosition { scale, zero_point } = tile.quantization;
+        if R::REAL {
+            factors.shift = read(tile.shift.add(channels));
+            factors.src_scale = read(scale[positions..][..CHUNK].as_ptr());
+            let zero_point = zero_point[positions..][..CHUNK].as_ptr();
+            factors.src_zero_point = zero_point.cast::<[i32; CHUNK]>().read_unaligned();
+        }
         let dst = Lanes::<T>::new::<CHANNELS>(&tile.dst, lane, count);
-        let residual =
-            tile.residual.as_ref().map(|residual| Lanes::new::<CHANNELS>(residual, lane, count));
+        let residual = tile.residual.as_ref().filter(|_| RESIDUAL);
+        let residual = residual.map(|residual| Lanes::new::<CHANNELS>(residual, lane, count));
         let dense = count == CHUNK && dst.dense && residual.as_ref().is_none_or(|r| r.dense);
         for row in 0..tile.rows {
             let sums =
                 tile.sums.add(row * SUMS_STRIDE + lane).cast::<[i32; CHUNK]>().read_unaligned();
             if !CHANNELS {
-                (offset, scale) = ([*tile.offset.add(row); CHUNK], [*tile.scale.add(row); CHUNK]);
+                factors.offset = [*tile.offset.add(row); CHUNK];
+                factors.scale = [*tile.scale.add(row); CHUNK];
+            }
+            match (R::REAL, CHANNELS) {
+                (true, true) => {
+                    factors.src_scale = [scale[row]; CHUNK];
+                    factors.src_zero_point = [zero_point[row]; CHUNK];
+                }
+                (true, false) => factors.shift = [*tile.shift.add(row); CHUNK],
+                (false, _) => {}
             }
             let to = dst.row::<CHANNELS>(row);
-            let from = residual.as_ref().filter(|_| RESIDUAL);
-            let from = from.map(|residual| (residual, residual.row::<CHANNELS>(row)));
+            let from = residual.as_ref().map(|residual| (residual, residual.row::<CHANNELS>(row)));
+            let added = from.map(|(residual, ptr)| {
+                if dense {
+                    return ptr.cast::<[R; CHUNK]>().read_unaligned();
+                }
+                let mut added = [R::default(); CHUNK];
+                for (l, added) in added[..count].iter_mut().enumerate() {
+                    *added = *ptr.wrapping_offset(residual.step(l));
+                }
+                added
+            });
+            let values = values::<V, T, R>(sums, &factors, added, &tile.scaling);
             if dense {
-                let bytes = from.map(|(_, ptr)| ptr.cast::<[u8; CHUNK]>().read_unaligned());
-                let values = values::<T>(sums, offset, scale, bytes, &tile.scaling);
                 to.cast::<[T; CHUNK]>().write_unaligned(values);
             } else {
-                let bytes = from.map(|(residual, ptr)| {
-                    let mut bytes = [0; CHUNK];
-                    for (l, byte) in bytes[..count].iter_mut().enumerate() {
-                        *byte = *ptr.wrapping_offset(residual.step(l));
-                    }
-                    bytes
-                });
-                let values = values::<T>(sums, offset, scale, bytes, &tile.scaling);
                 for (l, &value) in values[..count].iter().enumerate() {
                     *to.wrapping_offset(dst.step(l)) = value;
                 }
@@ -159,25 +254,45 @@ unsafe fn chunks<T: Stored, const RESIDUAL: bool, const CHANNELS: bool>(
     }
 }
 
-#[inline(always)]
-fn values<T: Stored>(
-    sums: [i32; CHUNK],
+/// What a chunk of sums meets.
+#[derive(Default)]
+struct Factors {
     offset: [i32; CHUNK],
     scale: [f32; CHUNK],
-    residual: Option<[u8; CHUNK]>,
+    shift: [f32; CHUNK],
+    src_scale: [f32; CHUNK],
+    src_zero_point: [i32; CHUNK],
+}
+
+/// # Safety
+/// The CPU has V's instructions.
+#[inline(always)]
+unsafe fn values<V: Simd, T: Stored, R: Added>(
+    sums: [i32; CHUNK],
+    factors: &Factors,
+    added: Option<[R; CHUNK]>,
     scaling: &Scaling,
 ) -> [T; CHUNK] {
+    let Factors { offset, scale, shift, src_scale, src_zero_point } = factors;
     let mut values = [0.0; CHUNK];
     for l in 0..CHUNK {
-        values[l] = sums[l].wrapping_add(offset[l]) as f32 * scale[l];
+        values[l] = if R::REAL {
+            let sum = sums[l].wrapping_sub(src_zero_point[l].wrapping_mul(offset[l]));
+            sum as f32 * (src_scale[l] * scale[l]) + shift[l]
+        } else {
+            sums[l].wrapping_add(offset[l]) as f32 * scale[l]
+        };
     }
-    if let Some(bytes) = residual {
-        for l in 0..CHUNK {
-            let byte = i32::from(bytes[l] ^ scaling.residual_flip) - scaling.residual_zero_point;
-            values[l] = clip(values[l], scaling.before) + byte as f32 * scaling.residual_scale;
+    // SAFETY: the caller's promise.
+    unsafe {
+        if let Some(added) = added {
+            let added = R::real::<V>(added, scaling);
+            for l in 0..CHUNK {
+                values[l] = clip(values[l], scaling.before) + added[l];
+            }
         }
+        T::of::<V>(values.map(|value| clip(value, scaling.clip)), scaling.zero_point)
     }
-    T::of(values.map(|value| clip(value, scaling.clip)), scaling.zero_point)
 }
 
 /// The lanes of a chunk in memory.

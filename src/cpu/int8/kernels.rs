@@ -1,9 +1,12 @@
 //! The code for each instruction set: a row of [`KERNELS`].
 
-use super::finish::{self, Finish};
+use super::finish::{self, Added, Finish, Stored};
 use super::pack::{self, Source};
+use super::quantize::{self, Element, Reach};
 use super::sums::{self, Dot, MOST_ROWS, Tile};
 use crate::cpu::isa::{Isa, Supported};
+use crate::cpu::simd::{self, Simd};
+use crate::dtype::{bf16, f16};
 
 /// What runs a layer on an instruction set.
 #[derive(Debug)]
@@ -21,14 +24,33 @@ pub(crate) struct Kernel {
     pub rows: &'static [usize],
     /// Sums a tile: see [`sums::tile`]; rows and vectors are as `rows` says, neither is zero.
     pub sum: unsafe fn(&Tile),
-    /// See [`finish::finish`].
-    pub finish_bytes: unsafe fn(&Finish<u8>),
-    /// As above.
-    pub finish_f32: unsafe fn(&Finish<f32>),
+    /// See [`sums::chains`].
+    pub chains: unsafe fn(usize) -> usize,
+    /// By dst's type, of sources of bytes.
+    pub finish_u8: FinishFn<u8, u8>,
+    pub finish_f32: FinishFn<f32, u8>,
+    pub finish_f16: FinishFn<f16, u8>,
+    pub finish_bf16: FinishFn<bf16, u8>,
+    /// As above, of sources of f32.
+    pub finish_real_f32: FinishFn<f32, f32>,
+    pub finish_real_f16: FinishFn<f16, f16>,
+    pub finish_real_bf16: FinishFn<bf16, bf16>,
+    pub pack_u8: Packing<u8>,
+    pub pack_f32: Packing<f32>,
+}
+
+/// See [`finish::finish`].
+pub(crate) type FinishFn<T, R> = unsafe fn(&Finish<'_, T, R>);
+
+/// How a block of src is packed.
+#[derive(Debug)]
+pub(crate) struct Packing<S: Element> {
     /// See [`pack::rows`].
-    pub pack_rows: unsafe fn(&Source<'_>, &mut [u32]),
+    pub rows: unsafe fn(&Source<'_, S>, &mut [u32]),
     /// See [`pack::panels`].
-    pub pack_panels: unsafe fn(&Source<'_>, usize, &mut [u32]),
+    pub panels: unsafe fn(&Source<'_, S>, usize, &mut [u32]),
+    /// See [`quantize::ranges`].
+    pub ranges: unsafe fn(&Source<'_, S>, &mut [Reach]),
 }
 
 impl Kernel {
@@ -57,7 +79,7 @@ impl Kernel {
 
 /// A kernel: its name and instruction set, and every tile by its vectors and rows.
 macro_rules! kernel {
-    ($(#[$features:meta])? $kernel:ident = $name:literal, $isa:expr, if $extra:expr, $group:literal channels of $dot:ty, $pick:ident {
+    ($(#[$features:meta])? $kernel:ident = $name:literal, $isa:expr, if $extra:expr, $group:literal channels of $dot:ty, $vector:ty, $pick:ident {
         $($nv:literal: [$($rows:literal)*];)*
     }) => {
         #[allow(non_snake_case, reason = "named as the kernel is")]
@@ -81,37 +103,37 @@ macro_rules! kernel {
             }
 
             $(#[$features])?
-            pub(super) unsafe fn finish_bytes(tile: &Finish<u8>) {
+            pub(super) unsafe fn chains(rounds: usize) -> usize {
                 // SAFETY: as above.
-                unsafe {
-                    match tile.residual {
-                        None => finish::finish::<u8, false>(tile),
-                        Some(_) => finish::finish::<u8, true>(tile),
-                    }
-                }
+                unsafe { sums::chains::<$dot>(rounds) }
             }
 
             $(#[$features])?
-            pub(super) unsafe fn finish_f32(tile: &Finish<f32>) {
+            pub(super) unsafe fn finish<T: Stored, R: Added>(tile: &Finish<'_, T, R>) {
                 // SAFETY: as above.
-                unsafe {
-                    match tile.residual {
-                        None => finish::finish::<f32, false>(tile),
-                        Some(_) => finish::finish::<f32, true>(tile),
-                    }
-                }
+                unsafe { finish::finish::<$vector, T, R>(tile) }
             }
 
             $(#[$features])?
-            pub(super) unsafe fn pack_rows(source: &Source<'_>, out: &mut [u32]) {
+            pub(super) unsafe fn rows<S: Element>(source: &Source<'_, S>, out: &mut [u32]) {
                 // SAFETY: as above.
-                unsafe { pack::rows::<$group>(source, out) }
+                unsafe { pack::rows::<S, $group>(source, out) }
             }
 
             $(#[$features])?
-            pub(super) unsafe fn pack_panels(source: &Source<'_>, width: usize, out: &mut [u32]) {
+            pub(super) unsafe fn panels<S: Element>(
+                source: &Source<'_, S>,
+                width: usize,
+                out: &mut [u32],
+            ) {
                 // SAFETY: as above.
-                unsafe { pack::panels::<$group>(source, width, out) }
+                unsafe { pack::panels::<S, $group>(source, width, out) }
+            }
+
+            $(#[$features])?
+            pub(super) unsafe fn ranges<S: Element>(source: &Source<'_, S>, ranges: &mut [Reach]) {
+                // SAFETY: as above.
+                unsafe { quantize::ranges(source, ranges) }
             }
         }
 
@@ -123,12 +145,19 @@ macro_rules! kernel {
             lanes: <$dot as Dot>::LANES,
             rows: &[$([$($rows),*].len()),*],
             sum: $pick::sum,
-            finish_bytes: $pick::finish_bytes,
-            finish_f32: $pick::finish_f32,
-            pack_rows: $pick::pack_rows,
-            pack_panels: $pick::pack_panels,
+            chains: $pick::chains,
+            finish_u8: $pick::finish,
+            finish_f32: $pick::finish,
+            finish_f16: $pick::finish,
+            finish_bf16: $pick::finish,
+            finish_real_f32: $pick::finish,
+            finish_real_f16: $pick::finish,
+            finish_real_bf16: $pick::finish,
+            pack_u8: Packing { rows: $pick::rows, panels: $pick::panels, ranges: $pick::ranges },
+            pack_f32: Packing { rows: $pick::rows, panels: $pick::panels, ranges: $pick::ranges },
         };
         const _: () = assert!($([$($rows),*].len() <= MOST_ROWS)&&*);
+        const _: () = assert!(finish::CHUNK.is_multiple_of(<$vector as Simd>::LANES));
         const _: () = {
             let widest = [$([$($rows),*].len()),*].len() * <$dot as Dot>::LANES;
             assert!(widest <= sums::SUMS_STRIDE && pack::PANEL.is_multiple_of(widest));
@@ -139,7 +168,7 @@ macro_rules! kernel {
 
 #[cfg(target_arch = "x86_64")]
 kernel! {
-    PORTABLE = "fprop_i8_portable_4x8", Isa::Portable, if true, 2 channels of sums::Sse2Pairs, portable {
+    PORTABLE = "fprop_i8_portable_4x8", Isa::Portable, if true, 2 channels of sums::Sse2Pairs, simd::Baseline, portable {
         1: [1 2 3 4];
         2: [1 2 3 4];
     }
@@ -147,15 +176,15 @@ kernel! {
 
 #[cfg(not(target_arch = "x86_64"))]
 kernel! {
-    PORTABLE = "fprop_i8_portable_4x8", Isa::Portable, if true, 2 channels of sums::Pairs8, portable {
+    PORTABLE = "fprop_i8_portable_4x8", Isa::Portable, if true, 2 channels of sums::Pairs8, simd::Baseline, portable {
         1: [1 2 3 4];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 kernel! {
-    #[target_feature(enable = "avx2,fma")]
-    AVX2 = "fprop_i8_avx2_6x16", Isa::Avx2, if true, 2 channels of sums::Avx2Pairs, avx2 {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    AVX2 = "fprop_i8_avx2_6x16", Isa::Avx2, if true, 2 channels of sums::Avx2Pairs, simd::avx2::F32x8, avx2 {
         1: [1 2 3 4 5 6];
         2: [1 2 3 4 5 6];
     }
@@ -163,8 +192,8 @@ kernel! {
 
 #[cfg(target_arch = "x86_64")]
 kernel! {
-    #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw")]
-    AVX512 = "fprop_i8_avx512_12x32", Isa::Avx512, if true, 2 channels of sums::Avx512Pairs, avx512 {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw")]
+    AVX512 = "fprop_i8_avx512_12x32", Isa::Avx512, if true, 2 channels of sums::Avx512Pairs, simd::avx512::F32x16, avx512 {
         1: [1 2 3 4 5 6 7 8 9 10 11 12];
         2: [1 2 3 4 5 6 7 8 9 10 11 12];
     }
@@ -172,8 +201,8 @@ kernel! {
 
 #[cfg(target_arch = "x86_64")]
 kernel! {
-    #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
-    VNNI = "fprop_i8_avx512vnni_6x64", Isa::Avx512, if is_x86_feature_detected!("avx512vnni"), 4 channels of sums::Vnni, vnni {
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512vnni")]
+    VNNI = "fprop_i8_avx512vnni_6x64", Isa::Avx512, if is_x86_feature_detected!("avx512vnni"), 4 channels of sums::Vnni, simd::avx512::F32x16, vnni {
         1: [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
         2: [1 2 3 4 5 6 7 8 9 10 11 12];
         3: [1 2 3 4 5 6 7 8 9];

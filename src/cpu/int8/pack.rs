@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use super::quantize::{Element, PerPosition};
+
 /// One cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -94,45 +96,50 @@ impl Weights {
     }
 }
 
-/// Bytes of src to be packed: a block of positions of one group.
+/// Values of src to be packed: a block of positions of one group.
 #[derive(Clone, Copy)]
-pub(crate) struct Source<'a> {
+pub(crate) struct Source<'a, S> {
     /// Channel 0 of the group.
-    pub ptr: *const u8,
-    /// From channel to channel.
+    pub ptr: *const S,
+    /// From channel to channel, in elements.
     pub channel: isize,
     /// Where the block's positions are.
     pub positions: &'a [isize],
     /// Channels.
     pub k: usize,
-    /// What makes its bytes unsigned, by exclusive or.
+    /// Of bytes: what makes them unsigned, by exclusive or.
     pub flip: u8,
+    /// Of real numbers: their quantisation at each of the positions.
+    pub quantization: PerPosition<'a>,
 }
 
 /// Packs a block into rows, `[positions][words]`.
 ///
 /// # Safety
-/// The source is readable at every channel and position.
+/// The source is readable at every channel and position, and has a quantisation for each if it is real.
 #[inline(always)]
-pub(super) unsafe fn rows<const GROUP: usize>(source: &Source<'_>, out: &mut [u32]) {
-    let &Source { ptr, channel, positions, k, flip } = source;
+pub(super) unsafe fn rows<S: Element, const GROUP: usize>(source: &Source<'_, S>, out: &mut [u32]) {
+    let &Source { ptr, channel, positions, k, .. } = source;
     let (whole, k_words) = (k / GROUP, k.div_ceil(GROUP));
-    for (&position, out) in positions.iter().zip(out.chunks_exact_mut(k_words)) {
+    let rows = positions.iter().zip(out.chunks_exact_mut(k_words)).enumerate();
+    for (p, (&position, out)) in rows {
+        let quantizer = S::quantizer(source, p);
         // SAFETY: the caller's promise: the channels are readable, and adjacent in the first case.
         unsafe {
             let row = ptr.wrapping_offset(position);
-            let at = |c: usize| u32::from(*row.wrapping_offset(c as isize * channel) ^ flip);
+            let at =
+                |c: usize| u32::from((*row.wrapping_offset(c as isize * channel)).byte(quantizer));
             // A word's first channel is in its lowest bits, and thus first in memory.
             if channel == 1 && cfg!(target_endian = "little") {
                 let row = std::slice::from_raw_parts(row, whole * GROUP);
                 if GROUP == 4 {
                     let out = out.as_mut_ptr().cast::<u8>();
                     let out = std::slice::from_raw_parts_mut(out, row.len());
-                    out.iter_mut().zip(row).for_each(|(out, byte)| *out = byte ^ flip);
+                    out.iter_mut().zip(row).for_each(|(out, x)| *out = x.byte(quantizer));
                 } else {
                     let out = out.as_mut_ptr().cast::<u16>();
                     let out = std::slice::from_raw_parts_mut(out, row.len());
-                    out.iter_mut().zip(row).for_each(|(out, byte)| *out = u16::from(byte ^ flip));
+                    out.iter_mut().zip(row).for_each(|(out, x)| *out = x.byte(quantizer).into());
                 }
             } else {
                 for (w, out) in out[..whole].iter_mut().enumerate() {
@@ -153,20 +160,21 @@ pub(super) unsafe fn rows<const GROUP: usize>(source: &Source<'_>, out: &mut [u3
 /// # Safety
 /// As [`rows`].
 #[inline(always)]
-pub(super) unsafe fn panels<const GROUP: usize>(
-    source: &Source<'_>,
+pub(super) unsafe fn panels<S: Element, const GROUP: usize>(
+    source: &Source<'_, S>,
     width: usize,
     out: &mut [u32],
 ) {
-    let &Source { ptr, channel, positions, k, flip } = source;
+    let &Source { ptr, channel, positions, k, .. } = source;
     let k_words = k.div_ceil(GROUP);
-    let panels = positions.chunks(width).zip(out.chunks_exact_mut(k_words * width));
-    for (positions, out) in panels {
+    let panels = positions.chunks(width).zip(out.chunks_exact_mut(k_words * width)).enumerate();
+    for (panel, (positions, out)) in panels {
+        let quantizer = |p: usize| S::quantizer(source, panel * width + p);
         let dense = positions.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1));
         for (w, out) in out.chunks_exact_mut(width).enumerate() {
             let out = &mut out[..positions.len()];
             let left = (k - w * GROUP).min(GROUP);
-            let rows: [*const u8; GROUP] = std::array::from_fn(|i| {
+            let rows: [*const S; GROUP] = std::array::from_fn(|i| {
                 // A channel that is missing meets a zero of the weight: any byte will do.
                 ptr.wrapping_offset((w * GROUP + i.min(left - 1)) as isize * channel)
             });
@@ -174,23 +182,28 @@ pub(super) unsafe fn panels<const GROUP: usize>(
             // adjacent in the first case.
             unsafe {
                 if dense {
-                    let rows: [&[u8]; GROUP] = std::array::from_fn(|i| {
+                    let rows: [&[S]; GROUP] = std::array::from_fn(|i| {
                         let row = rows[i].wrapping_offset(positions[0]);
                         std::slice::from_raw_parts(row, positions.len())
                     });
                     for (p, out) in out.iter_mut().enumerate() {
-                        *out = word::<GROUP>(|i| u32::from(*rows[i].get_unchecked(p) ^ flip));
+                        let quantizer = quantizer(p);
+                        *out = word::<GROUP>(|i| {
+                            u32::from((*rows[i].get_unchecked(p)).byte(quantizer))
+                        });
                     }
                 } else if channel == 1 && left == GROUP {
-                    for (&position, out) in positions.iter().zip(out) {
-                        let bytes = rows[0].wrapping_offset(position).cast::<[u8; GROUP]>();
-                        let bytes = bytes.read_unaligned();
-                        *out = word::<GROUP>(|i| u32::from(bytes[i] ^ flip));
+                    for (p, (&position, out)) in positions.iter().zip(out).enumerate() {
+                        let values = rows[0].wrapping_offset(position).cast::<[S; GROUP]>();
+                        let (values, quantizer) = (values.read_unaligned(), quantizer(p));
+                        *out = word::<GROUP>(|i| values[i].byte(quantizer).into());
                     }
                 } else {
-                    for (&position, out) in positions.iter().zip(out) {
-                        *out =
-                            word::<GROUP>(|i| u32::from(*rows[i].wrapping_offset(position) ^ flip));
+                    for (p, (&position, out)) in positions.iter().zip(out).enumerate() {
+                        let quantizer = quantizer(p);
+                        *out = word::<GROUP>(|i| {
+                            (*rows[i].wrapping_offset(position)).byte(quantizer).into()
+                        });
                     }
                 }
             }

@@ -212,3 +212,30 @@ pub(super) unsafe fn tile<D: Dot, const R: usize, const NV: usize, const WEIGHT_
         }
     }
 }
+
+/// Runs independent chains of products; gives how many groups were multiplied.
+///
+/// # Safety
+/// The CPU has D's instructions.
+#[inline(always)]
+pub(super) unsafe fn chains<D: Dot>(rounds: usize) -> usize {
+    // Enough for two units with a latency of up to six cycles.
+    const CHAINS: usize = 12;
+    // SAFETY: the caller's promise; no vector has more than sixteen lanes.
+    unsafe {
+        let unsigned = D::load(black_box([0x0102_0304u32; 16]).as_ptr());
+        let mut sums = [D::load(black_box([0x0403_0201u32; 16]).as_ptr()); CHAINS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                // Each product depends on the one before: none of them can be left out.
+                *sum = sum.dot(unsigned, *sum);
+            }
+        }
+        let mut out = [0i32; 16];
+        for sum in sums {
+            sum.store(out.as_mut_ptr());
+            black_box(&out);
+        }
+    }
+    rounds * CHAINS * D::LANES
+}

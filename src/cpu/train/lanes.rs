@@ -65,13 +65,6 @@ per_isa! {
 
     /// `d = d` where the bit is set, else `d * alpha`.
     pub(super) fn apply_bits(alpha: f32, bits: &[u8], d: &mut [f32]) = apply_bits_block;
-
-    /// Writes `LANES` columns at a time: `out[p * row + c] = src[c * channel + p]`, for positions
-    /// and channels below the given numbers.
-    ///
-    /// # Safety
-    /// `src` is readable at every channel and position.
-    pub(super) [unsafe] fn turn(src: *const f32, channel: usize, channels: usize, positions: usize, row: usize, out: &mut [f32]) = turn_block;
 }
 
 /// Writes functions that replace each value of a block by an expression of it, of the channel's
@@ -303,37 +296,6 @@ unsafe fn apply_bits_block<V: Simd>(alpha: f32, bits: &[u8], d: &mut [f32]) {
                 false if alpha == 0.0 => 0.0,
                 false => *d * alpha,
             };
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn turn_block<V: Simd>(
-    src: *const f32,
-    channel: usize,
-    channels: usize,
-    positions: usize,
-    row: usize,
-    out: &mut [f32],
-) {
-    assert!(positions == 0 || (positions - 1) * row + channels <= out.len(), "out holds it all");
-    let (whole_c, whole_p) = (channels / V::LANES * V::LANES, positions / 4 * 4);
-    let out = out.as_mut_ptr();
-    // SAFETY: the CPU has V's instruction set; whole vectors of channels and whole fours of
-    // positions are inside both; the rest is copied by itself.
-    unsafe {
-        for c in (0..whole_c).step_by(V::LANES) {
-            let src = src.add(c * channel);
-            for p in (0..whole_p).step_by(4) {
-                for (i, column) in V::load_columns(src.add(p), channel).into_iter().enumerate() {
-                    column.store(out.add((p + i) * row + c));
-                }
-            }
-        }
-        for c in 0..channels {
-            for p in (if c < whole_c { whole_p } else { 0 })..positions {
-                *out.add(p * row + c) = *src.add(c * channel + p);
-            }
         }
     }
 }

@@ -15,6 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::cpu::gemm::{self, Layer};
 use crate::cpu::isa::{Isa, Supported};
 pub(crate) use crate::cpu::norm::Moments;
+use crate::cpu::pack::Unpacked;
 use crate::cpu::threads::CpuDevice;
 pub(crate) use crate::cpu::train::sweep::Reduce;
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Sweep};
@@ -27,7 +28,7 @@ use crate::layer::Pointwise;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
-use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need, turned};
+use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Why a parameter is a slice.
@@ -441,7 +442,7 @@ impl Training<'_> {
         values: &mut [f32],
     ) -> Result<()> {
         let lowered = Lowered {
-            weight: self.layer.weight.as_slice().expect(CONTIGUOUS).to_vec(),
+            weight: Vec::new(),
             bias: vec![0.0; self.shape.c_out],
             source_steps: source_chain.source_steps(),
             steps: Vec::new(),
@@ -456,8 +457,7 @@ impl Training<'_> {
             norm_over_all: false,
             ..self.shape.clone()
         };
-        let layer =
-            Layer::new(self.device, &shape, lowered, DType::F32, &PrepareOptions::default())?;
+        let layer = self.product(&shape, self.weight(), lowered)?;
         // The channels that are convolved.
         let convolved = match &self.shape.partial {
             Some(range) => (range.start, range.end),
@@ -491,6 +491,17 @@ impl Training<'_> {
         Ok(())
     }
 
+    fn weight(&self) -> Unpacked<'_> {
+        let weight = self.layer.weight.as_slice().expect(CONTIGUOUS);
+        Unpacked::new(weight, self.shape.groups, self.shape.k())
+    }
+
+    /// A layer of inference that multiplies by a weight.
+    fn product(&self, shape: &LayerShape, weight: Unpacked<'_>, lowered: Lowered) -> Result<Layer> {
+        let options = PrepareOptions::default();
+        Layer::of_weight(self.device, shape, weight, lowered, DType::F32, &options)
+    }
+
     /// The gradient by the convolution's input: the transposed weight.
     fn multiply_back(
         &self,
@@ -500,11 +511,8 @@ impl Training<'_> {
         into: Target<'_, '_>,
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
-        let (k, rows) = (c_in / groups, c_out / groups);
-        let weight = self.layer.weight.as_slice().expect(CONTIGUOUS);
-        let turned = turned(weight, groups, rows, k);
         let lowered = Lowered {
-            weight: turned,
+            weight: Vec::new(),
             bias: vec![0.0; c_in],
             source_steps: Vec::new(),
             steps: Vec::new(),
@@ -523,8 +531,7 @@ impl Training<'_> {
             gate: false,
             norm_over_all: false,
         };
-        let layer =
-            Layer::new(self.device, &shape, lowered, DType::F32, &PrepareOptions::default())?;
+        let layer = self.product(&shape, self.weight().transposed(), lowered)?;
         let rank = MAX_RANK;
         let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
         let (to_shape, mut to_strides) = contiguous(problem, rank, c_in, axis);

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use crate::cpu::isa::Supported;
 use crate::cpu::norm::Moments;
 use crate::cpu::runs;
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::threads::{self, CpuDevice};
 use crate::cpu::train::fused;
 use crate::cpu::train::lanes::{self, LineMoments, Per, Sums};
 use crate::cpu::train::view::{At, View};
@@ -149,10 +149,7 @@ thread_local! {
 }
 
 fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
-    SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
-        Ok(mut scratch) => f(&mut scratch),
-        Err(_) => f(&mut Scratch::default()),
-    })
+    threads::with_scratch(&SCRATCH, f)
 }
 
 fn slot(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {

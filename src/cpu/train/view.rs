@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::cpu::isa::Supported;
-use crate::cpu::train::lanes;
+use crate::cpu::runs;
 use crate::cpu::train::sweep::Axis;
 use crate::problem::{Operand, Positions};
 use crate::train::Accumulate;
@@ -108,30 +108,49 @@ impl<'a> View<'a> {
             if lo >= hi {
                 continue;
             }
-            let mut q = 0;
-            for (offset, stride, len) in part.walk.runs(positions.start, positions.len()) {
-                let to = &mut out[q * line + first..];
-                q += len;
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let from = part.ptr.offset(offset);
-                    if part.channel == 1 && self.map.is_none() {
-                        let from = from.add(lo);
-                        for i in 0..len {
-                            let to = to[i * line..][..hi - lo].as_mut_ptr();
+            let runs = |from: usize, len: usize| part.walk.runs(positions.start + from, len);
+            let adjoining = runs(0, 1).next().is_some_and(|(_, stride, _)| stride == 1);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if part.channel == 1 && self.map.is_none() {
+                    let mut lines = out[first..].chunks_mut(line);
+                    for (offset, stride, len) in runs(0, positions.len()) {
+                        let from = part.ptr.offset(offset).add(lo);
+                        for (i, to) in lines.by_ref().take(len).enumerate() {
                             let from = from.offset(i as isize * stride);
-                            from.copy_to_nonoverlapping(to, hi - lo);
+                            from.copy_to_nonoverlapping(to[..hi - lo].as_mut_ptr(), hi - lo);
                         }
-                    } else if stride == 1 && part.channel > 0 && self.map.is_none() {
-                        let from = from.offset(lo as isize * part.channel);
-                        let channel = part.channel as usize;
-                        lanes::turn(isa, from, channel, hi - lo, len, line, to);
-                    } else {
-                        for row in lo..hi {
-                            let from = from.offset(self.channel(row) * part.channel);
-                            for i in 0..len {
-                                to[i * line + row - lo] = *from.offset(i as isize * stride);
+                    }
+                } else if adjoining && part.channel > 0 && self.map.is_none() {
+                    let (channel, mut q) = (part.channel as usize, 0);
+                    for (offset, _, len) in runs(0, positions.len()) {
+                        let from = part.ptr.offset(offset + lo as isize * part.channel);
+                        let to = &mut out[q * line + first..];
+                        runs::turn(isa, from, channel, hi - lo, len, line, to);
+                        q += len;
+                    }
+                } else {
+                    // Made contiguous first: lines are far apart, and written in whole vectors.
+                    const ROWS: usize = 16;
+                    const POSITIONS: usize = 64;
+                    let mut block = [[0.0f32; POSITIONS]; ROWS];
+                    for q in (0..positions.len()).step_by(POSITIONS) {
+                        let count = POSITIONS.min(positions.len() - q);
+                        for low in (lo..hi).step_by(ROWS) {
+                            let high = hi.min(low + ROWS);
+                            for (row, values) in (low..high).zip(&mut block) {
+                                let from = part.ptr.offset(self.channel(row) * part.channel);
+                                let mut values = values.iter_mut();
+                                for (offset, stride, len) in runs(q, count) {
+                                    let from = from.offset(offset);
+                                    for (i, x) in values.by_ref().take(len).enumerate() {
+                                        *x = *from.offset(i as isize * stride);
+                                    }
+                                }
                             }
+                            let to = &mut out[q * line + first + low - lo..];
+                            let from = block.as_ptr().cast();
+                            runs::turn(isa, from, POSITIONS, high - low, count, line, to);
                         }
                     }
                 }

@@ -13,8 +13,8 @@ use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::microkernel::{Grid, Segment, Sizes, TermKind};
 use crate::cpu::pack::Buffer;
 use crate::cpu::plan::{Run, even, pieces_of};
+use crate::cpu::runs;
 use crate::cpu::threads::CpuDevice;
-use crate::cpu::train::lanes;
 use crate::cpu::train::view::View;
 use crate::epilogue::Step;
 use crate::train::Accumulate;
@@ -22,12 +22,14 @@ use crate::train::Accumulate;
 /// Values of a block of src, at most: half of a common L2.
 const BLOCK_VALUES: usize = 128 << 10;
 /// Positions of a block, and input channels that are multiplied at a time.
-const MOST_POSITIONS: usize = 256;
+const MOST_POSITIONS: usize = 512;
 const MOST_CHANNELS: usize = BLOCK_VALUES / MOST_POSITIONS;
 /// Values of all parts of a sum that is split.
 const PARTS_VALUES: usize = 2 << 20;
-/// Units that rows and parts of a sum should make.
+/// Units that rows and parts of a sum should make, if there are so many rows.
 const UNITS: usize = 16;
+/// The same for each thread, if there are several.
+const UNITS_PER_THREAD: usize = 4;
 /// Tiles of rows of a copy of the gradient.
 const TURNED_TILES: usize = 8;
 /// Rows that are worth a unit of their own, which packs src again.
@@ -102,13 +104,24 @@ impl Wgrad<'_> {
         }
     }
 
-    /// Parts of the sum, and ranges that a group's rows are cut into.
+    /// Parts of the sum, which depend on the problem alone, and ranges that a group's rows are cut
+    /// into: each packs src again, so that there are no more than the threads need.
     fn cut(&self) -> (usize, usize) {
         let blocks = self.positions.div_ceil(self.block()).max(1);
         let ranges = (self.rows / self.groups).div_ceil(UNIT_ROWS).min(UNITS);
         let parts = UNITS.div_ceil(ranges * self.groups);
         let most = PARTS_VALUES / (self.rows * self.k);
-        (parts.min(most).min(blocks).max(1), ranges)
+        let parts = parts.min(most).min(blocks).max(1);
+        let wanted = match self.device.threads_for(self.work()) {
+            1 => 1,
+            threads => (threads * UNITS_PER_THREAD).div_ceil(parts * self.groups),
+        };
+        (parts, ranges.min(wanted))
+    }
+
+    /// Multiply-accumulates.
+    fn work(&self) -> usize {
+        (self.rows * self.k).saturating_mul(self.positions)
     }
 
     /// Computes the gradient into `out [rows, k]`.
@@ -134,9 +147,8 @@ impl Wgrad<'_> {
         let to = Out(to);
         let add = parts == 1 && accumulate == Accumulate::Add;
         let units = parts * self.groups * ranges;
-        let work = len.saturating_mul(self.positions);
         let blocks = self.positions.div_ceil(self.block());
-        self.device.for_each(units, work, &|unit| {
+        self.device.for_each(units, self.work(), &|unit| {
             let to = &to;
             let (part, rest) = (unit / (self.groups * ranges), unit % (self.groups * ranges));
             let (group, range) = (rest / ranges, rest % ranges);
@@ -310,7 +322,7 @@ impl Wgrad<'_> {
         // SAFETY: the caller's promise; positions are neighbours.
         unsafe {
             let stride = row_stride as usize;
-            lanes::turn(self.isa, from, stride, rows, block.len(), line, out);
+            runs::turn(self.isa, from, stride, rows, block.len(), line, out);
         }
         (out.as_ptr(), line as isize)
     }

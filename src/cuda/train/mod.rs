@@ -25,7 +25,7 @@ use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Operands, Problem};
 use crate::stages::Stage;
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product};
-use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need, turned};
+use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Why a parameter is a slice.
@@ -581,6 +581,27 @@ fn bare(weight: Vec<f32>, rows: usize, source_steps: Vec<SourceStep>) -> Lowered
         dst_map: None,
         residual_map: None,
     }
+}
+
+/// Each group's `[rows, k]` as `[k, rows]`.
+fn turned(weight: &[f32], groups: usize, rows: usize, k: usize) -> Vec<f32> {
+    // Squares, so that the lines of both are used whole.
+    const SIDE: usize = 16;
+    let mut turned = vec![0.0f32; weight.len()];
+    for group in 0..groups {
+        let range = group * rows * k..(group + 1) * rows * k;
+        let (from, to) = (&weight[range.clone()], &mut turned[range]);
+        for first_row in (0..rows).step_by(SIDE) {
+            for first in (0..k).step_by(SIDE) {
+                for i in first..k.min(first + SIDE) {
+                    for row in first_row..rows.min(first_row + SIDE) {
+                        to[i * rows + row] = from[row * k + i];
+                    }
+                }
+            }
+        }
+    }
+    turned
 }
 
 /// A chain of nothing.

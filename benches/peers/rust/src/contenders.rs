@@ -4,7 +4,10 @@
 use candle_core::{Device as CandleDevice, Tensor};
 use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView4, ArrayViewMut4};
-use pointwise::{Activation, Device, Pointwise, Prepared, nhwc, nhwc_mut};
+use pointwise::{
+    Activation, Device, Element, Pointwise, PrepareOptions, Quantization, Quantized, bf16, nhwc,
+    nhwc_mut,
+};
 use rayon::prelude::*;
 
 use crate::Result;
@@ -30,13 +33,13 @@ const KINDS: [Kind; 5] = [
         name: "pointwise-nchw",
         layout: "nchw",
         version: "pointwise",
-        load: |layer, inputs, threads| Ok(Box::new(Ours::new(layer, inputs, threads, false)?)),
+        load: |layer, inputs, threads| ours(layer, inputs, threads, false),
     },
     Kind {
         name: "pointwise-nhwc",
         layout: "nhwc",
         version: "pointwise",
-        load: |layer, inputs, threads| Ok(Box::new(Ours::new(layer, inputs, threads, true)?)),
+        load: |layer, inputs, threads| ours(layer, inputs, threads, true),
     },
     Kind {
         name: "gemm",
@@ -68,50 +71,94 @@ pub fn find(name: &str) -> Result<&'static Kind> {
     kind.ok_or_else(|| format!("no contender {name}, there are {}", names()).into())
 }
 
-/// This repository's crate.
-struct Ours {
+/// This repository's crate, on tensors of `T`.
+struct Ours<T> {
     layer: Layer,
-    prepared: Prepared,
-    src: Buffer,
-    dst: Buffer,
+    prepared: Ready<T>,
+    src: Buffer<T>,
+    dst: Buffer<T>,
     last: bool,
 }
 
-impl Ours {
-    fn new(layer: Layer, inputs: Inputs, threads: usize, last: bool) -> Result<Self> {
-        let columns = layer.c_in / layer.groups;
-        let weight = Array2::from_shape_vec((layer.c_out, columns), inputs.weight)?;
-        let mut description =
-            Pointwise::new(weight).groups(layer.groups).stride(layer.stride).bias(inputs.bias);
-        if layer.relu {
-            description = description.activation(Activation::Relu);
-        }
-        let prepared = description.prepare(&Device::cpu().threads(threads))?;
-        let src = if last { inputs.nhwc } else { inputs.nchw };
-        let dst = Buffer::new(layer.dst_len(), inputs.offset);
-        Ok(Ours { layer, prepared, src, dst, last })
-    }
+/// Runs a prepared layer.
+type Ready<T> = Box<dyn Fn(ArrayView4<'_, T>, ArrayViewMut4<'_, T>) -> pointwise::Result<()>>;
+
+fn ours(layer: Layer, inputs: Inputs, threads: usize, last: bool) -> Result<Box<dyn Contender>> {
+    let device = Device::cpu().threads(threads);
+    Ok(match inputs.dtype.as_str() {
+        "int8" => Box::new(integers(layer, inputs, &device, last)?),
+        "bf16" => Box::new(real::<bf16>(layer, inputs, &device, last)?),
+        _ => Box::new(real::<f32>(layer, inputs, &device, last)?),
+    })
 }
 
-impl Contender for Ours {
+fn real<T: Element>(layer: Layer, inputs: Inputs, device: &Device, last: bool) -> Result<Ours<T>> {
+    let columns = layer.c_in / layer.groups;
+    let weight = Array2::from_shape_vec((layer.c_out, columns), inputs.weight)?;
+    let mut description =
+        Pointwise::new(weight).groups(layer.groups).stride(layer.stride).bias(inputs.bias);
+    if layer.relu {
+        description = description.activation(Activation::Relu);
+    }
+    let prepared = description.prepare_as::<T>(device, PrepareOptions::default())?;
+    let src = if last { &inputs.nhwc } else { &inputs.nchw };
+    Ok(Ours {
+        layer,
+        prepared: Box::new(move |src, mut dst| prepared.forward_into(&src, &mut dst)),
+        src: Buffer::of(src, inputs.offset, T::from_f32),
+        dst: Buffer::new(layer.dst_len(), inputs.offset, T::from_f32(f32::NAN)),
+        last,
+    })
+}
+
+fn integers(layer: Layer, inputs: Inputs, device: &Device, last: bool) -> Result<Ours<u8>> {
+    let &[src_scale, src_zero, dst_scale, dst_zero, ref weight_scale @ ..] =
+        inputs.quantization.as_slice()
+    else {
+        return Err("no quantization".into());
+    };
+    let columns = layer.c_in / layer.groups;
+    let weight = Array2::from_shape_vec((layer.c_out, columns), inputs.weight)?;
+    let bias: Vec<i32> = inputs.bias.iter().map(|&bias| bias as i32).collect();
+    let src = Quantization::u8(src_scale, src_zero as i32);
+    let mut description = Quantized::new(weight.mapv(|w| w as i8), weight_scale.to_vec(), src)
+        .bias(bias)
+        .groups(layer.groups)
+        .stride(layer.stride)
+        .dst(Quantization::u8(dst_scale, dst_zero as i32));
+    if layer.relu {
+        description = description.relu();
+    }
+    let prepared = description.prepare(device)?;
+    let src = if last { &inputs.nhwc } else { &inputs.nchw };
+    Ok(Ours {
+        layer,
+        prepared: Box::new(move |src, mut dst| prepared.forward_into(&src, &mut dst)),
+        src: Buffer::of(src, inputs.offset, |x| x as u8),
+        dst: Buffer::new(layer.dst_len(), inputs.offset, 255),
+        last,
+    })
+}
+
+impl<T: Copy + Into<f32>> Contender for Ours<T> {
     fn call(&mut self) -> Result<()> {
         let Layer { n, c_in, c_out, h, w, .. } = self.layer;
         let (oh, ow) = self.layer.out();
         let (src, dst) = (self.src.get(), self.dst.get_mut());
         if self.last {
             let src = nhwc(ArrayView4::from_shape((n, h, w, c_in), src)?);
-            let mut dst = nhwc_mut(ArrayViewMut4::from_shape((n, oh, ow, c_out), dst)?);
-            self.prepared.forward_into(&src, &mut dst)?;
+            let dst = nhwc_mut(ArrayViewMut4::from_shape((n, oh, ow, c_out), dst)?);
+            (self.prepared)(src, dst)?;
         } else {
             let src = ArrayView4::from_shape((n, c_in, h, w), src)?;
-            let mut dst = ArrayViewMut4::from_shape((n, c_out, oh, ow), dst)?;
-            self.prepared.forward_into(&src, &mut dst)?;
+            let dst = ArrayViewMut4::from_shape((n, c_out, oh, ow), dst)?;
+            (self.prepared)(src, dst)?;
         }
         Ok(())
     }
 
     fn dst(&self) -> Result<Vec<f32>> {
-        Ok(self.dst.get().to_vec())
+        Ok(self.dst.get().iter().map(|&x| x.into()).collect())
     }
 }
 
@@ -182,10 +229,10 @@ impl Product {
             threads,
             multiply,
             src: inputs.nchw,
-            gathered: Buffer::new(kept, inputs.offset),
+            gathered: Buffer::new(kept, inputs.offset, f32::NAN),
             weight: inputs.weight,
             bias: inputs.bias,
-            dst: Buffer::new(layer.dst_len(), inputs.offset),
+            dst: Buffer::new(layer.dst_len(), inputs.offset, f32::NAN),
         }
     }
 }

@@ -68,10 +68,14 @@ pub struct Inputs {
     pub bias: Vec<f32>,
     /// Where every buffer starts: see [`Buffer`].
     pub offset: usize,
+    /// `f32`, `bf16` or `int8`.
+    pub dtype: String,
+    /// Of int8: scale and zero point of src, of dst, then a scale per output channel.
+    pub quantization: Vec<f32>,
 }
 
 impl Inputs {
-    pub fn read(layer: &Layer, dir: &Path, offset: usize) -> Result<Inputs> {
+    pub fn read(layer: &Layer, dir: &Path, offset: usize, dtype: &str) -> Result<Inputs> {
         let values = |name: &str, len: usize| -> Result<Vec<f32>> {
             let path = dir.join(name);
             let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -84,7 +88,7 @@ impl Inputs {
             Ok(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
         };
         let buffer = |name| -> Result<Buffer> {
-            let mut buffer = Buffer::new(layer.src_len(), offset);
+            let mut buffer = Buffer::new(layer.src_len(), offset, f32::NAN);
             buffer.get_mut().copy_from_slice(&values(name, layer.src_len())?);
             Ok(buffer)
         };
@@ -94,31 +98,43 @@ impl Inputs {
             weight: values("weight.f32", layer.c_out * layer.c_in / layer.groups)?,
             bias: values("bias.f32", layer.c_out)?,
             offset,
+            dtype: dtype.to_owned(),
+            quantization: match dtype {
+                "int8" => values("quantization.f32", 4 + layer.c_out)?,
+                _ => Vec::new(),
+            },
         })
     }
 }
 
 /// Values that start `offset` bytes past a boundary of 64, so that no contender owes its speed to
 /// where malloc put its arrays.
-pub struct Buffer {
-    values: Vec<f32>,
+pub struct Buffer<T = f32> {
+    values: Vec<T>,
     start: usize,
     len: usize,
 }
 
-impl Buffer {
-    /// NaN, until somebody writes to it.
-    pub fn new(len: usize, offset: usize) -> Buffer {
-        let values = vec![f32::NAN; len + 32];
-        let start = values.as_ptr().align_offset(64) + offset / 4;
+impl<T: Copy> Buffer<T> {
+    /// `blank`, until somebody writes to it.
+    pub fn new(len: usize, offset: usize, blank: T) -> Self {
+        let values = vec![blank; len + 128];
+        let start = values.as_ptr().align_offset(64) + offset / size_of::<T>();
         Buffer { values, start, len }
     }
 
-    pub fn get(&self) -> &[f32] {
+    /// Of other values.
+    pub fn of(values: &Buffer, offset: usize, f: impl Fn(f32) -> T) -> Self {
+        let mut buffer = Buffer::new(values.len, offset, f(0.0));
+        buffer.get_mut().iter_mut().zip(values.get()).for_each(|(x, &y)| *x = f(y));
+        buffer
+    }
+
+    pub fn get(&self) -> &[T] {
         &self.values[self.start..][..self.len]
     }
 
-    pub fn get_mut(&mut self) -> &mut [f32] {
+    pub fn get_mut(&mut self) -> &mut [T] {
         &mut self.values[self.start..][..self.len]
     }
 }

@@ -1,8 +1,8 @@
 //! A worker process of the comparison: one contender, driven by lines on stdin (see
 //! `../worker.py`, which speaks the same protocol for Python libraries).
 //!
-//! `pointwise-peers CONTENDER THREADS OFFSET` greets with `hello LAYOUT VERSION`, then answers
-//! `load LAYER… DIR`, `result FILE` and `time SECONDS` until stdin ends. `pointwise-peers peak THREADS 0`
+//! `pointwise-peers CONTENDER THREADS OFFSET DTYPE` greets with `hello LAYOUT VERSION`, then answers
+//! `load LAYER… DIR`, `result FILE` and `time SECONDS` until stdin ends. `pointwise-peers peak THREADS 0 f32`
 //! is no contender: it answers each line with the machine's FMA peak at that moment, in flop/s.
 
 mod contenders;
@@ -20,8 +20,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let [name, threads, offset] = args.as_slice() else {
-        return Err("usage: pointwise-peers CONTENDER THREADS OFFSET".into());
+    let [name, threads, offset, dtype] = args.as_slice() else {
+        return Err("usage: pointwise-peers CONTENDER THREADS OFFSET DTYPE".into());
     };
     let (threads, offset) = (threads.parse()?, offset.parse()?);
     if name == "peak" {
@@ -42,6 +42,7 @@ fn main() -> Result<()> {
             &mut loaded,
             |layer, inputs| (kind.load)(layer, inputs, threads),
             offset,
+            dtype,
         ) {
             Ok(text) => reply(&text)?,
             Err(error) => reply(&format!("error {}", error.to_string().replace('\n', " ")))?,
@@ -61,13 +62,14 @@ fn answer(
     loaded: &mut Option<Box<dyn Contender>>,
     load: impl Fn(Layer, Inputs) -> Result<Box<dyn Contender>>,
     offset: usize,
+    dtype: &str,
 ) -> Result<String> {
     let (verb, rest) = line.split_once(' ').ok_or_else(|| format!("not a request: {line}"))?;
     if verb == "load" {
         // The previous layer's memory goes first: batches are large.
         *loaded = None;
         let (layer, dir) = Layer::parse(rest)?;
-        *loaded = Some(load(layer, Inputs::read(&layer, dir.as_ref(), offset)?)?);
+        *loaded = Some(load(layer, Inputs::read(&layer, dir.as_ref(), offset, dtype)?)?);
         return Ok("ready".into());
     }
     let contender = loaded.as_mut().ok_or("no layer is loaded")?;
