@@ -89,8 +89,10 @@ struct Fault {
 ///   graph has memory nodes for what blocks leave for one another, with which CUDA lets a graph be
 ///   instantiated once at a time, and not be cloned. It has none if the call is given
 ///   [`scratch`](crate::Call::scratch), unless a concatenation has more than 16 sources.
-/// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
-///   captured calls until the graph is destroyed and its last run is done.
+/// - A graph keeps neither weights nor tensors alive. Keep the layer, not [updated], and every
+///   tensor of the captured calls until the graph is destroyed and its last run is done.
+///
+///   [updated]: crate::Prepared::update
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
 ///   to be waited for, and make the capture fail ([`Error::Cuda`] with code 905).
 /// - While the stream is being captured, neither drop tensors or layers of it, nor copy to the host

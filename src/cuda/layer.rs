@@ -78,6 +78,12 @@ impl Layer {
         Ok(Layer { device: device.clone(), weights, ..*self })
     }
 
+    /// Whether its calls run on this handle's stream.
+    pub(crate) fn is_on(&self, device: &CudaDevice) -> bool {
+        let stream = |device: &CudaDevice| device.stream().cu_stream();
+        device.ordinal() == self.device.ordinal() && stream(device) == stream(&self.device)
+    }
+
     pub(crate) fn device(&self) -> &CudaDevice {
         &self.device
     }

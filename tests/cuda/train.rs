@@ -3,7 +3,8 @@
 use ndarray::{Array2, ArrayD, IxDyn};
 use pointwise::train::{Accumulate, Options, Params, Statistics};
 use pointwise::{
-    Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise, Stage,
+    Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
+    Sequence, Stage,
 };
 
 use super::fixtures::Fixtures;
@@ -21,6 +22,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_keeps_variances_of_large_means", large_means),
     ("training_keeps_what_its_workspace_says", workspaces),
     ("training_refuses_what_it_has_not", refusals),
+    ("training_updates_a_prepared_layer_while_it_runs", updates),
 ];
 
 fn has_layer_norm(layer: &Pointwise) -> bool {
@@ -264,5 +266,57 @@ fn refusals(device: &CudaDevice) -> Outcome {
     let (exact, _workspace) = Params::new(&layer, &on)?.forward(&src)?;
     let err = (&dst - &exact).iter().fold(0.0f32, |a, &x| a.max(x.abs()));
     assert!(err <= 2e-2, "{err}");
+    Ok(())
+}
+
+fn updates(device: &CudaDevice) -> Outcome {
+    let layer =
+        Pointwise::new(weight(24, 20)).bias(vector(24, 2)).batch_norm(norm(24)).residual().relu();
+    let plain = Pointwise::new(weight(24, 20)).bias(vector(24, 2)).batch_norm(norm(24)).relu();
+    for (layer, residual) in [(layer, true), (plain, false)] {
+        let mut params = Params::new(&layer, &device.clone().into())?;
+        let prepared = params.prepare()?;
+        let clone = prepared.clone();
+        let elsewhere = prepared.on(&device.with_new_stream()?)?;
+        let src = CudaTensor::from_host(device, random(&[3, 20, 7, 5], 1).view())?;
+        let second = CudaTensor::from_host(device, random(&[3, 24, 7, 5], 2).view())?;
+        let run = |layer: &pointwise::Prepared| match residual {
+            true => layer.call(&src).residual(&second).run(),
+            false => layer.forward(&src),
+        };
+        let before = run(&prepared)?.to_host()?;
+        params.visit_mut(|name, _, values| {
+            if name == "bn.running_mean" || name == "weight" {
+                values.iter_mut().for_each(|x| *x = 0.5 * *x - 0.1);
+            }
+        });
+        let after = run(&params.prepare()?)?.to_host()?;
+        assert!(before != after);
+        let queued = run(&prepared)?;
+        std::thread::scope(|scope| {
+            let runs = scope.spawn(|| {
+                (0..40).all(|_| {
+                    let dst = run(&clone).unwrap().to_host().unwrap();
+                    dst == before || dst == after
+                })
+            });
+            for _ in 0..8 {
+                prepared.update(&params).unwrap();
+            }
+            assert!(runs.join().unwrap(), "a call mixed old and new parameters");
+        });
+        assert!(queued.to_host()? == before, "a call in flight ends as it began");
+        assert!(run(&clone)?.to_host()? == after);
+        assert!(run(&elsewhere)?.to_host()? == before, "a handle for another stream");
+        if !residual {
+            let sequence = Sequence::new(vec![prepared.clone()])?;
+            params.visit_mut(|_, _, values| values.iter_mut().for_each(|x| *x = 0.75 * x.abs()));
+            prepared.update(&params)?;
+            let dst = sequence.forward(&src)?.to_host()?;
+            assert!(dst == run(&params.prepare()?)?.to_host()? && dst != after, "a sequence");
+        }
+        let other = Params::new(&Pointwise::new(weight(6, 4)), &device.clone().into())?;
+        assert!(matches!(prepared.update(&other).unwrap_err(), Error::Shape { .. }));
+    }
     Ok(())
 }
