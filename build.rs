@@ -135,34 +135,52 @@ mod cuda {
             let numbers: Option<Vec<u32>> =
                 list.split(',').map(|number| number.trim().parse().ok()).collect();
             let numbers = numbers.unwrap_or_default();
-            for (layout, channels_fast) in [("nchw", false), ("nhwc", true)] {
-                let (family, isa, c, positions, depth, slow, fast, blocks, shared) =
-                    match (family, numbers.as_slice()) {
-                        ("PW_FPROP_F32_SIMT", &[c, positions, depth, slow, fast, blocks]) => {
-                            ("Simt", "f32_simt", c, positions, depth, slow, fast, blocks, 0)
+            // What a name begins with, its family and dtype.
+            let simt = |dtype: &str| format!("{}_simt", dtype.to_lowercase());
+            let kinds: Vec<(String, &str, &str)> = match family {
+                "PW_FPROP_F32_SIMT" => vec![(simt("F32"), "Simt", "F32")],
+                "PW_FPROP_16BIT_SIMT" => ["F16", "Bf16"].map(|d| (simt(d), "Simt", d)).into(),
+                "PW_FPROP_TF32_MMA" => vec![("tf32_sm80".into(), "Tf32", "F32")],
+                "PW_FPROP_F32_MMA" => vec![("f32_sm80".into(), "Tf32x3", "F32")],
+                "PW_FPROP_16BIT_MMA" => {
+                    vec![("f16_sm80".into(), "Pairs", "F16"), ("bf16_sm80".into(), "Pairs", "Bf16")]
+                }
+                "PW_FPROP_F16_MMA_SM75" => vec![("f16_sm75".into(), "PairsSm75", "F16")],
+                _ => fail(&format!("kernels/kernels.def: not understood: {line}")),
+            };
+            for ((isa, family, dtype), (layout, channels_fast)) in kinds
+                .iter()
+                .flat_map(|kind| [("nchw", false), ("nhwc", true)].map(|layout| (kind, layout)))
+            {
+                let (c, positions, depth, slow, fast, vector, blocks, shared) =
+                    match *numbers.as_slice() {
+                        [c, positions, depth, slow, fast, blocks] => {
+                            (c, positions, depth, slow, fast, 4, blocks, 0)
                         }
-                        (
-                            "PW_FPROP_TF32_MMA" | "PW_FPROP_F32_MMA",
-                            &[c, positions, depth, warp_c, warp_positions, _, blocks, shared],
-                        ) => {
-                            // A warp's 32 lanes are 8 along the channels and 4 along the positions.
+                        [c, positions, depth, first, second, _, blocks, shared] => {
+                            // A warp's part: of 16-bit kernels along the slow and the fast axis,
+                            // of others along rows and positions.
+                            let half = *dtype != "F32";
+                            let (warp_slow, warp_fast) = match channels_fast && !half {
+                                true => (second, first),
+                                false => (first, second),
+                            };
+                            // Its 32 lanes are 8 along the channels and 4 along the positions.
                             let (slow, fast) = match channels_fast {
-                                true => (warp_positions / 4, warp_c / 8),
-                                false => (warp_c / 8, warp_positions / 4),
+                                true => (warp_slow / 4, warp_fast / 8),
+                                false => (warp_slow / 8, warp_fast / 4),
                             };
-                            let (name, isa) = match family {
-                                "PW_FPROP_TF32_MMA" => ("Tf32", "tf32_sm80"),
-                                _ => ("Tf32x3", "f32_sm80"),
-                            };
-                            (name, isa, c, positions, depth, slow, fast, blocks, shared)
+                            let vector = if half { (warp_fast / 8).min(8) } else { 4 };
+                            (c, positions, depth, slow, fast, vector, blocks, shared)
                         }
                         _ => fail(&format!("kernels/kernels.def: not understood: {line}")),
                     };
                 let threads = c * positions / (slow * fast);
                 rows += &format!(
                     "    Kernel {{ name: \"fprop_{isa}_{c}x{positions}x{depth}_{layout}\", \
-                     family: Family::{family}, rows: {c}, positions: {positions}, depth: {depth}, \
-                     slow: {slow}, fast: {fast}, threads: {threads}, blocks_per_sm: {blocks}, \
+                     family: Family::{family}, dtype: DType::{dtype}, rows: {c}, \
+                     positions: {positions}, depth: {depth}, slow: {slow}, fast: {fast}, \
+                     vector: {vector}, threads: {threads}, blocks_per_sm: {blocks}, \
                      shared_bytes: {shared}, channels_fast: {channels_fast} }},\n"
                 );
             }

@@ -1,9 +1,10 @@
 //! Times every layer of `layers.csv` on a GPU, in both layouts, and prints CSV. `peers/gpu.py`
 //! times PyTorch in the same way.
 //!
-//! `cargo bench --features cuda --bench gpu -- [--batch N] [--only TEXT] [--chosen] [--tf32]`.
+//! `cargo bench --features cuda --bench gpu -- [--batch N] [--only TEXT] [--chosen] [--tf32]
+//! [--dtype f32|f16|bf16]`.
 //! Each kernel's result is verified against the CPU's before it is timed; `--chosen` times only the
-//! kernel that the planner takes, `--tf32` allows those on tensor cores. Times are the GPU's own, between events, and L2 is flushed before each call.
+//! kernel that the planner takes, `--tf32` allows those on tensor cores for tensors of f32, and `--dtype` says what tensors hold. Times are the GPU's own, between events, and L2 is flushed before each call.
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -11,7 +12,10 @@ use std::process::ExitCode;
 use ndarray::{Array4, ArrayD};
 use pointwise::cudarc::driver::{CudaEvent, DriverError, result, sys};
 use pointwise::init::{Init, bias};
-use pointwise::{CudaDevice, CudaTensor, Device, Layout, Math, Pointwise, PrepareOptions, nhwc};
+use pointwise::{
+    CudaDevice, CudaTensor, DType, Device, DeviceElement, Element, Layout, Math, Pointwise,
+    PrepareOptions, bf16, f16, nhwc,
+};
 
 /// A product large and square enough that only arithmetic counts.
 const SQUARE: &str = "square,4096,1,4096,4096,64,64,1,1,none";
@@ -43,6 +47,12 @@ fn run() -> Outcome<bool> {
         true => Math::Tf32,
         false => Math::F32,
     };
+    let dtype: DType = option("--dtype").map_or(Ok(DType::F32), |name| name.parse())?;
+    let measure = match dtype {
+        DType::F16 => layer::<f16>,
+        DType::Bf16 => layer::<bf16>,
+        _ => layer::<f32>,
+    };
     let timer = Timer::new(&CudaDevice::open(0)?)?;
     eprintln!("{}, an empty call takes {:.2} us", timer.device, timer.time(|| Ok(()))?.0);
 
@@ -52,7 +62,7 @@ fn run() -> Outcome<bool> {
     let mut all_right = true;
     for line in include_str!("layers.csv").lines().skip(1).chain([SQUARE]) {
         if line.contains(&only)
-            && let Err(error) = layer(line, batch, chosen, math, &timer)
+            && let Err(error) = measure(line, batch, chosen, math, &timer)
         {
             eprintln!("{line}: {error}");
             all_right = false;
@@ -61,7 +71,13 @@ fn run() -> Outcome<bool> {
     Ok(all_right)
 }
 
-fn layer(line: &str, batch: usize, chosen: bool, math: Math, timer: &Timer) -> Outcome {
+fn layer<T: Element + DeviceElement>(
+    line: &str,
+    batch: usize,
+    chosen: bool,
+    math: Math,
+    timer: &Timer,
+) -> Outcome {
     let fields: Vec<_> = line.split(',').collect();
     let [model, name, sizes @ .., act] = fields.as_slice() else {
         return Err("not a layer".into());
@@ -71,7 +87,8 @@ fn layer(line: &str, batch: usize, chosen: bool, math: Math, timer: &Timer) -> O
         return Err("not a layer".into());
     };
     let n = if *model == "square" { 1 } else { batch };
-    let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?;
+    let nearest = |x: f32| T::from_f32(x).to_f32();
+    let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?.mapv(nearest);
     let mut layer = Pointwise::new(weight).groups(groups).stride(stride);
     layer = layer.bias(bias(c_out, c_in / groups, 2)?);
     if *act == "relu" {
@@ -80,7 +97,7 @@ fn layer(line: &str, batch: usize, chosen: bool, math: Math, timer: &Timer) -> O
     let mut state = 3u32;
     let last = Array4::from_shape_simple_fn((n, h, w, c_in), || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / 8_388_608.0 - 1.0
+        nearest((state >> 8) as f32 / 8_388_608.0 - 1.0)
     });
     let last = nhwc(last.view());
     let first = last.as_standard_layout();
@@ -90,28 +107,29 @@ fn layer(line: &str, batch: usize, chosen: bool, math: Math, timer: &Timer) -> O
 
     for (layout, src) in [("nchw", first.view()), ("nhwc", last)] {
         let expected = cpu.forward(&src)?.into_dyn();
-        let src = CudaTensor::from_host(&timer.device, src)?;
+        let src = CudaTensor::from_host(&timer.device, src.mapv(T::from_f32).view())?;
         let order = match layout {
             "nchw" => Layout::ChannelsFirst,
             _ => Layout::ChannelsLast,
         };
         let options = |kernel| PrepareOptions { math, kernel, ..PrepareOptions::default() };
-        let plans = layer.prepare_with(&gpu, options(None))?.plans_in(src.shape(), order)?;
+        let plans = layer.prepare_as::<T>(&gpu, options(None))?.plans_in(src.shape(), order)?;
         let limit = if chosen { 1 } else { plans.len() };
         for (rank, plan) in plans.iter().take(limit).enumerate() {
             // Some kernels run by name only; others not at all.
-            let prepared = match layer.prepare_with(&gpu, options(Some(plan.kernel.into()))) {
+            let prepared = match layer.prepare_as::<T>(&gpu, options(Some(plan.kernel.into()))) {
                 Err(pointwise::Error::Kernel { .. }) => continue,
                 prepared => prepared?,
             };
             let mut dst = prepared.forward(&src)?;
-            verify(&dst.to_host()?, &expected, math)
+            verify(&dst.to_host()?.mapv(T::to_f32), &expected, T::DTYPE, math)
                 .map_err(|why| format!("{}: {why}", plan.kernel))?;
             let (median, min) = timer.time(|| Ok(prepared.forward_into(&src, &mut dst)?))?;
-            let contender = match (rank, math) {
-                (0, Math::Tf32) => "pointwise_tf32",
-                (0, _) => "pointwise",
-                _ => "pointwise_forced",
+            let contender: String = match (rank, math) {
+                (0, Math::Tf32) if T::DTYPE == DType::F32 => "pointwise_tf32".into(),
+                (0, _) if T::DTYPE == DType::F32 => "pointwise".into(),
+                (0, _) => format!("pointwise_{}", T::DTYPE),
+                _ => "pointwise_forced".into(),
             };
             println!(
                 "{model},{name},{n},{c_in},{c_out},{h},{w},{stride},{groups},{act},{layout},\
@@ -124,7 +142,12 @@ fn layer(line: &str, batch: usize, chosen: bool, math: Math, timer: &Timer) -> O
     Ok(())
 }
 
-fn verify(got: &ArrayD<f32>, expected: &ArrayD<f32>, math: Math) -> Result<(), String> {
+fn verify(
+    got: &ArrayD<f32>,
+    expected: &ArrayD<f32>,
+    dtype: DType,
+    math: Math,
+) -> Result<(), String> {
     let layout = |array: &ArrayD<f32>| (array.shape().to_vec(), array.strides().to_vec());
     // Both follow the source, so memory can be compared as it lies.
     let (Some(values), Some(right)) =
@@ -137,7 +160,13 @@ fn verify(got: &ArrayD<f32>, expected: &ArrayD<f32>, math: Math) -> Result<(), S
     }
     // Results are of the size of 1/3; products of operands with 10 bits err by 2^-11 each.
     let tolerance = if math == Math::Tf32 { 2e-3 } else { 1e-4 };
-    let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= tolerance;
+    let unit = match dtype {
+        DType::F16 => 2f32.powi(-11),
+        DType::Bf16 => 2f32.powi(-8),
+        _ => 0.0,
+    };
+    let close =
+        |(got, expected): (&f32, &f32)| (got - expected).abs() <= tolerance + unit * expected.abs();
     match values.iter().zip(right).find(|&pair| !close(pair)) {
         Some((got, expected)) => Err(format!("{got}, expected {expected}")),
         None => Ok(()),

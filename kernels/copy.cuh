@@ -1,6 +1,7 @@
 // Channels that pass through: a copy between any two layouts, whole lines on both sides.
 #pragma once
 
+#include "elements.cuh"
 #include "params.h"
 #include "tiles.cuh"
 
@@ -8,9 +9,10 @@ constexpr int kCopyPositions = 64;
 constexpr int kCopyChannels = 32;
 constexpr int kCopyThreads = 256;
 
+template <class T>
 struct CopyShared {
-    // One column more than there are positions: reads and writes across then meet all banks.
-    float values[kCopyChannels][kCopyPositions + 1];
+    // One word more per row than there are positions: reads and writes across then meet all banks.
+    T values[kCopyChannels][kCopyPositions + 4 / sizeof(T)];
     PositionTable<kCopyPositions> at;
 };
 
@@ -30,7 +32,8 @@ __device__ void walk_tile(bool channels_fast, int channels, int columns, Move mo
     }
 }
 
-__device__ inline void copy_channels(const pw_fprop& p, CopyShared& shared, int64_t block) {
+template <class T>
+__device__ void copy_channels(const pw_fprop& p, CopyShared<T>& shared, int64_t block) {
     const pw_source& source = p.sources[0];
     const int64_t channel_tiles = (p.rows + kCopyChannels - 1) / kCopyChannels;
     const int64_t first = block / channel_tiles * kCopyPositions;
@@ -40,14 +43,14 @@ __device__ inline void copy_channels(const pw_fprop& p, CopyShared& shared, int6
     __syncthreads();
     const int columns = int(min(int64_t(kCopyPositions), p.positions - first));
     const int channels = int(min(int64_t(kCopyChannels), p.rows - channel));
-    const bool from_channels =
-        source.read == PW_READ_CHANNELS || source.read == PW_READ_CHANNELS_VEC4;
-    walk_tile(from_channels, channels, columns, [&](int c, int column) {
+    const T* const from = static_cast<const T*>(source.data);
+    T* const to = static_cast<T*>(p.dst);
+    walk_tile(reads_channels(source), channels, columns, [&](int c, int column) {
         shared.values[c][column] =
-            __ldg(source.data + (channel + c) * source.channel + shared.at.src[column]);
+            load_one(from + (channel + c) * source.channel + shared.at.src[column]);
     });
     __syncthreads();
     walk_tile(p.flags & PW_FLAG_CHANNELS_FAST, channels, columns, [&](int c, int column) {
-        p.dst[(channel + c) * p.dst_channel + shared.at.dst[column]] = shared.values[c][column];
+        to[(channel + c) * p.dst_channel + shared.at.dst[column]] = shared.values[c][column];
     });
 }

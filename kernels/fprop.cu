@@ -42,29 +42,42 @@ __device__ void fprop(const pw_fprop& p, Shared& shared) {
     TileWriter<Tile>(p, shared.tile, shared.at).write(acc);
 }
 
-#define PW_SIMT(layout, channels_fast, rows, positions, depth, slow, fast, blocks)               \
+#define PW_SIMT(dtype, element, layout, channels_fast, rows, positions, depth, slow, fast, blocks) \
     extern "C" __global__ void __launch_bounds__((rows) * (positions) / ((slow) * (fast)), blocks) \
-        fprop_f32_simt_##rows##x##positions##x##depth##_##layout(                                \
+        fprop_##dtype##_simt_##rows##x##positions##x##depth##_##layout(                          \
             const __grid_constant__ pw_fprop p) {                                                \
-        using Tile = SimtTile<rows, positions, depth, slow, fast, channels_fast>;                \
+        using Tile = SimtTile<element, rows, positions, depth, slow, fast, channels_fast>;       \
         __shared__ SimtShared<Tile> shared;                                                      \
         fprop<Tile>(p, shared);                                                                  \
     }
-#define PW_FPROP_F32_SIMT(...)          \
-    PW_SIMT(nchw, false, __VA_ARGS__)   \
-    PW_SIMT(nhwc, true, __VA_ARGS__)
+#define PW_FPROP_F32_SIMT(...)                      \
+    PW_SIMT(f32, float, nchw, false, __VA_ARGS__)   \
+    PW_SIMT(f32, float, nhwc, true, __VA_ARGS__)
+#define PW_FPROP_16BIT_SIMT(...)                  \
+    PW_SIMT(f16, f16, nchw, false, __VA_ARGS__)   \
+    PW_SIMT(f16, f16, nhwc, true, __VA_ARGS__)    \
+    PW_SIMT(bf16, bf16, nchw, false, __VA_ARGS__) \
+    PW_SIMT(bf16, bf16, nhwc, true, __VA_ARGS__)
 
-extern "C" __global__ void __launch_bounds__(kCopyThreads)
-    copy_f32_32x64(const __grid_constant__ pw_fprop p) {
-    __shared__ CopyShared shared;
-    copy_channels(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);
-}
+#define PW_COPY(dtype, element)                                                                  \
+    extern "C" __global__ void __launch_bounds__(kCopyThreads)                                   \
+        copy_##dtype##_32x64(const __grid_constant__ pw_fprop p) {                               \
+        __shared__ CopyShared<element> shared;                                                   \
+        copy_channels(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);                  \
+    }
+PW_COPY(f32, float)
+// Bits of any kind.
+PW_COPY(b16, f16)
 
-extern "C" __global__ void __launch_bounds__(kNormThreads)
-    norm_f32_8x32(const __grid_constant__ pw_fprop p) {
-    __shared__ NormShared shared;
-    layer_norm(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);
-}
+#define PW_NORM(dtype, element)                                                                  \
+    extern "C" __global__ void __launch_bounds__(kNormThreads)                                   \
+        norm_##dtype##_8x32(const __grid_constant__ pw_fprop p) {                                \
+        __shared__ NormShared shared;                                                            \
+        layer_norm<element>(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);            \
+    }
+PW_NORM(f32, float)
+PW_NORM(f16, f16)
+PW_NORM(bf16, bf16)
 
 extern "C" __global__ void __launch_bounds__(kMergeThreads)
     norm_merge_f64_1024(const __grid_constant__ pw_merge p) {
@@ -73,28 +86,44 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads)
 }
 
 // More shared memory than a kernel may declare: the launch brings it.
-#define PW_MMA(dtype, parts, layout, channels_fast, rows, positions, depth, warp_rows,           \
+#define PW_MMA(name, element, parts, layout, channels_fast, rows, positions, depth, warp_rows,   \
                warp_positions, stages, blocks, bytes)                                            \
     extern "C" __global__ void __launch_bounds__(                                                \
         32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks)                      \
-        fprop_##dtype##_sm80_##rows##x##positions##x##depth##_##layout(                               \
+        fprop_##name##_##rows##x##positions##x##depth##_##layout(                                \
             const __grid_constant__ pw_fprop p) {                                                \
-        using Tile = MmaTile<parts, rows, positions, depth, warp_rows, warp_positions, stages,   \
-                             channels_fast>;                                                     \
+        using Tile = MmaTile<element, parts, rows, positions, depth, warp_rows, warp_positions,  \
+                             stages, channels_fast>;                                             \
         static_assert(sizeof(MmaShared<Tile>) == (bytes), "kernels.def says how much a launch brings"); \
         extern __shared__ float4 brought[];                                                      \
         fprop<Tile>(p, *reinterpret_cast<MmaShared<Tile>*>(brought));                            \
     }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define PW_FPROP_TF32_MMA(...)                  \
-    PW_MMA(tf32, 1, nchw, false, __VA_ARGS__)   \
-    PW_MMA(tf32, 1, nhwc, true, __VA_ARGS__)
-#define PW_FPROP_F32_MMA(...)                  \
-    PW_MMA(f32, 2, nchw, false, __VA_ARGS__)   \
-    PW_MMA(f32, 2, nhwc, true, __VA_ARGS__)
-#else
+// A warp's part is longer along the axis of the stores.
+#define PW_16BIT(name, element, rows, positions, depth, warp_slow, warp_fast, ...)               \
+    PW_MMA(name, element, 1, nchw, false, rows, positions, depth, warp_slow, warp_fast, __VA_ARGS__) \
+    PW_MMA(name, element, 1, nhwc, true, rows, positions, depth, warp_fast, warp_slow, __VA_ARGS__)
+
 #define PW_FPROP_TF32_MMA(...)
 #define PW_FPROP_F32_MMA(...)
+#define PW_FPROP_16BIT_MMA(...)
+#define PW_FPROP_F16_MMA_SM75(...)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#undef PW_FPROP_TF32_MMA
+#define PW_FPROP_TF32_MMA(...)                              \
+    PW_MMA(tf32_sm80, float, 1, nchw, false, __VA_ARGS__)   \
+    PW_MMA(tf32_sm80, float, 1, nhwc, true, __VA_ARGS__)
+#undef PW_FPROP_F32_MMA
+#define PW_FPROP_F32_MMA(...)                              \
+    PW_MMA(f32_sm80, float, 2, nchw, false, __VA_ARGS__)   \
+    PW_MMA(f32_sm80, float, 2, nhwc, true, __VA_ARGS__)
+#undef PW_FPROP_16BIT_MMA
+#define PW_FPROP_16BIT_MMA(...)          \
+    PW_16BIT(f16_sm80, f16, __VA_ARGS__) \
+    PW_16BIT(bf16_sm80, bf16, __VA_ARGS__)
+#endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+#undef PW_FPROP_F16_MMA_SM75
+#define PW_FPROP_F16_MMA_SM75(...) PW_16BIT(f16_sm75, f16, __VA_ARGS__)
 #endif
 
 #include "kernels.def"

@@ -1,6 +1,8 @@
 /* All that crosses from Rust to CUDA is defined here and nowhere else: bindgen makes the Rust side
  * of it. Plain C; strides count elements, may be negative or 0, and are 64-bit throughout.
  *
+ * A kernel's tensors hold what its name says: f32, f16 or bf16. All that is per channel is f32.
+ *
  * Names: the convolution is `groups` products dst[row, position] = sum over depth of
  * weight[row, depth] * src[depth, position]. `rows` and `depth` count the output and input
  * channels of ONE group; a position is one element of a plane of one sample. src is the
@@ -17,8 +19,9 @@
 /* Steps that travel inside the launch parameters; longer programs continue in memory. */
 #define PW_INLINE_STEPS 8
 #define PW_INLINE_SOURCE_STEPS 4
-/* Rows of packed arrays are padded to a multiple of this. */
+/* Rows of packed arrays are padded to a multiple of this, for f32 and for 16 bits. */
 #define PW_ROW_ALIGN 4
+#define PW_ROW_ALIGN_16BIT 8
 
 /* One elementwise step: on the accumulators, or on src while it is read. */
 enum pw_op {
@@ -49,14 +52,17 @@ struct pw_step {
     const float *second;
 };
 
-/* How a source is read into shared memory; the planner promises what the name says. */
+/* How a source is read into shared memory; the planner promises what the name says. The lowest bit
+ * says along which axis. VEC8 is for tensor cores on 16 bits only. */
 enum pw_read {
-    PW_READ_POSITIONS,      /* neighbouring threads take neighbouring positions, one float each */
-    PW_READ_CHANNELS,       /* neighbouring threads take neighbouring channels, one float each */
+    PW_READ_POSITIONS,      /* neighbouring threads take neighbouring positions, one element each */
+    PW_READ_CHANNELS,       /* neighbouring threads take neighbouring channels, one element each */
     PW_READ_POSITIONS_VEC4, /* 4 positions at once: axes[0] has stride 1 and an extent that 4
-                               divides, 4 divides all other strides, data is 16-byte aligned */
-    PW_READ_CHANNELS_VEC4   /* 4 channels at once: channel is 1, 4 divides depth, begin, end and all
-                               other strides, data is 16-byte aligned */
+                               divides, 4 divides all other strides, data is aligned to 4 elements */
+    PW_READ_CHANNELS_VEC4,  /* 4 channels at once: channel is 1, 4 divides depth, begin, end and all
+                               other strides, data is aligned to 4 elements */
+    PW_READ_POSITIONS_VEC8, /* the same with 8 in place of 4 */
+    PW_READ_CHANNELS_VEC8
 };
 
 /* Which code finishes a tile. The first two are short cuts for the programs that networks use most:
@@ -67,12 +73,16 @@ enum pw_epilogue {
     PW_EPILOGUE_RESIDUAL_CLIP /* add the residual, then clip */
 };
 
-/* 128-bit access along the axis that the kernel's layout makes the fast one (positions for `nchw`,
- * channels for `nhwc`); the conditions are those of the vector reads of a source. */
+/* Access to 4 elements at once along the axis that the kernel's layout makes the fast one (positions
+ * for `nchw`, channels for `nhwc`), or to 8 too where both flags are set; the conditions are those of
+ * the vector reads of a source. */
 enum pw_flags {
     PW_FLAG_DST_VEC4 = 1,
     PW_FLAG_RESIDUAL_VEC4 = 2,
-    PW_FLAG_CHANNELS_FAST = 4 /* for the norm and copy kernels, which have no layout in their name */
+    PW_FLAG_CHANNELS_FAST = 4, /* for the norm and copy kernels, which have no layout in their name */
+    PW_FLAG_DST_VEC8 = 8,
+    PW_FLAG_RESIDUAL_VEC8 = 16,
+    PW_FLAG_DST_F32 = 32 /* dst is f32 whatever the kernel's dtype, for the norm kernel to read */
 };
 
 struct pw_axis {
@@ -85,7 +95,7 @@ struct pw_axis {
 
 /* One of the tensors that src is the concatenation of. */
 struct pw_source {
-    const float *data;
+    const void *data;
     int64_t channel;           /* strides of the channel axis and of the axes of the positions */
     int64_t axes[PW_MAX_AXES];
     uint32_t begin;            /* which of src's channels it has */
@@ -112,7 +122,8 @@ enum pw_norm_job {
 };
 
 /* Every kernel of the forward pass takes it; of the groups' weights, the norm kernel knows nothing
- * (it has one group of all rows), and the copy kernel copies `rows` channels of the first source. */
+ * (it has one group of all rows, and reads f32 from the first source, which may be dst), and the copy
+ * kernel copies `rows` channels of the first source. */
 struct pw_fprop {
     struct pw_axis axes[PW_MAX_AXES]; /* innermost first */
     struct pw_source sources[PW_MAX_SOURCES];
@@ -120,11 +131,12 @@ struct pw_fprop {
     int64_t dst_channel;              /* strides of the channel axis */
     int64_t residual_channel;
     int64_t gate_channel;
-    const float *weight; /* [groups][depth][row_pitch], 16-byte aligned */
-    const float *bias;   /* [groups][row_pitch], 16-byte aligned */
-    float *dst;
-    const float *residual;
-    const float *gate;
+    const void *weight; /* [groups][depth][row_pitch], 16-byte aligned */
+    const float *bias;  /* [groups][row_pitch], 16-byte aligned */
+    const float *scale; /* as bias, of 16-bit kernels: sum * scale + bias */
+    void *dst;
+    const void *residual;
+    const void *gate;
     const uint32_t *dst_map;      /* row of all groups -> channel of dst; null where equal */
     const uint32_t *residual_map; /* row of all groups -> channel of the residual */
     const struct pw_step *more_steps; /* those beyond PW_INLINE_STEPS */
@@ -134,7 +146,7 @@ struct pw_fprop {
     uint32_t groups;
     uint32_t rows;
     uint32_t depth;
-    uint32_t row_pitch; /* rows, padded to a multiple of PW_ROW_ALIGN */
+    uint32_t row_pitch; /* rows, padded */
     uint32_t axis_count;
     uint32_t source_count;
     uint32_t step_count;
@@ -271,7 +283,7 @@ static_assert(sizeof(struct pw_source) == 64, "pw_source is laid out as Rust bel
 static_assert(sizeof(struct pw_part) == 56, "pw_part is laid out as Rust believes");
 static_assert(sizeof(struct pw_stage) == 56, "pw_stage is laid out as Rust believes");
 static_assert(sizeof(struct pw_sweep) <= 4000, "launch parameters have 4 KiB");
-static_assert(sizeof(struct pw_fprop) == 1784, "pw_fprop is laid out as Rust believes");
+static_assert(sizeof(struct pw_fprop) == 1792, "pw_fprop is laid out as Rust believes");
 #endif
 
 #endif

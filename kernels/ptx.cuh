@@ -13,10 +13,11 @@ __device__ inline int opaque(int x) {
 }
 
 // Copies kBytes from global to shared memory in the background; where `in` is false, writes zeros
-// and reads nothing. Both addresses are aligned to kBytes. sm_80.
+// and reads nothing. Both addresses are aligned to kBytes. Before sm_80 it is done when it returns.
 template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global, bool in) {
-    static_assert(kBytes == 4 || kBytes == 16, "a float, or four");
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what the instruction takes");
+#if __CUDA_ARCH__ >= 800
     const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
     const int read = in ? kBytes : 0;
     if (kBytes == 16) {
@@ -24,18 +25,35 @@ __device__ inline void copy_async(void* shared, const void* global, bool in) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(read)
                      : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(read)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(read),
+                     "n"(kBytes)
                      : "memory");
     }
+#else
+    if constexpr (kBytes == 16) {
+        *static_cast<uint4*>(shared) =
+            in ? __ldg(static_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
+    } else if constexpr (kBytes == 8) {
+        *static_cast<uint2*>(shared) = in ? __ldg(static_cast<const uint2*>(global)) : make_uint2(0, 0);
+    } else {
+        *static_cast<uint32_t*>(shared) = in ? __ldg(static_cast<const uint32_t*>(global)) : 0;
+    }
+#endif
 }
 
 // Closes a group of this thread's copies.
-__device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 
 // Waits until at most kPending of this thread's groups, the latest, are under way.
 template <int kPending>
 __device__ inline void wait() {
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 
 // To the nearest TF32, ties away from zero, as the bits of an f32. sm_80.
@@ -51,6 +69,87 @@ __device__ inline uint32_t round_tf32(float x) {
 __device__ inline void mma_tf32(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
                                 const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// An f16's bits as an f32, and the nearest f16's.
+__device__ inline float widen_f16(uint16_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ inline uint16_t narrow_f16(float x) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// The nearest bf16's bits; a NaN stays one.
+__device__ inline uint16_t narrow_bf16(float x) {
+#if __CUDA_ARCH__ >= 800
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
+    const uint32_t bits = __float_as_uint(x);
+    return x != x ? 0x7FFF : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+#endif
+}
+
+// Two of them, the first in the lower half.
+__device__ inline uint32_t narrow_f16x2(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+#else
+    return narrow_f16(first) | uint32_t(narrow_f16(second)) << 16;
+#endif
+}
+__device__ inline uint32_t narrow_bf16x2(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+#else
+    return narrow_bf16(first) | uint32_t(narrow_bf16(second)) << 16;
+#endif
+}
+
+// The lower halves of two words, and the upper ones.
+__device__ inline uint32_t lower_halves(uint32_t first, uint32_t second) {
+    return __byte_perm(first, second, 0x5410);
+}
+__device__ inline uint32_t upper_halves(uint32_t first, uint32_t second) {
+    return __byte_perm(first, second, 0x7632);
+}
+
+// c += a * b, [16, 16] * [16, 8], of pairs of f16 or bf16 along the depth, the first in the lower half.
+// With g = lane / 4 and t = lane % 4, a holds (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), b
+// holds (2t, g), (2t + 8, g), each with its neighbour, and c is as above. Before sm_80 f16 takes
+// two instructions of half the depth; bf16 has none.
+__device__ inline void mma_f16(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
+                               const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+            : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+#endif
+}
+__device__ inline void mma_bf16(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
+                                const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -2,11 +2,12 @@
 # Checks and measures the CUDA path on a machine with a GPU, which needs neither cargo nor network:
 #
 #     scripts/gpu-check.sh prepare FOLDER      # here: builds tests, bench and examples into FOLDER
-#     scripts/gpu-check.sh run FOLDER RESULTS  # there, from a copy of this repository
+#     scripts/gpu-check.sh run FOLDER RESULTS [--dtype f16|bf16]  # there, from a copy of this repository
 #
 # run goes through: facts of the GPU; every test with POINTWISE_REQUIRE=cuda; EfficientNet-Lite0;
 # the layer bench at batch 32, PyTorch beside it (benches/peers/gpu.py), the bench again, which shows
-# how far figures drift, and both at batch 1; compute-sanitizer; ncu. RESULTS gets log, ncu.txt and
+# how far figures drift, and both at batch 1; the bench on f16 and bf16, or on the one that --dtype
+# names; compute-sanitizer; ncu. RESULTS gets log, ncu.txt and
 # CSV. A step that fails or outlasts its limit is reported at the end and does not stop the others;
 # one whose tool is missing is skipped and says so. About 4 minutes on an H100.
 #
@@ -70,7 +71,7 @@ into() {
 }
 
 run() {
-    local folder results root test tool layer layout section
+    local folder results root test tool layer layout section dtype
     folder=$(realpath "$1")
     mkdir -p "$2"
     results=$(realpath "$2")
@@ -86,7 +87,8 @@ run() {
     local state=name,driver_version,pstate,clocks.sm,clocks.mem,power.draw,temperature.gpu
     local facts=(nvidia-smi --format=csv)
     PATH=$PATH:/usr/local/cuda/bin
-    local bench=$folder/deps/gpu
+    local bench=$folder/deps/gpu dtypes=(f16 bf16)
+    [[ $# -lt 4 ]] || dtypes=("$4")
 
     step facts 30 "${facts[@]}" "--query-gpu=$state,clocks.max.sm,clocks.max.mem,memory.total,ecc.mode.current"
     for test in "${TESTS[@]}"; do
@@ -108,6 +110,11 @@ run() {
     step bench-tf32 90 bash -c "into $results/ours-tf32.csv $bench --tf32"
     step bench-n1 60 bash -c "into $results/ours-n1.csv $bench --batch 1"
     step bench-tf32-n1 60 bash -c "into $results/ours-tf32-n1.csv $bench --tf32 --batch 1"
+    for dtype in "${dtypes[@]}"; do
+        step "bench-$dtype" 90 bash -c "into $results/ours-$dtype.csv $bench --dtype $dtype"
+        step "bench-$dtype-n1" 60 \
+            bash -c "into $results/ours-$dtype-n1.csv $bench --dtype $dtype --batch 1"
+    done
     step peers-n1 90 bash -c "into $results/peers-n1.csv $peers --batch 1"
 
     local trials=$folder/deps/cuda
@@ -138,7 +145,7 @@ run() {
 
 case "${1:-}" in
     prepare) [[ $# == 2 ]] || usage 2 && prepare "$2" ;;
-    run) [[ $# == 3 ]] || usage 2 && run "$2" "$3" ;;
+    run) [[ $# == 3 || $# == 5 && $4 == --dtype ]] || usage 2 && run "${@:2}" ;;
     -h | --help) usage 0 ;;
     *) usage 2 ;;
 esac

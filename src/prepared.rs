@@ -119,10 +119,8 @@ impl<L> Current<L> {
 
     fn set(&self, layer: L) {
         let layer = Arc::new(layer);
-        let old = std::mem::replace(
-            &mut *self.0.write().unwrap_or_else(PoisonError::into_inner),
-            layer,
-        );
+        let old =
+            std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), layer);
         // Not while calls wait for the lock.
         drop(old);
     }
@@ -184,7 +182,7 @@ impl Pointwise {
     ///
     /// # Errors
     /// As [`prepare_with`](Self::prepare_with); [`Error::ParameterValue`] for a finite weight that
-    /// `T` has no finite value for; [`Error::Unsupported`] on CUDA for 16 bits.
+    /// `T` has no finite value for.
     pub fn prepare_as<T: Element>(
         &self,
         device: &Device,
@@ -201,26 +199,14 @@ impl Pointwise {
                 Backend::Cpu(Current::new(layer))
             }
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) if T::DTYPE != DType::F32 => {
-                return Err(Error::Unsupported {
-                    device: device.to_string(),
-                    what: format!("layers in {}", T::DTYPE),
-                });
-            }
-            #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => {
-                Backend::Cuda(Current::new(cuda::Layer::new(cuda, &shape, lowered, &options)?))
+                let layer = cuda::Layer::new(cuda, &shape, lowered, T::DTYPE, &options)?;
+                Backend::Cuda(Current::new(layer))
             }
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
         Ok(Prepared::new(Inner { shape, parameters, device: device.clone(), options, backend }))
     }
-}
-
-/// A call of a CUDA layer, which takes f32.
-#[cfg(feature = "cuda")]
-fn on_cuda<'p, 'a, T: Element>(problem: &'p Problem<'a, T>) -> &'p Problem<'a> {
-    problem.as_f32().expect("a CUDA layer was prepared for f32")
 }
 
 impl<T> Prepared<T> {
@@ -307,7 +293,7 @@ impl<T: Element> Prepared<T> {
                 Ok(0)
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.get().scratch_bytes(on_cuda(problem)),
+            Backend::Cuda(layer) => layer.get().scratch_bytes(problem),
         })
     }
 
@@ -391,8 +377,8 @@ impl<T: Element> Prepared<T> {
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(current) => {
-                let new = cuda::Layer::new(current.get().device(), shape, lowered, options)?;
-                current.set(new);
+                let old = current.get();
+                current.set(cuda::Layer::new(old.device(), shape, lowered, T::DTYPE, options)?);
             }
         }
         Ok(())
@@ -433,7 +419,7 @@ impl<T: Element> Prepared<T> {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.get().explain(on_cuda(problem)),
+                Backend::Cuda(layer) => layer.get().explain(problem),
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
@@ -464,7 +450,7 @@ impl<T: Element> Prepared<T> {
             Ok(match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().plans(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.get().plans(on_cuda(problem)),
+                Backend::Cuda(layer) => layer.get().plans(problem),
             })
         })
     }
@@ -641,7 +627,7 @@ impl<T: Element> Prepared<T> {
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.get().run(on_cuda(&problem), scratch)?,
+            Backend::Cuda(layer) => layer.get().run(&problem, scratch)?,
         }
         Ok(())
     }
@@ -652,7 +638,7 @@ impl<T: Element> Prepared<T> {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem).0,
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.get().explain(on_cuda(problem)).0,
+                Backend::Cuda(layer) => layer.get().explain(problem).0,
             };
             crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
         })
@@ -681,7 +667,7 @@ pub(crate) fn run_together<T: Element>(
             Backend::Cpu(cpu) => held.push((cpu.get(), problem)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.get().run(on_cuda(problem), None)?,
+            Backend::Cuda(layer) => layer.get().run(problem, None)?,
         }
     }
     let calls: Vec<_> = held.iter().map(|(layer, problem)| (&**layer, *problem)).collect();
@@ -703,8 +689,6 @@ pub(crate) fn run_chain<T: Element>(
     });
     let held: Vec<_> = layers.collect();
     let layers = held.iter().map(|(layer, shape)| (&**layer, *shape));
-    let (src, dst) = (src.as_f32(), dst.as_f32());
-    let (src, dst) = src.zip(dst).expect("CUDA layers were prepared for f32");
     cuda::chain::run(layers, src, dst)
 }
 

@@ -9,8 +9,6 @@ use std::ops::Range;
 
 use crate::alias::share_memory;
 use crate::cost::Cost;
-#[cfg(feature = "cuda")]
-use crate::dtype::DType;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
@@ -239,13 +237,6 @@ impl<'a, T: Element> Problem<'a, T> {
             // Axes of length 1 may have any stride.
             gate: gate.map(|t| Operand { spatial: [0; MAX_SPATIAL], ..Operand::new(t) }),
         })
-    }
-
-    /// This call as one of f32 tensors, which it is where `T` is f32.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn as_f32(&self) -> Option<&Problem<'a>> {
-        // SAFETY: only f32 has this dtype, so that the types are the same.
-        (T::DTYPE == DType::F32).then(|| unsafe { &*std::ptr::from_ref(self).cast() })
     }
 
     /// Of every how many positions of a spatial axis of src one is kept.

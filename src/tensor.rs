@@ -11,8 +11,6 @@ use ndarray::{
     Array, ArrayBase, ArrayRef, ArrayView, Data, DataMut, Dimension, IxDyn, ShapeBuilder,
 };
 
-#[cfg(feature = "cuda")]
-use crate::dtype::DType;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 
@@ -290,24 +288,6 @@ impl<'a, T> TensorRef<'a, T> {
         self.ptr = self.ptr.wrapping_offset(self.extents.strides[1].wrapping_mul(start as isize));
         self.extents.shape[1] = end - start;
         self
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl<'a, T: Element> TensorRef<'a, T> {
-    /// This tensor as one of f32, which it is where `T` is f32.
-    pub(crate) fn as_f32(&self) -> Option<&TensorRef<'a>> {
-        // SAFETY: only f32 has this dtype, so that the types are the same.
-        (T::DTYPE == DType::F32).then(|| unsafe { &*std::ptr::from_ref(self).cast() })
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl<'a, T: Element> TensorMut<'a, T> {
-    /// This tensor as one of f32, which it is where `T` is f32.
-    pub(crate) fn as_f32(&self) -> Option<&TensorMut<'a>> {
-        // SAFETY: as for a `TensorRef`.
-        (T::DTYPE == DType::F32).then(|| unsafe { &*std::ptr::from_ref(self).cast() })
     }
 }
 

@@ -16,6 +16,8 @@ mod driver;
 mod faults;
 #[path = "common/mod.rs"]
 mod fixtures;
+#[path = "cuda/half.rs"]
+mod half;
 #[path = "cuda/host.rs"]
 mod host;
 #[path = "cuda/numbers.rs"]
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         compose::TRIALS,
         operator::TRIALS,
         tensor_cores::TRIALS,
+        half::TRIALS,
         train::TRIALS,
         driver::TRIALS,
     ]

@@ -1,30 +1,35 @@
-// Products on tensor cores: operands rounded to TF32, or as sums of two TF32 values, which hold an
-// f32's mantissa but for its last bit; sums in f32. Slabs of weight and src arrive by
+// Products on tensor cores: of f16 or bf16, or of f32 rounded to TF32, or as sums of two TF32 values,
+// which hold an f32's mantissa but for its last bit; sums in f32. Slabs of weight and src arrive by
 // asynchronous copies, several ahead of the one that is multiplied.
 #pragma once
 
+#include "../elements.cuh"
 #include "../params.h"
 #include "../ptx.cuh"
 #include "../tiles.cuh"
 #include "source.cuh"
 
 // A tile of kRows output channels x kPositions positions; a warp has kWarpRows x kWarpPositions of
-// them, in blocks of 32 x 32. kChannelsFast is the axis along which dst is contiguous, as for the
-// SIMT tiles.
+// them, in blocks. kChannelsFast is the axis along which dst is contiguous, as for the SIMT tiles.
 //
 // Which element of a block is which row or column of an instruction's operands is ours to choose,
-// as long as both operands and the sums agree. The choice makes whole vectors of everything:
+// as long as both operands and the sums agree. The choice makes whole vectors of everything, and so of
+// loads and stores, without a detour through shared memory. With vectors of V elements:
 //
-//   row 8j + g of the instructions' 32 rows   is output channel 4g + j
-//   column 8j + c of their 32 columns         is position 16 (c % 2) + 4 (c / 2) + j
-//   depth 8s + 4r + t of their 16             is input channel 4t + 2s + r
+//   row 8j + g of the instructions' 8V rows       is output channel Vg + j
+//   column 8j + c of their 8V columns             is position 4V (c % 2) + V (c / 2) + j
+//   word 8s + 4r + t of the 16 words of a depth   is word 4t + 2s + r of the input channels
 //
-// So one 128-bit read gives a lane its part of four rows (or of four columns, or of four depths
-// where src lies along channels), and a thread's sums are vectors of four along either axis.
-template <int kParts_, int kRows_, int kPositions_, int kDepth_, int kWarpRows_, int kWarpPositions_,
-          int kStages_, bool kChannelsFast_>
+// A word is what an operand's register holds: one TF32 channel, or two neighbouring 16-bit ones; a
+// slab is 16 words deep, two instructions. So one read gives a lane its part of V rows (or of V
+// columns, or of four words of depth where src lies along channels), and a thread's sums are vectors
+// of V along either axis. Where slabs lie along rows or positions, words of two channels are put
+// together from two reads.
+template <class Element_, int kParts_, int kRows_, int kPositions_, int kDepth_, int kWarpRows_,
+          int kWarpPositions_, int kStages_, bool kChannelsFast_>
 struct MmaTile {
-    static constexpr int kParts = kParts_;  // TF32 values per operand
+    using Element = Element_;              // of the tensors and of the slabs
+    static constexpr int kParts = kParts_;  // TF32 values per operand of f32
     static constexpr int kRows = kRows_;
     static constexpr int kPositions = kPositions_;
     static constexpr int kDepth = kDepth_;
@@ -34,14 +39,23 @@ struct MmaTile {
     static constexpr bool kChannelsFast = kChannelsFast_;
     static constexpr int kRowWarps = kRows / kWarpRows;
     static constexpr int kThreads = 32 * kRowWarps * (kPositions / kWarpPositions);
-    // Of a thread: 4 of the rows and 8 of the positions of each block.
+    static constexpr int kPerWord = 4 / sizeof(Element);
+    static constexpr int kPer16Bytes = 16 / sizeof(Element);
+    static constexpr int smaller(int a, int b) { return a < b ? a : b; }
+    static constexpr int kRowVector = smaller(kPer16Bytes, kWarpRows / 8);
+    static constexpr int kPositionVector = smaller(kPer16Bytes, kWarpPositions / 8);
+    static constexpr int kVector = kChannelsFast ? kRowVector : kPositionVector;
+    // Of a thread: an eighth of the rows and a quarter of the positions of each block.
     static constexpr int kRowSums = kWarpRows / 8;
     static constexpr int kPositionSums = kWarpPositions / 4;
     static constexpr int kSlow = kChannelsFast ? kPositionSums : kRowSums;
     static constexpr int kFast = kChannelsFast ? kRowSums : kPositionSums;
 
-    static_assert(kDepth == 16, "a slab is two instructions deep");
-    static_assert(kWarpRows % 32 == 0 && kWarpPositions % 32 == 0, "whole blocks");
+    static_assert(kDepth == 16 * kPerWord, "a slab is two instructions deep");
+    static_assert(kRowVector >= 4 && kPositionVector >= 4, "vectors of four at least");
+    static_assert(kWarpRows % (8 * kRowVector) == 0 && kWarpPositions % (8 * kPositionVector) == 0,
+                  "whole blocks");
+    static_assert(kRows >= 64 || sizeof(Element) == 4, "a row of a slab fills all banks");
     static_assert(kRows % kWarpRows == 0 && kPositions % kWarpPositions == 0, "whole warps");
     static_assert(kThreads % (kRows / 4) == 0 && kThreads % kPositions == 0 && kThreads >= 128,
                   "a thread keeps its column while it loads");
@@ -54,10 +68,16 @@ struct MmaTile {
     }
 
     // Where this thread's sums lie in the tile.
-    static __device__ int row_begin() { return warp_row() + 4 * lane_group(); }
-    static __device__ int position_begin() { return warp_position() + 4 * lane_thread(); }
-    static __device__ constexpr int row_offset(int i) { return i / 4 * 32 + i % 4; }
-    static __device__ constexpr int position_offset(int i) { return i / 4 * 16 + i % 4; }
+    static __device__ int row_begin() { return warp_row() + kRowVector * lane_group(); }
+    static __device__ int position_begin() {
+        return warp_position() + kPositionVector * lane_thread();
+    }
+    static __device__ constexpr int row_offset(int i) {
+        return i / kRowVector * 8 * kRowVector + i % kRowVector;
+    }
+    static __device__ constexpr int position_offset(int i) {
+        return i / kPositionVector * 4 * kPositionVector + i % kPositionVector;
+    }
 
     static __device__ int fast_begin() { return kChannelsFast ? row_begin() : position_begin(); }
     static __device__ int slow_begin() { return kChannelsFast ? position_begin() : row_begin(); }
@@ -73,17 +93,25 @@ struct MmaTile {
 
     // Slabs are [kDepth][kRows] of weight, and of src [kDepth][kPositions] where it is read along
     // positions, [kPositions][kDepth] where along channels. Elements lie at `column ^ swizzle(k)`,
-    // or in row `position ^ swizzle(position)`: the eight lanes of a 128-bit access then meet eight
-    // different groups of banks. A swizzle of a sum of disjoint bits is the exclusive-or of both.
-    static __device__ constexpr int weight_swizzle(int k) { return (k >> 2 & 3) << 3; }
-    static __device__ constexpr int src_swizzle(int k) { return (k >> 2 & 3) << 2; }
-    static __device__ constexpr int position_swizzle(int position) { return position >> 4 & 1; }
+    // or in row `position ^ swizzle(position)`: the lanes that an access serves at once then meet
+    // different banks. A swizzle of a sum of disjoint bits is the exclusive-or of both.
+    static __device__ constexpr int lane_of(int k) { return k / kPer16Bytes & 3; }
+    static __device__ constexpr int weight_swizzle(int k) { return lane_of(k) * 2 * kPer16Bytes; }
+    static __device__ constexpr int src_swizzle(int k) {
+        // Reads of 8 bytes serve 16 lanes at once, whose positions leave other bits free.
+        return kPositionVector < kPer16Bytes
+                   ? (lane_of(k) % 2 + lane_of(k) / 2 * 4) * kPer16Bytes
+                   : lane_of(k) * kPer16Bytes;
+    }
+    static __device__ constexpr int position_swizzle(int position) {
+        return position / (4 * kPositionVector) & 1;
+    }
 };
 
 template <class Tile>
 struct MmaShared {
-    float4 weight[Tile::kStages][Tile::kDepth * Tile::kRows / 4];
-    float4 src[Tile::kStages][Tile::kDepth * Tile::kPositions / 4];
+    uint4 weight[Tile::kStages][Tile::kDepth * Tile::kRows / Tile::kPer16Bytes];
+    uint4 src[Tile::kStages][Tile::kDepth * Tile::kPositions / Tile::kPer16Bytes];
     PositionTable<Tile::kPositions> at;
     TileAt tile;
 };
@@ -91,21 +119,22 @@ struct MmaShared {
 // Starts the copies of one slab after another: everything beyond the end of an axis arrives as zero.
 template <class Tile>
 class SlabCopier {
+    using Element = typename Tile::Element;
     static constexpr int kDepth = Tile::kDepth, kThreads = Tile::kThreads;
     // Threads side by side take neighbours, a thread every kStep-th row of them.
-    static constexpr int kWeightVectors = Tile::kRows / 4;
+    static constexpr int kWeightVectors = Tile::kRows / Tile::kPer16Bytes;
     static constexpr int kWeightStep = kThreads / kWeightVectors;
-    static constexpr int kVectors = Tile::kPositions / 4;
-    static constexpr int kVectorStep = kThreads / kVectors;
-    static constexpr int kScalarStep = kThreads / Tile::kPositions;
-    static constexpr int kDeepStep = kThreads / (kDepth / 4);
-    static constexpr int kDeepScalarStep = kThreads / kDepth;
+    // With kWidth elements at once.
+    template <int kWidth>
+    static constexpr int kDeeper = kThreads / (Tile::kPositions / kWidth);
+    template <int kWidth>
+    static constexpr int kAcross = kThreads / (kDepth / kWidth);
 
     const pw_fprop& p;
     const pw_source& source;
     const PositionTable<Tile::kPositions>& at;
-    const float* weight;
-    const float* src;
+    const Element* weight;
+    const Element* src;
     int left;         // depth that has not been asked for
     int weight_left;  // of it, from this thread's first row on; 0 if its column does not exist
     int weight_to;    // where its first vector goes
@@ -121,36 +150,40 @@ public:
         : p(p), source(*run.source), at(at), left(run.depth) {
         const int t = threadIdx.x;
 
-        const int row = t % kWeightVectors * 4, weight_k = t / kWeightVectors;
+        const int row = t % kWeightVectors * Tile::kPer16Bytes, weight_k = t / kWeightVectors;
         weight_to = weight_k * Tile::kRows + (row ^ Tile::weight_swizzle(weight_k));
         weight_left = tile.row + row < p.row_pitch ? left - weight_k : 0;
-        weight = p.weight + (run.input + weight_k) * p.row_pitch + tile.row + row;
+        weight = static_cast<const Element*>(p.weight) + (run.input + weight_k) * p.row_pitch +
+                 tile.row + row;
 
         const int64_t rest = p.positions - tile.position;
         valid = rest < Tile::kPositions ? int(rest) : Tile::kPositions;
-        switch (source.read) {
-            case PW_READ_POSITIONS_VEC4: column = t % kVectors * 4, k = t / kVectors; break;
-            case PW_READ_CHANNELS_VEC4: column = t / (kDepth / 4), k = t % (kDepth / 4) * 4; break;
-            case PW_READ_POSITIONS: column = t % Tile::kPositions, k = t / Tile::kPositions; break;
-            default: column = t / kDepth, k = t % kDepth; break;
-        }
-        src = source.data + (run.channel + k) * source.channel;
-        if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
+        by_width([&](auto width) {
+            constexpr int kWidth = decltype(width)::value;
+            if (reads_channels(source)) {
+                column = t / (kDepth / kWidth), k = t % (kDepth / kWidth) * kWidth;
+            } else {
+                constexpr int kVectors = Tile::kPositions / kWidth;
+                column = t % kVectors * kWidth, k = t / kVectors;
+            }
+        });
+        src = static_cast<const Element*>(source.data) + (run.channel + k) * source.channel;
+        if (reads_channels(source)) {
+            src_left = left - k;
+            to = (column ^ Tile::position_swizzle(column)) * kDepth + k;
+        } else {
             // The last position, which stands in for those past the end, may not be aligned.
             src += at.src[column < valid ? column : 0];
             src_left = column < valid ? left - k : 0;
             to = k * Tile::kPositions + (column ^ Tile::src_swizzle(k));
-        } else {
-            src_left = left - k;
-            to = (column ^ Tile::position_swizzle(column)) * kDepth + k;
         }
     }
 
     // Starts the next slab's copies, if there is one, and closes their group.
-    __device__ void next(float4* weight_slab, float4* src_slab) {
+    __device__ void next(uint4* weight_slab, uint4* src_slab) {
         if (left > 0) {
-            copy_weight(reinterpret_cast<float*>(weight_slab));
-            copy_src(reinterpret_cast<float*>(src_slab));
+            copy_weight(reinterpret_cast<Element*>(weight_slab));
+            copy_src(reinterpret_cast<Element*>(src_slab));
             left -= kDepth, weight_left -= kDepth, src_left -= kDepth;
         }
         ptx::commit();
@@ -158,150 +191,236 @@ public:
 
     // Runs the steps on this thread's part of a slab that has arrived; `first` is the slab's first
     // channel, `rest` the depth from there on.
-    __device__ void transform(float4* src_slab, int64_t first, int rest) {
-        float* const slab = reinterpret_cast<float*>(src_slab);
-        run_source_steps<kDepth * Tile::kPositions / kThreads, 4>(p, at, first, [&](int i) {
+    __device__ void transform(uint4* src_slab, int64_t first, int rest) {
+        Element* const slab = reinterpret_cast<Element*>(src_slab);
+        constexpr int kElements = kDepth * Tile::kPositions / kThreads;
+        run_source_steps<Element, kElements, 4>(p, at, first, [&](int i) {
             // As `copy_src` has placed them.
-            const bool vectors = source.read == PW_READ_POSITIONS_VEC4 ||
-                                 source.read == PW_READ_CHANNELS_VEC4;
-            const int vector = vectors ? rotated(i) : 0;
-            if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
-                const int deeper = vectors ? i / 4 * kVectorStep : i * kScalarStep;
-                float* const here = slab + (to ^ Tile::src_swizzle(deeper)) +
-                                    deeper * Tile::kPositions + vector;
-                const bool exists = column < valid && k + deeper < rest;
-                return SlabElement{here, k + deeper, column + vector, exists};
+            int across, deeper, vector;
+            by_width([&](auto width) {
+                constexpr int kWidth = decltype(width)::value;
+                vector = kWidth > 1 ? rotated<Element, kWidth>(i) : 0;
+                across = i / kWidth * kAcross<kWidth>, deeper = i / kWidth * kDeeper<kWidth>;
+            });
+            if (reads_channels(source)) {
+                Element* const here = slab + (to ^ Tile::position_swizzle(across) * kDepth) +
+                                      across * kDepth + vector;
+                const bool exists = column + across < valid && k < rest;
+                return SlabElement<Element>{here, k + vector, column + across, exists};
             }
-            const int across = vectors ? i / 4 * kDeepStep : i * kDeepScalarStep;
-            float* const here = slab + (to ^ Tile::position_swizzle(across) * kDepth) +
-                                across * kDepth + vector;
-            const bool exists = column + across < valid && k < rest;
-            return SlabElement{here, k + vector, column + across, exists};
+            Element* const here =
+                slab + (to ^ Tile::src_swizzle(deeper)) + deeper * Tile::kPositions + vector;
+            const bool exists = column < valid && k + deeper < rest;
+            return SlabElement<Element>{here, k + deeper, column + vector, exists};
         });
     }
 
 private:
-    __device__ void copy_weight(float* slab) {
+    template <int kValue>
+    struct Constant {
+        static constexpr int value = kValue;
+    };
+
+    // Calls f with how many elements a thread takes at once.
+    template <class Function>
+    __device__ void by_width(Function f) const {
+        switch (source.read) {
+            case PW_READ_POSITIONS:
+            case PW_READ_CHANNELS: f(Constant<1>()); break;
+            case PW_READ_POSITIONS_VEC4:
+            case PW_READ_CHANNELS_VEC4: f(Constant<4>()); break;
+            // f32 has no such reads.
+            default: f(Constant<Tile::kPer16Bytes>());
+        }
+    }
+
+    __device__ void copy_weight(Element* slab) {
 #pragma unroll
         for (int i = 0; i < kDepth; i += kWeightStep) {
-            float* const here = slab + (weight_to ^ Tile::weight_swizzle(i)) + i * Tile::kRows;
+            Element* const here = slab + (weight_to ^ Tile::weight_swizzle(i)) + i * Tile::kRows;
             ptx::copy_async<16>(here, weight, i < weight_left);
             weight += int64_t(kWeightStep) * p.row_pitch;
         }
     }
 
-    __device__ void copy_src(float* slab) {
-        switch (source.read) {
-            case PW_READ_POSITIONS_VEC4: along_positions<16, kVectorStep>(slab); break;
-            case PW_READ_POSITIONS: along_positions<4, kScalarStep>(slab); break;
-            case PW_READ_CHANNELS_VEC4: along_channels<16, kDeepStep>(slab); break;
-            default: along_channels<4, kDeepScalarStep>(slab);
+    __device__ void copy_src(Element* slab) {
+        by_width([&](auto width) {
+            constexpr int kWidth = decltype(width)::value;
+            if (reads_channels(source)) {
+                along_channels<kWidth>(slab);
+            } else {
+                along_positions<kWidth>(slab);
+            }
+        });
+    }
+
+    // One element of 16 bits is less than an asynchronous copy takes.
+    template <int kWidth>
+    __device__ void copy(Element* here, const Element* from, bool in) {
+        constexpr int kBytes = kWidth * sizeof(Element);
+        if constexpr (kBytes >= 4) {
+            ptx::copy_async<kBytes>(here, from, in);
+        } else {
+            *here = in ? load_one(from) : Element{0};
         }
     }
 
-    template <int kBytes, int kStep>
-    __device__ void along_positions(float* slab) {
+    template <int kWidth>
+    __device__ void along_positions(Element* slab) {
+        constexpr int kStep = kDeeper<kWidth>;
 #pragma unroll
         for (int i = 0; i < kDepth; i += kStep) {
-            float* const here = slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
-            ptx::copy_async<kBytes>(here, src, i < src_left);
+            Element* const here = slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
+            copy<kWidth>(here, src, i < src_left);
             src += kStep * source.channel;
         }
     }
 
-    template <int kBytes, int kStep>
-    __device__ void along_channels(float* slab) {
-#pragma unroll
+    template <int kWidth>
+    __device__ void along_channels(Element* slab) {
+        constexpr int kStep = kAcross<kWidth>;
+        // Elements of 16 bits pass through registers, of which there are not enough for all.
+        constexpr int kAtOnce = kWidth * sizeof(Element) < 4 ? 8 : Tile::kPositions;
+#pragma unroll kAtOnce
         for (int i = 0; i < Tile::kPositions; i += kStep) {
             const bool in = column + i < valid && src_left > 0;
-            float* const here = slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
-            ptx::copy_async<kBytes>(here, src + at.src[column + i], in);
+            Element* const here = slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
+            copy<kWidth>(here, src + at.src[column + i], in);
         }
         src += kDepth * source.channel;
     }
 };
 
-// Calls put(s, r, j, x) for this lane's element x of src in group j of eight columns, at step s and in
+// kCount elements at column `column` of row k of a slab, and of the row behind it where words hold two,
+// as kCount words.
+template <int kWidth, class Element, int kCount>
+__device__ void read_words(uint32_t (&to)[kCount], const Element* slab, int k, int column) {
+    const Element* const from = slab + k * kWidth + column;
+    if constexpr (sizeof(Element) == 4) {
+        static_assert(kCount == 4, "16 bytes");
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    } else {
+        uint32_t first[kCount / 2], second[kCount / 2];
+        const auto read = [](uint32_t(&words)[kCount / 2], const Element* from) {
+            if constexpr (kCount == 4) {
+                const uint2 v = *reinterpret_cast<const uint2*>(from);
+                words[0] = v.x, words[1] = v.y;
+            } else {
+                const uint4 v = *reinterpret_cast<const uint4*>(from);
+                words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+            }
+        };
+        read(first, from), read(second, from + kWidth);
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            to[2 * i] = ptx::lower_halves(first[i], second[i]);
+            to[2 * i + 1] = ptx::upper_halves(first[i], second[i]);
+        }
+    }
+}
+
+// Calls put(s, r, j, x) for this lane's word x of src in group j of eight columns, at step s and in
 // half r of the depth.
 template <class Tile, bool kAlongChannels, class Put>
-__device__ void read_columns(const float4* slab, Put put) {
-    constexpr int kCount = Tile::kWarpPositions / 8;
+__device__ void read_columns(const uint4* slab, Put put) {
+    constexpr int kCount = Tile::kWarpPositions / 8, kVector = Tile::kPositionVector;
     const int g = Tile::lane_group(), t = Tile::lane_thread();
-    const int first = Tile::warp_position() + (g & 1) * 16 + (g >> 1) * 4;
+    const int first = Tile::warp_position() + (g & 1) * 4 * kVector + (g >> 1) * kVector;
     if (kAlongChannels) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-            const int position = (first ^ Tile::position_swizzle(first) ^ j % 4) + j / 4 * 32;
-            const float4 v = slab[position * (Tile::kDepth / 4) + t];
+            const int position = (first ^ Tile::position_swizzle(first) ^ j % kVector) +
+                                 j / kVector * 8 * kVector;
+            const uint4 v = slab[position * 4 + t];
             put(0, 0, j, v.x), put(0, 1, j, v.y), put(1, 0, j, v.z), put(1, 1, j, v.w);
         }
     } else {
+        const auto* const src = reinterpret_cast<const typename Tile::Element*>(slab);
+        const int k = Tile::kPer16Bytes * t;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int row = (4 * t + i) * Tile::kPositions + (first ^ Tile::src_swizzle(4 * t));
 #pragma unroll
-            for (int j = 0; j < kCount; j += 4) {
-                const float4 v = slab[row / 4 + j * 2];
-                put(i / 2, i % 2, j, v.x), put(i / 2, i % 2, j + 1, v.y);
-                put(i / 2, i % 2, j + 2, v.z), put(i / 2, i % 2, j + 3, v.w);
+            for (int j = 0; j < kCount; j += kVector) {
+                uint32_t words[kVector];
+                read_words<Tile::kPositions>(words, src, k + i * Tile::kPerWord,
+                                             (first ^ Tile::src_swizzle(k)) + j * 8);
+#pragma unroll
+                for (int n = 0; n < kVector; ++n) put(i / 2, i % 2, j + n, words[n]);
             }
         }
     }
 }
 
-// This lane's elements of the weight at step s and in half r of the depth: channels 4g + j of a block.
+// This lane's words of the weight at step s and in half r of the depth, of the channels of a block.
 template <class Tile>
-__device__ float4 read_rows(const float4* slab, int block, int s, int r) {
-    const int t = Tile::lane_thread();
-    const int first = Tile::row_begin() ^ Tile::weight_swizzle(4 * t);
-    return slab[((4 * t + 2 * s + r) * Tile::kRows + first) / 4 + block * 8];
+__device__ void read_rows(uint32_t (&to)[Tile::kRowVector], const uint4* slab, int block, int s, int r) {
+    const int k = Tile::kPer16Bytes * Tile::lane_thread();
+    const int first = Tile::row_begin() ^ Tile::weight_swizzle(k);
+    read_words<Tile::kRows>(to, reinterpret_cast<const typename Tile::Element*>(slab),
+                            k + (2 * s + r) * Tile::kPerWord, first + block * 8 * Tile::kRowVector);
 }
 
-// acc += weight * src over one slab, in TF32. The weights were rounded when they were packed.
+// c += a * b; operands of f32 are bits of TF32.
+template <class Element>
+__device__ void multiply_add(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4],
+                             const uint32_t (&b)[2]) {
+    if constexpr (sizeof(Element) == 4) {
+        ptx::mma_tf32(c0, c1, c2, c3, a, b);
+    } else if constexpr (Element::kIsBf16) {
+        ptx::mma_bf16(c0, c1, c2, c3, a, b);
+    } else {
+        ptx::mma_f16(c0, c1, c2, c3, a, b);
+    }
+}
+
+// acc += weight * src over one slab, in TF32 or 16 bits. TF32 weights were rounded when they were packed.
 template <class Tile, bool kAlongChannels>
-__device__ void multiply_rounded(const float4* weight, const float4* src,
-                                 float (&acc)[Tile::kSlow][Tile::kFast]) {
+__device__ void multiply_whole(const uint4* weight, const uint4* src,
+                               float (&acc)[Tile::kSlow][Tile::kFast]) {
+    using Element = typename Tile::Element;
     constexpr int kCount = Tile::kWarpPositions / 8;
+    constexpr int kRowVector = Tile::kRowVector, kPositionVector = Tile::kPositionVector;
     uint32_t columns[2][kCount][2];
-    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, float x) {
-        columns[s][j][r] = ptx::round_tf32(x);
+    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, uint32_t x) {
+        columns[s][j][r] = sizeof(Element) == 4 ? ptx::round_tf32(__uint_as_float(x)) : x;
     });
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
-        for (int block = 0; block < Tile::kWarpRows / 32; ++block) {
-            const float4 v = read_rows<Tile>(weight, block, s, 0);
-            const float4 w = read_rows<Tile>(weight, block, s, 1);
-            const uint32_t rows[2][4] = {{__float_as_uint(v.x), __float_as_uint(v.y),
-                                          __float_as_uint(w.x), __float_as_uint(w.y)},
-                                         {__float_as_uint(v.z), __float_as_uint(v.w),
-                                          __float_as_uint(w.z), __float_as_uint(w.w)}};
+        for (int block = 0; block < Tile::kWarpRows / (8 * kRowVector); ++block) {
+            uint32_t halves[2][kRowVector];
+            read_rows<Tile>(halves[0], weight, block, s, 0);
+            read_rows<Tile>(halves[1], weight, block, s, 1);
 #pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                const int row = block * 4 + pair * 2;
+            for (int i = 0; i < kRowVector; i += 2) {
+                const uint32_t rows[4] = {halves[0][i], halves[0][i + 1], halves[1][i],
+                                          halves[1][i + 1]};
+                const int row = block * kRowVector + i;
 #pragma unroll
                 for (int j = 0; j < kCount; ++j) {
-                    const int position = j / 4 * 8 + j % 4;
-                    ptx::mma_tf32(Tile::sum(acc, row, position), Tile::sum(acc, row, position + 4),
-                                  Tile::sum(acc, row + 1, position),
-                                  Tile::sum(acc, row + 1, position + 4), rows[pair], columns[s][j]);
+                    const int position = j / kPositionVector * 2 * kPositionVector + j % kPositionVector;
+                    const int other = position + kPositionVector;
+                    multiply_add<Element>(Tile::sum(acc, row, position), Tile::sum(acc, row, other),
+                                          Tile::sum(acc, row + 1, position),
+                                          Tile::sum(acc, row + 1, other), rows, columns[s][j]);
                 }
             }
         }
     }
 }
 
-// acc += weight * src over one slab: each operand is a sum of two TF32 values, of whose four products
-// the smallest is below f32's precision. Tensor cores do not round their sums to the nearest, so
-// these span one slab only and are then added as f32.
+// acc += weight * src over one slab of f32: each operand is a sum of two TF32 values, of whose four
+// products the smallest is below f32's precision. Tensor cores do not round their sums to the nearest,
+// so these span one slab only and are then added as f32.
 template <class Tile, bool kAlongChannels>
-__device__ void multiply_in_parts(const float4* weight, const float4* src,
+__device__ void multiply_in_parts(const uint4* weight, const uint4* src,
                                   float (&acc)[Tile::kSlow][Tile::kFast]) {
     constexpr int kCount = Tile::kWarpPositions / 8;
     uint32_t high[2][kCount][2], low[2][kCount][2];
-    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, float x) {
-        high[s][j][r] = ptx::round_tf32(x);
-        low[s][j][r] = ptx::round_tf32(x - __uint_as_float(high[s][j][r]));
+    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, uint32_t x) {
+        high[s][j][r] = ptx::round_tf32(__uint_as_float(x));
+        low[s][j][r] = ptx::round_tf32(__uint_as_float(x) - __uint_as_float(high[s][j][r]));
     });
 #pragma unroll
     for (int block = 0; block < Tile::kWarpRows / 32; ++block) {
@@ -314,15 +433,15 @@ __device__ void multiply_in_parts(const float4* weight, const float4* src,
             }
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-                const float4 v = read_rows<Tile>(weight, block, s, 0);
-                const float4 w = read_rows<Tile>(weight, block, s, 1);
-                const float rows[4] = {pair == 0 ? v.x : v.z, pair == 0 ? v.y : v.w,
-                                       pair == 0 ? w.x : w.z, pair == 0 ? w.y : w.w};
+                uint32_t halves[2][4];
+                read_rows<Tile>(halves[0], weight, block, s, 0);
+                read_rows<Tile>(halves[1], weight, block, s, 1);
                 uint32_t row_high[4], row_low[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    row_high[i] = ptx::round_tf32(rows[i]);
-                    row_low[i] = ptx::round_tf32(rows[i] - __uint_as_float(row_high[i]));
+                    const float row = __uint_as_float(halves[i / 2][2 * pair + i % 2]);
+                    row_high[i] = ptx::round_tf32(row);
+                    row_low[i] = ptx::round_tf32(row - __uint_as_float(row_high[i]));
                 }
 #pragma unroll
                 for (int j = 0; j < kCount; ++j) {
@@ -373,7 +492,8 @@ __device__ void repair(const pw_fprop& p, const TileAt& tile,
                 }
             }
             if (fits) continue;
-            const float* weight = p.weight + first * p.row_pitch + tile.row + channel;
+            const float* weight =
+                static_cast<const float*>(p.weight) + first * p.row_pitch + tile.row + channel;
             float sum = 0.f;
 #pragma unroll 1
             for (int k = 0; k < tile.depth; ++k) {
@@ -410,8 +530,8 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
         }
         __syncthreads();
         copier.next(shared.weight[write], shared.src[write]);
-        if (Tile::kParts == 1) {
-            multiply_rounded<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
+        if constexpr (Tile::kParts == 1) {
+            multiply_whole<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
         } else {
             multiply_in_parts<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
         }
@@ -425,8 +545,7 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
 template <class Tile>
 __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
                          MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
-    const bool along_channels =
-        run.source->read == PW_READ_CHANNELS || run.source->read == PW_READ_CHANNELS_VEC4;
+    const bool along_channels = reads_channels(*run.source);
     if (p.source_step_count == 0) {
         if (along_channels) {
             sum_slabs<Tile, true, false>(p, tile, run, shared, acc);
@@ -444,5 +563,5 @@ __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
 template <class Tile>
 __device__ void finish_sums(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>& shared,
                             float (&acc)[Tile::kSlow][Tile::kFast]) {
-    if (Tile::kParts > 1) repair<Tile>(p, tile, shared.at, acc);
+    if constexpr (Tile::kParts > 1) repair<Tile>(p, tile, shared.at, acc);
 }

@@ -1,4 +1,4 @@
-// f32 products on the ordinary FMA units, exact: one chain of fused multiply-adds per element, over
+// Products in f32 on the ordinary FMA units, of tensors of any dtype, exact: one chain of fused multiply-adds per element, over
 // depth in rising order, whatever the tile. So results do not depend on the tile chosen.
 #pragma once
 
@@ -12,8 +12,10 @@
 //
 // A warp covers 8 * kFast x 4 * kSlow elements; a thread's elements come in fours, 32 (fast) or
 // 16 (slow) apart, so that its reads of shared memory and its stores are whole vectors.
-template <int kRows_, int kPositions_, int kDepth_, int kSlow_, int kFast_, bool kChannelsFast_>
+template <class Element_, int kRows_, int kPositions_, int kDepth_, int kSlow_, int kFast_,
+          bool kChannelsFast_>
 struct SimtTile {
+    using Element = Element_;  // of the tensors; slabs are f32
     static constexpr int kRows = kRows_;
     static constexpr int kPositions = kPositions_;
     static constexpr int kDepth = kDepth_;
@@ -21,6 +23,7 @@ struct SimtTile {
     static constexpr int kFast = kFast_;
     static constexpr bool kChannelsFast = kChannelsFast_;
     static constexpr int kThreads = kRows * kPositions / (kSlow * kFast);
+    static constexpr int kVector = 4;  // neighbours along the fast axis
     static constexpr int kFastExtent = kChannelsFast ? kRows : kPositions;
     static constexpr int kSlowExtent = kChannelsFast ? kPositions : kRows;
     static constexpr int kWarpFast = 8 * kFast;
@@ -65,8 +68,11 @@ struct SimtShared {
     TileAt tile;
 };
 
-__device__ inline float4 load4(const float* from) {
-    return __ldg(reinterpret_cast<const float4*>(from));
+template <class T>
+__device__ float4 load4(const T* from) {
+    float v[4];
+    load_vector<true>(v, from);
+    return make_float4(v[0], v[1], v[2], v[3]);
 }
 
 // Copies a slab of weights, kDepth deep, through registers into shared memory.
@@ -75,7 +81,7 @@ struct WeightLoader {
     static constexpr int kVectors = Tile::kRows / 4;
     static constexpr int kStep = Tile::kThreads / kVectors;
 
-    const float* from;
+    const typename Tile::Element* from;
     int row, k;
     bool inside;
     float4 stage[Tile::kWeightLoads];
@@ -84,7 +90,8 @@ struct WeightLoader {
         row = threadIdx.x % kVectors * 4;
         k = threadIdx.x / kVectors;
         inside = tile.row + row < p.row_pitch;
-        from = p.weight + (run.input + k) * p.row_pitch + tile.row + row;
+        from = static_cast<const typename Tile::Element*>(p.weight) + (run.input + k) * p.row_pitch +
+               tile.row + row;
     }
 
     // `left` is how much depth is left, this slab included.
@@ -123,7 +130,7 @@ struct SrcLoader {
     static constexpr int kPassStep = Tile::kThreads / 8;
 
     const pw_source& source;
-    const float* from;
+    const typename Tile::Element* from;
     int column, k;
     int valid;  // positions of the tile that exist
     int to;     // where (k, column) is stored
@@ -142,7 +149,8 @@ struct SrcLoader {
             default: column = t / 8, k = t % 8; break;
         }
         to = k * Tile::kPositions + (column ^ Tile::swizzle(k));
-        from = source.data + (run.channel + k) * source.channel;
+        from = static_cast<const typename Tile::Element*>(source.data) +
+               (run.channel + k) * source.channel;
         if (source.read == PW_READ_POSITIONS || source.read == PW_READ_POSITIONS_VEC4) {
             from += at.src[column];
         }
@@ -170,7 +178,7 @@ struct SrcLoader {
 #pragma unroll
                 for (int i = 0; i < Tile::kSrcLoads; ++i) {
                     const bool in = column < valid && k + i * kScalarStep < left;
-                    stage[i] = in ? __ldg(from) : 0.f;
+                    stage[i] = in ? widen(load_one(from)) : 0.f;
                     from += kScalarStep * source.channel;
                 }
                 break;
@@ -180,7 +188,7 @@ struct SrcLoader {
                     constexpr int kColumns = Tile::kSrcLoads / kPasses;
                     const int c = column + i % kColumns * kPassStep;
                     const bool in = c < valid && k + i / kColumns * 8 < left;
-                    stage[i] = in ? __ldg(from + at.src[c]) : 0.f;
+                    stage[i] = in ? widen(load_one(from + at.src[c])) : 0.f;
                     if (i % kColumns == kColumns - 1) from += 8 * source.channel;
                 }
         }
@@ -219,20 +227,21 @@ struct SrcLoader {
                               float (&slab)[Tile::kDepth][Tile::kPositions], int64_t first,
                               int left) const {
         // More than two at once would not fit into registers beside the largest tile's sums.
-        run_source_steps<Tile::kSrcLoads, 2>(p, at, first, [&](int i) {
+        using T = typename Tile::Element;
+        run_source_steps<T, Tile::kSrcLoads, 2>(p, at, first, [&](int i) {
             // As in `store`.
             constexpr int kColumns = Tile::kSrcLoads / kPasses;
             int deeper, across, vector = 0;
             switch (source.read) {
                 case PW_READ_POSITIONS_VEC4:
-                    deeper = i / 4 * kVectorStep, across = 0, vector = rotated(i);
+                    deeper = i / 4 * kVectorStep, across = 0, vector = rotated<float>(i);
                     break;
                 case PW_READ_CHANNELS_VEC4: deeper = i % 4, across = i / 4 * kDeepStep; break;
                 case PW_READ_POSITIONS: deeper = i * kScalarStep, across = 0; break;
                 default: deeper = i / kColumns * 8, across = i % kColumns * kPassStep;
             }
             const bool exists = column + across < valid && k + deeper < left;
-            return SlabElement{place(slab, deeper, across) + vector, k + deeper,
+            return SlabElement<float>{place(slab, deeper, across) + vector, k + deeper,
                                column + across + vector, exists};
         });
     }

@@ -1,4 +1,4 @@
-// Layer norm, on what the convolution has left in dst: the moments of each position's channels, and
+// Layer norm, on what the convolution has left in f32, in dst or beside it: the moments of each position's channels, and
 // from these, or from the moments of the whole sample, the normalised values; then the steps that
 // follow.
 //
@@ -7,6 +7,7 @@
 // a tree. Sums of squares are those of deviations from the mean, as a second pass knows it.
 #pragma once
 
+#include "../elements.cuh"
 #include "../params.h"
 #include "../steps.cuh"
 #include "../tiles.cuh"
@@ -18,6 +19,7 @@ constexpr int kNormThreads = kNormPositions * kNormLanes;
 struct NormShared {
     // Rows four banks apart, so that lanes side by side meet all of them.
     float sums[kNormLanes][kNormPositions + 4];
+    int64_t src[kNormPositions];
     int64_t dst[kNormPositions];
     int64_t residual[kNormPositions];
     int64_t moments[kNormPositions];
@@ -30,19 +32,23 @@ struct Scaling {
     float scale;
 };
 
+// T is what dst and residual hold.
+template <class T>
 class NormPosition {
 public:
     __device__ NormPosition(const pw_fprop& p, NormShared& shared, int64_t first)
         : p(p), shared(shared) {
         const int t = threadIdx.x;
         if (t < kNormPositions) {
-            int64_t dst = 0, residual = 0, moments = 0;
+            int64_t src = 0, dst = 0, residual = 0, moments = 0;
             locate(p, min(first + t, p.positions - 1), [&](uint32_t axis, int64_t at) {
+                src += at * p.sources[0].axes[axis];
                 dst += at * p.axes[axis].dst;
                 residual += at * p.axes[axis].residual;
                 moments += at * p.axes[axis].moments;
             });
-            shared.dst[t] = dst, shared.residual[t] = residual, shared.moments[t] = moments;
+            shared.src[t] = src, shared.dst[t] = dst;
+            shared.residual[t] = residual, shared.moments[t] = moments;
         }
         __syncthreads();
         // Neighbouring threads follow the axis along which dst is contiguous.
@@ -54,7 +60,7 @@ public:
 
     // Every thread of the block calls it, and gets its position's moments.
     __device__ Scaling of_channels(double& mean, float& deviations) const {
-        const float shift = exists ? p.dst[offset(0)] : 0.f;
+        const float shift = exists ? from(0)[0] : 0.f;
         const float count = float(p.rows);
         const float moved = sum([=](float x) { return x - shift; }) / count;
         deviations = sum([=](float x) { return (x - shift - moved) * (x - shift - moved); });
@@ -118,43 +124,41 @@ private:
     __device__ static int64_t channel(uint32_t row, const uint32_t* map) {
         return map != nullptr ? int64_t(__ldg(map + row)) : int64_t(row);
     }
-    __device__ int64_t offset(uint32_t row) const {
-        return shared.dst[column] + channel(row, p.dst_map) * p.dst_channel;
+    // The convolution has written to the channels of dst.
+    __device__ const float* from(uint32_t row) const {
+        const pw_source& source = p.sources[0];
+        return static_cast<const float*>(source.data) + shared.src[column] +
+               channel(row, p.dst_map) * source.channel;
+    }
+    __device__ T* to(uint32_t row) const {
+        return static_cast<T*>(p.dst) + shared.dst[column] +
+               channel(row, p.dst_map) * p.dst_channel;
     }
 
     __device__ void read(float (&to)[4], uint32_t row) const {
-        if (p.flags & PW_FLAG_DST_VEC4) {
-            const float4 v = *reinterpret_cast<const float4*>(p.dst + offset(row));
-            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-            return;
-        }
+        if (p.sources[0].read == PW_READ_CHANNELS_VEC4) return load_vector<false>(to, from(row));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[i] = row + i < p.rows ? p.dst[offset(row + i)] : 0.f;
+        for (int i = 0; i < 4; ++i) to[i] = row + i < p.rows ? *from(row + i) : 0.f;
     }
 
     __device__ void write(const float (&v)[4], uint32_t row) const {
-        if (p.flags & PW_FLAG_DST_VEC4) {
-            *reinterpret_cast<float4*>(p.dst + offset(row)) = make_float4(v[0], v[1], v[2], v[3]);
-            return;
-        }
+        if (p.flags & PW_FLAG_DST_VEC4) return store_vector(to(row), v);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (row + i < p.rows) p.dst[offset(row + i)] = v[i];
+            if (row + i < p.rows) *to(row + i) = narrow<T>(v[i]);
         }
     }
 
     __device__ void read_residual(float (&to)[4], uint32_t row) const {
-        const float* const from = p.residual + shared.residual[column];
+        const T* const from = static_cast<const T*>(p.residual) + shared.residual[column];
         if (p.flags & PW_FLAG_RESIDUAL_VEC4) {
-            const float4 v = *reinterpret_cast<const float4*>(
-                from + channel(row, p.residual_map) * p.residual_channel);
-            to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-            return;
+            return load_vector<false>(
+                to, from + channel(row, p.residual_map) * p.residual_channel);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const bool in = row + i < p.rows;
-            to[i] = in ? from[channel(row + i, p.residual_map) * p.residual_channel] : 0.f;
+            to[i] = in ? widen(from[channel(row + i, p.residual_map) * p.residual_channel]) : 0.f;
         }
     }
 
@@ -180,10 +184,11 @@ private:
     }
 };
 
-__device__ inline void layer_norm(const pw_fprop& p, NormShared& shared, int64_t block) {
+template <class T>
+__device__ void layer_norm(const pw_fprop& p, NormShared& shared, int64_t block) {
     const int64_t first = block * kNormPositions;
     if (first >= p.positions) return;
-    const NormPosition position(p, shared, first);
+    const NormPosition<T> position(p, shared, first);
     switch (p.norm_job) {
         case PW_NORM_CHANNELS: {
             double mean;

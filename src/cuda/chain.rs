@@ -7,6 +7,7 @@ use super::device::Buffer;
 use super::launch::{self, Tensor};
 use super::layer::{Layer, channels_of, on_device};
 use super::staging::{self, HostCall, Slice};
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::problem::{DstShape, LayerShape, Operand, dst_shape, expect_shape, same_place, spatial};
 use crate::tensor::{MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product};
@@ -30,10 +31,10 @@ struct At {
 /// # Errors
 /// As [`Layer::run`]; [`Error::DeviceMemory`] if what lies between the layers does not fit;
 /// [`Error::Unsupported`] while the stream is captured on a device without memory pools.
-pub(crate) fn run<'l>(
+pub(crate) fn run<'l, T: Element>(
     layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)> + Clone,
-    src: &TensorRef<'_>,
-    dst: &TensorMut<'_>,
+    src: &TensorRef<'_, T>,
+    dst: &TensorMut<'_, T>,
 ) -> Result<bool> {
     let mut shape = None::<DstShape>;
     let mut widest = 0;
@@ -87,7 +88,9 @@ pub(crate) fn run<'l>(
             let whole = part(&host.undivided());
             // SAFETY: the views vouch for the host tensors.
             let done = unsafe {
-                staging::run(device, &host, |slice| queue(layers.clone(), &whole, &part(slice)))
+                staging::run(device, &host, |slice| {
+                    queue(layers.clone(), T::DTYPE, &whole, &part(slice))
+                })
             };
             match done {
                 Err(Error::DeviceMemory { .. }) if whole_samples => Ok(false),
@@ -96,7 +99,8 @@ pub(crate) fn run<'l>(
         }
         Place::Cuda(_) => {
             let positions = checked_product("positions", &extents)?;
-            let half = checked_product("what lies between two layers", &[positions, widest, 4])?;
+            let sizes = [positions, widest, size_of::<T>()];
+            let half = checked_product("what lies between two layers", &sizes)?;
             let half = half.next_multiple_of(staging::ALIGNMENT);
             if half > 0 && device.is_capturing()? && !device.has_pools() {
                 return Err(Error::Unsupported {
@@ -116,7 +120,7 @@ pub(crate) fn run<'l>(
                 between: [memory.address(), memory.address() + half as u64],
             };
             let streams = [source.stream, target.stream].into_iter().flatten();
-            first.ordered(streams, || queue(layers, &at, &at))?;
+            first.ordered(streams, || queue(layers, T::DTYPE, &at, &at))?;
             Ok(true)
         }
     }
@@ -138,6 +142,7 @@ fn stride_of<'l>(layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)>) -> u
 /// Queues every layer at `at`, each as it would run on the whole.
 fn queue<'l>(
     mut layers: impl Iterator<Item = (&'l Layer, &'l LayerShape)> + Clone,
+    dtype: DType,
     whole: &At,
     at: &At,
 ) -> Result<()> {
@@ -158,16 +163,18 @@ fn queue<'l>(
         };
         let (whole_dst, dst) = (next(whole, &whole_extents), next(at, &extents));
         let part = |extents, src: Tensor, dst: Tensor| {
-            layer.part(extents, src.skip_channels(range.start), dst.skip_channels(range.start))
+            let skip = |tensor: Tensor| tensor.skip_channels(range.start, dtype);
+            layer.part(extents, skip(src), skip(dst))
         };
         let choice = layer.choose(&part(whole_extents, whole_src, whole_dst));
         layer.launch(choice, &part(extents, src, dst))?;
         for (from, count, to) in
             [(0, range.start, 0), (range.end, channels - range.end, range.start + shape.c_out)]
         {
-            let source = (src.skip_channels(from), channels_of(count)?);
+            let source = (src.skip_channels(from, dtype), channels_of(count)?);
+            let to = dst.skip_channels(to, dtype);
             // SAFETY: the caller's tensors, and memory for what lies between the layers.
-            unsafe { launch::copy(layer.device(), &extents, source, dst.skip_channels(to))? };
+            unsafe { launch::copy(layer.device(), dtype, &extents, source, to)? };
         }
         (whole_src, src, channels) = (whole_dst, dst, c_dst);
         if layer.over_samples() {

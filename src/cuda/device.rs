@@ -12,10 +12,11 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::{Family, Helper, KERNELS, Kernel, Training};
+use super::plan::{Family, Helper, KERNELS, Kernel, Terms, Training};
 use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Place;
 
@@ -37,8 +38,10 @@ pub(crate) struct Facts {
     pub name: String,
     pub compute_capability: (u32, u32),
     pub multiprocessors: u32,
-    /// Whether the tensor cores take TF32, and the image has the kernels for it.
-    pub tf32: bool,
+    /// Whether the image has the kernels for tensor cores of sm_80 and later for this device, and
+    /// those for tensor cores before.
+    pub sm80: bool,
+    pub sm75: bool,
     pub l2_bytes: u64,
     pub memory_bytes: u64,
     /// Ceilings of arithmetic and memory, computed from clocks and widths.
@@ -572,8 +575,14 @@ impl Context {
         }
         let functions =
             load(&context, &facts).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
-        let all = KERNELS.iter().zip(&functions);
-        facts.tf32 = all.map(|(_, function)| function).all(Option::is_some);
+        let loaded_for = |oldest: (u32, u32)| {
+            let all = KERNELS.iter().zip(&functions);
+            let mut all = all.filter(|(kernel, _)| {
+                kernel.family != Family::Simt && kernel.family.oldest() == oldest
+            });
+            all.all(|(_, function)| function.is_some())
+        };
+        (facts.sm75, facts.sm80) = (loaded_for((7, 5)), loaded_for((8, 0)));
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
         let lane = Lane::new(&context, stream);
         let event = Mutex::new(Event::new(&context)?);
@@ -600,12 +609,15 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
     }
     let module: Arc<CudaModule> =
         context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
+    let mut later = false;
     let function = |kernel: &Kernel| {
-        if facts.compute_capability < kernel.family.oldest() {
+        // What is for older chips is of use where there is nothing else.
+        let older = later && kernel.family == Family::PairsSm75;
+        if facts.compute_capability < kernel.family.oldest() || older {
             return Ok(None);
         }
         let function = match module.load_function(kernel.name).map_err(code) {
-            // Compiled for older chips only, which every chip since them runs.
+            // Not compiled for this chip, or for older ones only, which every chip since them runs.
             Err(driver::NOT_FOUND) if kernel.family != Family::Simt => return Ok(None),
             function => function?,
         };
@@ -613,6 +625,7 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function.set_attribute(most, kernel.shared_bytes as i32).map_err(code)?;
         }
+        later |= kernel.family == Family::Pairs;
         Ok(Some(function))
     };
     let helpers =
@@ -635,6 +648,15 @@ fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {
 }
 
 impl Facts {
+    /// Whether tensor cores multiply what a layer on these terms has.
+    pub(crate) fn multiplies(&self, terms: &Terms) -> bool {
+        match terms.dtype {
+            DType::F32 => terms.tf32 && self.sm80,
+            DType::F16 => self.sm80 || self.sm75,
+            DType::Bf16 => self.sm80,
+        }
+    }
+
     fn of(context: &Arc<CudaContext>) -> Result<Facts> {
         let needed = |attribute| {
             let value = context.attribute(attribute).map_err(failed("cuDeviceGetAttribute"))?;
@@ -654,7 +676,8 @@ impl Facts {
             name: context.name().map_err(failed("cuDeviceGetName"))?,
             compute_capability,
             multiprocessors,
-            tf32: false,
+            sm80: false,
+            sm75: false,
             l2_bytes: optional(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) as u64,
             memory_bytes: context.total_mem().map_err(failed("cuDeviceTotalMem"))? as u64,
             roof: roof(compute_capability, multiprocessors, clock, memory_clock, bus),

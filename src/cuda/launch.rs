@@ -4,15 +4,17 @@ use std::ffi::c_void;
 
 use cudarc::driver::result;
 
-use super::device::CudaDevice;
+use super::device::{Buffer, CudaDevice};
 use super::params::{
     PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_merge, pw_norm_job,
     pw_read, pw_source,
 };
 use super::plan::{Choice, Helper, KERNELS, Kernel, Letters, Training};
 use super::scratch::{Given, Need, Room, given, in_graph};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::stages::NormOver;
+use crate::tensor::checked_product;
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
 const MERGED: u64 = PW_MERGED as u64;
@@ -30,9 +32,9 @@ pub(crate) struct Tensor {
 }
 
 impl Tensor {
-    /// Without its first channels.
-    pub(super) fn skip_channels(self, channel: usize) -> Tensor {
-        let offset = self.channel.wrapping_mul(channel as i64).wrapping_mul(4);
+    /// Without its first channels, of a tensor of this dtype.
+    pub(super) fn skip_channels(self, channel: usize, dtype: DType) -> Tensor {
+        let offset = self.channel.wrapping_mul(channel as i64).wrapping_mul(dtype.size() as i64);
         Tensor { address: self.address.wrapping_add_signed(offset), ..self }
     }
 
@@ -137,6 +139,8 @@ pub(crate) enum Moments {
 
 /// A layer's part of the parameters of its launches.
 pub(super) struct Program {
+    /// What the tensors hold.
+    pub dtype: DType,
     pub fprop: pw_fprop,
     /// The normalisation and the steps behind it, for all rows as one group.
     pub norm: Option<(NormOver, pw_fprop)>,
@@ -191,37 +195,72 @@ impl Axes {
         self.extents.iter().product()
     }
 
-    /// Whether four positions of a tensor can be read or written at once: a vector must never be
+    /// Whether so many positions of a tensor can be read or written at once: a vector must never be
     /// cut by the end of an axis, and every step along any other axis must keep it aligned.
-    fn vectors_along_positions(&self, tensor: usize, address: u64, channel: i64) -> bool {
+    fn vectors_along_positions(&self, tensor: usize, at: &Tensor, vector: Vector) -> bool {
+        let (width, channel) = (vector.width, at.channel);
         let strides = &self.strides[tensor][..self.count];
         let (inner, outer) = strides.split_first().map_or((0, &[][..]), |(i, outer)| (*i, outer));
-        address.is_multiple_of(16)
+        vector.aligned(at)
             && inner == 1
-            && self.extents[0] % 4 == 0
-            && channel % 4 == 0
-            && outer.iter().all(|stride| stride % 4 == 0)
+            && self.extents[0] % width == 0
+            && channel % width == 0
+            && outer.iter().all(|stride| stride % width == 0)
     }
 
-    /// Whether four channels of a tensor can.
-    fn vectors_along_channels(&self, tensor: usize, address: u64, channel: i64) -> bool {
+    /// Whether so many channels of a tensor can.
+    fn vectors_along_channels(&self, tensor: usize, at: &Tensor, vector: Vector) -> bool {
         let strides = &self.strides[tensor][..self.count];
-        address.is_multiple_of(16) && channel == 1 && strides.iter().all(|stride| stride % 4 == 0)
+        vector.aligned(at)
+            && at.channel == 1
+            && strides.iter().all(|stride| stride % vector.width == 0)
     }
 
-    /// How a source is read; `whole` says that vectors of channels lie within it and its groups.
-    fn read(&self, tensor: usize, source: &Tensor, whole: bool) -> pw_read {
-        let (address, channel) = (source.address, source.channel);
-        if whole && self.vectors_along_channels(tensor, address, channel) {
-            pw_read::PW_READ_CHANNELS_VEC4
-        } else if self.vectors_along_positions(tensor, address, channel) {
-            pw_read::PW_READ_POSITIONS_VEC4
-        } else if self.count == 0 || channel.unsigned_abs() < self.strides[tensor][0].unsigned_abs()
-        {
+    /// How a source of a dtype is read, at most so many elements at once; `channels` are those
+    /// within which vectors of channels must lie: its own and its groups'.
+    fn read(
+        &self,
+        tensor: usize,
+        source: &Tensor,
+        (dtype, most): (DType, i64),
+        channels: [u32; 3],
+    ) -> pw_read {
+        let widths = [
+            (8, pw_read::PW_READ_CHANNELS_VEC8, pw_read::PW_READ_POSITIONS_VEC8),
+            (4, pw_read::PW_READ_CHANNELS_VEC4, pw_read::PW_READ_POSITIONS_VEC4),
+        ];
+        for (width, of_channels, of_positions) in widths {
+            let vector = Vector { width, dtype };
+            if width > most {
+                continue;
+            }
+            let whole = channels.iter().all(|channel| i64::from(*channel) % width == 0);
+            if whole && self.vectors_along_channels(tensor, source, vector) {
+                return of_channels;
+            }
+            if self.vectors_along_positions(tensor, source, vector) {
+                return of_positions;
+            }
+        }
+        let channel = source.channel;
+        if self.count == 0 || channel.unsigned_abs() < self.strides[tensor][0].unsigned_abs() {
             pw_read::PW_READ_CHANNELS
         } else {
             pw_read::PW_READ_POSITIONS
         }
+    }
+}
+
+/// Neighbours that are read or written at once.
+#[derive(Clone, Copy)]
+struct Vector {
+    width: i64,
+    dtype: DType,
+}
+
+impl Vector {
+    fn aligned(self, tensor: &Tensor) -> bool {
+        tensor.address.is_multiple_of(self.width as u64 * self.dtype.size() as u64)
     }
 }
 
@@ -255,8 +294,15 @@ impl Call {
     }
 
     /// Fills in what depends on this call's tensors; the rest is the layer's (see
-    /// [`super::layer::Weights`]). A launch of the norm reads no source.
-    fn describe(&self, params: &mut pw_fprop, sources: &Sources, moments: [i64; MAX_AXES]) -> Axes {
+    /// [`super::layer::Weights`]). `reads` is what the sources hold, and the most elements that the
+    /// kernel reads at once.
+    fn describe(
+        &self,
+        params: &mut pw_fprop,
+        sources: &Sources,
+        reads: (DType, i64),
+        moments: [i64; MAX_AXES],
+    ) -> Axes {
         let residual = self.residual.unwrap_or_default();
         let gate = self.gate.unwrap_or_default();
         let sources = sources.as_slice();
@@ -270,25 +316,24 @@ impl Call {
                 [0, 1, 2, 3].map(|tensor: usize| axes.strides[tensor][i]);
         }
         params.positions = axes.positions();
-        params.dst = self.dst.address as *mut f32;
+        params.dst = self.dst.address as *mut c_void;
         params.dst_channel = self.dst.channel;
-        params.residual = residual.address as *const f32;
+        params.residual = residual.address as *const c_void;
         params.residual_channel = residual.channel;
-        params.gate = gate.address as *const f32;
+        params.gate = gate.address as *const c_void;
         params.gate_channel = gate.channel;
 
         params.source_count = sources.len() as u32;
         let mut begin = 0;
         for (i, (slot, (source, channels))) in params.sources.iter_mut().zip(sources).enumerate() {
             let end = begin + channels;
-            let whole = [self.depth, begin, end].iter().all(|channel| channel.is_multiple_of(4));
             *slot = pw_source {
-                data: source.address as *const f32,
+                data: source.address as *const c_void,
                 channel: source.channel,
                 axes: axes.strides[SOURCE + i],
                 begin,
                 end,
-                read: axes.read(SOURCE + i, source, whole),
+                read: axes.read(SOURCE + i, source, reads, [self.depth, begin, end]),
                 reserved: 0,
             };
             begin = end;
@@ -296,11 +341,17 @@ impl Call {
         axes
     }
 
-    /// The parameters of the convolution itself.
-    fn convolution(&self, kernel: &Kernel, params: &mut pw_fprop) {
-        let axes = self.describe(params, &self.sources, [0; MAX_AXES]);
+    /// The parameters of the convolution itself, to a dst of this dtype.
+    fn convolution(&self, kernel: &Kernel, dst_dtype: DType, params: &mut pw_fprop) {
+        let most = if kernel.reads_eight() { 8 } else { 4 };
+        let axes = self.describe(params, &self.sources, (kernel.dtype, most), [0; MAX_AXES]);
         (params.groups, params.rows, params.depth) = (self.groups, self.rows, self.depth);
-        self.set_vectors(&axes, kernel.channels_fast, params);
+        let along = (kernel.channels_fast, i64::from(kernel.vector));
+        self.set_vectors(&axes, along, (dst_dtype, kernel.dtype), params);
+        if dst_dtype != kernel.dtype {
+            params.flags |= pw_flags::PW_FLAG_DST_F32.0;
+            params.epilogue = pw_epilogue::PW_EPILOGUE_STEPS;
+        }
         let (dst, residual) = (pw_flags::PW_FLAG_DST_VEC4.0, pw_flags::PW_FLAG_RESIDUAL_VEC4.0);
         let needed = if self.residual.is_some() { dst | residual } else { dst };
         let mapped =
@@ -310,10 +361,27 @@ impl Call {
         }
     }
 
-    /// The parameters of the normalisation of what the convolution has left in dst.
-    fn normalisation(&self, job: pw_norm_job, moments: &Tensor, params: &mut pw_fprop) {
-        let axes = self.describe(params, &Sources::new(), moments.axes);
-        (params.groups, params.rows) = (1, self.groups * self.rows);
+    /// The parameters of the normalisation of what the convolution has left in `sums`, to dst.
+    fn normalisation(
+        &self,
+        job: pw_norm_job,
+        (sums, dtype): (Tensor, DType),
+        moments: &Tensor,
+        params: &mut pw_fprop,
+    ) {
+        let rows = self.groups * self.rows;
+        let source = Sources::one(sums, rows);
+        let axes = self.describe(params, &source, (DType::F32, 4), moments.axes);
+        (params.groups, params.rows) = (1, rows);
+        // The kernel goes along channels, to those of dst.
+        let vector = Vector { width: 4, dtype: DType::F32 };
+        let vectors = params.dst_map.is_null()
+            && rows.is_multiple_of(4)
+            && axes.vectors_along_channels(SOURCE, &sums, vector);
+        params.sources[0].read = match vectors {
+            true => pw_read::PW_READ_CHANNELS_VEC4,
+            false => pw_read::PW_READ_CHANNELS,
+        };
         params.norm_job = job;
         params.norm.moments = moments.address as *mut f64;
         let positions = match self.moments {
@@ -322,29 +390,49 @@ impl Call {
         };
         params.norm.values = positions as f64 * f64::from(params.rows);
         let channels_fast = self.letters().channels_fast;
-        self.set_vectors(&axes, true, params);
+        self.set_vectors(&axes, (true, 4), (dtype, dtype), params);
         if channels_fast {
             params.flags |= pw_flags::PW_FLAG_CHANNELS_FAST.0;
         }
     }
 
-    /// Which of dst and residual are accessed in vectors of four along the fast axis.
-    fn set_vectors(&self, axes: &Axes, channels_fast: bool, params: &mut pw_fprop) {
+    /// Which of dst and residual, of these dtypes, are accessed in vectors along the fast axis, of
+    /// at most so many elements.
+    fn set_vectors(
+        &self,
+        axes: &Axes,
+        (channels_fast, most): (bool, i64),
+        (of_dst, of_residual): (DType, DType),
+        params: &mut pw_fprop,
+    ) {
         let rows = params.rows;
-        let vectors = |tensor: usize, at: &Tensor, map: *const u32| {
+        let vectors = |tensor: usize, at: &Tensor, map: *const u32, vector: Vector| {
             if channels_fast {
                 map.is_null()
-                    && rows.is_multiple_of(4)
-                    && axes.vectors_along_channels(tensor, at.address, at.channel)
+                    && i64::from(rows) % vector.width == 0
+                    && axes.vectors_along_channels(tensor, at, vector)
             } else {
-                axes.vectors_along_positions(tensor, at.address, at.channel)
+                axes.vectors_along_positions(tensor, at, vector)
             }
         };
-        let dst = vectors(DST, &self.dst, params.dst_map);
-        let residual =
-            self.residual.is_some_and(|residual| vectors(RESIDUAL, &residual, params.residual_map));
-        params.flags = if dst { pw_flags::PW_FLAG_DST_VEC4.0 } else { 0 }
-            | if residual { pw_flags::PW_FLAG_RESIDUAL_VEC4.0 } else { 0 };
+        params.flags = 0;
+        for (width, dst, residual) in [
+            (4, pw_flags::PW_FLAG_DST_VEC4, pw_flags::PW_FLAG_RESIDUAL_VEC4),
+            (8, pw_flags::PW_FLAG_DST_VEC8, pw_flags::PW_FLAG_RESIDUAL_VEC8),
+        ] {
+            if width > most {
+                continue;
+            }
+            let vector = |dtype| Vector { width, dtype };
+            if vectors(DST, &self.dst, params.dst_map, vector(of_dst)) {
+                params.flags |= dst.0;
+            }
+            if let Some(at) = &self.residual
+                && vectors(RESIDUAL, at, params.residual_map, vector(of_residual))
+            {
+                params.flags |= residual.0;
+            }
+        }
     }
 }
 
@@ -366,7 +454,14 @@ pub(super) unsafe fn launch(
     }
     let kernel = &KERNELS[choice.kernel];
     let mut params = program.fprop;
-    call.convolution(kernel, &mut params);
+    // A result is rounded once: what a normalisation reads is f32. Freed in stream order.
+    let beside = match program.norm.is_some() && program.dtype != DType::F32 {
+        true => Some(sums_beside(device, call)?),
+        false => None,
+    };
+    let sums = beside.as_ref().map_or(call.dst, |(sums, _)| *sums);
+    let sums_dtype = if beside.is_some() { DType::F32 } else { program.dtype };
+    Call { dst: sums, ..*call }.convolution(kernel, sums_dtype, &mut params);
     let _bound = device.bind()?;
     let mut queue = |splits: u32, scratch: Option<Room>| {
         params.splits = splits;
@@ -378,7 +473,7 @@ pub(super) unsafe fn launch(
         // read before what comes next in stream order writes moments in their place.
         unsafe {
             start(device, Launch::fprop(choice.kernel), grid, &mut params)?;
-            normalise(device, call, program, scratch)
+            normalise(device, call, program, sums, scratch)
         }
     };
     let [sums, moments] = needs(choice, call, program)?;
@@ -407,6 +502,24 @@ pub(super) unsafe fn launch(
     }
 }
 
+/// Memory for the f32 values of a call's dst, with its order of axes.
+fn sums_beside(device: &CudaDevice, call: &Call) -> Result<(Tensor, Buffer)> {
+    if device.is_capturing()? && !device.has_pools() {
+        return Err(Error::Unsupported {
+            device: device.to_string(),
+            what: "capturing a layer norm of 16-bit tensors in a graph: the device has no memory \
+                   pools, from which the graph would take the values before they are normalised"
+                .into(),
+        });
+    }
+    let channels = u64::from(call.groups) * u64::from(call.rows);
+    let extents = call.extents.map(|extent| extent as usize);
+    let positions = checked_product("positions", &extents)?;
+    let bytes = checked_product("values before a layer norm", &[positions, channels as usize, 4])?;
+    let memory = Buffer::new(device, "the values before a layer norm", bytes)?;
+    Ok((call.dst.dense_like(&call.extents, channels, memory.address()), memory))
+}
+
 /// What a launch needs for sums that blocks share, and then for moments.
 fn needs(choice: Choice, call: &Call, program: &Program) -> Result<[Need; 2]> {
     let letters = call.letters();
@@ -433,17 +546,19 @@ unsafe fn normalise(
     device: &CudaDevice,
     call: &Call,
     program: &Program,
+    sums: Tensor,
     scratch: Option<Room>,
 ) -> Result<()> {
     let Some((over, params)) = &program.norm else { return Ok(()) };
     let run = |job: pw_norm_job, moments: &Tensor| {
         let mut params = *params;
-        call.normalisation(job, moments, &mut params);
+        call.normalisation(job, (sums, program.dtype), moments, &mut params);
         let letters = call.letters();
-        let tiles = letters.positions.div_ceil(Helper::Norm.positions());
-        let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
+        let norm = Helper::norm(program.dtype);
+        let grid = Kernel::grid(letters.positions.div_ceil(norm.positions()));
+        let grid = grid.ok_or_else(|| too_large(&letters))?;
         // SAFETY: the caller's promise.
-        unsafe { start(device, Launch::helper(Helper::Norm), grid, &mut params) }
+        unsafe { start(device, Launch::helper(norm), grid, &mut params) }
     };
     let of_samples = |address| Tensor { address, channel: 0, axes: [1, 0, 0, 0] };
     match (over, call.moments) {
@@ -522,12 +637,13 @@ pub(super) unsafe fn merge(
     Ok(from)
 }
 
-/// Queues a copy of some channels at all positions.
+/// Queues a copy of some channels of a dtype at all positions.
 ///
 /// # Safety
 /// As [`launch`].
 pub(super) unsafe fn copy(
     device: &CudaDevice,
+    dtype: DType,
     extents: &[u64; MAX_AXES],
     (source, channels): (Tensor, u32),
     dst: Tensor,
@@ -549,17 +665,18 @@ pub(super) unsafe fn copy(
         return Ok(());
     }
     let mut params = pw_fprop::default();
-    call.describe(&mut params, &call.sources, [0; MAX_AXES]);
+    call.describe(&mut params, &call.sources, (dtype, 4), [0; MAX_AXES]);
     (params.groups, params.rows) = (1, channels);
     if letters.channels_fast {
         params.flags = pw_flags::PW_FLAG_CHANNELS_FAST.0;
     }
-    let columns = letters.positions.div_ceil(Helper::Copy.positions());
+    let helper = Helper::copy(dtype);
+    let columns = letters.positions.div_ceil(helper.positions());
     let tiles = columns.saturating_mul(u64::from(channels).div_ceil(Helper::COPY_CHANNELS));
     let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
     let _bound = device.bind()?;
     // SAFETY: the caller's promise.
-    unsafe { start(device, Launch::helper(Helper::Copy), grid, &mut params) }
+    unsafe { start(device, Launch::helper(helper), grid, &mut params) }
 }
 
 fn too_large(letters: &Letters) -> Error {
@@ -690,7 +807,7 @@ mod tests {
         let kernel = KERNELS.iter().find(|kernel| kernel.channels_fast == channels_fast).unwrap();
         let mut params =
             pw_fprop { epilogue: pw_epilogue::PW_EPILOGUE_CLIP, ..pw_fprop::default() };
-        call.convolution(kernel, &mut params);
+        call.convolution(kernel, DType::F32, &mut params);
         params
     }
 

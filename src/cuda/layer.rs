@@ -9,6 +9,7 @@ use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};
 use super::scratch::Given;
 use super::staging::{self, HostCall, Slice};
 use crate::cost::Roof;
+use crate::dtype::{DType, Element};
 use crate::epilogue::Lowered;
 use crate::error::{Error, Result};
 use crate::plan::{Candidate, wanted_kernel};
@@ -37,6 +38,7 @@ impl Layer {
         device: &CudaDevice,
         shape: &LayerShape,
         lowered: Lowered,
+        dtype: DType,
         options: &PrepareOptions,
     ) -> Result<Self> {
         let forced = match wanted_kernel(options.kernel.as_deref()) {
@@ -47,7 +49,8 @@ impl Layer {
         };
         let terms = Terms {
             batch_invariant: options.batch_invariant,
-            tf32: options.math == Math::Tf32,
+            dtype,
+            tf32: dtype == DType::F32 && options.math == Math::Tf32,
             forced,
         };
         let wanted = KERNELS.iter().find(|kernel| forced.is_some_and(|f| f.kernel == kernel.name));
@@ -57,7 +60,7 @@ impl Layer {
             let (kernel, reason) = (kernel.name.into(), reason(device.facts()));
             return Err(Error::Kernel { kernel, reason });
         }
-        let weights = Arc::new(Weights::upload(device, shape, &lowered, terms.tf32)?);
+        let weights = Arc::new(Weights::upload(device, shape, lowered, dtype, terms.tf32)?);
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
         Ok(Layer { device: device.clone(), weights, terms, slice_bytes })
     }
@@ -101,23 +104,23 @@ impl Layer {
     }
 
     /// The kernel that would run a problem, and why.
-    pub(crate) fn explain(&self, problem: &Problem<'_>) -> (&'static str, String) {
+    pub(crate) fn explain<T: Element>(&self, problem: &Problem<'_, T>) -> (&'static str, String) {
         let letters = self.call(problem).letters();
         let choice = plan::choose(&letters, self.device.facts(), &self.terms);
         let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
         let facts = self.device.facts();
         let words = plan::describe(choice, &letters, facts);
         let products = match (self.terms.tf32, KERNELS[choice.kernel].family) {
-            (false, _) | (_, Family::Tf32 | Family::Tf32x3) => String::new(),
-            (true, Family::Simt) if facts.tf32 => "; products in f32 cost no more here".into(),
+            (true, Family::Simt) if facts.sm80 => "; products in f32 cost no more here".into(),
             (true, Family::Simt) => format!("; {}", plan::no_tf32(facts)),
+            _ => String::new(),
         };
         let stages = &self.weights.words;
         (KERNELS[choice.kernel].name, format!("{forced}{words}{stages}{products}"))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
-    pub(crate) fn plans(&self, problem: &Problem<'_>) -> Vec<Candidate> {
+    pub(crate) fn plans<T: Element>(&self, problem: &Problem<'_, T>) -> Vec<Candidate> {
         let (letters, facts) = (self.call(problem).letters(), self.device.facts());
         let first = plan::choose(&letters, facts, &self.terms);
         let mut order = plan::ranked(&letters, facts, &self.terms);
@@ -137,7 +140,11 @@ impl Layer {
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::DeviceMemory`], [`Error::Unsupported`] for what cannot be
     /// captured, [`Error::Cuda`]; those of scratch that does not do.
-    pub(crate) fn run(&self, problem: &Problem<'_>, scratch: Option<&TensorMut<'_>>) -> Result<()> {
+    pub(crate) fn run<T: Element>(
+        &self,
+        problem: &Problem<'_, T>,
+        scratch: Option<&TensorMut<'_>>,
+    ) -> Result<()> {
         if problem.place != Place::Host && problem.place != self.place() {
             return Err(Error::WrongDevice {
                 tensor: "src",
@@ -161,7 +168,7 @@ impl Layer {
                 // SAFETY: the problem's views vouch for its tensors.
                 unsafe {
                     let source = (on_device(&from), channels_of(from.channels)?);
-                    launch::copy(&self.device, &call.extents, source, on_device(&to))?;
+                    launch::copy(&self.device, T::DTYPE, &call.extents, source, on_device(&to))?;
                 }
             }
             self.launch(self.choose(&call), &call)
@@ -172,19 +179,19 @@ impl Layer {
     ///
     /// # Errors
     /// [`Error::TooLarge`].
-    pub(crate) fn scratch_bytes(&self, problem: &Problem<'_>) -> Result<usize> {
+    pub(crate) fn scratch_bytes<T: Element>(&self, problem: &Problem<'_, T>) -> Result<usize> {
         let call = self.call(problem);
         launch::scratch_bytes(self.choose(&call), &call, &self.weights.program)
     }
 
     /// In slices; what passes through is copied on the host.
-    fn run_on_host_tensors(&self, problem: &Problem<'_>) -> Result<()> {
+    fn run_on_host_tensors<T: Element>(&self, problem: &Problem<'_, T>) -> Result<()> {
         let [d, h, w] = problem.spatial;
         let extents = [problem.n, d, h, w];
         let mut sources = problem.sources();
-        let (first, more): (_, Vec<Operand>) = (sources.next(), sources.collect());
+        let (first, more): (_, Vec<Operand<T>>) = (sources.next(), sources.collect());
         let Some(first) = first else { return Ok(()) };
-        let several: Vec<Operand>;
+        let several: Vec<Operand<T>>;
         let sources = match more.is_empty() {
             true => std::slice::from_ref(&first),
             false => {
@@ -225,7 +232,7 @@ impl Layer {
 
     /// A call that normalises over samples that are too large for a slice: each goes through twice,
     /// for its moments and for its result.
-    fn sample_by_sample(&self, host: &HostCall<'_>, choice: Choice) -> Result<()> {
+    fn sample_by_sample<T: Element>(&self, host: &HostCall<'_, T>, choice: Choice) -> Result<()> {
         let [n, spatial @ ..] = host.extents;
         let positions = checked_product("positions", &spatial)? as u64;
         let too_large = || Error::TooLarge { what: "moments", sizes: spatial.to_vec() };
@@ -237,11 +244,11 @@ impl Layer {
         let of_positions = launch::moments_at(moments.address(), &extents);
         let values = u64::from(self.weights.groups) * u64::from(self.weights.rows);
         for i in 0..n {
-            let sample = |operand: &Operand| Operand {
+            let sample = |operand: &Operand<T>| Operand {
                 ptr: operand.ptr.wrapping_offset(operand.sample.wrapping_mul(i as isize)),
                 ..*operand
             };
-            let sources: Vec<Operand> = host.sources.iter().map(sample).collect();
+            let sources: Vec<Operand<T>> = host.sources.iter().map(sample).collect();
             let (residual, gate) = (host.residual.map(sample), host.gate.map(sample));
             let part = HostCall {
                 sources: &sources,
@@ -283,7 +290,11 @@ impl Layer {
     }
 
     /// Copies the sources beyond those that a launch takes into one, the call's last.
-    fn put_together(&self, problem: &Problem<'_>, call: &mut Call) -> Result<Option<Buffer>> {
+    fn put_together<T: Element>(
+        &self,
+        problem: &Problem<'_, T>,
+        call: &mut Call,
+    ) -> Result<Option<Buffer>> {
         let count = problem.sources().count();
         if count <= MAX_SOURCES {
             return Ok(None);
@@ -302,7 +313,8 @@ impl Layer {
         let channels = rest().map(|source| source.channels).sum();
         let sizes = call.extents.map(|extent| extent as usize);
         let positions = checked_product("positions", &sizes)?;
-        let bytes = checked_product("sources put together", &[positions, channels, 4])?;
+        let bytes =
+            checked_product("sources put together", &[positions, channels, size_of::<T>()])?;
         let memory = Buffer::new(&self.device, "sources put together", bytes)?;
         let Some(first) = rest().next() else { return Ok(None) };
         let together =
@@ -312,8 +324,8 @@ impl Layer {
             let part = (on_device(&source), channels_of(source.channels)?);
             // SAFETY: the problem's views vouch for its tensors; the memory is for all of them.
             unsafe {
-                let to = together.skip_channels(channel);
-                launch::copy(&self.device, &call.extents, part, to)?;
+                let to = together.skip_channels(channel, T::DTYPE);
+                launch::copy(&self.device, T::DTYPE, &call.extents, part, to)?;
             }
             channel += source.channels;
         }
@@ -374,7 +386,7 @@ impl Layer {
     }
 
     /// A problem in the kernels' terms, of the sources as many as a launch takes.
-    fn call(&self, problem: &Problem<'_>) -> Call {
+    fn call<T: Element>(&self, problem: &Problem<'_, T>) -> Call {
         let mut extents = [1; 1 + MAX_SPATIAL];
         extents[0] = problem.n as u64;
         for (extent, &n) in extents[1..].iter_mut().zip(&problem.spatial) {
@@ -409,7 +421,8 @@ impl Drop for Layer {
 impl std::fmt::Debug for Layer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Weights { groups, rows, depth, .. } = *self.weights;
-        write!(f, "cuda::Layer({groups} x [{rows}, {depth}] on {:?})", self.device)
+        let dtype = self.terms.dtype;
+        write!(f, "cuda::Layer({groups} x [{rows}, {depth}], {dtype}, on {:?})", self.device)
     }
 }
 
@@ -421,7 +434,7 @@ pub(super) fn channels_of(count: usize) -> Result<u32> {
     u32::try_from(count).map_err(|_| Error::TooLarge { what: "channels", sizes: vec![count] })
 }
 
-pub(super) fn on_device(operand: &Operand) -> Tensor {
+pub(super) fn on_device<T>(operand: &Operand<T>) -> Tensor {
     let [d, h, w] = operand.spatial;
     Tensor {
         address: operand.ptr.addr() as u64,

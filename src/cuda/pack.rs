@@ -3,9 +3,10 @@
 use super::device::{Buffer, CudaDevice};
 use super::launch::Program;
 use super::params::{
-    PW_INLINE_SOURCE_STEPS, PW_INLINE_STEPS, PW_ROW_ALIGN, pw_epilogue, pw_fprop, pw_norm, pw_op,
-    pw_step,
+    PW_INLINE_SOURCE_STEPS, PW_INLINE_STEPS, PW_ROW_ALIGN, PW_ROW_ALIGN_16BIT, pw_epilogue,
+    pw_fprop, pw_norm, pw_op, pw_step,
 };
+use crate::dtype::{DType, bf16, f16};
 use crate::epilogue::{Lowered, SourceStep, Step};
 use crate::error::{Error, Result};
 use crate::problem::LayerShape;
@@ -32,7 +33,8 @@ impl Weights {
     pub(super) fn upload(
         device: &CudaDevice,
         shape: &LayerShape,
-        lowered: &Lowered,
+        mut lowered: Lowered,
+        dtype: DType,
         tf32: bool,
     ) -> Result<Self> {
         let count = |what: &'static str, n: usize| {
@@ -46,11 +48,19 @@ impl Weights {
         // A channel of all groups is a number of 32 bits, too.
         count("output channels", shape.c_out)?;
         count("input channels", shape.c_in)?;
-        let mut packer = Packer::new(shape.groups, rows as usize, depth as usize);
-        let weight = match tf32 && device.facts().tf32 {
+        let mut packer = Packer::new(dtype, shape.groups, rows as usize, depth as usize);
+        let weight = match dtype {
             // Once, here, instead of each time that a kernel reads them.
-            true => packer.weight(&lowered.weight.iter().copied().map(to_tf32).collect::<Vec<_>>()),
-            false => packer.weight(&lowered.weight),
+            DType::F32 if tf32 && device.facts().sm80 => {
+                packer.weight(&lowered.weight, |x| to_tf32(x).to_ne_bytes())
+            }
+            DType::F32 => packer.weight(&lowered.weight, f32::to_ne_bytes),
+            DType::F16 => packer.weight(&lowered.weight, |x| f16::from_f32(x).to_ne_bytes()),
+            DType::Bf16 => packer.weight(&lowered.weight, |x| bf16::from_f32(x).to_ne_bytes()),
+        };
+        let scale = match dtype {
+            DType::F32 => None,
+            DType::F16 | DType::Bf16 => Some(packer.rows(&take_scale(&mut lowered))),
         };
         let bias = packer.rows(&lowered.bias);
         let steps = packer.steps(&lowered.steps, PW_INLINE_STEPS);
@@ -62,7 +72,7 @@ impl Weights {
         let pitch = packer.pitch as u32;
         // The normalisation knows no groups.
         (packer.groups, packer.rows) = (1, shape.c_out);
-        packer.pitch = shape.c_out.next_multiple_of(PW_ROW_ALIGN as usize);
+        packer.pitch = shape.c_out.next_multiple_of(row_align(dtype));
         let norm = lowered.norm.as_ref().map(|norm| {
             let arrays = [packer.rows(&norm.gamma), packer.rows(&norm.beta)];
             (norm, arrays, packer.steps(&lowered.after_norm, PW_INLINE_STEPS))
@@ -84,8 +94,9 @@ impl Weights {
             ..pw_fprop::default()
         };
         let mut params = pw_fprop {
-            weight: at(weight),
+            weight: at(weight).cast(),
             bias: at(bias),
+            scale: scale.map_or(std::ptr::null(), at),
             more_steps: at(steps.more).cast(),
             more_source_steps: at(source_steps.more).cast(),
             row_pitch: pitch,
@@ -112,8 +123,33 @@ impl Weights {
                 Some((norm.over, params))
             }
         };
-        let program = Program { fprop: params, norm };
-        Ok(Weights { memory, program, words: words(lowered), groups, rows, depth })
+        let program = Program { dtype, fprop: params, norm };
+        Ok(Weights { memory, program, words: words(&lowered), groups, rows, depth })
+    }
+}
+
+/// What rows of packed arrays are padded to a multiple of.
+fn row_align(dtype: DType) -> usize {
+    match dtype {
+        DType::F32 => PW_ROW_ALIGN as usize,
+        DType::F16 | DType::Bf16 => PW_ROW_ALIGN_16BIT as usize,
+    }
+}
+
+/// What multiplies the sums of a layer whose weight has 16 bits before the bias is added: that of the
+/// affine step that it begins with, whose shift then is the bias.
+fn take_scale(lowered: &mut Lowered) -> Vec<f32> {
+    let leading = lowered.bias.iter().all(|&bias| bias == 0.0);
+    match lowered.steps.first() {
+        Some(Step::Affine { .. }) if leading => {}
+        _ => return vec![1.0; lowered.bias.len()],
+    }
+    match lowered.steps.remove(0) {
+        Step::Affine { scale, shift } => {
+            lowered.bias = shift;
+            scale
+        }
+        _ => unreachable!("looked at above"),
     }
 }
 
@@ -200,8 +236,8 @@ impl PackedSteps {
 }
 
 impl Packer {
-    fn new(groups: usize, rows: usize, depth: usize) -> Self {
-        let pitch = rows.next_multiple_of(PW_ROW_ALIGN as usize);
+    fn new(dtype: DType, groups: usize, rows: usize, depth: usize) -> Self {
+        let pitch = rows.next_multiple_of(row_align(dtype));
         Packer { bytes: Vec::new(), groups, rows, depth, pitch }
     }
 
@@ -227,15 +263,22 @@ impl Packer {
         self.bytes.extend(values.flat_map(f32::to_ne_bytes));
     }
 
-    /// `[groups * rows, depth]` as `[groups][depth][pitch]`.
-    fn weight(&mut self, weight: &[f32]) -> usize {
+    /// `[groups * rows, depth]` as `[groups][depth][pitch]` of elements of so many bytes.
+    fn weight<const SIZE: usize>(
+        &mut self,
+        weight: &[f32],
+        bytes: impl Fn(f32) -> [u8; SIZE],
+    ) -> usize {
         let start = self.align();
-        let padding = self.pitch - self.rows;
-        for group in weight.chunks_exact(self.rows * self.depth) {
-            for k in 0..self.depth {
-                let column = group.iter().skip(k).step_by(self.depth).copied();
-                self.bytes.extend(column.flat_map(f32::to_ne_bytes));
-                self.extend(std::iter::repeat_n(0.0, padding));
+        let end = start + self.groups * self.depth * self.pitch * SIZE;
+        self.bytes.resize(end, 0);
+        let columns = self.bytes[start..].chunks_exact_mut(self.pitch * SIZE);
+        let groups = weight.chunks_exact(self.rows * self.depth);
+        let columns_of = groups.flat_map(|group| (0..self.depth).map(move |k| (group, k)));
+        for (to, (group, k)) in columns.zip(columns_of) {
+            let column = group.iter().skip(k).step_by(self.depth);
+            for (slot, &value) in to.chunks_exact_mut(SIZE).zip(column) {
+                slot.copy_from_slice(&bytes(value));
             }
         }
         start
@@ -348,8 +391,8 @@ mod tests {
         // weight[row][k] = 10 * row + k, two groups of 3 rows, depth 2.
         let weight: Vec<f32> =
             (0..6).flat_map(|row| [row as f32 * 10.0, row as f32 * 10.0 + 1.0]).collect();
-        let mut packer = Packer::new(2, 3, 2);
-        let start = packer.weight(&weight);
+        let mut packer = Packer::new(DType::F32, 2, 3, 2);
+        let start = packer.weight(&weight, f32::to_ne_bytes);
         assert_eq!(
             floats(&packer, start, 16),
             [0., 10., 20., 0., 1., 11., 21., 0., 30., 40., 50., 0., 31., 41., 51., 0.]
@@ -381,7 +424,7 @@ mod tests {
 
     #[test]
     fn the_usual_lists_have_a_short_cut() {
-        let mut packer = Packer::new(1, 4, 1);
+        let mut packer = Packer::new(DType::F32, 1, 4, 1);
         let mut cut = |steps: &[Step]| {
             let steps: Vec<pw_step> = steps.iter().map(|step| packer.step(step).0).collect();
             short_cut(&steps)

@@ -3,6 +3,7 @@ pub const PW_MAX_SOURCES: u32 = 16;
 pub const PW_INLINE_STEPS: u32 = 8;
 pub const PW_INLINE_SOURCE_STEPS: u32 = 4;
 pub const PW_ROW_ALIGN: u32 = 4;
+pub const PW_ROW_ALIGN_16BIT: u32 = 8;
 pub const PW_MERGED: u32 = 1024;
 pub const PW_MAX_PARTS: u32 = 16;
 pub const PW_MAX_STAGES: u32 = 16;
@@ -64,6 +65,8 @@ impl pw_read {
     pub const PW_READ_CHANNELS: pw_read = pw_read(1);
     pub const PW_READ_POSITIONS_VEC4: pw_read = pw_read(2);
     pub const PW_READ_CHANNELS_VEC4: pw_read = pw_read(3);
+    pub const PW_READ_POSITIONS_VEC8: pw_read = pw_read(4);
+    pub const PW_READ_CHANNELS_VEC8: pw_read = pw_read(5);
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -80,6 +83,9 @@ impl pw_flags {
     pub const PW_FLAG_DST_VEC4: pw_flags = pw_flags(1);
     pub const PW_FLAG_RESIDUAL_VEC4: pw_flags = pw_flags(2);
     pub const PW_FLAG_CHANNELS_FAST: pw_flags = pw_flags(4);
+    pub const PW_FLAG_DST_VEC8: pw_flags = pw_flags(8);
+    pub const PW_FLAG_RESIDUAL_VEC8: pw_flags = pw_flags(16);
+    pub const PW_FLAG_DST_F32: pw_flags = pw_flags(32);
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -106,7 +112,7 @@ const _: () = {
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct pw_source {
-    pub data: *const f32,
+    pub data: *const ::core::ffi::c_void,
     pub channel: i64,
     pub axes: [i64; 4usize],
     pub begin: u32,
@@ -183,11 +189,12 @@ pub struct pw_fprop {
     pub dst_channel: i64,
     pub residual_channel: i64,
     pub gate_channel: i64,
-    pub weight: *const f32,
+    pub weight: *const ::core::ffi::c_void,
     pub bias: *const f32,
-    pub dst: *mut f32,
-    pub residual: *const f32,
-    pub gate: *const f32,
+    pub scale: *const f32,
+    pub dst: *mut ::core::ffi::c_void,
+    pub residual: *const ::core::ffi::c_void,
+    pub gate: *const ::core::ffi::c_void,
     pub dst_map: *const u32,
     pub residual_map: *const u32,
     pub more_steps: *const pw_step,
@@ -214,7 +221,7 @@ pub struct pw_fprop {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_fprop"][::core::mem::size_of::<pw_fprop>() - 1784usize];
+    ["Size of pw_fprop"][::core::mem::size_of::<pw_fprop>() - 1792usize];
     ["Alignment of pw_fprop"][::core::mem::align_of::<pw_fprop>() - 8usize];
     ["Offset of field: pw_fprop::axes"][::core::mem::offset_of!(pw_fprop, axes) - 0usize];
     ["Offset of field: pw_fprop::sources"][::core::mem::offset_of!(pw_fprop, sources) - 160usize];
@@ -228,44 +235,45 @@ const _: () = {
         [::core::mem::offset_of!(pw_fprop, gate_channel) - 1208usize];
     ["Offset of field: pw_fprop::weight"][::core::mem::offset_of!(pw_fprop, weight) - 1216usize];
     ["Offset of field: pw_fprop::bias"][::core::mem::offset_of!(pw_fprop, bias) - 1224usize];
-    ["Offset of field: pw_fprop::dst"][::core::mem::offset_of!(pw_fprop, dst) - 1232usize];
+    ["Offset of field: pw_fprop::scale"][::core::mem::offset_of!(pw_fprop, scale) - 1232usize];
+    ["Offset of field: pw_fprop::dst"][::core::mem::offset_of!(pw_fprop, dst) - 1240usize];
     ["Offset of field: pw_fprop::residual"]
-        [::core::mem::offset_of!(pw_fprop, residual) - 1240usize];
-    ["Offset of field: pw_fprop::gate"][::core::mem::offset_of!(pw_fprop, gate) - 1248usize];
-    ["Offset of field: pw_fprop::dst_map"][::core::mem::offset_of!(pw_fprop, dst_map) - 1256usize];
+        [::core::mem::offset_of!(pw_fprop, residual) - 1248usize];
+    ["Offset of field: pw_fprop::gate"][::core::mem::offset_of!(pw_fprop, gate) - 1256usize];
+    ["Offset of field: pw_fprop::dst_map"][::core::mem::offset_of!(pw_fprop, dst_map) - 1264usize];
     ["Offset of field: pw_fprop::residual_map"]
-        [::core::mem::offset_of!(pw_fprop, residual_map) - 1264usize];
+        [::core::mem::offset_of!(pw_fprop, residual_map) - 1272usize];
     ["Offset of field: pw_fprop::more_steps"]
-        [::core::mem::offset_of!(pw_fprop, more_steps) - 1272usize];
+        [::core::mem::offset_of!(pw_fprop, more_steps) - 1280usize];
     ["Offset of field: pw_fprop::more_source_steps"]
-        [::core::mem::offset_of!(pw_fprop, more_source_steps) - 1280usize];
-    ["Offset of field: pw_fprop::partial"][::core::mem::offset_of!(pw_fprop, partial) - 1288usize];
-    ["Offset of field: pw_fprop::arrived"][::core::mem::offset_of!(pw_fprop, arrived) - 1296usize];
-    ["Offset of field: pw_fprop::groups"][::core::mem::offset_of!(pw_fprop, groups) - 1304usize];
-    ["Offset of field: pw_fprop::rows"][::core::mem::offset_of!(pw_fprop, rows) - 1308usize];
-    ["Offset of field: pw_fprop::depth"][::core::mem::offset_of!(pw_fprop, depth) - 1312usize];
+        [::core::mem::offset_of!(pw_fprop, more_source_steps) - 1288usize];
+    ["Offset of field: pw_fprop::partial"][::core::mem::offset_of!(pw_fprop, partial) - 1296usize];
+    ["Offset of field: pw_fprop::arrived"][::core::mem::offset_of!(pw_fprop, arrived) - 1304usize];
+    ["Offset of field: pw_fprop::groups"][::core::mem::offset_of!(pw_fprop, groups) - 1312usize];
+    ["Offset of field: pw_fprop::rows"][::core::mem::offset_of!(pw_fprop, rows) - 1316usize];
+    ["Offset of field: pw_fprop::depth"][::core::mem::offset_of!(pw_fprop, depth) - 1320usize];
     ["Offset of field: pw_fprop::row_pitch"]
-        [::core::mem::offset_of!(pw_fprop, row_pitch) - 1316usize];
+        [::core::mem::offset_of!(pw_fprop, row_pitch) - 1324usize];
     ["Offset of field: pw_fprop::axis_count"]
-        [::core::mem::offset_of!(pw_fprop, axis_count) - 1320usize];
+        [::core::mem::offset_of!(pw_fprop, axis_count) - 1328usize];
     ["Offset of field: pw_fprop::source_count"]
-        [::core::mem::offset_of!(pw_fprop, source_count) - 1324usize];
+        [::core::mem::offset_of!(pw_fprop, source_count) - 1332usize];
     ["Offset of field: pw_fprop::step_count"]
-        [::core::mem::offset_of!(pw_fprop, step_count) - 1328usize];
+        [::core::mem::offset_of!(pw_fprop, step_count) - 1336usize];
     ["Offset of field: pw_fprop::source_step_count"]
-        [::core::mem::offset_of!(pw_fprop, source_step_count) - 1332usize];
+        [::core::mem::offset_of!(pw_fprop, source_step_count) - 1340usize];
     ["Offset of field: pw_fprop::epilogue"]
-        [::core::mem::offset_of!(pw_fprop, epilogue) - 1336usize];
-    ["Offset of field: pw_fprop::flags"][::core::mem::offset_of!(pw_fprop, flags) - 1340usize];
-    ["Offset of field: pw_fprop::clip_lo"][::core::mem::offset_of!(pw_fprop, clip_lo) - 1344usize];
-    ["Offset of field: pw_fprop::clip_hi"][::core::mem::offset_of!(pw_fprop, clip_hi) - 1348usize];
-    ["Offset of field: pw_fprop::splits"][::core::mem::offset_of!(pw_fprop, splits) - 1352usize];
+        [::core::mem::offset_of!(pw_fprop, epilogue) - 1344usize];
+    ["Offset of field: pw_fprop::flags"][::core::mem::offset_of!(pw_fprop, flags) - 1348usize];
+    ["Offset of field: pw_fprop::clip_lo"][::core::mem::offset_of!(pw_fprop, clip_lo) - 1352usize];
+    ["Offset of field: pw_fprop::clip_hi"][::core::mem::offset_of!(pw_fprop, clip_hi) - 1356usize];
+    ["Offset of field: pw_fprop::splits"][::core::mem::offset_of!(pw_fprop, splits) - 1360usize];
     ["Offset of field: pw_fprop::norm_job"]
-        [::core::mem::offset_of!(pw_fprop, norm_job) - 1356usize];
-    ["Offset of field: pw_fprop::norm"][::core::mem::offset_of!(pw_fprop, norm) - 1360usize];
-    ["Offset of field: pw_fprop::steps"][::core::mem::offset_of!(pw_fprop, steps) - 1400usize];
+        [::core::mem::offset_of!(pw_fprop, norm_job) - 1364usize];
+    ["Offset of field: pw_fprop::norm"][::core::mem::offset_of!(pw_fprop, norm) - 1368usize];
+    ["Offset of field: pw_fprop::steps"][::core::mem::offset_of!(pw_fprop, steps) - 1408usize];
     ["Offset of field: pw_fprop::source_steps"]
-        [::core::mem::offset_of!(pw_fprop, source_steps) - 1656usize];
+        [::core::mem::offset_of!(pw_fprop, source_steps) - 1664usize];
 };
 impl Default for pw_fprop {
     fn default() -> Self {

@@ -3,6 +3,7 @@
 
 use super::device::Facts;
 use super::scratch::Need;
+use crate::dtype::DType;
 
 /// What a kernel multiplies with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,14 +14,18 @@ pub(crate) enum Family {
     Tf32,
     /// Tensor cores: operands as sums of two TF32 values, three products for one, f32 sums.
     Tf32x3,
+    /// Tensor cores: operands of 16 bits, f32 sums.
+    Pairs,
+    /// The same, before asynchronous copies: f16 only, and not compiled for later chips.
+    PairsSm75,
 }
 
 impl Family {
     /// The first compute capability that has it.
     pub(crate) fn oldest(self) -> (u32, u32) {
         match self {
-            Family::Simt => (7, 5),
-            Family::Tf32 | Family::Tf32x3 => (8, 0),
+            Family::Simt | Family::PairsSm75 => (7, 5),
+            Family::Tf32 | Family::Tf32x3 | Family::Pairs => (8, 0),
         }
     }
 }
@@ -31,6 +36,8 @@ pub(crate) struct Kernel {
     /// `fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout}`, also its symbol.
     pub name: &'static str,
     pub family: Family,
+    /// What its tensors hold.
+    pub dtype: DType,
     /// Output channels of a tile.
     pub rows: u32,
     pub positions: u32,
@@ -38,6 +45,8 @@ pub(crate) struct Kernel {
     /// A thread's share of the tile.
     pub slow: u32,
     pub fast: u32,
+    /// Neighbours along the fast axis that it stores at once.
+    pub vector: u32,
     pub threads: u32,
     pub blocks_per_sm: u32,
     /// Shared memory that a launch brings, beside what the kernel declares.
@@ -51,25 +60,54 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 /// The kernels that go before or after those of [`KERNELS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Helper {
-    /// Copies channels that pass through.
+    /// Copies channels that pass through, of 32 bits.
     Copy,
-    /// Layer norm of what is in dst.
+    /// Of 16 bits.
+    CopyHalf,
+    /// Layer norm of what a convolution has left, to each dtype.
     Norm,
+    NormF16,
+    NormBf16,
     /// Moments of neighbours as one.
     Merge,
 }
 
 impl Helper {
-    pub(super) const ALL: [Helper; 3] = [Helper::Copy, Helper::Norm, Helper::Merge];
+    pub(super) const ALL: [Helper; 6] = [
+        Helper::Copy,
+        Helper::CopyHalf,
+        Helper::Norm,
+        Helper::NormF16,
+        Helper::NormBf16,
+        Helper::Merge,
+    ];
     pub(super) const THREADS: u32 = 256;
     /// Channels of a block of [`Helper::Copy`].
     pub(super) const COPY_CHANNELS: u64 = 32;
+
+    pub(super) fn copy(dtype: DType) -> Helper {
+        match dtype {
+            DType::F32 => Helper::Copy,
+            DType::F16 | DType::Bf16 => Helper::CopyHalf,
+        }
+    }
+
+    pub(super) fn norm(dtype: DType) -> Helper {
+        match dtype {
+            DType::F32 => Helper::Norm,
+            DType::F16 => Helper::NormF16,
+            DType::Bf16 => Helper::NormBf16,
+        }
+    }
 
     /// Also its symbol.
     pub(super) fn name(self) -> &'static str {
         match self {
             Helper::Copy => "copy_f32_32x64",
+            Helper::CopyHalf => "copy_b16_32x64",
             Helper::Norm => "norm_f32_8x32",
+            Helper::NormF16 => "norm_f16_8x32",
+            Helper::NormBf16 => "norm_bf16_8x32",
             Helper::Merge => "norm_merge_f64_1024",
         }
     }
@@ -77,8 +115,8 @@ impl Helper {
     /// Positions of a block; the moments that one takes.
     pub(super) fn positions(self) -> u64 {
         match self {
-            Helper::Copy => 64,
-            Helper::Norm => 32,
+            Helper::Copy | Helper::CopyHalf => 64,
+            Helper::Norm | Helper::NormF16 | Helper::NormBf16 => 32,
             Helper::Merge => 1024,
         }
     }
@@ -157,6 +195,8 @@ pub(crate) struct Letters {
 pub(crate) struct Terms {
     /// Sums must not depend on how many positions there are.
     pub batch_invariant: bool,
+    /// What the tensors hold.
+    pub dtype: DType,
     /// Operands may be rounded to TF32.
     pub tf32: bool,
     pub forced: Option<Forced>,
@@ -226,11 +266,18 @@ impl Kernel {
     /// looks whether there are any.
     pub(crate) fn refusal(&self, facts: &Facts, terms: &Terms) -> Option<fn(&Facts) -> String> {
         let forced = terms.forced.is_some_and(|forced| forced.kernel == self.name);
+        if self.dtype != terms.dtype {
+            return Some(match self.dtype {
+                DType::F32 => |_| "it takes tensors of f32".into(),
+                DType::F16 => |_| "it takes tensors of f16".into(),
+                DType::Bf16 => |_| "it takes tensors of bf16".into(),
+            });
+        }
         match self.family {
             Family::Tf32 if !terms.tf32 => {
                 Some(|_| "it rounds operands to TF32, which needs Math::Tf32".into())
             }
-            Family::Tf32 | Family::Tf32x3 if !facts.tf32 => Some(no_tf32),
+            Family::Tf32 | Family::Tf32x3 if !facts.sm80 => Some(no_tf32),
             Family::Tf32x3 if terms.tf32 => Some(|_| {
                 "its three products gain nothing over one of weights rounded to TF32".into()
             }),
@@ -238,7 +285,14 @@ impl Kernel {
             Family::Tf32x3 if !forced => Some(|_| {
                 "it runs only where its name asks for it, until a GPU has shown its errors".into()
             }),
-            Family::Simt if terms.tf32 && facts.tf32 && terms.batch_invariant && !forced => {
+            Family::Pairs if !facts.sm80 => Some(|facts| {
+                let (major, minor) = facts.compute_capability;
+                format!("not on compute capability {major}.{minor} in this build, it is for 8.0 on")
+            }),
+            Family::PairsSm75 if !facts.sm75 => {
+                Some(|_| "it is for chips before compute capability 8.0".into())
+            }
+            Family::Simt if facts.multiplies(terms) && terms.batch_invariant && !forced => {
                 Some(|_| {
                     "its sums are not those of the tensor cores, and must not depend on the batch"
                         .into()
@@ -246,6 +300,11 @@ impl Kernel {
             }
             _ => None,
         }
+    }
+
+    /// Whether it can read eight elements of a source at once.
+    pub(crate) fn reads_eight(&self) -> bool {
+        matches!(self.family, Family::Pairs | Family::PairsSm75)
     }
 
     /// How deep the sums are, in the slabs that a kernel works on; no split has less than one.
@@ -273,7 +332,7 @@ impl Kernel {
         let at_once = u64::from(self.blocks_per_sm);
         let least = match self.family {
             Family::Simt => 0.75,
-            Family::Tf32 | Family::Tf32x3 => 0.3,
+            _ => 0.3,
         };
         let last = match tiles % at_once {
             0 => 0.0,
@@ -286,10 +345,16 @@ impl Kernel {
                 1.0 + (slow + fast) / (slow * fast)
             }
             // Tensor cores outrun shared memory and L2, which then set the pace.
-            Family::Tf32 | Family::Tf32x3 => {
+            family => {
                 let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
-                let products = if self.family == Family::Tf32 { 0.2 } else { 0.6 };
-                products + 16.0 * (1.0 / rows + 1.0 / positions)
+                let (products, traffic) = match family {
+                    Family::Tf32x3 => (0.6, 16.0),
+                    Family::Pairs => (0.1, 8.0),
+                    // Their copies wait.
+                    Family::PairsSm75 => (0.2, 16.0),
+                    _ => (0.2, 16.0),
+                };
+                products + traffic * (1.0 / rows + 1.0 / positions)
             }
         };
         let depth = f64::from(self.slabs(problem).div_ceil(splits) * self.depth);
@@ -327,6 +392,7 @@ impl Kernel {
 /// How a problem runs: on the forced kernel, or on the one with the least estimate.
 pub(crate) fn choose(problem: &Letters, facts: &Facts, terms: &Terms) -> Choice {
     let forced = |kernel: &Kernel| terms.forced.is_some_and(|forced| forced.kernel == kernel.name);
+    // There is one for every dtype that refuses no problem.
     let mut best = (Choice { kernel: 0, splits: 1 }, f64::INFINITY);
     for (index, kernel) in KERNELS.iter().enumerate() {
         if kernel.refusal(facts, terms).is_some() {
@@ -345,16 +411,15 @@ pub(crate) fn choose(problem: &Letters, facts: &Facts, terms: &Terms) -> Choice 
     best.0
 }
 
-/// All kernels, the best first, those that refuse the layer last.
+/// All kernels for these tensors, the best first, those that refuse the layer last.
 pub(crate) fn ranked(problem: &Letters, facts: &Facts, terms: &Terms) -> Vec<Choice> {
-    let costs = KERNELS.iter().map(|kernel| match kernel.refusal(facts, terms) {
-        Some(_) => (1, f64::INFINITY),
-        None => kernel.best_splits(problem, facts, terms),
+    let kernels = KERNELS.iter().enumerate().filter(|(_, kernel)| kernel.dtype == terms.dtype);
+    let costs = kernels.map(|(index, kernel)| match kernel.refusal(facts, terms) {
+        Some(_) => (index, (1, f64::INFINITY)),
+        None => (index, kernel.best_splits(problem, facts, terms)),
     });
-    let mut all: Vec<(Choice, f64)> = costs
-        .enumerate()
-        .map(|(kernel, (splits, cost))| (Choice { kernel, splits }, cost))
-        .collect();
+    let mut all: Vec<(Choice, f64)> =
+        costs.map(|(kernel, (splits, cost))| (Choice { kernel, splits }, cost)).collect();
     all.sort_by(|a, b| a.1.total_cmp(&b.1));
     all.into_iter().map(|(choice, _)| choice).collect()
 }
@@ -407,7 +472,8 @@ mod tests {
             name: "test".into(),
             compute_capability: (8, 0),
             multiprocessors: 108,
-            tf32: true,
+            sm75: false,
+            sm80: true,
             l2_bytes: 40 << 20,
             memory_bytes: 40 << 30,
             roof: Roof { flops_per_second: 1.95e13, bytes_per_second: 1.5e12 },
@@ -458,9 +524,11 @@ mod tests {
             let layout = if kernel.channels_fast { "nhwc" } else { "nchw" };
             let (c, p, d) = (kernel.rows, kernel.positions, kernel.depth);
             let isa = match kernel.family {
-                Family::Simt => "f32_simt",
-                Family::Tf32 => "tf32_sm80",
-                Family::Tf32x3 => "f32_sm80",
+                Family::Simt => format!("{}_simt", kernel.dtype),
+                Family::Tf32 => "tf32_sm80".into(),
+                Family::Tf32x3 => "f32_sm80".into(),
+                Family::Pairs => format!("{}_sm80", kernel.dtype),
+                Family::PairsSm75 => "f16_sm75".into(),
             };
             assert_eq!(kernel.name, format!("fprop_{isa}_{c}x{p}x{d}_{layout}"));
             assert_eq!(kernel.threads * kernel.slow * kernel.fast, c * p);
@@ -487,8 +555,9 @@ mod tests {
         for (index, kernel) in KERNELS.iter().enumerate() {
             let forced = Some(Forced { kernel: kernel.name, splits: None });
             let tf32 = kernel.family == Family::Tf32;
-            let terms = Terms { forced, tf32, ..Terms::default() };
-            assert_eq!(choose(&problem, &facts(), &terms), Choice { kernel: index, splits: 1 });
+            let terms = Terms { forced, tf32, dtype: kernel.dtype, ..Terms::default() };
+            let facts = Facts { sm75: kernel.family == Family::PairsSm75, ..facts() };
+            assert_eq!(choose(&problem, &facts, &terms), Choice { kernel: index, splits: 1 });
         }
     }
 
@@ -502,7 +571,7 @@ mod tests {
         let may = Terms { tf32: true, ..Terms::default() };
         assert_eq!(family(&facts(), &may, 512), Family::Tf32);
         assert_eq!(family(&facts(), &Terms::default(), 512), Family::Simt);
-        let older = Facts { compute_capability: (7, 5), tf32: false, ..facts() };
+        let older = Facts { compute_capability: (7, 5), sm80: false, sm75: true, ..facts() };
         assert_eq!(family(&older, &may, 512), Family::Simt);
         assert!(no_tf32(&older).contains("7.5"));
         // Sums that must not depend on the batch come from one family.
@@ -518,6 +587,27 @@ mod tests {
             let problem = Letters { groups: 1, rows: 4, depth: 3, positions, channels_fast: true };
             let choice = choose(&problem, &facts(), &invariant);
             assert_eq!((KERNELS[choice.kernel].family, choice.splits), (Family::Tf32, 1));
+        }
+    }
+
+    #[test]
+    fn tensors_of_16_bits_run_on_tensor_cores_where_there_are_some() {
+        let problem =
+            Letters { groups: 1, rows: 512, depth: 512, positions: 49, channels_fast: true };
+        let older = Facts { compute_capability: (7, 5), sm80: false, sm75: true, ..facts() };
+        let without = Facts { sm75: false, ..older.clone() };
+        let family = |facts: &Facts, dtype, batch_invariant| {
+            let terms = Terms { dtype, batch_invariant, ..Terms::default() };
+            let kernel = &KERNELS[choose(&problem, facts, &terms).kernel];
+            assert_eq!(kernel.dtype, dtype);
+            kernel.family
+        };
+        for invariant in [false, true] {
+            assert_eq!(family(&facts(), DType::F16, invariant), Family::Pairs);
+            assert_eq!(family(&facts(), DType::Bf16, invariant), Family::Pairs);
+            assert_eq!(family(&older, DType::F16, invariant), Family::PairsSm75);
+            assert_eq!(family(&older, DType::Bf16, invariant), Family::Simt);
+            assert_eq!(family(&without, DType::F16, invariant), Family::Simt);
         }
     }
 

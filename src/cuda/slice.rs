@@ -7,7 +7,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice, SyncOnDrop};
 
 use super::device::{Bound, CudaDevice, not_primary};
-use super::tensor::CudaTensor;
+use super::tensor::{CudaTensor, DeviceElement};
 use crate::error::Result;
 use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
 
@@ -37,14 +37,14 @@ use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
 /// # Ok(())
 /// # }
 /// ```
-pub struct CudaSliceRef<'a> {
-    view: TensorRef<'a>,
+pub struct CudaSliceRef<'a, T = f32> {
+    view: TensorRef<'a, T>,
     /// Goes before the stream that it uses.
     _read: Access<'a>,
     stream: Arc<CudaStream>,
 }
 
-impl<'a> CudaSliceRef<'a> {
+impl<'a, T: DeviceElement> CudaSliceRef<'a, T> {
     /// Lays a shape and strides (in elements, any sign) over a slice; element `[0, …, 0]` is its
     /// element `offset`.
     ///
@@ -52,7 +52,7 @@ impl<'a> CudaSliceRef<'a> {
     /// As [`TensorRef::from_slice`]; [`Error::Unsupported`](crate::Error::Unsupported) for a slice
     /// of a context other than the device's primary one.
     pub fn new(
-        slice: CudaView<'a, f32>,
+        slice: CudaView<'a, T>,
         offset: usize,
         shape: &[usize],
         strides: &[isize],
@@ -70,14 +70,14 @@ impl<'a> CudaSliceRef<'a> {
 }
 
 /// As [`CudaSliceRef`], borrowed to write (`CudaViewMut`, `CudaSlice::as_view_mut`).
-pub struct CudaSliceMut<'a> {
-    view: TensorMut<'a>,
+pub struct CudaSliceMut<'a, T = f32> {
+    view: TensorMut<'a, T>,
     /// Goes before the stream that it uses.
     _write: Access<'a>,
     _stream: Arc<CudaStream>,
 }
 
-impl<'a> CudaSliceMut<'a> {
+impl<'a, T: DeviceElement> CudaSliceMut<'a, T> {
     /// Lays a shape and strides (in elements, any sign) over a slice; element `[0, …, 0]` is its
     /// element `offset`.
     ///
@@ -85,7 +85,7 @@ impl<'a> CudaSliceMut<'a> {
     /// As [`CudaSliceRef::new`], and [`Error::Overlap`](crate::Error::Overlap) if two positions
     /// share an element.
     pub fn new(
-        slice: CudaViewMut<'a, f32>,
+        slice: CudaViewMut<'a, T>,
         offset: usize,
         shape: &[usize],
         strides: &[isize],
@@ -95,7 +95,7 @@ impl<'a> CudaSliceMut<'a> {
         // SAFETY: kept by what keeps the access, and longer.
         let lent: &'a CudaStream = unsafe { &*Arc::as_ptr(&stream) };
         let write = Access::begin(|| slice.view_ptr_mut(lent))?;
-        let first = write.first().cast_mut();
+        let first = write.first::<T>().cast_mut();
         // SAFETY: the slice's own memory, exclusively borrowed with it.
         let view = unsafe { TensorMut::within(first, len, offset, place, shape, strides)? };
         Ok(CudaSliceMut { view: view.on_stream(handle(&stream)), _write: write, _stream: stream })
@@ -106,7 +106,7 @@ fn handle(stream: &CudaStream) -> usize {
     stream.cu_stream().addr()
 }
 
-fn primary(slice: &impl DeviceSlice<f32>) -> Result<Place> {
+fn primary<T>(slice: &impl DeviceSlice<T>) -> Result<Place> {
     let context = slice.stream().context();
     match context.is_primary() {
         true => Ok(Place::Cuda(context.ordinal())),
@@ -128,7 +128,7 @@ impl<'a> Access<'a> {
         Ok(Access { address, end: ManuallyDrop::new(end) })
     }
 
-    fn first(&self) -> *const f32 {
+    fn first<T>(&self) -> *const T {
         std::ptr::without_provenance(self.address as usize)
     }
 }
@@ -141,34 +141,34 @@ impl Drop for Access<'_> {
     }
 }
 
-impl AsTensor for CudaSliceRef<'_> {
-    fn as_tensor(&self) -> Result<TensorRef<'_>> {
+impl<T: DeviceElement> AsTensor<T> for CudaSliceRef<'_, T> {
+    fn as_tensor(&self) -> Result<TensorRef<'_, T>> {
         Ok(self.view)
     }
 }
 
-impl AsTensorMut for CudaSliceMut<'_> {
-    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_>> {
+impl<T: DeviceElement> AsTensorMut<T> for CudaSliceMut<'_, T> {
+    fn as_tensor_mut(&mut self) -> Result<TensorMut<'_, T>> {
         Ok(self.view.reborrow())
     }
 }
 
 /// A result on the slice's stream; none for the per-thread default stream.
-impl Source for CudaSliceRef<'_> {
-    type Output = CudaTensor<f32>;
+impl<T: DeviceElement> Source<T> for CudaSliceRef<'_, T> {
+    type Output = CudaTensor<T>;
 
     fn allocate(&self, shape: &[usize]) -> Result<Self::Output> {
         CudaTensor::like(&CudaDevice::from_stream(self.stream.clone())?, &self.view, shape)
     }
 }
 
-impl fmt::Debug for CudaSliceRef<'_> {
+impl<T> fmt::Debug for CudaSliceRef<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CudaSliceRef({:?})", self.view)
     }
 }
 
-impl fmt::Debug for CudaSliceMut<'_> {
+impl<T> fmt::Debug for CudaSliceMut<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CudaSliceMut({:?})", self.view)
     }

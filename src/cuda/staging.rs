@@ -6,6 +6,7 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::device::{Buffer, CudaDevice, Event};
 use super::launch::Tensor;
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::problem::Operand;
 use crate::tensor::{MAX_RANK, MAX_SPATIAL};
@@ -19,13 +20,13 @@ pub(super) const ALIGNMENT: usize = 256;
 
 /// A call's tensors in host memory.
 #[derive(Clone, Copy)]
-pub(super) struct HostCall<'a> {
+pub(super) struct HostCall<'a, T> {
     /// They stand for their concatenation, which a slice has in one piece.
-    pub sources: &'a [Operand],
+    pub sources: &'a [Operand<T>],
     /// Read beside them.
-    pub residual: Option<&'a Operand>,
-    pub gate: Option<&'a Operand>,
-    pub dst: &'a Operand,
+    pub residual: Option<&'a Operand<T>>,
+    pub gate: Option<&'a Operand<T>>,
+    pub dst: &'a Operand<T>,
     /// Whether nobody wants what is in dst.
     pub discard: bool,
     /// Channels of the largest tensor that is computed on the way.
@@ -51,7 +52,7 @@ pub(super) struct Slice {
     pub between: [u64; 2],
 }
 
-impl HostCall<'_> {
+impl<T: Element> HostCall<'_, T> {
     /// The call in one slice, at no address: what a kernel is chosen by, so that the choice and
     /// with it the result do not depend on how the call is cut.
     pub(super) fn undivided(&self) -> Slice {
@@ -69,14 +70,14 @@ impl HostCall<'_> {
 
     /// Of a sample's gate.
     fn gate_bytes(&self) -> usize {
-        self.gate.map_or(0, |gate| gate.channels.saturating_mul(size_of::<f32>()))
+        self.gate.map_or(0, |gate| gate.channels.saturating_mul(size_of::<T>()))
     }
 
     /// Bytes of all tensors at one position.
     fn position_bytes(&self) -> usize {
         let residual = self.residual.map_or(0, |residual| residual.channels);
         let values = self.channels().saturating_add(residual).saturating_add(self.dst.channels);
-        let bytes = values.saturating_add(2 * self.between).saturating_mul(size_of::<f32>());
+        let bytes = values.saturating_add(2 * self.between).saturating_mul(size_of::<T>());
         bytes.saturating_add(self.gate_bytes().div_ceil(self.sample()))
     }
 
@@ -102,7 +103,7 @@ impl HostCall<'_> {
         let dst = Dense::of(std::slice::from_ref(self.dst), piece);
         let dst_at = read.next_multiple_of(ALIGNMENT);
         let host = dst_at + dst.bytes();
-        let half = piece.positions() * self.between * size_of::<f32>();
+        let half = piece.positions() * self.between * size_of::<T>();
         let first = host.next_multiple_of(ALIGNMENT);
         let between = [first, (first + half).next_multiple_of(ALIGNMENT)];
         let device = if half > 0 { between[1] + half } else { host };
@@ -119,9 +120,9 @@ impl HostCall<'_> {
 /// # Errors
 /// [`Error::Unsupported`] while the stream is captured, [`Error::DeviceMemory`] if not even one
 /// position fits, [`Error::Cuda`], those of `compute`.
-pub(super) unsafe fn run(
+pub(super) unsafe fn run<T: Element>(
     device: &CudaDevice,
-    call: &HostCall<'_>,
+    call: &HostCall<'_, T>,
     compute: impl FnMut(&Slice) -> Result<()>,
 ) -> Result<()> {
     if device.is_capturing()? {
@@ -161,10 +162,10 @@ impl Staging {
         Ok(Staging { input, output, slots })
     }
 
-    unsafe fn run(
+    unsafe fn run<T: Element>(
         &mut self,
         device: &CudaDevice,
-        call: &HostCall<'_>,
+        call: &HostCall<'_, T>,
         mut compute: impl FnMut(&Slice) -> Result<()>,
     ) -> Result<()> {
         let pieces = self.reserve(call)?;
@@ -190,7 +191,7 @@ impl Staging {
     }
 
     /// Memory for as large slices as the call and the device allow.
-    fn reserve(&mut self, call: &HostCall<'_>) -> Result<Pieces> {
+    fn reserve<T: Element>(&mut self, call: &HostCall<'_, T>) -> Result<Pieces> {
         // Each of the tensors begins aligned.
         let room = call.slice_bytes.saturating_sub(4 * ALIGNMENT).saturating_sub(call.gate_bytes());
         let mut most = room / call.position_bytes().max(1);
@@ -281,15 +282,15 @@ impl Slot {
     }
 
     /// Queues a slice on streams that copy in, compute and copy out.
-    unsafe fn start(
+    unsafe fn start<T: Element>(
         &mut self,
-        call: &HostCall<'_>,
+        call: &HostCall<'_, T>,
         piece: Piece,
         [input, device, output]: [&CudaDevice; 3],
         compute: &mut impl FnMut(&Slice) -> Result<()>,
     ) -> Result<()> {
         let layout = call.layout(&piece);
-        let host = self.host.values();
+        let host = self.host.values::<T>();
         // SAFETY: the caller vouches for the operands; the pinned memory has room for the layout,
         // and nothing in flight uses it.
         unsafe {
@@ -331,7 +332,7 @@ impl Slot {
     }
 
     /// Waits for the slice in flight, if there is one, and hands its result out.
-    unsafe fn finish(&mut self, call: &HostCall<'_>) -> Result<()> {
+    unsafe fn finish<T: Element>(&mut self, call: &HostCall<'_, T>) -> Result<()> {
         let Some(layout) = &self.pending else { return Ok(()) };
         let stream = self.device.device();
         let bound = stream.bind()?;
@@ -341,7 +342,7 @@ impl Slot {
         if !call.discard {
             // SAFETY: the caller vouches for dst; the pinned memory holds the layout.
             unsafe {
-                let from = self.host.values().byte_add(layout.dst_at);
+                let from = self.host.values::<T>().byte_add(layout.dst_at);
                 layout.dst.copy_out(from, call.dst, &layout.piece);
             }
         }
@@ -352,7 +353,7 @@ impl Slot {
 
 /// Host memory that the device copies from and to by itself.
 struct Pinned {
-    memory: *mut f32,
+    memory: *mut u8,
     bytes: usize,
     device: CudaDevice,
 }
@@ -362,7 +363,7 @@ unsafe impl Send for Pinned {}
 
 impl Pinned {
     fn new(device: &CudaDevice, bytes: usize) -> Result<Self> {
-        let mut memory = std::ptr::dangling_mut();
+        let mut memory: *mut u8 = std::ptr::without_provenance_mut(ALIGNMENT);
         if bytes > 0 {
             let what = "pinned host memory for a slice of a call on host tensors";
             let _bound = device.bind()?;
@@ -375,8 +376,8 @@ impl Pinned {
     }
 
     /// Its first element; pages are aligned to more than that.
-    fn values(&self) -> *mut f32 {
-        self.memory
+    fn values<T>(&self) -> *mut T {
+        self.memory.cast()
     }
 }
 
@@ -425,7 +426,7 @@ impl Piece {
     }
 
     /// Where it begins in a host tensor, in elements.
-    fn offset(&self, operand: &Operand) -> isize {
+    fn offset<T>(&self, operand: &Operand<T>) -> isize {
         let [n, d, h, w] = self.start.map(|start| start as isize);
         let [along_d, along_h, along_w] = operand.spatial;
         n * operand.sample + d * along_d + h * along_h + w * along_w
@@ -536,11 +537,13 @@ struct Dense {
     /// Of `[n, c, d, h, w]`; 0 for an axis along which all is the same.
     strides: [i64; MAX_RANK],
     len: usize,
+    /// Bytes of an element.
+    size: usize,
 }
 
 impl Dense {
     /// In the first tensor's order of axes.
-    fn of(hosts: &[Operand], piece: &Piece) -> Self {
+    fn of<T>(hosts: &[Operand<T>], piece: &Piece) -> Self {
         let [n, d, h, w] = piece.extents;
         let channels = hosts.iter().map(|host| host.channels).sum();
         let lengths = [n, channels, d, h, w];
@@ -560,11 +563,11 @@ impl Dense {
             strides[axis] = next as i64;
             next *= lengths[axis];
         }
-        Dense { order, lengths, strides, len: next }
+        Dense { order, lengths, strides, len: next, size: size_of::<T>() }
     }
 
     fn bytes(&self) -> usize {
-        self.len * size_of::<f32>()
+        self.len * self.size
     }
 
     fn tensor(&self, address: u64) -> Tensor {
@@ -573,7 +576,7 @@ impl Dense {
     }
 
     /// One tensor's part, outermost first: length, host stride, dense stride.
-    fn axes(&self, host: &Operand) -> [Axis; MAX_RANK] {
+    fn axes<T>(&self, host: &Operand<T>) -> [Axis; MAX_RANK] {
         let from = host_strides(host);
         self.order.map(|axis| match self.strides[axis] {
             0 => (1, 0, 0),
@@ -587,25 +590,31 @@ impl Dense {
     /// # Safety
     /// Every element of the piece must be readable, and `len` elements from `dense` on writable and
     /// nobody else's.
-    unsafe fn copy_in(&self, host: &Operand, piece: &Piece, first: usize, dense: *mut f32) {
+    unsafe fn copy_in<T: Element>(
+        &self,
+        host: &Operand<T>,
+        piece: &Piece,
+        first: usize,
+        dense: *mut T,
+    ) {
         let (axes, count) = merged(self.axes(host));
         let from = host.ptr.wrapping_offset(piece.offset(host));
         let to = dense.wrapping_offset(first as isize * self.strides[1] as isize);
         // SAFETY: the caller's promise.
-        unsafe { copy_in_parts(&axes[..count], from, to, PART) };
+        unsafe { copy_in_parts(&axes[..count], from, to, part::<T>()) };
     }
 
     /// # Safety
     /// As [`copy_in`](Self::copy_in), the other way round.
-    unsafe fn copy_out(&self, dense: *const f32, host: &Operand, piece: &Piece) {
+    unsafe fn copy_out<T: Element>(&self, dense: *const T, host: &Operand<T>, piece: &Piece) {
         let (axes, count) = merged(self.axes(host).map(|(len, host, dense)| (len, dense, host)));
         let to = host.ptr.cast_mut().wrapping_offset(piece.offset(host));
         // SAFETY: the caller's promise.
-        unsafe { copy_in_parts(&axes[..count], dense, to, PART) };
+        unsafe { copy_in_parts(&axes[..count], dense, to, part::<T>()) };
     }
 }
 
-fn host_strides(host: &Operand) -> [isize; MAX_RANK] {
+fn host_strides<T>(host: &Operand<T>) -> [isize; MAX_RANK] {
     let [d, h, w] = host.spatial;
     [host.sample, host.channel, d, h, w]
 }
@@ -614,7 +623,11 @@ fn host_strides(host: &Operand) -> [isize; MAX_RANK] {
 ///
 /// # Safety
 /// Every element of the one must be readable, of the other writable and nobody else's.
-pub(super) unsafe fn copy_on_host(extents: [usize; 1 + MAX_SPATIAL], from: &Operand, to: &Operand) {
+pub(super) unsafe fn copy_on_host<T: Element>(
+    extents: [usize; 1 + MAX_SPATIAL],
+    from: &Operand<T>,
+    to: &Operand<T>,
+) {
     if from.channels == 0 || extents.contains(&0) {
         return;
     }
@@ -625,7 +638,7 @@ pub(super) unsafe fn copy_on_host(extents: [usize; 1 + MAX_SPATIAL], from: &Oper
     axes.sort_by_key(|&(_, _, stride)| std::cmp::Reverse(stride.unsigned_abs()));
     let (axes, count) = merged(axes);
     // SAFETY: the caller's promise.
-    unsafe { copy_in_parts(&axes[..count], from.ptr, to.ptr.cast_mut(), PART) };
+    unsafe { copy_in_parts(&axes[..count], from.ptr, to.ptr.cast_mut(), part::<T>()) };
 }
 
 type Axis = (usize, isize, isize);
@@ -650,13 +663,15 @@ fn merged(axes: [Axis; MAX_RANK]) -> ([Axis; MAX_RANK], usize) {
 }
 
 /// The least that a thread copies by itself: one is slower than the bus to the device.
-const PART: usize = (1 << 20) / size_of::<f32>();
+const fn part<T>() -> usize {
+    (1 << 20) / size_of::<T>()
+}
 
 /// As [`copy`], in parts of so many elements or more, on threads of rayon's current pool.
 ///
 /// # Safety
 /// As [`copy`].
-unsafe fn copy_in_parts(axes: &[Axis], from: *const f32, to: *mut f32, part: usize) {
+unsafe fn copy_in_parts<T: Element>(axes: &[Axis], from: *const T, to: *mut T, part: usize) {
     let len: usize = axes.iter().map(|&(len, ..)| len).product();
     let parts = (len / part).min(rayon::current_num_threads());
     let Some((&(outer, along_from, along_to), inner)) = axes.split_first() else {
@@ -682,27 +697,27 @@ unsafe fn copy_in_parts(axes: &[Axis], from: *const f32, to: *mut f32, part: usi
 
 /// Where a copy begins.
 #[derive(Clone, Copy)]
-struct Ends {
-    from: *const f32,
-    to: *mut f32,
+struct Ends<T> {
+    from: *const T,
+    to: *mut T,
 }
 
-impl Ends {
-    fn moved(self, from: isize, to: isize) -> Ends {
+impl<T> Ends<T> {
+    fn moved(self, from: isize, to: isize) -> Ends<T> {
         Ends { from: self.from.wrapping_offset(from), to: self.to.wrapping_offset(to) }
     }
 }
 
 // SAFETY: threads use elements of their own.
-unsafe impl Send for Ends {}
+unsafe impl<T: Send> Send for Ends<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Ends {}
+unsafe impl<T: Sync> Sync for Ends<T> {}
 
 /// Copies along axes with strides in elements, outermost first.
 ///
 /// # Safety
 /// Every element that is reached must be readable or writable, and no two are the same.
-unsafe fn copy(axes: &[Axis], from: *const f32, to: *mut f32) {
+unsafe fn copy<T: Copy>(axes: &[Axis], from: *const T, to: *mut T) {
     match axes {
         // SAFETY: the caller's promise, for one element.
         [] => unsafe { to.write(from.read()) },

@@ -1,5 +1,6 @@
 //! Training: forward with batch statistics, the gradient of everything, parameters to update. In
-//! f32, on the CPU and, but for layer norms, on CUDA.
+//! f32, on the CPU and, but for layer norms, on CUDA. Parameters, their gradients and statistics are on
+//! the host; tensors of a call on the host or on the device, where a workspace stays.
 //!
 //! ```
 //! use ndarray::{Array3, Array2};

@@ -2,20 +2,27 @@
 
 use ndarray::{Array1, Array2, Array5, ArrayD, ArrayView5, Axis, IxDyn, ShapeBuilder};
 use pointwise::{
-    Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, Place, Pointwise, PrepareOptions,
-    Prepared, TensorMut, TensorRef, reference,
+    Activation, BatchNorm, CudaDevice, CudaTensor, Device, DeviceElement, Element, Error, Place,
+    Pointwise, PrepareOptions, Prepared, TensorMut, TensorRef, bf16, f16, reference,
 };
 
+use super::half::unit;
 use super::numbers::Random;
 use super::{OnDevice, Outcome};
 
 pub const TRIALS: &[OnDevice] = &[
-    ("every_kernel_on_tile_edges_is_one_fma_chain", every_kernel_on_tile_edges),
-    ("integers_are_exact_in_every_layout", integers_in_every_layout),
+    ("every_kernel_on_tile_edges_is_one_fma_chain", every_kernel_on_tile_edges::<f32>),
+    ("every_f16_kernel_on_tile_edges_is_one_fma_chain", every_kernel_on_tile_edges::<f16>),
+    ("every_bf16_kernel_on_tile_edges_is_one_fma_chain", every_kernel_on_tile_edges::<bf16>),
+    ("integers_are_exact_in_every_layout", integers_in_every_layout::<f32>),
+    ("integers_are_exact_in_every_layout_of_f16", integers_in_every_layout::<f16>),
+    ("integers_are_exact_in_every_layout_of_bf16", integers_in_every_layout::<bf16>),
     ("integers_equal_the_cpu_on_layers_of_networks", layers_of_networks),
     ("groups_run_in_one_launch", groups),
     ("strided_convolutions_read_in_place", strides),
-    ("steps_in_any_order", steps_in_any_order),
+    ("steps_in_any_order", steps_in_any_order::<f32>),
+    ("steps_in_any_order_on_f16", steps_in_any_order::<f16>),
+    ("steps_in_any_order_on_bf16", steps_in_any_order::<bf16>),
     ("channel_shuffle_with_groups", channel_shuffle),
     ("empty_tensors_give_empty_results", empty),
     ("host_arrays_of_every_rank_and_order", host_arrays),
@@ -118,52 +125,79 @@ impl Layout {
     }
 }
 
-/// A bit pattern that no result has: where nothing may be written, it must stay.
-const CANARY: u32 = 0x7FC0_BEEF;
+/// What tensors of tests hold.
+pub trait Value: Element + DeviceElement {
+    /// A NaN that no result is: where nothing may be written, it must stay.
+    const CANARY: Self;
+
+    fn is_canary(self) -> bool;
+}
+
+macro_rules! value {
+    ($type:ident, $canary:literal) => {
+        impl Value for $type {
+            const CANARY: Self = $type::from_bits($canary);
+
+            fn is_canary(self) -> bool {
+                self.to_bits() == $canary
+            }
+        }
+    };
+}
+
+value!(f32, 0x7FC0_BEEF);
+value!(f16, 0x7EEF);
+value!(bf16, 0x7FEF);
+
+/// The nearest values that tensors of `T` hold.
+pub fn rounded<T: Value>(values: &Array5<f32>) -> Array5<f32> {
+    values.mapv(|x| T::from_f32(x).to_f32())
+}
 
 /// A tensor inside a larger piece of device memory.
-pub struct Placed {
-    memory: CudaTensor,
+pub struct Placed<T = f32> {
+    memory: CudaTensor<T>,
     shape: [usize; 5],
     strides: [isize; 5],
     offset: usize,
 }
 
-impl Placed {
+impl<T: Value> Placed<T> {
     /// Canaries everywhere.
     pub fn blank(device: &CudaDevice, shape: [usize; 5], layout: Layout) -> Self {
         let (strides, offset, len) = layout.of(shape);
-        let host = Array1::from_elem(len, f32::from_bits(CANARY));
+        let host = Array1::from_elem(len, T::CANARY);
         let memory = CudaTensor::from_host(device, host.view()).unwrap();
         Placed { memory, shape, strides, offset }
     }
 
+    /// The values, rounded to the nearest.
     pub fn filled(device: &CudaDevice, values: ArrayView5<'_, f32>, layout: Layout) -> Self {
         let shape = values.shape().try_into().unwrap();
         let (strides, offset, len) = layout.of(shape);
-        let mut host = Array1::from_elem(len, f32::from_bits(CANARY));
+        let mut host = Array1::from_elem(len, T::CANARY);
         for (index, &value) in values.indexed_iter() {
-            host[offset.wrapping_add_signed(at(index, &strides))] = value;
+            host[offset.wrapping_add_signed(at(index, &strides))] = T::from_f32(value);
         }
         let memory = CudaTensor::from_host(device, host.view()).unwrap();
         Placed { memory, shape, strides, offset }
     }
 
     fn address(&self) -> usize {
-        self.memory.address() as usize + self.offset * size_of::<f32>()
+        self.memory.address() as usize + self.offset * size_of::<T>()
     }
 
     fn place(&self) -> Place {
         Place::Cuda(self.memory.device().ordinal())
     }
 
-    pub fn view(&self) -> TensorRef<'_> {
+    pub fn view(&self) -> TensorRef<'_, T> {
         let ptr = std::ptr::without_provenance(self.address());
         // SAFETY: the layout stays within `memory`, which is borrowed.
         unsafe { TensorRef::from_raw_parts(ptr, self.place(), &self.shape, &self.strides) }.unwrap()
     }
 
-    pub fn view_mut(&mut self) -> TensorMut<'_> {
+    pub fn view_mut(&mut self) -> TensorMut<'_, T> {
         let ptr = std::ptr::without_provenance_mut(self.address());
         // SAFETY: as above, exclusively.
         unsafe { TensorMut::from_raw_parts(ptr, self.place(), &self.shape, &self.strides) }.unwrap()
@@ -175,9 +209,9 @@ impl Placed {
         let mut values = Array5::zeros(self.shape);
         for (index, value) in values.indexed_iter_mut() {
             let slot = &mut host[self.offset.wrapping_add_signed(at(index, &self.strides))];
-            *value = std::mem::replace(slot, f32::from_bits(CANARY));
+            *value = std::mem::replace(slot, T::CANARY).to_f32();
         }
-        let touched = host.iter().filter(|value| value.to_bits() != CANARY).count();
+        let touched = host.iter().filter(|value| !value.is_canary()).count();
         assert_eq!(touched, 0, "{touched} elements around the result were written");
         values
     }
@@ -190,7 +224,13 @@ fn at(index: (usize, usize, usize, usize, usize), strides: &[isize; 5]) -> isize
 
 /// The kernels that compute in f32.
 pub fn kernels(device: &CudaDevice) -> Vec<&'static str> {
-    let layer = Pointwise::new(Array2::ones((1, 1))).prepare(&device.clone().into()).unwrap();
+    kernels_of::<f32>(device)
+}
+
+/// Those for tensors of `T` that run without further permission.
+pub fn kernels_of<T: Value>(device: &CudaDevice) -> Vec<&'static str> {
+    let layer = Pointwise::new(Array2::ones((1, 1)));
+    let layer = layer.prepare_as::<T>(&device.clone().into(), PrepareOptions::default()).unwrap();
     let plans = layer.plans(&[1, 1]).unwrap().into_iter();
     plans.filter(|candidate| candidate.verdict.is_ok()).map(|candidate| candidate.kernel).collect()
 }
@@ -225,9 +265,9 @@ pub fn chain(case: &Case, weight: &[f32], bias: &[f32], src: &Array5<f32>) -> Ar
 
 /// Runs a case, its src and the bits that it must give, in the common layouts, and over a table of
 /// cases and kernels, whose place `at` is, in every other pair too.
-pub fn in_layouts(
+pub fn in_layouts<T: Value>(
     device: &CudaDevice,
-    layer: &Prepared,
+    layer: &Prepared<T>,
     (case, src, expected): (&Case, &Array5<f32>, &Array5<f32>),
     at: (usize, usize),
     kernel: &str,
@@ -235,15 +275,15 @@ pub fn in_layouts(
     let (first, last) = (Layout::First, Layout::Last);
     let other = (LAYOUTS[(at.0 + at.1) % 8], LAYOUTS[(at.0 + 3 * at.1 + 1) % 8]);
     for layouts in [(first, first), (last, last), (first, last), (last, first), other] {
-        let src = Placed::filled(device, src.view(), layouts.0);
-        let mut dst = Placed::blank(device, case.dst_shape(), layouts.1);
+        let src = Placed::<T>::filled(device, src.view(), layouts.0);
+        let mut dst = Placed::<T>::blank(device, case.dst_shape(), layouts.1);
         layer.forward_into(&src.view(), &mut dst.view_mut())?;
         same_bits(&dst.read(), expected, &format!("{kernel}, {case:?}, {layouts:?}"))?;
     }
     Ok(())
 }
 
-fn every_kernel_on_tile_edges(device: &CudaDevice) -> Outcome {
+fn every_kernel_on_tile_edges<T: Value>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(1);
     let edges = [
         Case::new(1, 1, 1, [1, 1, 1]),
@@ -258,19 +298,21 @@ fn every_kernel_on_tile_edges(device: &CudaDevice) -> Outcome {
     ];
     for (i, case) in edges.iter().enumerate() {
         let weight = random.normal(case.c_out * case.c_in);
+        let weight: Vec<f32> = weight.into_iter().map(|x| T::from_f32(x).to_f32()).collect();
         let bias = random.normal(case.c_out);
-        let src = random.tensor(case.src_shape());
-        let expected = chain(case, &weight, &bias, &src);
+        let src = rounded::<T>(&random.tensor(case.src_shape()));
+        let expected = rounded::<T>(&chain(case, &weight, &bias, &src));
         let layer = case.layer(weight).bias(bias);
-        for (j, kernel) in kernels(device).into_iter().enumerate() {
-            let prepared = layer.prepare_with(&device.clone().into(), force(kernel))?;
+        let simt = kernels_of::<T>(device).into_iter().filter(|kernel| kernel.contains("_simt_"));
+        for (j, kernel) in simt.enumerate() {
+            let prepared = layer.prepare_as::<T>(&device.clone().into(), force(kernel))?;
             in_layouts(device, &prepared, (case, &src, &expected), (i, j), kernel)?;
         }
     }
     Ok(())
 }
 
-fn integers_in_every_layout(device: &CudaDevice) -> Outcome {
+fn integers_in_every_layout<T: Value>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(2);
     let case = Case { groups: 2, ..Case::new(2, 24, 40, [2, 3, 4]) };
     let weight = random.integers(case.c_out * case.c_in / case.groups);
@@ -278,16 +320,16 @@ fn integers_in_every_layout(device: &CudaDevice) -> Outcome {
     let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());
     let residual = Array5::from_shape_fn(case.dst_shape(), |_| random.integer());
     let sums = chain(&case, &weight, &bias, &src) + &residual;
-    let expected = sums.mapv(|x| x.clamp(-20.0, 30.0));
+    let expected = rounded::<T>(&sums.mapv(|x| x.clamp(-20.0, 30.0)));
     let layer = case.layer(weight).bias(bias).residual().clip(-20.0, 30.0);
-    let prepare = |kernel: &&str| layer.prepare_with(&device.clone().into(), force(kernel));
-    let layers = kernels(device).iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
+    let prepare = |kernel: &&str| layer.prepare_as::<T>(&device.clone().into(), force(kernel));
+    let layers = kernels_of::<T>(device).iter().map(prepare).collect::<Result<Vec<_>, _>>()?;
     for (i, &from) in LAYOUTS.iter().enumerate() {
         for (j, &to) in LAYOUTS.iter().enumerate() {
             let beside = if i == j { to } else { LAYOUTS[(i * 3 + j) % 8] };
-            let src = Placed::filled(device, src.view(), from);
-            let residual = Placed::filled(device, residual.view(), beside);
-            let mut dst = Placed::blank(device, case.dst_shape(), to);
+            let src = Placed::<T>::filled(device, src.view(), from);
+            let residual = Placed::<T>::filled(device, residual.view(), beside);
+            let mut dst = Placed::<T>::blank(device, case.dst_shape(), to);
             let (src, residual) = (src.view(), residual.view());
             for layer in [&layers[(i + j) % layers.len()], &layers[(i * j + 3) % layers.len()]] {
                 layer.call(&src).residual(&residual).run_into(&mut dst.view_mut())?;
@@ -450,7 +492,7 @@ fn norm(random: &mut Random, channels: usize) -> BatchNorm {
     BatchNorm::new(mean, variance).affine(gamma, beta).eps(1e-3)
 }
 
-fn steps_in_any_order(device: &CudaDevice) -> Outcome {
+fn steps_in_any_order<T: Value>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(6);
     let c = 36;
     let norm = |random: &mut Random| norm(random, c);
@@ -476,7 +518,7 @@ fn steps_in_any_order(device: &CudaDevice) -> Outcome {
             layer.hard_sigmoid().activation(Activation::GeluTanh)
         }),
     ];
-    let kernels = kernels(device);
+    let kernels = kernels_of::<T>(device);
     let layouts = [
         ([1, 4, 9], Layout::First),
         ([1, 5, 5], Layout::Last),
@@ -486,10 +528,11 @@ fn steps_in_any_order(device: &CudaDevice) -> Outcome {
     for (i, (name, stages)) in lists.into_iter().enumerate() {
         for (j, (spatial, layout)) in layouts.into_iter().enumerate() {
             let case = Case::new(2, 10, c, spatial);
-            let bare = case.layer(random.normal(case.c_out * case.c_in));
+            let weight = random.normal(case.c_out * case.c_in);
+            let bare = case.layer(weight.into_iter().map(|x| T::from_f32(x).to_f32()).collect());
             let layer = stages(bare, norm(&mut random), random.normal(c));
-            let src = random.tensor(case.src_shape());
-            let residual = random.tensor(case.dst_shape());
+            let src = rounded::<T>(&random.tensor(case.src_shape()));
+            let residual = rounded::<T>(&random.tensor(case.dst_shape()));
             let with_residual = name.contains("residual") || name.contains("twelve");
             let inputs = reference::Inputs {
                 sources: vec![src.view().into_dyn()],
@@ -498,15 +541,16 @@ fn steps_in_any_order(device: &CudaDevice) -> Outcome {
             };
             let expected = reference::forward(&layer, &inputs)?;
             let forced = force(kernels[(3 * i + j) % kernels.len()]);
-            let prepared = layer.prepare_with(&device.clone().into(), forced)?;
-            let src = Placed::filled(device, src.view(), layout);
-            let residual = Placed::filled(device, residual.view(), layout);
-            let mut dst = Placed::blank(device, case.dst_shape(), layout);
+            let prepared = layer.prepare_as::<T>(&device.clone().into(), forced)?;
+            let src = Placed::<T>::filled(device, src.view(), layout);
+            let residual = Placed::<T>::filled(device, residual.view(), layout);
+            let mut dst = Placed::<T>::blank(device, case.dst_shape(), layout);
             let (src, residual) = (src.view(), residual.view());
             let call = prepared.call(&src);
             let call = if with_residual { call.residual(&residual) } else { call };
             call.run_into(&mut dst.view_mut())?;
-            close(&dst.read().into_dyn(), &expected, 1e-5, &format!("{name}, {layout:?}"))?;
+            let tolerance = 1e-5 + unit::<T>();
+            close(&dst.read().into_dyn(), &expected, tolerance, &format!("{name}, {layout:?}"))?;
         }
     }
     Ok(())

@@ -6,18 +6,23 @@ use std::ops::Range;
 use ndarray::{Array2, Array3, Array5, ArrayD, Axis};
 use pointwise::cudarc::driver::sys;
 use pointwise::{
-    Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
-    PrepareOptions, Prepared, Sequence, SourceStage, Stage, TensorRef, reference,
+    Activation, BatchNorm, CudaDevice, CudaTensor, DType, Device, Element, Error, LayerNorm, Math,
+    Pointwise, PrepareOptions, Prepared, Sequence, SourceStage, Stage, TensorRef, bf16, f16,
+    reference,
 };
 
-use super::cases::{Case, LAYOUTS, Layout, Placed, close, force, kernels, same_bits};
+use super::cases::{
+    Case, LAYOUTS, Layout, Placed, Value, close, force, kernels, kernels_of, rounded, same_bits,
+};
 use super::fixtures::{Case as Fixture, Fixtures, channels_last, difference};
 use super::numbers::Random;
 use super::tensor_cores;
 use super::{OnDevice, Outcome};
 
 pub const TRIALS: &[OnDevice] = &[
-    ("integers_are_exact_in_every_operator_and_kernel", integers),
+    ("integers_are_exact_in_every_operator_and_kernel", integers::<f32>),
+    ("integers_are_exact_in_every_operator_and_kernel_of_f16", integers::<f16>),
+    ("integers_are_exact_in_every_operator_and_kernel_of_bf16", integers::<bf16>),
     ("layers_of_pytorch_on_device_tensors", fixtures_on_device),
     ("layers_of_pytorch_on_host_tensors_in_slices", fixtures_in_slices),
     ("every_activation_of_src", source_activations),
@@ -88,9 +93,9 @@ fn on_cpu(layer: &Pointwise, inputs: &Inputs) -> Result<Array5<f32>, Error> {
 }
 
 /// Runs a call on tensors that lie as the layouts say: sources in turn, the rest by the last.
-fn on_device(
+fn on_device<T: Value>(
     device: &CudaDevice,
-    prepared: &Prepared,
+    prepared: &Prepared<T>,
     (residual, gate): (bool, bool),
     inputs: &Inputs,
     dst_shape: [usize; 5],
@@ -98,12 +103,12 @@ fn on_device(
 ) -> Result<Array5<f32>, Error> {
     let last = *layouts.last().unwrap();
     let placed = inputs.sources.iter().zip(layouts.iter().cycle());
-    let placed: Vec<Placed> =
+    let placed: Vec<Placed<T>> =
         placed.map(|(source, &layout)| Placed::filled(device, source.view(), layout)).collect();
-    let beside = Placed::filled(device, inputs.residual.view(), last);
-    let gates = Placed::filled(device, inputs.gate.view(), last);
-    let mut dst = Placed::blank(device, dst_shape, last);
-    let views: Vec<TensorRef<'_>> = placed.iter().map(Placed::view).collect();
+    let beside = Placed::<T>::filled(device, inputs.residual.view(), last);
+    let gates = Placed::<T>::filled(device, inputs.gate.view(), last);
+    let mut dst = Placed::<T>::blank(device, dst_shape, last);
+    let views: Vec<TensorRef<'_, T>> = placed.iter().map(Placed::view).collect();
     let (beside, gates) = (beside.view(), gates.view());
     let mut call = prepared.call(&views[0]);
     for view in &views[1..] {
@@ -196,20 +201,23 @@ const OPERATORS: &[(&str, Build)] = &[
     }),
 ];
 
-fn integers(device: &CudaDevice) -> Outcome {
+fn integers<T: Value>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(61);
-    let mut all: Vec<(&str, Math)> = kernels(device).iter().map(|&k| (k, Math::F32)).collect();
-    all.extend(tensor_cores::all(device));
+    let mut all: Vec<(&str, Math)> =
+        kernels_of::<T>(device).iter().map(|&k| (k, Math::F32)).collect();
+    if T::DTYPE == DType::F32 {
+        all.extend(tensor_cores::all(device));
+    }
     for (i, (name, operator)) in OPERATORS.iter().enumerate() {
         let operator = operator();
         let layer = operator.layer(&mut random);
         let inputs = operator.inputs(|| random.integer());
-        let expected = on_cpu(&layer, &inputs)?;
+        let expected = rounded::<T>(&on_cpu(&layer, &inputs)?);
         for (j, &(kernel, math)) in all.iter().enumerate() {
             let splits = ["", "/2", "/3"][(i + j) % 3];
             let kernel = Some(format!("{kernel}{splits}"));
             let options = PrepareOptions { math, kernel, ..PrepareOptions::default() };
-            let prepared = layer.prepare_with(&device.clone().into(), options)?;
+            let prepared = layer.prepare_as::<T>(&device.clone().into(), options)?;
             let (a, b) = (LAYOUTS[(i + j) % 8], LAYOUTS[(i + 3 * j + 1) % 8]);
             for layouts in [&[Layout::First][..], &[Layout::Last], &[a, Layout::Last, b]] {
                 let shape = operator.dst_shape();
@@ -221,7 +229,7 @@ fn integers(device: &CudaDevice) -> Outcome {
         // Host tensors, whole and in slices.
         for slice_bytes in [None, Some(0), Some(3000)] {
             let options = PrepareOptions { slice_bytes, ..PrepareOptions::default() };
-            let prepared = layer.prepare_with(&device.clone().into(), options)?;
+            let prepared = layer.prepare_as::<T>(&device.clone().into(), options)?;
             let got = on_host(&prepared, &layer, &inputs)?;
             same_bits(&got, &expected, &format!("{name}, in slices of {slice_bytes:?}"))?;
         }
@@ -229,19 +237,26 @@ fn integers(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
-fn on_host(prepared: &Prepared, layer: &Pointwise, inputs: &Inputs) -> Result<Array5<f32>, Error> {
-    let (residual, gate) = takes(layer);
-    let mut call = prepared.call(&inputs.sources[0]);
-    for source in &inputs.sources[1..] {
+fn on_host<T: Value>(
+    prepared: &Prepared<T>,
+    layer: &Pointwise,
+    inputs: &Inputs,
+) -> Result<Array5<f32>, Error> {
+    let (takes_residual, takes_gate) = takes(layer);
+    let rounded = |values: &Array5<f32>| values.mapv(T::from_f32);
+    let sources: Vec<Array5<T>> = inputs.sources.iter().map(rounded).collect();
+    let (residual, gate) = (rounded(&inputs.residual), rounded(&inputs.gate));
+    let mut call = prepared.call(&sources[0]);
+    for source in &sources[1..] {
         call = call.concat(source);
     }
-    if residual {
-        call = call.residual(&inputs.residual);
+    if takes_residual {
+        call = call.residual(&residual);
     }
-    if gate {
-        call = call.gate(&inputs.gate);
+    if takes_gate {
+        call = call.gate(&gate);
     }
-    call.run()
+    Ok(call.run()?.mapv(Element::to_f32))
 }
 
 /// All cases that are layers, and what a result may be off.

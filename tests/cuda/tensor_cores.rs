@@ -50,9 +50,9 @@ fn force(kernel: &str, math: Math) -> PrepareOptions {
     PrepareOptions { math, kernel: Some(kernel.into()), ..PrepareOptions::default() }
 }
 
-fn integers(device: &CudaDevice) -> Outcome {
-    let mut random = Random::new(41);
-    let cases = [
+/// Around the tiles' edges, aligned and not.
+pub fn cases() -> [Case; 11] {
+    [
         Case::new(1, 1, 1, [1, 1, 1]),
         Case::new(2, 7, 31, [1, 1, 33]),
         Case::new(1, 16, 32, [1, 4, 8]),
@@ -64,8 +64,12 @@ fn integers(device: &CudaDevice) -> Outcome {
         Case { groups: 3, ..Case::new(2, 3 * 17, 3 * 35, [1, 5, 7]) },
         Case { groups: 2, ..Case::new(1, 2 * 64, 2 * 32, [1, 8, 12]) },
         Case { stride: 2, ..Case::new(2, 40, 36, [1, 9, 16]) },
-    ];
-    for (i, case) in cases.iter().enumerate() {
+    ]
+}
+
+fn integers(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(41);
+    for (i, case) in cases().iter().enumerate() {
         let weight = random.integers(case.c_out * case.c_in / case.groups);
         let bias = random.integers(case.c_out);
         let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());

@@ -3,10 +3,11 @@
 
 use ndarray::{Array2, Array5};
 use pointwise::{
-    CudaDevice, Error, LayerNorm, Layout as Order, Math, Pointwise, PrepareOptions, SourceStage,
+    CudaDevice, DType, Error, LayerNorm, Layout as Order, Math, Pointwise, PrepareOptions,
+    SourceStage, bf16, f16,
 };
 
-use super::cases::{Case, Layout, Placed, kernels};
+use super::cases::{Case, Layout, Placed, Value, kernels, kernels_of};
 use super::driver::expect;
 use super::tensor_cores;
 use super::{OnDevice, Outcome};
@@ -23,6 +24,7 @@ const POSITIONS: usize = 256;
 struct Counted {
     name: String,
     kernel: String,
+    dtype: DType,
     math: Math,
     case: Case,
     stages: Stages,
@@ -51,15 +53,23 @@ impl Counted {
     }
 
     fn run(&self, device: &CudaDevice) -> Result<(), Error> {
+        match self.dtype {
+            DType::F16 => self.run_as::<f16>(device),
+            DType::Bf16 => self.run_as::<bf16>(device),
+            _ => self.run_as::<f32>(device),
+        }
+    }
+
+    fn run_as<T: Value>(&self, device: &CudaDevice) -> Result<(), Error> {
         let Counted { kernel, math, case, .. } = self;
         let options =
             PrepareOptions { math: *math, kernel: Some(kernel.clone()), ..Default::default() };
         let layout = if kernel.contains("nhwc") { Layout::Last } else { Layout::First };
-        let src = Placed::filled(device, Array5::zeros(case.src_shape()).view(), layout);
+        let src = Placed::<T>::filled(device, Array5::zeros(case.src_shape()).view(), layout);
         let gate = Array5::zeros([case.n, case.c_in, 1, 1, 1]);
-        let gate = Placed::filled(device, gate.view(), Layout::First);
-        let mut dst = Placed::blank(device, case.dst_shape(), layout);
-        let prepared = self.layer().prepare_with(&device.clone().into(), options)?;
+        let gate = Placed::<T>::filled(device, gate.view(), Layout::First);
+        let mut dst = Placed::<T>::blank(device, case.dst_shape(), layout);
+        let prepared = self.layer().prepare_as::<T>(&device.clone().into(), options)?;
         let (src, gate) = (src.view(), gate.view());
         let call = prepared.call(&src);
         let call = if self.stages == Stages::Gate { call.gate(&gate) } else { call };
@@ -77,7 +87,8 @@ impl Counted {
         let weight = positions.div_ceil(tile[1]) * c_in * c_out;
         let src = c_out.div_ceil(tile[0]) * c_in * positions;
         let dst = (c_out * positions) as f64;
-        let mut launches = vec![(4.0 * (weight + src) as f64, 4.0 * dst)];
+        let size = self.dtype.size() as f64;
+        let mut launches = vec![(size * (weight + src) as f64, size * dst)];
         if self.stages == Stages::LayerNorm {
             // For the mean, for the deviations, for the values.
             launches.push((3.0 * 4.0 * dst, 4.0 * dst));
@@ -87,11 +98,17 @@ impl Counted {
 }
 
 fn every_kernel(device: &CudaDevice) -> Vec<Counted> {
-    let simt = kernels(device).into_iter().map(|kernel| (kernel, Math::F32));
-    let all = simt.chain(tensor_cores::all(device));
-    let counted = |(kernel, math): (&str, Math)| Counted {
+    let plain = |dtype, kernels: Vec<&'static str>| {
+        kernels.into_iter().map(move |kernel| (kernel, dtype, Math::F32))
+    };
+    let all = plain(DType::F32, kernels(device))
+        .chain(tensor_cores::all(device).into_iter().map(|(k, math)| (k, DType::F32, math)))
+        .chain(plain(DType::F16, kernels_of::<f16>(device)))
+        .chain(plain(DType::Bf16, kernels_of::<bf16>(device)));
+    let counted = |(kernel, dtype, math): (&str, DType, Math)| Counted {
         name: "512 -> 256".into(),
         kernel: format!("{kernel}/1"),
+        dtype,
         math,
         case: Case::new(2, 512, 256, [1, 16, 16]),
         stages: Stages::None,
@@ -113,14 +130,12 @@ fn layers(device: &CudaDevice) -> Vec<Counted> {
         }
         let name = format!("{} {}", fields[0], fields[1]);
         let order = [Order::ChannelsFirst, Order::ChannelsLast][i % 2];
-        for math in [Math::F32, Math::Tf32] {
-            let options = PrepareOptions { math, ..PrepareOptions::default() };
-            let layer = Pointwise::new(Array2::ones((c_out, c_in)));
-            let layer = layer.prepare_with(&device.clone().into(), options).unwrap();
-            let kernel = layer.explain_in(&[32, c_in, h, w], order).unwrap().kernel;
-            let kernel = format!("{kernel}/1");
+        let shape = [32, c_in, h, w];
+        for (dtype, math) in [(DType::F32, Math::F32), (DType::F32, Math::Tf32)] {
+            let kernel = chosen::<f32>(device, math, shape, (c_out, order));
+            let (name, kernel) = (name.clone(), format!("{kernel}/1"));
             let case = Case::new(1, c_in, c_out, [1, 16, 16]);
-            all.push(Counted { name: name.clone(), kernel, math, case, stages: Stages::None });
+            all.push(Counted { name, kernel, dtype, math, case, stages: Stages::None });
         }
     }
     // Stages of src cost no traffic worth the name; layer norm reads dst again.
@@ -132,10 +147,24 @@ fn layers(device: &CudaDevice) -> Vec<Counted> {
         for tile in ["64x64x16_nchw", "128x128x8_nhwc"] {
             let kernel = format!("fprop_f32_simt_{tile}/1");
             let case = Case::new(1, c_in, c_out, [1, 16, 16]);
-            all.push(Counted { name: name.into(), kernel, math: Math::F32, case, stages });
+            let (name, dtype, math) = (name.into(), DType::F32, Math::F32);
+            all.push(Counted { name, kernel, dtype, math, case, stages });
         }
     }
     all
+}
+
+/// What the planner takes.
+fn chosen<T: Value>(
+    device: &CudaDevice,
+    math: Math,
+    src: [usize; 4],
+    (c_out, order): (usize, Order),
+) -> &'static str {
+    let options = PrepareOptions { math, ..PrepareOptions::default() };
+    let layer = Pointwise::new(Array2::ones((c_out, src[1])));
+    let layer = layer.prepare_as::<T>(&device.clone().into(), options).unwrap();
+    layer.explain_in(&src, order).unwrap().kernel
 }
 
 /// What the started processes do.
@@ -190,6 +219,9 @@ fn compare(what: &str, all: &[Counted], conflicts_of_plain: f64) -> Outcome {
             // Stages of src and norms look up values per channel again and again, in L1, and a gate
             // its sample per position, outside of the products' loop.
             let (least, most, most_conflicts) = match counted.stages {
+                // Slabs of 16 bits have half the wavefronts, beside which the reads of the table of
+                // positions at the end weigh more.
+                Stages::None if counted.dtype != DType::F32 => (1.0, 1.15, 0.05),
                 Stages::None => (1.0, 1.15, conflicts_of_plain),
                 _ => (0.99, 1.35, 0.08),
             };

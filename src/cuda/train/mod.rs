@@ -18,6 +18,7 @@ use super::layer::on_device;
 use crate::cpu::train::Reduce;
 use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;
+use crate::dtype::DType;
 use crate::epilogue::{Lowered, SourceStep};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
@@ -460,7 +461,7 @@ impl Training<'_> {
         dst: &mut TensorMut<'_>,
     ) -> Result<()> {
         let options = PrepareOptions { math: self.math, ..PrepareOptions::default() };
-        let layer = Layer::new(self.device, shape, lowered, &options)?;
+        let layer = Layer::new(self.device, shape, lowered, DType::F32, &options)?;
         layer.run(&Problem::new(shape, operands, dst)?, None)
     }
 

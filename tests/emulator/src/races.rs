@@ -160,6 +160,15 @@ pub fn join(into: &mut Known, from: &Known) {
     }
 }
 
+/// The bytes of either half of a word.
+const HALVES: [u8; 2] = [0x3, 0xc];
+
+/// Which halves of a word some of its bytes lie in.
+#[inline(always)]
+fn halves(mask: u8) -> impl Iterator<Item = usize> {
+    (0..2).filter(move |&half| mask & HALVES[half] != 0)
+}
+
 /// Shadow of four bytes of shared memory.
 #[derive(Clone, Copy, Default)]
 struct Cell {
@@ -172,14 +181,15 @@ struct Cell {
     w_strong: bool,
     more_readers: bool,
     w_thread: u16,
-    r_thread: u16,
+    /// The last reader of either half.
+    r_thread: [u16; 2],
     r_mask: u8,
     w_stamp: u32,
     w_sync: u32,
     w_pc: u32,
     r_stamp: u32,
-    r_sync: u32,
-    r_pc: u32,
+    r_sync: [u32; 2],
+    r_pc: [u32; 2],
     /// Warps that have read at `r_stamp`.
     r_warps: u32,
 }
@@ -304,9 +314,9 @@ impl Shared {
                 if cell.r_stamp == order.now { cell.r_warps | 1 << warp } else { 1 << warp };
             cell.r_stamp = order.now;
             cell.r_mask = 0xf;
-            cell.r_thread = who.thread;
-            cell.r_sync = order.sync[warp];
-            cell.r_pc = who.pc;
+            cell.r_thread = [who.thread; 2];
+            cell.r_sync = [order.sync[warp]; 2];
+            cell.r_pc = [who.pc; 2];
         }
         let bytes = self.data.get(at..at + 4 * N)?;
         Some(std::array::from_fn(|i| {
@@ -400,16 +410,20 @@ impl Shared {
                 } else {
                     if cell.r_warps != 0 && cell.r_stamp >= order.floor {
                         cell.more_readers = true;
-                        let old = (cell.r_thread, cell.r_stamp, cell.r_warps, cell.r_pc);
+                        let half = usize::from(cell.r_mask & HALVES[0] == 0);
+                        let (thread, pc) = (cell.r_thread[half], cell.r_pc[half]);
+                        let old = (thread, cell.r_stamp, cell.r_warps, pc);
                         self.readers.entry(index as usize).or_default().push(old);
                     }
                     cell.r_warps = bit;
                     cell.r_stamp = order.now;
                     cell.r_mask = mask;
                 }
-                cell.r_thread = who.thread;
-                cell.r_sync = order.sync[who.warp()];
-                cell.r_pc = who.pc;
+                for half in halves(mask) {
+                    cell.r_thread[half] = who.thread;
+                    cell.r_sync[half] = order.sync[who.warp()];
+                    cell.r_pc[half] = who.pc;
+                }
             }
         }
         Ok(())
@@ -447,11 +461,15 @@ fn unordered_reader(
     if cell.r_warps == 0 || cell.r_mask & mask == 0 {
         return None;
     }
-    if !order.before(cell.r_thread, cell.r_stamp, cell.r_sync, who) {
-        return Some((cell.r_thread, cell.r_pc));
+    let mut pc = 0;
+    for half in halves(cell.r_mask & mask) {
+        pc = cell.r_pc[half];
+        if !order.before(cell.r_thread[half], cell.r_stamp, cell.r_sync[half], who) {
+            return Some((cell.r_thread[half], pc));
+        }
     }
     if let Some(warp) = warps_conflict(cell.r_warps, cell.r_stamp) {
-        return Some(((warp * 32) as u16, cell.r_pc));
+        return Some(((warp * 32) as u16, pc));
     }
     if cell.more_readers {
         for &(thread, stamp, warps, pc) in more.into_iter().flatten() {
@@ -668,6 +686,21 @@ mod tests {
         access(&mut cell, 4, 0x3, Mode::Read).unwrap();
         access(&mut cell, 4, 0xf, Mode::Write).unwrap();
         cell.access(2, 0, &order, who(9), 0xf, Mode::Write, &name).unwrap();
+    }
+
+    #[test]
+    fn halves_of_a_shared_word_have_readers_of_their_own() {
+        let (mut shared, mut order) = (Shared::default(), Order::new(1));
+        shared.reset(1024, &[(1024, 64)]);
+        shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
+        order.barrier(&[0], &[]);
+        for thread in [0, 1] {
+            let at = 1024 + 2 * u32::from(thread);
+            shared.access(&order, who(thread), at, 2, Mode::Read, true, &name).unwrap();
+        }
+        shared.access(&order, who(0), 1024, 2, Mode::Write, true, &name).unwrap();
+        assert!(shared.access(&order, who(0), 1026, 2, Mode::Write, true, &name).is_err());
+        shared.access(&order, who(1), 1026, 2, Mode::Write, true, &name).unwrap();
     }
 
     #[test]
