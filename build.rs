@@ -4,7 +4,7 @@
 //! | variable | meaning |
 //! | --- | --- |
 //! | `NVCC` | the CUDA compiler; else `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` are searched |
-//! | `POINTWISE_CUDA_ARCHS` | chips, as `80,90+ptx`; `+ptx` adds PTX for later chips |
+//! | `POINTWISE_CUDA_ARCHS` | chips, as `80,90+ptx`; `+ptx` adds PTX for later chips, `compute_90` is PTX alone, which takes a fraction of the time |
 //! | `CUDA_COMPUTE_CAP` | one chip, as other crates read it |
 //! | `POINTWISE_FATBIN` | a fatbin made elsewhere, taken where there is no nvcc |
 //! | `POINTWISE_STRICT_PTXAS` | `1`: spilled registers are an error |
@@ -269,21 +269,25 @@ mod cuda {
         /// As `80` or `90a`.
         name: String,
         number: u32,
+        /// Machine code, PTX, or both.
+        code: bool,
         ptx: bool,
     }
 
     impl Arch {
-        /// `80`, `8.0`, `sm_80`, `90a`, `80+ptx`.
+        /// `80`, `8.0`, `sm_80`, `90a`, `80+ptx`, `compute_80`.
         fn parse(text: &str) -> Arch {
             let text = text.trim().to_ascii_lowercase();
-            let (chip, ptx) = match text.strip_suffix("+ptx") {
-                Some(chip) => (chip, true),
-                None => (text.as_str(), false),
+            let (chip, code, ptx) = match (text.strip_suffix("+ptx"), text.strip_prefix("compute_"))
+            {
+                (Some(chip), _) => (chip, true, true),
+                (None, Some(chip)) => (chip, false, true),
+                (None, None) => (text.as_str(), true, false),
             };
             let name = chip.trim_start_matches("sm_").replace('.', "");
             let digits = name.trim_end_matches(['a', 'f']);
             match digits.parse() {
-                Ok(number) if number >= 75 => Arch { number, ptx, name },
+                Ok(number) if number >= 75 => Arch { number, code, ptx, name },
                 _ => fail(&format!(
                     "POINTWISE_CUDA_ARCHS: {text:?} is not a chip from 75 on, as in \
                      `{DEFAULT_ARCHS}`"
@@ -314,7 +318,8 @@ mod cuda {
             .flatten();
         for arch in archs {
             let front_end = arch.front_end();
-            let mut codes = vec![format!("sm_{}", arch.name)];
+            let mut codes: Vec<_> =
+                arch.code.then(|| format!("sm_{}", arch.name)).into_iter().collect();
             if arch.ptx || implied == Some(arch.number) {
                 codes.push(format!("compute_{front_end}"));
             }
