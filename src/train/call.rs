@@ -3,16 +3,16 @@
 use crate::alias::share_memory;
 use crate::cpu;
 use crate::cpu::train::Moments;
-#[cfg(feature = "cuda")]
-use crate::cuda;
 use crate::device::Kind;
 use crate::error::{Error, Result};
 use crate::prepared::{Extra, on_host};
 use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
-use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
+use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};
 use crate::train::chain::BatchStatistics;
 use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
+#[cfg(feature = "cuda")]
+use crate::{cuda, tensor::Place};
 
 /// What a backward pass needs of its forward pass beside what the caller has anyway. It fits one
 /// backward pass, of the same parameters and tensors.

@@ -335,7 +335,7 @@ pub(crate) fn need(
         match op {
             Op::Residual => {}
             Op::Linear(linear) if linear.batch.is_none() => {
-                if linear.names[0].is_some_and(|name| wants(name)) {
+                if linear.names[0].is_some_and(wants) {
                     return Need::Values;
                 }
             }
