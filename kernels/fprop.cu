@@ -6,6 +6,7 @@
 #include "mainloops/simt.cuh"
 #include "norms/layer_norm.cuh"
 #include "splits.cuh"
+#include "train/kernels.cuh"
 
 template <class Tile, class Shared>
 __device__ void fprop(const pw_fprop& p, Shared& shared) {

@@ -172,10 +172,117 @@ struct pw_merge {
 };
 #define PW_MERGED 1024
 
+/* Training. Tensors that such a launch reads or writes, of `rows` rows (the channels that a chain of
+ * stages stands at) at all positions; positions are numbered sample by sample, and fewer than 2^31. */
+
+/* Tensors that rows may be the concatenation of. */
+#define PW_MAX_PARTS 16
+/* Stages before or after the convolution. */
+#define PW_MAX_STAGES 16
+/* Of these, the ones whose parameters have gradients. */
+#define PW_MAX_SUMMED 3
+/* pw_stage.sums of one whose parameters have none. */
+#define PW_NOT_SUMMED 255
+
+struct pw_part {
+    float *data;
+    int64_t channel;            /* strides of the channel axis and of the axes of the positions */
+    int64_t axes[PW_MAX_AXES];
+    uint32_t begin;             /* the rows that it has */
+    uint32_t end;
+};
+
+/* One stage, its arrays per row. */
+struct pw_stage {
+    enum pw_op op;       /* PW_OP_AFFINE is (x - first) * second + third, PW_OP_PRELU has slopes `second` */
+    float a;
+    float b;
+    uint32_t sums;       /* which pair of sums is its: of d, and of d * (x - first) (PReLU: d * x, x < 0) */
+    const float *first;
+    const float *second;
+    const float *third;
+    const float *mean_d; /* backward through statistics of the batch, or null: d - mean_d - (x - first) * along */
+    const float *along;
+};
+
+enum pw_sweep_flags {
+    PW_SWEEP_CHANNELS_FAST = 1, /* neighbouring threads take neighbouring rows, else positions */
+    PW_SWEEP_ADD = 2,           /* to what the outputs hold */
+    PW_SWEEP_ADD_SECOND = 4     /* to what d_second holds */
+};
+
+/* One pass over the values of a chain of stages. A block has the positions of one chunk; what it sums
+ * is merged in the order of the chunks. */
+struct pw_sweep {
+    uint32_t extents[PW_MAX_AXES];        /* innermost first */
+    struct pw_part inputs[PW_MAX_PARTS];  /* the chain's; none: no stage asks for its values, or zeros */
+    struct pw_part outputs[PW_MAX_PARTS]; /* where the result goes, or the gradient by the input; or none */
+    struct pw_part second;                /* residual or gate */
+    struct pw_part d;                     /* the gradient by the chain's result */
+    struct pw_part d_second;              /* where the gradient by the residual goes, or null */
+    const uint32_t *map;        /* row -> channel of the chain's result and its gradient; null: equal */
+    const uint32_t *second_map; /* row -> channel of the residual */
+    uint32_t *bits;             /* of the last activation, in the order of the fast axis, or null */
+    float outside;              /* its slope where a bit is clear */
+    float lo, hi;               /* where bits are set: within these bounds, which are outside */
+    uint32_t flags;             /* of enum pw_sweep_flags */
+    double *sums;               /* moments [rows][chunks] in pairs, or sums [2 * summed][rows][chunks] */
+    uint32_t positions;
+    uint32_t group;             /* positions that chunks do not cross the ends of */
+    uint32_t chunk;             /* positions of a chunk */
+    uint32_t rows;
+    uint32_t axis_count;
+    uint32_t input_count;
+    uint32_t output_count;
+    uint32_t stage_count;
+    uint32_t first_stage;       /* of a backward pass: where it ends */
+    uint32_t summed;
+    struct pw_stage stages[PW_MAX_STAGES];
+};
+
+/* Sums of neighbours: [outputs][items] to [outputs]. */
+struct pw_sum {
+    const double *from;
+    double *to;
+    float *to_f32; /* or null */
+    int64_t outputs;
+    int64_t items;
+};
+
+/* d_weight[row, k] = sum over positions of d[row, position] * src[k, position], of each group. */
+struct pw_wgrad {
+    uint32_t extents[PW_MAX_AXES]; /* innermost first */
+    struct pw_part d;
+    struct pw_part src;
+    float *to;                    /* [splits][groups * rows][depth] */
+    uint32_t positions;
+    uint32_t chunk;               /* positions of a split, a multiple of a slab's */
+    uint32_t axis_count;
+    uint32_t groups;
+    uint32_t rows;                /* of a group */
+    uint32_t depth;
+    uint32_t splits;
+    uint32_t d_channels_fast;
+    uint32_t src_channels_fast;
+    uint32_t reserved;
+};
+
+/* The sums of splits, in their order. */
+struct pw_wgrad_sum {
+    const float *from; /* [splits][values] */
+    float *to;
+    int64_t values;
+    uint32_t splits;
+    uint32_t reserved;
+};
+
 #ifdef __cplusplus
 static_assert(sizeof(struct pw_step) == 32, "pw_step is laid out as Rust believes");
 static_assert(sizeof(struct pw_axis) == 40, "pw_axis is laid out as Rust believes");
 static_assert(sizeof(struct pw_source) == 64, "pw_source is laid out as Rust believes");
+static_assert(sizeof(struct pw_part) == 56, "pw_part is laid out as Rust believes");
+static_assert(sizeof(struct pw_stage) == 56, "pw_stage is laid out as Rust believes");
+static_assert(sizeof(struct pw_sweep) <= 4000, "launch parameters have 4 KiB");
 static_assert(sizeof(struct pw_fprop) == 1792, "pw_fprop is laid out as Rust believes");
 #endif
 

@@ -106,27 +106,31 @@ struct Inner {
 /// A layer that [`Prepared::update`] may replace while calls run: each ends with the one that it
 /// began with.
 #[derive(Debug)]
-struct Current(RwLock<Arc<cpu::Layer>>);
+struct Current<L>(RwLock<Arc<L>>);
 
-impl Current {
-    fn new(layer: cpu::Layer) -> Self {
+impl<L> Current<L> {
+    fn new(layer: L) -> Self {
         Current(RwLock::new(Arc::new(layer)))
     }
 
-    fn get(&self) -> Arc<cpu::Layer> {
+    fn get(&self) -> Arc<L> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn set(&self, layer: cpu::Layer) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layer);
+    fn set(&self, layer: L) {
+        let layer = Arc::new(layer);
+        let old =
+            std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), layer);
+        // Not while calls wait for the lock.
+        drop(old);
     }
 }
 
 #[derive(Debug)]
 enum Backend {
-    Cpu(Current),
+    Cpu(Current<cpu::Layer>),
     #[cfg(feature = "cuda")]
-    Cuda(cuda::Layer),
+    Cuda(Current<cuda::Layer>),
 }
 
 impl Backend {
@@ -196,7 +200,8 @@ impl Pointwise {
             }
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => {
-                Backend::Cuda(cuda::Layer::new(cuda, &shape, lowered, T::DTYPE, &options)?)
+                let layer = cuda::Layer::new(cuda, &shape, lowered, T::DTYPE, &options)?;
+                Backend::Cuda(Current::new(layer))
             }
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
@@ -288,7 +293,7 @@ impl<T: Element> Prepared<T> {
                 Ok(0)
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.scratch_bytes(problem),
+            Backend::Cuda(layer) => layer.get().scratch_bytes(problem),
         })
     }
 
@@ -318,7 +323,11 @@ impl<T: Element> Prepared<T> {
                 got: self.inner.device.to_string(),
             });
         };
-        let backend = Backend::Cuda(layer.on(device)?);
+        let layer = layer.get();
+        if layer.is_on(device) {
+            return Ok(self.clone());
+        }
+        let backend = Backend::Cuda(Current::new(layer.on(device)?));
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone().into());
         let options = options.clone();
         Ok(Self::new(Inner { shape, parameters, device, options, backend }))
@@ -329,19 +338,19 @@ impl<T: Element> Prepared<T> {
         match &other.inner.backend {
             Backend::Cpu(_) => Ok(self.clone()),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => self.on(layer.device()),
+            Backend::Cuda(layer) => self.on(layer.get().device()),
         }
     }
 
     /// Takes the parameters and running statistics of a layer in training as they are now: in this
     /// handle and its clones, [`Branches`](crate::Branches) and [`Sequence`](crate::Sequence)s that
-    /// hold one, not in handles from [`with_tuning`](Self::with_tuning). Calls in flight end with
-    /// the parameters that they began with; later ones take the new ones.
+    /// hold one, not in handles from [`with_tuning`](Self::with_tuning) or for another stream. Calls
+    /// in flight end with the parameters that they began with; later ones take the new ones. A CUDA
+    /// graph has those that it was captured with, and an update frees them: capture it anew.
     ///
     /// # Errors
     /// [`Error::Shape`] if the weights differ in shape, [`Error::ParameterValue`] for a layer that
-    /// differs otherwise in what a call needs, or whose variance has become NaN;
-    /// [`Error::Unsupported`] on CUDA.
+    /// differs otherwise in what a call needs, or whose variance has become NaN; the device's.
     pub fn update(&self, params: &crate::train::Params) -> Result<()> {
         let (Inner { shape, device, options, backend, .. }, layer) = (&*self.inner, params.layer());
         layer.check()?;
@@ -358,13 +367,20 @@ impl<T: Element> Prepared<T> {
                 expected: "the stride, range, residual, gate and norm of the prepared layer",
             });
         }
-        let (Kind::Cpu(cpu), Backend::Cpu(current)) = (device.kind()?, backend) else {
-            let what = "updating a layer from one in training".into();
-            return Err(Error::Unsupported { device: device.to_string(), what });
-        };
-        let tuned = current.get();
-        let new = cpu::Layer::new(cpu, shape, Lowered::new(layer, T::DTYPE), T::DTYPE, options)?;
-        current.set(tuned.choices_for(new));
+        let lowered = Lowered::new(layer, T::DTYPE);
+        match backend {
+            Backend::Cpu(current) => {
+                let Kind::Cpu(cpu) = device.kind()? else { unreachable!("prepared for the CPU") };
+                let tuned = current.get();
+                let new = cpu::Layer::new(cpu, shape, lowered, T::DTYPE, options)?;
+                current.set(tuned.choices_for(new));
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(current) => {
+                let old = current.get();
+                current.set(cuda::Layer::new(old.device(), shape, lowered, T::DTYPE, options)?);
+            }
+        }
         Ok(())
     }
 
@@ -403,13 +419,13 @@ impl<T: Element> Prepared<T> {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem),
+                Backend::Cuda(layer) => layer.get().explain(problem),
             };
             let cost = self.cost_of(problem);
             let roof = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().roof(&cost),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.roof(),
+                Backend::Cuda(layer) => layer.get().roof(),
             };
             let device = self.inner.device.to_string();
             Ok(Explanation { device, problem: problem.to_string(), kernel, reason, cost, roof })
@@ -434,7 +450,7 @@ impl<T: Element> Prepared<T> {
             Ok(match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().plans(problem),
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.plans(problem),
+                Backend::Cuda(layer) => layer.get().plans(problem),
             })
         })
     }
@@ -576,7 +592,7 @@ impl<T: Element> Prepared<T> {
         match &self.inner.backend {
             Backend::Cpu(_) => Place::Host,
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.place(),
+            Backend::Cuda(layer) => layer.get().place(),
         }
     }
 
@@ -611,7 +627,7 @@ impl<T: Element> Prepared<T> {
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(&problem, scratch)?,
+            Backend::Cuda(layer) => layer.get().run(&problem, scratch)?,
         }
         Ok(())
     }
@@ -622,7 +638,7 @@ impl<T: Element> Prepared<T> {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem).0,
                 #[cfg(feature = "cuda")]
-                Backend::Cuda(layer) => layer.explain(problem).0,
+                Backend::Cuda(layer) => layer.get().explain(problem).0,
             };
             crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
         })
@@ -651,7 +667,7 @@ pub(crate) fn run_together<T: Element>(
             Backend::Cpu(cpu) => held.push((cpu.get(), problem)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run(problem, None)?,
+            Backend::Cuda(layer) => layer.get().run(problem, None)?,
         }
     }
     let calls: Vec<_> = held.iter().map(|(layer, problem)| (&**layer, *problem)).collect();
@@ -669,8 +685,10 @@ pub(crate) fn run_chain<T: Element>(
 ) -> Result<bool> {
     let layers = layers.iter().filter_map(|layer| match &layer.inner.backend {
         Backend::Cpu(_) => None,
-        Backend::Cuda(cuda) => Some((cuda, &layer.inner.shape)),
+        Backend::Cuda(cuda) => Some((cuda.get(), &layer.inner.shape)),
     });
+    let held: Vec<_> = layers.collect();
+    let layers = held.iter().map(|(layer, shape)| (&**layer, *shape));
     cuda::chain::run(layers, src, dst)
 }
 

@@ -32,6 +32,12 @@ mod streams;
 mod tensor_cores;
 #[path = "cuda/traffic.rs"]
 mod traffic;
+#[path = "cuda/train.rs"]
+mod train;
+#[path = "common/training.rs"]
+mod training;
+
+use fixtures as common;
 
 use std::process::ExitCode;
 
@@ -63,6 +69,7 @@ fn main() -> ExitCode {
         operator::TRIALS,
         tensor_cores::TRIALS,
         half::TRIALS,
+        train::TRIALS,
         driver::TRIALS,
     ]
     .concat();

@@ -109,7 +109,7 @@ pub struct Options {
     pub device: String,
 
     /// A forward pass with batch statistics, then a backward pass with the gradient of the loss by
-    /// the result; on the CPU
+    /// the result; on CUDA not for a layer norm
     #[arg(long, requires_all = ["d_output", "gradients"], conflicts_with = "dtype")]
     pub train: bool,
 

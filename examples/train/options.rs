@@ -20,7 +20,7 @@ pub struct Options {
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     pub seed: Option<u64>,
 
-    /// Where the layers run: cpu; training on CUDA is refused
+    /// Where the layers run: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: String,
 

@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::{Family, Helper, KERNELS, Kernel, Terms};
+use super::plan::{Family, Helper, KERNELS, Kernel, Terms, Training};
 use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
@@ -51,7 +51,7 @@ pub(crate) struct Facts {
 /// What is loaded once per context.
 struct Context {
     context: Arc<CudaContext>,
-    /// In the order of [`KERNELS`], then of [`Helper`]; `None` is for other chips.
+    /// In the order of [`KERNELS`], then of [`Helper`], then of [`Training`]; `None` is for other chips.
     functions: Vec<Option<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
@@ -92,8 +92,10 @@ struct Fault {
 ///   graph has memory nodes for what blocks leave for one another, with which CUDA lets a graph be
 ///   instantiated once at a time, and not be cloned. It has none if the call is given
 ///   [`scratch`](crate::Call::scratch), unless a concatenation has more than 16 sources.
-/// - A graph keeps neither weights nor tensors alive. Keep the layer and every tensor of the
-///   captured calls until the graph is destroyed and its last run is done.
+/// - A graph keeps neither weights nor tensors alive. Keep the layer, not [updated], and every
+///   tensor of the captured calls until the graph is destroyed and its last run is done.
+///
+///   [updated]: crate::Prepared::update
 /// - Layer and tensors belong to the stream that is captured. Tensors of another stream would have
 ///   to be waited for, and make the capture fail ([`Error::Cuda`] with code 905).
 /// - While the stream is being captured, neither drop tensors or layers of it, nor copy to the host
@@ -398,6 +400,26 @@ impl CudaDevice {
         unsafe { self.order(self.stream().cu_stream().addr(), other) }
     }
 
+    /// Queues work behind that of its tensors' streams, and theirs behind it. The tensors that named
+    /// these streams are borrowed for the call, and keep them alive.
+    pub(super) fn ordered<T>(
+        &self,
+        streams: impl Iterator<Item = usize> + Clone,
+        queue: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        // SAFETY: alive, see above.
+        streams.clone().try_for_each(|stream| unsafe { self.wait_for(stream) })?;
+        let queued = queue();
+        // What was queued before a failure uses the tensors, too.
+        // SAFETY: as above.
+        let ordered = { streams }.try_for_each(|stream| unsafe { self.make_wait(stream) });
+        if ordered.is_err() {
+            // The caller may free the tensors on streams that do not wait for this one.
+            let _ = self.synchronize();
+        }
+        queued.and_then(|queued| ordered.map(|()| queued))
+    }
+
     /// Lets `second` wait for what is queued on `first`: raw handles, as they may be borrowed.
     unsafe fn order(&self, first: usize, second: usize) -> Result<()> {
         if first == second {
@@ -606,8 +628,9 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
         later |= kernel.family == Family::Pairs;
         Ok(Some(function))
     };
-    let helpers = Helper::ALL.into_iter();
-    let helpers = helpers.map(|helper| module.load_function(helper.name()).map(Some).map_err(code));
+    let helpers =
+        Helper::ALL.map(Helper::name).into_iter().chain(Training::ALL.map(Training::name));
+    let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
     KERNELS.iter().map(function).chain(helpers).collect()
 }
 
@@ -810,6 +833,8 @@ pub(super) unsafe trait Plain: Copy + Send + Sync + 'static {}
 unsafe impl Plain for u8 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for f32 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for f64 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for half::f16 {}
 // SAFETY: plain numbers.

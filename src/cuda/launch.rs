@@ -9,7 +9,7 @@ use super::params::{
     PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_merge, pw_norm_job,
     pw_read, pw_source,
 };
-use super::plan::{Choice, Helper, KERNELS, Kernel, Letters};
+use super::plan::{Choice, Helper, KERNELS, Kernel, Letters, Training};
 use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -705,6 +705,40 @@ impl Launch {
         let function = KERNELS.len() + helper as usize;
         Launch { function, name: helper.name(), threads: Helper::THREADS, shared_bytes: 0 }
     }
+
+    fn training(kernel: Training) -> Launch {
+        let function = KERNELS.len() + Helper::ALL.len() + kernel as usize;
+        Launch { function, name: kernel.name(), threads: Helper::THREADS, shared_bytes: 0 }
+    }
+}
+
+/// Queues a kernel of training on so many blocks.
+///
+/// # Safety
+/// As [`launch`]; what the parameters say must be true, and they are what the kernel takes.
+pub(super) unsafe fn start_training<P>(
+    device: &CudaDevice,
+    kernel: Training,
+    blocks: u32,
+    params: &mut P,
+) -> Result<()> {
+    let _bound = device.bind()?;
+    // SAFETY: the caller's promise.
+    unsafe { start(device, Launch::training(kernel), (blocks, 1), params) }
+}
+
+/// Queues the merge of the moments of so many samples, each of at most `PW_MERGED` items.
+///
+/// # Safety
+/// As [`start_training`].
+pub(super) unsafe fn start_merge(
+    device: &CudaDevice,
+    samples: u32,
+    params: &mut pw_merge,
+) -> Result<()> {
+    let _bound = device.bind()?;
+    // SAFETY: the caller's promise.
+    unsafe { start(device, Launch::helper(Helper::Merge), (samples, 1), params) }
 }
 
 /// The only launch of this crate.

@@ -81,6 +81,12 @@ impl Layer {
         Ok(Layer { device: device.clone(), weights, ..*self })
     }
 
+    /// Whether its calls run on this handle's stream.
+    pub(crate) fn is_on(&self, device: &CudaDevice) -> bool {
+        let stream = |device: &CudaDevice| device.stream().cu_stream();
+        device.ordinal() == self.device.ordinal() && stream(device) == stream(&self.device)
+    }
+
     pub(crate) fn device(&self) -> &CudaDevice {
         &self.device
     }
@@ -338,18 +344,7 @@ impl Layer {
         streams: impl Iterator<Item = usize> + Clone,
         queue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        // SAFETY: the tensors that named these streams are borrowed for the call, and keep them
-        // alive.
-        streams.clone().try_for_each(|stream| unsafe { self.device.wait_for(stream) })?;
-        let queued = queue();
-        // What was queued before a failure uses the tensors, too.
-        // SAFETY: as above.
-        let ordered = { streams }.try_for_each(|stream| unsafe { self.device.make_wait(stream) });
-        if ordered.is_err() {
-            // The caller may free the tensors on streams that do not wait for this one.
-            let _ = self.device.synchronize();
-        }
-        queued.and(ordered)
+        self.device.ordered(streams, queue)
     }
 
     /// A call of one source without residual and gate.

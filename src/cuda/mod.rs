@@ -2,7 +2,7 @@
 //! kernels and stream, `plan` chooses a kernel, `pack` lays a layer out and uploads it, `layer` runs its
 //! calls, `launch` is the one place where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
 //! memory, `slice` borrows cudarc's, `staging` brings host tensors there and back, `chain` runs
-//! layers one after another.
+//! layers one after another, `train` has the passes of training.
 
 pub(crate) mod chain;
 mod device;
@@ -15,6 +15,7 @@ mod scratch;
 mod slice;
 mod staging;
 mod tensor;
+pub(crate) mod train;
 
 /// What crosses to the kernels, as bindgen makes it of `kernels/params.h`.
 #[allow(

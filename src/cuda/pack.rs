@@ -344,7 +344,7 @@ fn plain(op: pw_op, a: f32, b: f32) -> pw_step {
     pw_step { op, a, b, ..pw_step::default() }
 }
 
-fn activation_op(activation: Activation) -> (pw_op, f32, f32) {
+pub(super) fn activation_op(activation: Activation) -> (pw_op, f32, f32) {
     match activation {
         Activation::Relu => (pw_op::PW_OP_CLIP, 0.0, f32::INFINITY),
         Activation::Relu6 => (pw_op::PW_OP_CLIP, 0.0, 6.0),

@@ -5,6 +5,10 @@ pub const PW_INLINE_SOURCE_STEPS: u32 = 4;
 pub const PW_ROW_ALIGN: u32 = 4;
 pub const PW_ROW_ALIGN_16BIT: u32 = 8;
 pub const PW_MERGED: u32 = 1024;
+pub const PW_MAX_PARTS: u32 = 16;
+pub const PW_MAX_STAGES: u32 = 16;
+pub const PW_MAX_SUMMED: u32 = 3;
+pub const PW_NOT_SUMMED: u32 = 255;
 impl pw_op {
     pub const PW_OP_AFFINE: pw_op = pw_op(0);
     pub const PW_OP_PRELU: pw_op = pw_op(1);
@@ -300,6 +304,263 @@ const _: () = {
     ["Offset of field: pw_merge::values"][::core::mem::offset_of!(pw_merge, values) - 32usize];
 };
 impl Default for pw_merge {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_part {
+    pub data: *mut f32,
+    pub channel: i64,
+    pub axes: [i64; 4usize],
+    pub begin: u32,
+    pub end: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_part"][::core::mem::size_of::<pw_part>() - 56usize];
+    ["Alignment of pw_part"][::core::mem::align_of::<pw_part>() - 8usize];
+    ["Offset of field: pw_part::data"][::core::mem::offset_of!(pw_part, data) - 0usize];
+    ["Offset of field: pw_part::channel"][::core::mem::offset_of!(pw_part, channel) - 8usize];
+    ["Offset of field: pw_part::axes"][::core::mem::offset_of!(pw_part, axes) - 16usize];
+    ["Offset of field: pw_part::begin"][::core::mem::offset_of!(pw_part, begin) - 48usize];
+    ["Offset of field: pw_part::end"][::core::mem::offset_of!(pw_part, end) - 52usize];
+};
+impl Default for pw_part {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_stage {
+    pub op: pw_op,
+    pub a: f32,
+    pub b: f32,
+    pub sums: u32,
+    pub first: *const f32,
+    pub second: *const f32,
+    pub third: *const f32,
+    pub mean_d: *const f32,
+    pub along: *const f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_stage"][::core::mem::size_of::<pw_stage>() - 56usize];
+    ["Alignment of pw_stage"][::core::mem::align_of::<pw_stage>() - 8usize];
+    ["Offset of field: pw_stage::op"][::core::mem::offset_of!(pw_stage, op) - 0usize];
+    ["Offset of field: pw_stage::a"][::core::mem::offset_of!(pw_stage, a) - 4usize];
+    ["Offset of field: pw_stage::b"][::core::mem::offset_of!(pw_stage, b) - 8usize];
+    ["Offset of field: pw_stage::sums"][::core::mem::offset_of!(pw_stage, sums) - 12usize];
+    ["Offset of field: pw_stage::first"][::core::mem::offset_of!(pw_stage, first) - 16usize];
+    ["Offset of field: pw_stage::second"][::core::mem::offset_of!(pw_stage, second) - 24usize];
+    ["Offset of field: pw_stage::third"][::core::mem::offset_of!(pw_stage, third) - 32usize];
+    ["Offset of field: pw_stage::mean_d"][::core::mem::offset_of!(pw_stage, mean_d) - 40usize];
+    ["Offset of field: pw_stage::along"][::core::mem::offset_of!(pw_stage, along) - 48usize];
+};
+impl Default for pw_stage {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+impl pw_sweep_flags {
+    pub const PW_SWEEP_CHANNELS_FAST: pw_sweep_flags = pw_sweep_flags(1);
+    pub const PW_SWEEP_ADD: pw_sweep_flags = pw_sweep_flags(2);
+    pub const PW_SWEEP_ADD_SECOND: pw_sweep_flags = pw_sweep_flags(4);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct pw_sweep_flags(pub ::core::ffi::c_uint);
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_sweep {
+    pub extents: [u32; 4usize],
+    pub inputs: [pw_part; 16usize],
+    pub outputs: [pw_part; 16usize],
+    pub second: pw_part,
+    pub d: pw_part,
+    pub d_second: pw_part,
+    pub map: *const u32,
+    pub second_map: *const u32,
+    pub bits: *mut u32,
+    pub outside: f32,
+    pub lo: f32,
+    pub hi: f32,
+    pub flags: u32,
+    pub sums: *mut f64,
+    pub positions: u32,
+    pub group: u32,
+    pub chunk: u32,
+    pub rows: u32,
+    pub axis_count: u32,
+    pub input_count: u32,
+    pub output_count: u32,
+    pub stage_count: u32,
+    pub first_stage: u32,
+    pub summed: u32,
+    pub stages: [pw_stage; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_sweep"][::core::mem::size_of::<pw_sweep>() - 2960usize];
+    ["Alignment of pw_sweep"][::core::mem::align_of::<pw_sweep>() - 8usize];
+    ["Offset of field: pw_sweep::extents"][::core::mem::offset_of!(pw_sweep, extents) - 0usize];
+    ["Offset of field: pw_sweep::inputs"][::core::mem::offset_of!(pw_sweep, inputs) - 16usize];
+    ["Offset of field: pw_sweep::outputs"][::core::mem::offset_of!(pw_sweep, outputs) - 912usize];
+    ["Offset of field: pw_sweep::second"][::core::mem::offset_of!(pw_sweep, second) - 1808usize];
+    ["Offset of field: pw_sweep::d"][::core::mem::offset_of!(pw_sweep, d) - 1864usize];
+    ["Offset of field: pw_sweep::d_second"]
+        [::core::mem::offset_of!(pw_sweep, d_second) - 1920usize];
+    ["Offset of field: pw_sweep::map"][::core::mem::offset_of!(pw_sweep, map) - 1976usize];
+    ["Offset of field: pw_sweep::second_map"]
+        [::core::mem::offset_of!(pw_sweep, second_map) - 1984usize];
+    ["Offset of field: pw_sweep::bits"][::core::mem::offset_of!(pw_sweep, bits) - 1992usize];
+    ["Offset of field: pw_sweep::outside"][::core::mem::offset_of!(pw_sweep, outside) - 2000usize];
+    ["Offset of field: pw_sweep::lo"][::core::mem::offset_of!(pw_sweep, lo) - 2004usize];
+    ["Offset of field: pw_sweep::hi"][::core::mem::offset_of!(pw_sweep, hi) - 2008usize];
+    ["Offset of field: pw_sweep::flags"][::core::mem::offset_of!(pw_sweep, flags) - 2012usize];
+    ["Offset of field: pw_sweep::sums"][::core::mem::offset_of!(pw_sweep, sums) - 2016usize];
+    ["Offset of field: pw_sweep::positions"]
+        [::core::mem::offset_of!(pw_sweep, positions) - 2024usize];
+    ["Offset of field: pw_sweep::group"][::core::mem::offset_of!(pw_sweep, group) - 2028usize];
+    ["Offset of field: pw_sweep::chunk"][::core::mem::offset_of!(pw_sweep, chunk) - 2032usize];
+    ["Offset of field: pw_sweep::rows"][::core::mem::offset_of!(pw_sweep, rows) - 2036usize];
+    ["Offset of field: pw_sweep::axis_count"]
+        [::core::mem::offset_of!(pw_sweep, axis_count) - 2040usize];
+    ["Offset of field: pw_sweep::input_count"]
+        [::core::mem::offset_of!(pw_sweep, input_count) - 2044usize];
+    ["Offset of field: pw_sweep::output_count"]
+        [::core::mem::offset_of!(pw_sweep, output_count) - 2048usize];
+    ["Offset of field: pw_sweep::stage_count"]
+        [::core::mem::offset_of!(pw_sweep, stage_count) - 2052usize];
+    ["Offset of field: pw_sweep::first_stage"]
+        [::core::mem::offset_of!(pw_sweep, first_stage) - 2056usize];
+    ["Offset of field: pw_sweep::summed"][::core::mem::offset_of!(pw_sweep, summed) - 2060usize];
+    ["Offset of field: pw_sweep::stages"][::core::mem::offset_of!(pw_sweep, stages) - 2064usize];
+};
+impl Default for pw_sweep {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_sum {
+    pub from: *const f64,
+    pub to: *mut f64,
+    pub to_f32: *mut f32,
+    pub outputs: i64,
+    pub items: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_sum"][::core::mem::size_of::<pw_sum>() - 40usize];
+    ["Alignment of pw_sum"][::core::mem::align_of::<pw_sum>() - 8usize];
+    ["Offset of field: pw_sum::from"][::core::mem::offset_of!(pw_sum, from) - 0usize];
+    ["Offset of field: pw_sum::to"][::core::mem::offset_of!(pw_sum, to) - 8usize];
+    ["Offset of field: pw_sum::to_f32"][::core::mem::offset_of!(pw_sum, to_f32) - 16usize];
+    ["Offset of field: pw_sum::outputs"][::core::mem::offset_of!(pw_sum, outputs) - 24usize];
+    ["Offset of field: pw_sum::items"][::core::mem::offset_of!(pw_sum, items) - 32usize];
+};
+impl Default for pw_sum {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_wgrad {
+    pub extents: [u32; 4usize],
+    pub d: pw_part,
+    pub src: pw_part,
+    pub to: *mut f32,
+    pub positions: u32,
+    pub chunk: u32,
+    pub axis_count: u32,
+    pub groups: u32,
+    pub rows: u32,
+    pub depth: u32,
+    pub splits: u32,
+    pub d_channels_fast: u32,
+    pub src_channels_fast: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_wgrad"][::core::mem::size_of::<pw_wgrad>() - 176usize];
+    ["Alignment of pw_wgrad"][::core::mem::align_of::<pw_wgrad>() - 8usize];
+    ["Offset of field: pw_wgrad::extents"][::core::mem::offset_of!(pw_wgrad, extents) - 0usize];
+    ["Offset of field: pw_wgrad::d"][::core::mem::offset_of!(pw_wgrad, d) - 16usize];
+    ["Offset of field: pw_wgrad::src"][::core::mem::offset_of!(pw_wgrad, src) - 72usize];
+    ["Offset of field: pw_wgrad::to"][::core::mem::offset_of!(pw_wgrad, to) - 128usize];
+    ["Offset of field: pw_wgrad::positions"]
+        [::core::mem::offset_of!(pw_wgrad, positions) - 136usize];
+    ["Offset of field: pw_wgrad::chunk"][::core::mem::offset_of!(pw_wgrad, chunk) - 140usize];
+    ["Offset of field: pw_wgrad::axis_count"]
+        [::core::mem::offset_of!(pw_wgrad, axis_count) - 144usize];
+    ["Offset of field: pw_wgrad::groups"][::core::mem::offset_of!(pw_wgrad, groups) - 148usize];
+    ["Offset of field: pw_wgrad::rows"][::core::mem::offset_of!(pw_wgrad, rows) - 152usize];
+    ["Offset of field: pw_wgrad::depth"][::core::mem::offset_of!(pw_wgrad, depth) - 156usize];
+    ["Offset of field: pw_wgrad::splits"][::core::mem::offset_of!(pw_wgrad, splits) - 160usize];
+    ["Offset of field: pw_wgrad::d_channels_fast"]
+        [::core::mem::offset_of!(pw_wgrad, d_channels_fast) - 164usize];
+    ["Offset of field: pw_wgrad::src_channels_fast"]
+        [::core::mem::offset_of!(pw_wgrad, src_channels_fast) - 168usize];
+    ["Offset of field: pw_wgrad::reserved"][::core::mem::offset_of!(pw_wgrad, reserved) - 172usize];
+};
+impl Default for pw_wgrad {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_wgrad_sum {
+    pub from: *const f32,
+    pub to: *mut f32,
+    pub values: i64,
+    pub splits: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_wgrad_sum"][::core::mem::size_of::<pw_wgrad_sum>() - 32usize];
+    ["Alignment of pw_wgrad_sum"][::core::mem::align_of::<pw_wgrad_sum>() - 8usize];
+    ["Offset of field: pw_wgrad_sum::from"][::core::mem::offset_of!(pw_wgrad_sum, from) - 0usize];
+    ["Offset of field: pw_wgrad_sum::to"][::core::mem::offset_of!(pw_wgrad_sum, to) - 8usize];
+    ["Offset of field: pw_wgrad_sum::values"]
+        [::core::mem::offset_of!(pw_wgrad_sum, values) - 16usize];
+    ["Offset of field: pw_wgrad_sum::splits"]
+        [::core::mem::offset_of!(pw_wgrad_sum, splits) - 24usize];
+    ["Offset of field: pw_wgrad_sum::reserved"]
+        [::core::mem::offset_of!(pw_wgrad_sum, reserved) - 28usize];
+};
+impl Default for pw_wgrad_sum {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {

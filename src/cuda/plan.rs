@@ -122,6 +122,54 @@ impl Helper {
     }
 }
 
+/// The kernels of training beside those of [`KERNELS`], which multiply for dgrad as well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Training {
+    /// Moments of what reaches a batch norm.
+    Moments,
+    /// A chain of stages on their input.
+    Forward,
+    /// The sums of a batch norm's backward pass.
+    Sums,
+    /// A chain's gradients, and their sums.
+    Backward,
+    /// Which values lie inside bounds.
+    Bits,
+    /// Sums of neighbours.
+    Sum,
+    /// Gradients by the weight.
+    Wgrad,
+    /// Those of several splits as one.
+    WgradSum,
+}
+
+impl Training {
+    pub(super) const ALL: [Training; 8] = [
+        Training::Moments,
+        Training::Forward,
+        Training::Sums,
+        Training::Backward,
+        Training::Bits,
+        Training::Sum,
+        Training::Wgrad,
+        Training::WgradSum,
+    ];
+
+    /// Also its symbol.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Training::Moments => "train_moments_f32_32x8",
+            Training::Forward => "train_forward_f32_32x8",
+            Training::Sums => "train_sums_f32_32x8",
+            Training::Backward => "train_backward_f32_32x8",
+            Training::Bits => "train_bits_f32_256",
+            Training::Sum => "train_sum_f64_8x32",
+            Training::Wgrad => "wgrad_f32_simt_64x64x16",
+            Training::WgradSum => "wgrad_sum_f32_256",
+        }
+    }
+}
+
 /// In how many splits the channels of a tile may be summed.
 const SPLITS: [u32; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 

@@ -7,9 +7,12 @@ use crate::device::Kind;
 use crate::error::{Error, Result};
 use crate::prepared::{Extra, on_host};
 use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
-use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
+use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};
+use crate::train::chain::BatchStatistics;
 use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
+#[cfg(feature = "cuda")]
+use crate::{cuda, tensor::Place};
 
 /// What a backward pass needs of its forward pass beside what the caller has anyway. It fits one
 /// backward pass, of the same parameters and tensors.
@@ -19,7 +22,40 @@ pub struct Workspace {
     params: u64,
     generation: u64,
     sources: Vec<Vec<usize>>,
-    state: cpu::train::State,
+    state: State,
+}
+
+/// What a device's forward pass keeps.
+#[derive(Debug)]
+enum State {
+    Cpu(cpu::train::State),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::train::State),
+}
+
+impl State {
+    fn bytes(&self) -> usize {
+        match self {
+            State::Cpu(state) => state.bytes(),
+            #[cfg(feature = "cuda")]
+            State::Cuda(state) => state.bytes(),
+        }
+    }
+
+    fn statistics(&self) -> &[Option<BatchStatistics>; 2] {
+        match self {
+            State::Cpu(state) => &state.statistics,
+            #[cfg(feature = "cuda")]
+            State::Cuda(state) => &state.statistics,
+        }
+    }
+}
+
+/// A device's passes.
+enum Training<'a> {
+    Cpu(cpu::train::Training<'a>),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::train::Training<'a>),
 }
 
 impl Workspace {
@@ -120,7 +156,13 @@ impl Params {
     pub fn workspace_bytes(&self, src: &[usize]) -> Result<usize> {
         let shape = dst_shape(&self.shape, src, std::iter::empty())?;
         let positions = shape.as_slice()[2..].iter().product();
-        self.with_training(|training| Ok(training.bytes(src[0], positions)))
+        self.with_training(|training| {
+            Ok(match training {
+                Training::Cpu(training) => training.bytes(src[0], positions),
+                #[cfg(feature = "cuda")]
+                Training::Cuda(training) => training.bytes(src[0], positions),
+            })
+        })
     }
 }
 
@@ -313,11 +355,17 @@ impl Params {
         operands: &Operands<'_>,
         dst: &mut TensorMut<'_>,
     ) -> Result<Workspace> {
-        on_host(&operands.src)?;
+        self.check_place(&operands.src)?;
         self.check_batch(operands)?;
-        let state = self.with_training(|training| training.forward(operands, dst))?;
+        let state = self.with_training(|training| {
+            Ok(match training {
+                Training::Cpu(training) => State::Cpu(training.forward(operands, dst)?),
+                #[cfg(feature = "cuda")]
+                Training::Cuda(training) => State::Cuda(training.forward(operands, dst)?),
+            })
+        })?;
         let mut counted = false;
-        for statistics in state.statistics.iter().flatten() {
+        for statistics in state.statistics().iter().flatten() {
             if !counted {
                 self.num_batches_tracked = self.num_batches_tracked.saturating_add(1);
                 counted = true;
@@ -340,24 +388,41 @@ impl Params {
     }
 
     /// The layer as its device's passes see it.
-    fn with_training<R>(&self, f: impl FnOnce(cpu::train::Training<'_>) -> Result<R>) -> Result<R> {
-        let Kind::Cpu(device) = self.device.kind()? else {
-            return Err(Error::Unsupported {
-                device: self.device.to_string(),
-                what: "training".into(),
-            });
-        };
+    fn with_training<R>(&self, f: impl FnOnce(Training<'_>) -> Result<R>) -> Result<R> {
         let reduce = self.all_reduce.as_deref();
         let reduce = reduce.map(|workers| |values: &mut [f64]| workers.sum_f64(values));
-        f(cpu::train::Training {
-            device,
-            layer: &self.layer,
-            shape: &self.shape,
-            statistics: self.options.statistics,
-            wants: &|name| self.wants(name),
-            reduce: reduce.as_ref().map(|reduce| reduce as _),
-            pool: &self.pool,
+        let reduce = reduce.as_ref().map(|reduce| reduce as _);
+        let wants: &dyn Fn(&str) -> bool = &|name| self.wants(name);
+        let (layer, shape, statistics) = (&self.layer, &self.shape, self.options.statistics);
+        f(match self.device.kind()? {
+            Kind::Cpu(device) => {
+                let pool = &self.pool;
+                let training =
+                    cpu::train::Training { device, layer, shape, statistics, wants, reduce, pool };
+                Training::Cpu(training)
+            }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(device) => {
+                let math = self.options.math;
+                let training =
+                    cuda::train::Training { device, layer, shape, statistics, math, wants, reduce };
+                Training::Cuda(training)
+            }
+            Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         })
+    }
+
+    /// Whether a call's tensors are where they may be: on the host, or on the layer's device.
+    fn check_place(&self, src: &TensorRef<'_>) -> Result<()> {
+        match self.device.kind()? {
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(device) => {
+                let place = src.place();
+                let expected = Place::Cuda(device.ordinal());
+                if place == Place::Host { Ok(()) } else { same_place("src", expected, place) }
+            }
+            _ => on_host(src),
+        }
     }
 
     /// Values that a batch norm takes a mean of.
@@ -401,7 +466,7 @@ impl Params {
             ));
         }
         grads.check(self.shapes().into_iter())?;
-        on_host(&operands.src)?;
+        self.check_place(&operands.src)?;
         let shape = self.dst_shape(operands)?;
         Problem::reading(&self.shape, operands, "d_dst", d_dst)?;
         if !outputs.d_sources.is_empty() && outputs.d_sources.len() != given.len() {
@@ -430,7 +495,7 @@ impl Params {
         let read: Vec<_> = read.chain(&operands.residual).chain(&operands.gate).collect();
         let written: Vec<_> = outputs.all().collect();
         for (i, (tensor, d)) in written.iter().enumerate() {
-            same_place(tensor, Place::Host, d.place())?;
+            same_place(tensor, operands.src.place(), d.place())?;
             let shares = |other: &TensorRef<'_>| share_memory(other, d.view());
             if read.iter().any(|other| shares(other))
                 || written[..i].iter().any(|(_, other)| shares(other.view()))
@@ -452,25 +517,40 @@ impl Params {
         accumulate: Accumulate,
         accumulate_inputs: Accumulate,
     ) -> Result<()> {
-        self.with_training(|training| {
-            let Outputs { d_sources, d_residual, d_gate } = outputs;
-            let outputs = cpu::train::Outputs {
-                d_sources,
-                d_residual: d_residual.as_mut(),
-                d_gate: d_gate.as_mut(),
-                accumulate: accumulate_inputs,
-            };
-            let frozen: Vec<_> = self.frozen_values(grads);
-            training.backward(operands, workspace.state, d_dst, outputs, grads, accumulate)?;
-            let weight = grads.get_mut(name::WEIGHT).expect("every layer has one");
-            for (first, values) in frozen {
-                match accumulate {
-                    Accumulate::Set => weight[first..first + values.len()].fill(0.0),
-                    Accumulate::Add => weight[first..first + values.len()].copy_from_slice(&values),
-                }
+        let Outputs { d_sources, d_residual, d_gate } = outputs;
+        let (d_residual, d_gate) = (d_residual.as_mut(), d_gate.as_mut());
+        let frozen: Vec<_> = self.frozen_values(grads);
+        self.with_training(|training| match (training, workspace.state) {
+            (Training::Cpu(training), State::Cpu(state)) => {
+                let outputs = cpu::train::Outputs {
+                    d_sources,
+                    d_residual,
+                    d_gate,
+                    accumulate: accumulate_inputs,
+                };
+                training.backward(operands, state, d_dst, outputs, grads, accumulate)
             }
-            Ok(())
-        })
+            #[cfg(feature = "cuda")]
+            (Training::Cuda(training), State::Cuda(state)) => {
+                let outputs = cuda::train::Outputs {
+                    d_sources,
+                    d_residual,
+                    d_gate,
+                    accumulate: accumulate_inputs,
+                };
+                training.backward(operands, state, d_dst, outputs, grads, accumulate)
+            }
+            #[cfg(feature = "cuda")]
+            _ => unreachable!("a workspace is of one layer, and the layer of one device"),
+        })?;
+        let weight = grads.get_mut(name::WEIGHT).expect("every layer has one");
+        for (first, values) in frozen {
+            match accumulate {
+                Accumulate::Set => weight[first..first + values.len()].fill(0.0),
+                Accumulate::Add => weight[first..first + values.len()].copy_from_slice(&values),
+            }
+        }
+        Ok(())
     }
 
     /// The gradients of frozen rows of the weight: where they begin, what they hold.

@@ -1,5 +1,6 @@
 //! Training: forward with batch statistics, the gradient of everything, parameters to update. In
-//! f32, on the CPU.
+//! f32, on the CPU and, but for layer norms, on CUDA. Parameters, their gradients and statistics are on
+//! the host; tensors of a call on the host or on the device, where a workspace stays.
 //!
 //! ```
 //! use ndarray::{Array3, Array2};
@@ -44,11 +45,14 @@
 //! `src_affine.weight` and `src_affine.bias`. [`name`] has them as constants.
 
 mod call;
+pub(crate) mod chain;
 mod grads;
 mod params;
 mod reduce;
 
 use std::ops::Range;
+
+use crate::prepared::Math;
 
 pub use call::{BackwardCall, Call, Workspace};
 pub use grads::Grads;
@@ -123,6 +127,9 @@ pub struct Options {
     /// Rows of the weight (output channels) that keep their values: their gradients are zero, and
     /// [`Params::update`] does not change them.
     pub frozen_rows: Vec<Range<usize>>,
+    /// What the products of the convolution and of its gradient by src may round. No effect on the
+    /// CPU; gradients by the weight are of f32 products everywhere.
+    pub math: Math,
 }
 
 impl Default for Options {
@@ -132,6 +139,7 @@ impl Default for Options {
             momentum: Some(0.1),
             frozen: Vec::new(),
             frozen_rows: Vec::new(),
+            math: Math::default(),
         }
     }
 }

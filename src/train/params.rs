@@ -40,7 +40,7 @@ impl Params {
     ///
     /// # Errors
     /// The first thing in the description that does not fit, with its values;
-    /// [`Error::Unsupported`] for a CUDA device.
+    /// [`Error::Unsupported`] on CUDA for a layer norm, and for more than 16 stages or source stages.
     pub fn new(layer: &Pointwise, device: &Device) -> Result<Params> {
         Self::with_options(layer, device, Options::default())
     }
@@ -54,12 +54,7 @@ impl Params {
         match device.kind()? {
             Kind::Cpu(_) => {}
             #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => {
-                return Err(Error::Unsupported {
-                    device: device.to_string(),
-                    what: "training".into(),
-                });
-            }
+            Kind::Cuda(device) => crate::cuda::train::check(layer, device)?,
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         }
         let mut layer = layer.clone();

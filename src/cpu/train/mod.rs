@@ -1,10 +1,9 @@
 //! Forward and backward passes on the CPU.
 //!
 //! The convolution, its gradient by src (the transposed weight) and its gradient by the weight are
-//! the microkernels' ([`wgrad`]); the stages around it are a [`chain`] that [`sweep`] replays over
+//! the microkernels' ([`wgrad`]); the stages around it are a [chain](crate::train::chain) that [`sweep`] replays over
 //! blocks of a [`view`], by the operations of [`lanes`]; [`fused`] has the chain that most layers have.
 
-mod chain;
 mod fused;
 mod lanes;
 mod sweep;
@@ -18,18 +17,18 @@ use crate::cpu::isa::{Isa, Supported};
 pub(crate) use crate::cpu::norm::Moments;
 use crate::cpu::pack::Unpacked;
 use crate::cpu::threads::CpuDevice;
-use crate::cpu::train::chain::{Chain, Op};
-use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Reduce, Sweep};
+pub(crate) use crate::cpu::train::sweep::Reduce;
+use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Sweep};
 use crate::cpu::train::view::{Part, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
 use crate::dtype::DType;
-use crate::epilogue::{Lowered, SourceStep};
-use crate::error::{Error, Result};
+use crate::epilogue::Lowered;
+use crate::error::Result;
 use crate::layer::Pointwise;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
-use crate::stages::{Activation, SourceStage};
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
+use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Why a parameter is a slice.
@@ -96,15 +95,6 @@ pub(crate) enum Saved {
     Nothing,
 }
 
-/// A batch norm's statistics of a batch: under the names of the running mean and variance.
-pub(crate) struct BatchStatistics {
-    pub names: [&'static str; 2],
-    /// Of each row of the convolution's result, or of each of its input channels.
-    pub moments: Vec<Moments>,
-    /// The channel that each of them is in the running statistics.
-    pub channels: Vec<usize>,
-}
-
 /// Everything that a forward pass keeps.
 pub(crate) struct State {
     saved: Saved,
@@ -146,15 +136,6 @@ enum Target<'o, 't> {
     Tensor(&'o mut TensorMut<'t>),
 }
 
-/// What of the forward pass the backward pass needs.
-#[derive(Clone, Copy, PartialEq)]
-enum Need {
-    Values,
-    /// Where dst lies between two bounds; the slope elsewhere.
-    Bits([f32; 2], f32),
-    Nothing,
-}
-
 impl Training<'_> {
     /// Bytes that the state of a forward pass will hold, beside some per channel.
     pub(crate) fn bytes(&self, n: usize, positions: usize) -> usize {
@@ -167,33 +148,7 @@ impl Training<'_> {
     }
 
     fn need(&self) -> Need {
-        let chain = Chain::of_stages(self.layer, self.statistics);
-        let mut need = Need::Nothing;
-        for (i, op) in chain.ops.iter().enumerate() {
-            let last = i + 1 == chain.ops.len();
-            match op {
-                Op::Residual => {}
-                Op::Linear(linear) if linear.batch.is_none() => {
-                    if linear.names[0].is_some_and(|name| (self.wants)(name)) {
-                        return Need::Values;
-                    }
-                }
-                Op::Activation(activation) if last => {
-                    let infinite = f32::INFINITY;
-                    need = match *activation {
-                        Activation::Relu => Need::Bits([0.0, infinite], 0.0),
-                        Activation::Relu6 => Need::Bits([0.0, 6.0], 0.0),
-                        Activation::Clip { lo, hi } => Need::Bits([lo, hi], 0.0),
-                        Activation::LeakyRelu { alpha } if alpha > 0.0 => {
-                            Need::Bits([0.0, infinite], alpha)
-                        }
-                        _ => return Need::Values,
-                    };
-                }
-                _ => return Need::Values,
-            }
-        }
-        need
+        need(self.layer, self.statistics, self.wants)
     }
 
     fn isa(&self) -> Result<Supported> {
@@ -233,7 +188,7 @@ impl Training<'_> {
             let layer = Layer::new(
                 self.device,
                 self.shape,
-                self.lowered(&source_chain),
+                lowered(self.layer, &source_chain),
                 DType::F32,
                 &PrepareOptions::default(),
             )?;
@@ -292,7 +247,7 @@ impl Training<'_> {
 
         // The stages, down to the convolution's result.
         let mut chain = Chain::of_stages(self.layer, self.statistics);
-        settle(&mut chain, &state.statistics[1]);
+        chain.settle(&state.statistics[1]);
         let (dst_map, residual_map) = (chain.dst_map.take(), chain.residual_map.take());
         let walk = problem.walk(&problem.dst, true);
         let d_dst_view = View::new(&rows_of(&problem.dst, rows), walk, dst_map.as_deref());
@@ -307,7 +262,6 @@ impl Training<'_> {
             (Saved::Bits(bits), Need::Bits(_, alpha)) => Kept::Bits(bits, alpha),
             _ => Kept::Nothing,
         };
-        let channels = chain.channels.clone();
         let d_view = View::contiguous(d, axis, rows, total);
         let mut sweep = self.sweep(isa, chain, axis, &problem, d_view.clone());
         sweep.input_is_contiguous = true;
@@ -345,12 +299,11 @@ impl Training<'_> {
             kept,
             in_place: true,
         })?;
-        self.put(&sweep.chain, &channels, &sum.ops, grads, accumulate);
+        sweep.chain.put(self.wants, &sum.ops, grads, accumulate);
 
         // Through the convolution.
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
-        settle(&mut source_chain, &state.statistics[0]);
-        let source_channels = source_chain.channels.clone();
+        source_chain.settle(&state.statistics[0]);
         let source_grads = source_chain.ops.iter().any(|op| match op {
             Op::Linear(linear) => linear.names.iter().flatten().any(|name| (self.wants)(name)),
             _ => false,
@@ -459,7 +412,7 @@ impl Training<'_> {
             kept: if plain { Kept::Nothing } else { Kept::Input },
             in_place: false,
         })?;
-        self.put(&source_sweep.chain, &source_channels, &sum.ops, grads, accumulate);
+        source_sweep.chain.put(self.wants, &sum.ops, grads, accumulate);
         self.pool.put(d_src);
         if let Some(d_gate) = outputs.d_gate {
             let (sample, channel) = (d_gate.strides()[0], d_gate.strides()[1]);
@@ -479,59 +432,6 @@ impl Training<'_> {
         Ok(())
     }
 
-    /// Puts the sums of a chain's ops where the gradients of its parameters are.
-    fn put(
-        &self,
-        chain: &Chain,
-        channels: &[Vec<usize>],
-        sums: &[[Vec<f64>; 2]],
-        grads: &mut Grads,
-        accumulate: Accumulate,
-    ) {
-        for ((op, channels), sums) in chain.ops.iter().zip(channels).zip(sums) {
-            let [ones, products] = sums;
-            let mut put = |name: Option<&'static str>, value: &dyn Fn(usize) -> f64| {
-                let Some(name) = name.filter(|name| (self.wants)(name)) else { return };
-                let len = grads.get(name).map_or(0, <[f32]>::len);
-                let mut values = vec![0.0f64; len];
-                for (row, &c) in channels.iter().enumerate() {
-                    values[if len == 1 { 0 } else { c }] += value(row);
-                }
-                grads.put(name, values.into_iter().map(|x| x as f32), accumulate);
-            };
-            match op {
-                Op::Linear(linear) => {
-                    let [lo, inv] = [&linear.lo, &linear.inv];
-                    put(linear.names[0], &|row| {
-                        (products[row] - f64::from(lo[row]) * ones[row]) * f64::from(inv[row])
-                    });
-                    put(linear.names[1], &|row| ones[row]);
-                }
-                Op::PRelu { .. } => put(Some(name::SLOPE), &|row| products[row]),
-                Op::LayerNorm { affine: Some(_), .. } => {
-                    put(Some(name::LN_GAMMA), &|row| products[row]);
-                    put(Some(name::LN_BETA), &|row| ones[row]);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// The layer as inference has it, with the batch's statistics in its source's batch norm.
-    fn lowered(&self, source_chain: &Chain) -> Lowered {
-        let mut layer = self.layer.clone();
-        for (stage, op) in layer.source_stages.iter_mut().zip(&source_chain.ops) {
-            if let (SourceStage::BatchNorm(_), Op::Linear(linear)) = (&*stage, op) {
-                let shift = linear.scale.iter().zip(&linear.hi).zip(&linear.shift);
-                let shift = shift
-                    .map(|((s, hi), t)| (f64::from(*t) - f64::from(*s) * f64::from(*hi)) as f32);
-                let (scale, shift) = (linear.scale.clone().into(), shift.collect());
-                *stage = SourceStage::Affine { scale, shift };
-            }
-        }
-        Lowered::new(&layer, DType::F32)
-    }
-
     /// The convolution alone, into contiguous values.
     fn multiply(
         &self,
@@ -544,7 +444,7 @@ impl Training<'_> {
         let lowered = Lowered {
             weight: Vec::new(),
             bias: vec![0.0; self.shape.c_out],
-            source_steps: source_steps(source_chain),
+            source_steps: source_chain.source_steps(),
             steps: Vec::new(),
             norm: None,
             after_norm: Vec::new(),
@@ -778,62 +678,6 @@ fn contiguous(
     strides[0] = next;
     strides[1] = channel;
     (shape, strides)
-}
-
-fn source_steps(chain: &Chain) -> Vec<SourceStep> {
-    let step = |op: &Op| match op {
-        Op::Linear(linear) => {
-            let shift = linear.scale.iter().zip(&linear.hi).zip(&linear.shift);
-            let shift = shift
-                .map(|((s, hi), t)| (f64::from(*t) - f64::from(*s) * f64::from(*hi)) as f32)
-                .collect();
-            SourceStep::Affine { scale: linear.scale.clone(), shift }
-        }
-        Op::Activation(activation) => SourceStep::Activation(*activation),
-        Op::Gate => SourceStep::Gate,
-        Op::PRelu { .. } | Op::Residual | Op::LayerNorm { .. } => {
-            unreachable!("no source stage")
-        }
-    };
-    chain.ops.iter().map(step).collect()
-}
-
-fn settle(chain: &mut Chain, statistics: &Option<BatchStatistics>) {
-    let Some((i, batch)) = chain.batch_norm() else { return };
-    let (Op::Linear(linear), Some(statistics)) = (&mut chain.ops[i], statistics) else { return };
-    for (row, moments) in statistics.moments.iter().enumerate() {
-        let var = moments.deviations / moments.count;
-        linear.settle(row, moments.mean, 1.0 / (var + f64::from(batch.eps)).sqrt());
-    }
-}
-
-/// Statistics must be finite, and of more than one value; of none there are none. `channels` says
-/// which channel each row is.
-fn checked(
-    moments: Vec<Moments>,
-    channels: &[usize],
-    names: [&'static str; 2],
-    src: &[usize],
-) -> Result<Option<BatchStatistics>> {
-    match moments.first().map_or(0.0, |m| m.count) {
-        0.0 => return Ok(None),
-        1.0 => return Err(Error::BatchTooSmall { shape: src.to_vec() }),
-        _ => {}
-    }
-    let finite = |m: &Moments| m.mean.is_finite() && m.deviations.is_finite();
-    if let Some(row) = moments.iter().position(|m| !finite(m)) {
-        let (what, value) = match moments[row].mean.is_finite() {
-            true => ("variance", moments[row].deviations),
-            false => ("mean", moments[row].mean),
-        };
-        let of = names[0].trim_end_matches(".running_mean");
-        return Err(Error::NonFinite {
-            what: format!("the {what} of the batch at {of}"),
-            channel: channels[row],
-            value: value as f32,
-        });
-    }
-    Ok(Some(BatchStatistics { names, moments, channels: channels.to_vec() }))
 }
 
 /// Sets every element to zero.

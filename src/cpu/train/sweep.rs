@@ -13,12 +13,12 @@ use crate::cpu::isa::Supported;
 use crate::cpu::norm::Moments;
 use crate::cpu::runs;
 use crate::cpu::threads::{self, CpuDevice};
-use crate::cpu::train::chain::{Chain, Linear, Op};
 use crate::cpu::train::fused;
 use crate::cpu::train::lanes::{self, LineMoments, Per, Sums};
 use crate::cpu::train::view::{At, View};
 use crate::stages::{Activation, NormOver};
 use crate::train::Accumulate;
+use crate::train::chain::{Chain, Linear, Op, reduce_moments};
 
 /// Values of a block of one row.
 const ROW_BLOCK: usize = 2048;
@@ -48,7 +48,7 @@ unsafe impl Sync for Gate {}
 unsafe impl Send for Gate {}
 
 /// Sums over all processes; nothing for a single one.
-pub(super) type Reduce<'a> = Option<&'a (dyn Fn(&mut [f64]) -> crate::Result<()> + Sync + 'a)>;
+pub(crate) type Reduce<'a> = Option<&'a (dyn Fn(&mut [f64]) -> crate::Result<()> + Sync + 'a)>;
 
 /// A chain and the tensors that it is replayed on.
 pub(super) struct Sweep<'a> {
@@ -973,27 +973,4 @@ fn merge(found: Vec<Found>, rows: usize) -> Vec<Moments> {
         }
     }
     all
-}
-
-/// Merges the moments of all processes: first the means, then the deviations from the common one.
-fn reduce_moments(
-    moments: &mut [Moments],
-    reduce: &dyn Fn(&mut [f64]) -> crate::Result<()>,
-) -> crate::Result<()> {
-    let own: Vec<Moments> = moments.to_vec();
-    let mut sums: Vec<f64> = own.iter().map(|m| m.mean * m.count).collect();
-    sums.push(own.first().map_or(0.0, |m| m.count));
-    reduce(&mut sums)?;
-    let count = sums.pop().unwrap_or(0.0);
-    let means: Vec<f64> = sums.iter().map(|sum| sum / count).collect();
-    let mut deviations: Vec<f64> = own
-        .iter()
-        .zip(&means)
-        .map(|(m, mean)| m.deviations + m.count * (m.mean - mean).powi(2))
-        .collect();
-    reduce(&mut deviations)?;
-    for ((to, mean), deviations) in moments.iter_mut().zip(means).zip(deviations) {
-        *to = Moments { count, mean, deviations };
-    }
-    Ok(())
 }

@@ -1,0 +1,257 @@
+//! A layer trained for a step on any device, compared with the f64 reference.
+
+use ndarray::{Array2, ArrayD, IxDyn};
+use pointwise::reference::{self, Gradients, Inputs};
+use pointwise::train::{Grads, Options, Params, Statistics, name};
+use pointwise::{BatchNorm, Device, Pointwise, SourceStage, Stage};
+
+use super::common::{Case, channels_last};
+
+/// A gradient that looks like nothing else: no two channels or positions alike.
+pub fn d_dst(shape: &[usize]) -> ArrayD<f32> {
+    let mut next = 0u32;
+    ArrayD::from_shape_simple_fn(IxDyn(shape), || {
+        next = next.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (next >> 8) as f32 / (1u32 << 23) as f32 - 1.0
+    })
+}
+
+/// Everything that a run gives.
+pub struct Got {
+    pub dst: ArrayD<f32>,
+    pub d_sources: Vec<ArrayD<f32>>,
+    pub d_residual: Option<ArrayD<f32>>,
+    pub d_gate: Option<ArrayD<f32>>,
+    pub grads: Grads,
+    pub params: Params,
+}
+
+pub struct Tensors {
+    pub sources: Vec<ArrayD<f32>>,
+    pub residual: Option<ArrayD<f32>>,
+    pub gate: Option<ArrayD<f32>>,
+}
+
+impl Tensors {
+    pub fn of(case: &Case, last: bool) -> Self {
+        let order = |t: &ArrayD<f32>| if last { channels_last(t) } else { t.clone() };
+        Tensors {
+            sources: case.sources.iter().map(order).collect(),
+            residual: case.residual().map(order),
+            gate: case.gate().cloned(),
+        }
+    }
+}
+
+pub fn run(
+    layer: &Pointwise,
+    tensors: &Tensors,
+    options: Options,
+    device: &Device,
+) -> pointwise::Result<Got> {
+    let mut params = Params::with_options(layer, device, options)?;
+    let mut grads = params.grads();
+    let (first, more) = tensors.sources.split_first().unwrap();
+    let mut call = params.call(first);
+    for source in more {
+        call = call.concat(source);
+    }
+    if let Some(residual) = &tensors.residual {
+        call = call.residual(residual);
+    }
+    if let Some(gate) = &tensors.gate {
+        call = call.gate(gate);
+    }
+    let (dst, workspace) = call.run()?;
+    let d_dst = d_dst(dst.shape());
+    let nans = |t: &ArrayD<f32>| t.mapv(|_| f32::NAN);
+    let mut d_sources: Vec<_> = tensors.sources.iter().map(nans).collect();
+    let mut d_residual = tensors.residual.as_ref().map(nans);
+    let mut d_gate = tensors.gate.as_ref().map(nans);
+    grads.visit_mut(|_, _, values| values.fill(f32::NAN));
+    let mut call = params.backward_call(first, workspace, &d_dst);
+    for source in more {
+        call = call.concat(source);
+    }
+    for d in &mut d_sources {
+        call = call.d_src(d);
+    }
+    if let (Some(residual), Some(d)) = (&tensors.residual, &mut d_residual) {
+        call = call.residual(residual).d_residual(d);
+    }
+    if let (Some(gate), Some(d)) = (&tensors.gate, &mut d_gate) {
+        call = call.gate(gate).d_gate(d);
+    }
+    call.run(&mut grads)?;
+    Ok(Got { dst, d_sources, d_residual, d_gate, grads, params })
+}
+
+pub fn largest<'a>(values: impl IntoIterator<Item = &'a f64>) -> f64 {
+    values.into_iter().fold(0.0, |a, b| a.max(b.abs()))
+}
+
+/// The values of a result under their names, in f64.
+pub fn named(want: &Gradients) -> Vec<(String, Vec<f64>)> {
+    let flat = |t: &ArrayD<f64>| t.iter().copied().collect::<Vec<_>>();
+    let mut all = vec![("dst".into(), flat(&want.dst))];
+    let sources = want.d_sources.iter().enumerate();
+    all.extend(sources.map(|(i, d)| (format!("d_src{i}"), flat(d))));
+    all.extend(want.d_residual.iter().map(|d| ("d_residual".into(), flat(d))));
+    all.extend(want.d_gate.iter().map(|d| ("d_gate".into(), d.iter().copied().collect())));
+    all.extend(want.parameters.iter().map(|(name, values)| (name.to_string(), values.clone())));
+    all
+}
+
+impl Got {
+    pub fn named(&self) -> Vec<(String, Vec<f64>)> {
+        let wide = |t: &ArrayD<f32>| t.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let mut all = vec![("dst".into(), wide(&self.dst))];
+        let sources = self.d_sources.iter().enumerate();
+        all.extend(sources.map(|(i, d)| (format!("d_src{i}"), wide(d))));
+        all.extend(self.d_residual.iter().map(|d| ("d_residual".into(), wide(d))));
+        all.extend(self.d_gate.iter().map(|d| ("d_gate".into(), wide(d))));
+        self.grads.visit(|name, _, values| {
+            all.push((name.into(), values.iter().map(|&x| f64::from(x)).collect()));
+        });
+        all
+    }
+}
+
+/// The largest error in units of what rounding may do, and what has it.
+///
+/// A gradient is a chain of sums of `terms` products in all, each of which may be off by that many
+/// halves of an ulp of its largest term. A normalisation takes away what is common to all values,
+/// so that sums may cancel: their terms are as large as those of `uncancelled`, the gradients with
+/// the same statistics, but frozen.
+pub fn worst(
+    got: &[(String, Vec<f64>)],
+    want: &Gradients,
+    uncancelled: &Gradients,
+    terms: usize,
+    steepest: f64,
+) -> (f64, String) {
+    let (want, uncancelled) = (named(want), named(uncancelled));
+    let find = |all: &[(String, Vec<f64>)], name: &str| {
+        all.iter().find(|(other, _)| other == name).map(|(_, values)| values.clone())
+    };
+    let mut worst = (0.0, String::new());
+    assert_eq!(got.len(), want.len(), "everything is compared");
+    for (name, got) in got {
+        let want = find(&want, name).unwrap_or_else(|| panic!("the reference has no {name}"));
+        assert_eq!(got.len(), want.len(), "{name}");
+        let terms_of = find(&uncancelled, name).unwrap_or_default();
+        let scale = largest(&want).max(largest(&terms_of)) * steepest;
+        let unit = f64::from(f32::EPSILON) * terms as f64 * scale;
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            let err = if got == want { 0.0 } else { (got - want).abs() / unit };
+            // NaN is the worst of all.
+            if err > worst.0 || err.is_nan() {
+                let err = if err.is_nan() { f64::INFINITY } else { err };
+                worst = (err, format!("{name}[{i}] = {got} instead of {want}"));
+            }
+        }
+    }
+    worst
+}
+
+/// The layer with the statistics of a batch as its running ones.
+pub fn with_statistics(layer: &Pointwise, of: &Gradients) -> Pointwise {
+    let mut params = Params::new(layer, &Device::cpu()).unwrap();
+    params.visit_mut(|name, _, values| {
+        if let Some(batch) = of.statistic(name) {
+            let batch = batch.iter().map(|&x| x as f32);
+            values.iter_mut().zip(batch).filter(|(_, b)| b.is_finite()).for_each(|(x, b)| *x = b);
+        }
+    });
+    params.layer().clone()
+}
+
+pub fn trainable(case: &Case) -> bool {
+    case.repeated_stage().is_none() && !case.name.starts_with("not_finite")
+}
+
+/// Compares a run with the reference; the error as [`worst`] counts it.
+pub fn compare(
+    layer: &Pointwise,
+    tensors: &Tensors,
+    statistics: Statistics,
+    device: &Device,
+) -> pointwise::Result<(f64, String)> {
+    let options = Options { statistics, ..Options::default() };
+    let got = run(layer, tensors, options, device)?;
+    let inputs = Inputs {
+        sources: tensors.sources.iter().map(|t| t.view()).collect(),
+        residual: tensors.residual.as_ref().map(|t| t.view()),
+        gate: tensors.gate.as_ref().map(|t| t.view()),
+    };
+    let d_dst = d_dst(got.dst.shape());
+    let want = reference::backward(layer, &inputs, statistics, d_dst.view())?;
+    let frozen = with_statistics(layer, &want);
+    let uncancelled = reference::backward(&frozen, &inputs, Statistics::Frozen, d_dst.view())?;
+    let positions = got.dst.len() / got.dst.shape()[1].max(1);
+    let terms = layer.c_in() + layer.c_out() + positions;
+    // One channel has no deviation: its layer norm divides by the root of eps.
+    let alone = layer.c_out() == 1
+        && layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)));
+    let steepest = if alone { 1e-5f64.sqrt().recip() } else { 1.0 };
+    let worst = worst(&got.named(), &want, &uncancelled, terms, steepest);
+
+    // The running statistics.
+    let count = positions as f64;
+    for (mean, var) in
+        [(name::RUNNING_MEAN, name::RUNNING_VAR), (name::SRC_RUNNING_MEAN, name::SRC_RUNNING_VAR)]
+    {
+        let before = Params::new(layer, device)?;
+        for name in [mean, var] {
+            let (Some(before), Some(after)) = (before.get(name), got.params.get(name)) else {
+                continue;
+            };
+            let unbiased = if name == var { count / (count - 1.0) } else { 1.0 };
+            for (c, (&before, &after)) in before.iter().zip(after).enumerate() {
+                let expected = match want.statistic(name).filter(|_| count > 0.0) {
+                    Some(batch) => 0.9 * f64::from(before) + 0.1 * batch[c] * unbiased,
+                    None => f64::from(before),
+                };
+                let err = (f64::from(after) - expected).abs();
+                assert!(err <= 1e-5 * expected.abs().max(1.0), "{name}[{c}]: {after}, {expected}");
+            }
+        }
+    }
+    Ok(worst)
+}
+
+/// Values in -1..1 that look like nothing else.
+pub fn random(shape: &[usize], seed: u32) -> ArrayD<f32> {
+    let mut next = seed.wrapping_mul(2_654_435_761);
+    ArrayD::from_shape_simple_fn(IxDyn(shape), || {
+        next = next.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (next >> 8) as f32 / (1u32 << 23) as f32 - 1.0
+    })
+}
+
+pub fn vector(len: usize, seed: u32) -> Vec<f32> {
+    random(&[len], seed).iter().copied().collect()
+}
+
+pub fn weight(rows: usize, k: usize) -> Array2<f32> {
+    random(&[rows, k], 7).into_dimensionality().unwrap() / (k as f32).sqrt()
+}
+
+pub fn norm(channels: usize) -> BatchNorm {
+    BatchNorm::new(vec![0.0; channels], vec![1.0; channels]).affine(
+        vector(channels, 3).iter().map(|x| x + 1.5).collect::<Vec<_>>(),
+        vector(channels, 4),
+    )
+}
+
+pub fn large_tensors(layer: &Pointwise, shape: &[usize], last: bool) -> Tensors {
+    let order = |t: ArrayD<f32>| if last { channels_last(&t) } else { t };
+    let dst = layer.prepare(&Device::cpu()).unwrap().dst_shape(shape).unwrap();
+    let residual = layer.stages().iter().any(|stage| matches!(stage, Stage::Residual));
+    let gate = layer.source_stages().iter().any(|stage| matches!(stage, SourceStage::Gate));
+    Tensors {
+        sources: vec![order(random(shape, 1))],
+        residual: residual.then(|| order(random(&dst, 2))),
+        gate: gate.then(|| random(&[shape[0], shape[1]], 5)),
+    }
+}

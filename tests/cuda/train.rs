@@ -1,0 +1,322 @@
+//! Training on the device, against the f64 reference's gradients and the CPU.
+
+use ndarray::{Array2, ArrayD, IxDyn};
+use pointwise::train::{Accumulate, Options, Params, Statistics};
+use pointwise::{
+    Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
+    Sequence, Stage,
+};
+
+use super::fixtures::Fixtures;
+use super::training::{
+    Tensors, compare, d_dst, large_tensors, norm, random, run, trainable, vector, weight,
+};
+use super::{OnDevice, Outcome};
+
+pub const TRIALS: &[OnDevice] = &[
+    ("training_every_case_of_the_fixtures_has_the_references_gradients", fixtures),
+    ("training_on_several_chunks_and_tiles_has_the_references_gradients", several_chunks),
+    ("training_is_the_same_bits_from_run_to_run", same_bits),
+    ("training_on_device_tensors_equals_that_on_host_arrays", device_tensors),
+    ("training_adds_to_gradients_or_replaces_them", accumulation),
+    ("training_keeps_variances_of_large_means", large_means),
+    ("training_keeps_what_its_workspace_says", workspaces),
+    ("training_refuses_what_it_has_not", refusals),
+    ("training_updates_a_prepared_layer_while_it_runs", updates),
+];
+
+fn has_layer_norm(layer: &Pointwise) -> bool {
+    layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)))
+}
+
+fn fixtures(device: &CudaDevice) -> Outcome {
+    let device: Device = device.clone().into();
+    let mut failures = Vec::new();
+    let mut seen = 0;
+    for (i, case) in Fixtures::load().cases_and_embedded().iter().enumerate() {
+        let layer = case.layer();
+        if !trainable(case) || has_layer_norm(&layer) {
+            continue;
+        }
+        // Every case with the batch's statistics, every other one with frozen ones, in both orders.
+        for (statistics, last) in [
+            (Statistics::Batch, false),
+            (Statistics::Batch, true),
+            (Statistics::Frozen, i % 2 == 0),
+        ] {
+            let what = format!("{}, {statistics:?}, channels last {last}", case.name);
+            match compare(&layer, &Tensors::of(case, last), statistics, &device) {
+                Ok((err, _)) if err <= 1.0 => seen += 1,
+                Ok((err, at)) => failures.push(format!("{what}: {err:.1}: {at}")),
+                Err(error) => failures.push(format!("{what}: {error}")),
+            }
+        }
+    }
+    if !failures.is_empty() {
+        return Err(format!(
+            "{} of {}:\n{}",
+            failures.len(),
+            failures.len() + seen,
+            failures.join("\n")
+        )
+        .into());
+    }
+    assert!(seen > 200, "only {seen} runs");
+    Ok(())
+}
+
+/// Layers on shapes that need several blocks, chunks and splits of every pass.
+fn layers() -> Vec<(&'static str, Pointwise, Vec<usize>)> {
+    let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
+    vec![
+        ("bn relu", plain(70, 35).batch_norm(norm(70)).relu(), vec![3, 35, 17, 13]),
+        ("rank 0", plain(40, 30).bias(vector(40, 2)).batch_norm(norm(40)).silu(), vec![600, 30]),
+        ("rank 1", plain(33, 17).batch_norm(norm(33)).relu(), vec![1, 17, 1001]),
+        ("rank 3", plain(9, 5).bias(vector(9, 1)).gelu(), vec![2, 5, 3, 4, 50]),
+        ("bits", plain(35, 20).bias(vector(35, 2)).relu6(), vec![3, 20, 11, 13]),
+        (
+            "groups, stride, shuffle, residual",
+            plain(24, 6)
+                .groups(4)
+                .stride(2)
+                .batch_norm(norm(24))
+                .channel_shuffle(4)
+                .residual()
+                .leaky_relu(0.1),
+            vec![3, 24, 21, 27],
+        ),
+        (
+            "source, gate",
+            plain(24, 20).source_batch_norm(norm(20)).source_activation(Activation::Relu).gate(),
+            vec![3, 20, 20, 15],
+        ),
+        (
+            "every stage",
+            plain(12, 10)
+                .bias(vector(12, 2))
+                .activation(Activation::Mish)
+                .batch_norm(norm(12))
+                .residual()
+                .prelu(vector(12, 5))
+                .activation(Activation::Tanh),
+            vec![2, 10, 16, 17],
+        ),
+    ]
+}
+
+fn several_chunks(device: &CudaDevice) -> Outcome {
+    let device: Device = device.clone().into();
+    for (what, layer, shape) in layers() {
+        for last in [false, true] {
+            let tensors = large_tensors(&layer, &shape, last);
+            let (err, at) = compare(&layer, &tensors, Statistics::Batch, &device)?;
+            assert!(err <= 1.0, "{what}, channels last {last}: {err}: {at}");
+        }
+    }
+    Ok(())
+}
+
+fn same_bits(device: &CudaDevice) -> Outcome {
+    let device: Device = device.clone().into();
+    for (what, layer, shape) in layers() {
+        let tensors = large_tensors(&layer, &shape, false);
+        let bits = || {
+            let got = run(&layer, &tensors, Options::default(), &device).unwrap();
+            let mut values = got.named();
+            got.params.visit(|name, _, x| {
+                values.push((name.into(), x.iter().map(|&x| f64::from(x)).collect()));
+            });
+            values
+        };
+        assert!(bits() == bits(), "{what}");
+    }
+    Ok(())
+}
+
+fn device_tensors(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    for (what, layer, shape) in layers().into_iter().take(5) {
+        let tensors = large_tensors(&layer, &shape, true);
+        let host = run(&layer, &tensors, Options::default(), &on)?;
+        let mut params = Params::new(&layer, &on)?;
+        let mut grads = params.grads();
+        let src = CudaTensor::from_host(device, tensors.sources[0].view())?;
+        let (dst, workspace) = params.forward(&src)?;
+        let d = CudaTensor::from_host(device, d_dst(dst.shape()).view())?;
+        let d_src = params.backward(&src, workspace, &d, &mut grads, Accumulate::Set)?;
+        assert!(dst.to_host()? == host.dst, "{what}: dst");
+        assert!(d_src.to_host()? == host.d_sources[0], "{what}: d_src");
+        assert!(grads == host.grads && params.layer() == host.params.layer(), "{what}");
+    }
+    Ok(())
+}
+
+fn accumulation(device: &CudaDevice) -> Outcome {
+    let device: Device = device.clone().into();
+    for (what, layer, shape) in layers() {
+        let tensors = large_tensors(&layer, &shape, false);
+        let once = run(&layer, &tensors, Options::default(), &device)?;
+        let mut params = Params::new(&layer, &device)?;
+        let mut grads = once.grads.clone();
+        let mut call = params.call(&tensors.sources[0]);
+        if let Some(residual) = &tensors.residual {
+            call = call.residual(residual);
+        }
+        if let Some(gate) = &tensors.gate {
+            call = call.gate(gate);
+        }
+        let (dst, workspace) = call.run()?;
+        let d = d_dst(dst.shape());
+        let mut d_src = once.d_sources[0].clone();
+        let (mut d_residual, mut d_gate) = (once.d_residual.clone(), once.d_gate.clone());
+        let mut call = params.backward_call(&tensors.sources[0], workspace, &d);
+        if let (Some(residual), Some(d)) = (&tensors.residual, &mut d_residual) {
+            call = call.residual(residual).d_residual(d);
+        }
+        if let (Some(gate), Some(d)) = (&tensors.gate, &mut d_gate) {
+            call = call.gate(gate).d_gate(d);
+        }
+        call.d_src(&mut d_src)
+            .accumulate(Accumulate::Add)
+            .accumulate_inputs(Accumulate::Add)
+            .run(&mut grads)?;
+        let doubled = |got: &ArrayD<f32>, once: &ArrayD<f32>, of: &str| {
+            assert!(got == &once.mapv(|x| 2.0 * x), "{what}: {of}");
+        };
+        doubled(&d_src, &once.d_sources[0], "d_src");
+        if let (Some(got), Some(once)) = (&d_residual, &once.d_residual) {
+            doubled(got, once, "d_residual");
+        }
+        if let (Some(got), Some(once)) = (&d_gate, &once.d_gate) {
+            doubled(got, once, "d_gate");
+        }
+        let mut twice = once.grads.clone();
+        twice.scale(2.0);
+        assert!(grads == twice, "{what}: parameters");
+    }
+    Ok(())
+}
+
+/// A mean of ten thousand deviations.
+fn large_means(device: &CudaDevice) -> Outcome {
+    let layer =
+        Pointwise::new(Array2::eye(3)).batch_norm(BatchNorm::new(vec![0.0; 3], vec![1.0; 3]));
+    let src = random(&[4, 3, 23, 29], 9).mapv(|x| 1e4 + x);
+    let options = Options { momentum: Some(1.0), ..Options::default() };
+    let mut params = Params::with_options(&layer, &device.clone().into(), options)?;
+    let _ = params.forward(&src)?;
+    let var = params.get("bn.running_var").unwrap();
+    for (c, &var) in var.iter().enumerate() {
+        let values: Vec<f64> =
+            src.index_axis(ndarray::Axis(1), c).iter().map(|&x| f64::from(x)).collect();
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let expected = values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
+        let err = (f64::from(var) - expected).abs() / expected;
+        assert!(err <= 1e-3, "channel {c}: {var}, {expected}");
+    }
+    Ok(())
+}
+
+fn workspaces(device: &CudaDevice) -> Outcome {
+    for (what, layer, shape) in layers() {
+        let tensors = large_tensors(&layer, &shape, false);
+        let mut params = Params::new(&layer, &device.clone().into())?;
+        let said = params.workspace_bytes(&shape)?;
+        let mut call = params.call(&tensors.sources[0]);
+        if let Some(residual) = &tensors.residual {
+            call = call.residual(residual);
+        }
+        if let Some(gate) = &tensors.gate {
+            call = call.gate(gate);
+        }
+        let (dst, workspace) = call.run()?;
+        assert_eq!(workspace.bytes(), said, "{what}");
+        if what == "bits" {
+            assert_eq!(said, dst.len().div_ceil(32) * 4);
+        }
+    }
+    Ok(())
+}
+
+fn refusals(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    let plain = || Pointwise::new(weight(4, 3));
+    let named = |error: Error, what: &str| {
+        assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");
+        assert!(error.to_string().contains(what), "{error}");
+    };
+    let layer = plain().layer_norm(LayerNorm::over_channels());
+    named(Params::new(&layer, &on).unwrap_err(), "layer norm");
+    let layer = (0..17).fold(plain(), |layer, _| layer.activation(Activation::Tanh));
+    named(Params::new(&layer, &on).unwrap_err(), "17 stages");
+    // A batch of one value per channel, and values that are not finite, leave the statistics.
+    let layer = plain().batch_norm(norm(4));
+    let mut params = Params::new(&layer, &on)?;
+    let one = ArrayD::<f32>::ones(IxDyn(&[1, 3]));
+    assert!(matches!(params.forward(&one).unwrap_err(), Error::BatchTooSmall { .. }));
+    let nan = ArrayD::from_elem(IxDyn(&[3, 3]), f32::NAN);
+    assert!(matches!(params.forward(&nan).unwrap_err(), Error::NonFinite { .. }));
+    assert!(params.layer() == &layer, "statistics stay");
+    // TF32 is a permission of the products alone.
+    let options = Options { math: Math::Tf32, ..Options::default() };
+    let mut params = Params::with_options(&layer, &on, options)?;
+    let src = random(&[5, 3, 7, 4], 3);
+    let (dst, _workspace) = params.forward(&src)?;
+    let (exact, _workspace) = Params::new(&layer, &on)?.forward(&src)?;
+    let err = (&dst - &exact).iter().fold(0.0f32, |a, &x| a.max(x.abs()));
+    assert!(err <= 2e-2, "{err}");
+    Ok(())
+}
+
+fn updates(device: &CudaDevice) -> Outcome {
+    let layer =
+        Pointwise::new(weight(24, 20)).bias(vector(24, 2)).batch_norm(norm(24)).residual().relu();
+    let plain = Pointwise::new(weight(24, 20)).bias(vector(24, 2)).batch_norm(norm(24)).relu();
+    for (layer, residual) in [(layer, true), (plain, false)] {
+        let mut params = Params::new(&layer, &device.clone().into())?;
+        let prepared = params.prepare()?;
+        let clone = prepared.clone();
+        let elsewhere = prepared.on(&device.with_new_stream()?)?;
+        let src = CudaTensor::from_host(device, random(&[3, 20, 7, 5], 1).view())?;
+        let second = CudaTensor::from_host(device, random(&[3, 24, 7, 5], 2).view())?;
+        let run = |layer: &pointwise::Prepared| match residual {
+            true => layer.call(&src).residual(&second).run(),
+            false => layer.forward(&src),
+        };
+        let before = run(&prepared)?.to_host()?;
+        params.visit_mut(|name, _, values| {
+            if name == "bn.running_mean" || name == "weight" {
+                values.iter_mut().for_each(|x| *x = 0.5 * *x - 0.1);
+            }
+        });
+        let after = run(&params.prepare()?)?.to_host()?;
+        assert!(before != after);
+        let queued = run(&prepared)?;
+        std::thread::scope(|scope| {
+            let runs = scope.spawn(|| {
+                (0..40).all(|_| {
+                    let dst = run(&clone).unwrap().to_host().unwrap();
+                    dst == before || dst == after
+                })
+            });
+            for _ in 0..8 {
+                prepared.update(&params).unwrap();
+            }
+            assert!(runs.join().unwrap(), "a call mixed old and new parameters");
+        });
+        assert!(queued.to_host()? == before, "a call in flight ends as it began");
+        assert!(run(&clone)?.to_host()? == after);
+        assert!(run(&elsewhere)?.to_host()? == before, "a handle for another stream");
+        if !residual {
+            let sequence = Sequence::new(vec![prepared.clone()])?;
+            params.visit_mut(|_, _, values| values.iter_mut().for_each(|x| *x = 0.75 * x.abs()));
+            prepared.update(&params)?;
+            let dst = sequence.forward(&src)?.to_host()?;
+            assert!(dst == run(&params.prepare()?)?.to_host()? && dst != after, "a sequence");
+        }
+        let other = Params::new(&Pointwise::new(weight(6, 4)), &device.clone().into())?;
+        assert!(matches!(prepared.update(&other).unwrap_err(), Error::Shape { .. }));
+    }
+    Ok(())
+}
