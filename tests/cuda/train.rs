@@ -181,7 +181,7 @@ fn accumulation(device: &CudaDevice) -> Outcome {
             .accumulate_inputs(Accumulate::Add)
             .run(&mut grads)?;
         let doubled = |got: &ArrayD<f32>, once: &ArrayD<f32>, of: &str| {
-            assert!(got == &once.mapv(|x| 2.0 * x), "{what}: {of}");
+            assert!(*got == once.mapv(|x| 2.0 * x), "{what}: {of}");
         };
         doubled(&d_src, &once.d_sources[0], "d_src");
         if let (Some(got), Some(once)) = (&d_residual, &once.d_residual) {
