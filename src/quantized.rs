@@ -43,10 +43,9 @@ use std::fmt;
 use ndarray::{Array1, Array2, ArrayView1};
 
 pub use calibrate::{Calibration, Range};
-pub use dynamic::DynamicQuantized;
+pub use dynamic::{DynamicQuantized, Per};
 pub use prepared::{PreparedQuantized, QuantizedCall};
 
-pub use crate::cpu::int8::Per;
 use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
 use crate::problem::LayerShape;

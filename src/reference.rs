@@ -11,7 +11,7 @@ use ndarray::{
 
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
-use crate::problem::{LayerShape, dst_shape, without_trailing_ones};
+use crate::problem::{LayerShape, dst_shape, expect_shape, without_trailing_ones};
 use crate::quantized::{DynamicQuantized, Per, Quantized};
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 use crate::train::Statistics;
@@ -298,15 +298,8 @@ pub fn forward_quantized(
 ) -> Result<ArrayD<f64>> {
     layer.check()?;
     let shape = dst_shape(&layer.shape(), src.shape(), std::iter::empty())?;
-    match (layer.residual, &residual) {
-        (Some(_), None) => return Err(Error::MissingInput { input: "residual" }),
-        (None, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
-        (_, Some(residual)) if residual.shape() != shape.as_slice() => {
-            let (expected, got) = (shape.as_slice().to_vec(), residual.shape().to_vec());
-            return Err(Error::Shape { tensor: "residual", expected, got });
-        }
-        _ => {}
-    }
+    let got = residual.as_ref().map(|residual| residual.shape());
+    check_residual(layer.residual.is_some(), got, shape.as_slice())?;
     let steps = src.mapv(|q| i64::from(q) - i64::from(layer.src.zero_point));
     let sums = sums(&layer.weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
     let scale = f64::from(layer.dst_scale());
@@ -326,6 +319,16 @@ pub fn forward_quantized(
         }
     }
     Ok(dst)
+}
+
+/// Whether a residual is there if it is wanted, and of dst's shape.
+fn check_residual(wanted: bool, got: Option<&[usize]>, shape: &[usize]) -> Result<()> {
+    match (wanted, got) {
+        (true, None) => Err(Error::MissingInput { input: "residual" }),
+        (false, Some(_)) => Err(Error::UnexpectedInput { input: "residual" }),
+        (_, Some(got)) => expect_shape("residual", got, shape),
+        (false, None) => Ok(()),
+    }
 }
 
 /// `Σ_k weight[c, k] · steps[k]` at the positions that the stride keeps.
@@ -363,15 +366,8 @@ pub fn forward_dynamic(
 ) -> Result<ArrayD<f64>> {
     layer.check()?;
     let shape = dst_shape(&layer.shape(), src.shape(), std::iter::empty())?;
-    match (layer.residual, &residual) {
-        (true, None) => return Err(Error::MissingInput { input: "residual" }),
-        (false, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
-        (_, Some(residual)) if residual.shape() != shape.as_slice() => {
-            let (expected, got) = (shape.as_slice().to_vec(), residual.shape().to_vec());
-            return Err(Error::Shape { tensor: "residual", expected, got });
-        }
-        _ => {}
-    }
+    let got = residual.as_ref().map(|residual| residual.shape());
+    check_residual(layer.residual, got, shape.as_slice())?;
     // The index of a value's range among as many as the source has.
     let at = |index: &IxDyn| {
         let mut at = index.clone();
@@ -416,8 +412,8 @@ pub fn forward_dynamic(
         (2..src.ndim()).for_each(|axis| from[axis] *= layer.stride);
         let (scale, _) = quantizations[at(&from)];
         let bias = layer.bias.as_ref().map_or(0.0, |bias| bias[channel]);
-        let scale = f64::from(scale) * f64::from(layer.weight_scale[channel]);
-        *x = clip(*x * scale + f64::from(bias), layer.clips[0]);
+        let scale = scale * layer.weight_scale[channel];
+        *x = clip(*x * f64::from(scale) + f64::from(bias), layer.clips[0]);
         if let Some(residual) = &residual {
             *x = clip(*x + f64::from(residual[&index]), layer.clips[1]);
         }

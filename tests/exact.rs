@@ -113,6 +113,8 @@ mod guard {
                 let base = ptr.add(layout.size()).sub(pages).cast::<usize>();
                 match free(pages) {
                     Some(list) => {
+                        // Who reads it now, or does not write it later, finds NaN.
+                        ptr.write_bytes(0xFF, layout.size());
                         let mut head = list.lock().unwrap_or_else(PoisonError::into_inner);
                         base.write(std::mem::replace(&mut *head, base.expose_provenance()));
                     }

@@ -876,3 +876,34 @@ fn descriptions_are_data() {
     let text = serde_json::to_string(&layer).unwrap();
     assert_eq!(serde_json::from_str::<DynamicQuantized>(&text).unwrap(), layer, "{text}");
 }
+
+#[test]
+fn costs_by_hand() {
+    // Two groups of 3 to 2 channels, every second position of 5x4.
+    let weight = || Array2::from_elem((4, 3), 1i8);
+    let quantization = Quantization::u8(0.5, 3);
+    let layer = Quantized::new(weight(), vec![1.0; 4], quantization)
+        .groups(2)
+        .stride(2)
+        .residual(quantization);
+    let shape = [3, 6, 5, 4];
+    let outputs = 3 * 3 * 2;
+    let of = |layer: &Quantized| layer.prepare(&Device::cpu()).unwrap().cost(&shape).unwrap();
+    let cost = of(&layer.clone().dst(quantization));
+    assert_eq!((cost.parameters, cost.macs), (12 + 2 * 4, outputs * 4 * 3));
+    assert_eq!((cost.src_bytes, cost.weight_bytes), (outputs * 6, 12 + 2 * 4 * 4));
+    assert_eq!((cost.dst_bytes, cost.residual_bytes), (outputs * 4, outputs * 4));
+    // Real results, beside a residual of integers.
+    let cost = of(&layer);
+    assert_eq!((cost.dst_bytes, cost.residual_bytes), (outputs * 4 * 4, outputs * 4));
+
+    for (per, positions) in [(Per::Tensor, 3 * 20), (Per::Sample, 3 * 20), (Per::Position, outputs)]
+    {
+        let layer =
+            DynamicQuantized::new(weight(), vec![1.0; 4], per).groups(2).stride(2).residual();
+        let cost = layer.prepare(&Device::cpu()).unwrap().cost(&shape).unwrap();
+        assert_eq!(cost.macs, outputs * 4 * 3);
+        assert_eq!((cost.src_bytes, cost.weight_bytes), (positions * 6 * 4, 12 + 3 * 4 * 4));
+        assert_eq!((cost.dst_bytes, cost.residual_bytes), (outputs * 4 * 4, outputs * 4 * 4));
+    }
+}

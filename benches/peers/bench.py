@@ -215,6 +215,7 @@ def parse() -> argparse.Namespace:
     add(
         "--offset",
         type=int,
+        choices=range(64),
         default=0,
         metavar="BYTES",
         help="where src and dst start, past a boundary of 64 bytes [0]; malloc gives 16",

@@ -158,13 +158,22 @@ def expected(layer: Layer, given: Inputs) -> np.ndarray:
 
 
 def error(got: np.ndarray, layout: str, want: np.ndarray, dtype: str = "f32") -> float:
-    """The largest error of `got`, in units of the largest value wanted, or of a step of integers; NaN
-    counts as infinite."""
+    """The largest error of `got`, in units of the largest value wanted, or of a step of integers (or of the
+    share of them that may be off, whichever is worse); NaN counts as infinite."""
     if layout == "nhwc":
         got = got.transpose(0, 3, 1, 2)
+    off = np.abs(got - want)
     unit = 1.0 if dtype == "int8" else np.abs(want).max()
-    largest = np.abs(got - want).max() / unit
+    largest = off.max() / unit
+    if dtype == "int8":
+        # A result that is off by a step everywhere is wrong too.
+        largest = max(largest, np.mean(off != 0) / MOST_STEPS_OFF)
     return float(largest) if np.isfinite(largest) else float("inf")
+
+
+# The share of integers that may be neighbours of what is wanted: fixed-point multipliers have 31 bits, and
+# f32 scales 24.
+MOST_STEPS_OFF = 0.01
 
 
 # float32 sums of 2000 products stay an order of magnitude under the first; bf16, TF32 or a wrong

@@ -22,27 +22,26 @@ pub(crate) use finish::{Added, Clip, Scaling};
 use finish::{CHUNK, Finish, Operand, Stored};
 use kernels::{FinishFn, KERNELS, Kernel};
 use pack::{Source, Weights, Words};
-pub use quantize::Per;
 use quantize::{Element, PerPosition, Reach, Table};
 use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
 
-use crate::cpu::isa::Isa;
+use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::plan::{even, pieces_of, vectors_and_tail};
 use crate::cpu::threads::{CpuDevice, with_scratch};
 use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
 use crate::plan::forced_kernel;
 use crate::problem::{DstShape, LayerShape, Positions};
+use crate::quantized::Per;
 use crate::tensor::{MAX_RANK, TensorMut, TensorRef};
 
 /// Bytes of src that a unit works on: they stay in the second cache level while the weights pass.
 const BLOCK_BYTES: usize = 192 << 10;
 
-/// Independent chains of the fastest products of bytes that the CPU has; gives how many operations so
+/// Independent chains of an instruction set's fastest products of bytes; gives how many operations so
 /// many rounds are, two per product.
-pub(crate) fn peak_rounds(rounds: usize) -> usize {
-    let kernel = KERNELS.iter().rev().find(|kernel| kernel.supported());
-    let kernel = kernel.expect("the portable kernel is always there");
+pub(crate) fn peak_rounds(isa: Supported, rounds: usize) -> usize {
+    let kernel = Kernel::of(isa);
     // SAFETY: the CPU has the kernel's instructions.
     let products = unsafe { (kernel.chains)(rounds) };
     2 * kernel.group * products
@@ -164,6 +163,11 @@ impl Layer {
     /// The kernel that runs it.
     pub(crate) fn kernel(&self) -> &'static str {
         self.kernel.name
+    }
+
+    /// Which values of a source share a quantisation that a call finds, if one does.
+    pub(crate) fn per(&self) -> Option<Per> {
+        self.packed.per
     }
 
     /// Runs a call.

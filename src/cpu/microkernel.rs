@@ -319,6 +319,7 @@ unsafe fn tiles<
         while let [Segment { k: 0, .. }, rest @ ..] = segments {
             segments = rest;
         }
+        const { assert!(NV * V::LANES <= ZEROS.len() && R <= ZEROS.len()) };
         // A path of its own for nothing to sum would compile every epilogue once more.
         let nothing;
         let (first, rest) = match segments.split_first() {
@@ -351,10 +352,10 @@ unsafe fn tiles<
     }
 }
 
-/// Zeros for a row of any tile, and its lanes: the one term of a sum of nothing.
+/// Zeros for the rows of any tile, and its lanes.
 static ZEROS: [f32; 64] = [0.0; 64];
 
-/// As many zeros as a tile reads for one `k`.
+/// The one term of a sum of nothing.
 #[cold]
 #[inline(never)]
 fn zero() -> Segment {

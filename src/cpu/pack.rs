@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::cpu::isa::Supported;
 use crate::cpu::microkernel::TermKind;
 use crate::cpu::runs::{self, Spaced};
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::threads::{CpuDevice, Disjoint};
 use crate::dtype::{DType, Element, bf16};
 use crate::epilogue::SourceStep;
 use crate::problem::{Operand, Positions};
@@ -70,7 +70,7 @@ impl Weights {
         let width = *whole.unwrap_or(&widths[0]);
         let mut weights = Weights { data: Buffer::default(), k, width, rows_per_group };
         let mut data = Buffer::default();
-        let packed = Shared(data.get(groups * weights.group_len()).as_mut_ptr());
+        let packed = Disjoint::new(data.get(groups * weights.group_len()).as_mut_ptr());
         let panels = weights.panels();
         device.for_each(groups * panels, values.len(), &|unit| {
             let (group, panel) = (unit / panels, unit % panels);
@@ -164,18 +164,6 @@ impl Weights {
         self.data.as_ptr().wrapping_add(index)
     }
 }
-
-/// Memory of which threads write disjoint parts.
-struct Shared(*mut f32);
-
-impl Shared {
-    fn at(&self, index: usize) -> *mut f32 {
-        self.0.wrapping_add(index)
-    }
-}
-
-// SAFETY: see the type.
-unsafe impl Sync for Shared {}
 
 /// A weight as it is described: `[groups][rows][channels]`, or each group turned.
 #[derive(Clone, Copy)]
@@ -616,6 +604,21 @@ mod tests {
             let isa = Isa::detect().unwrap();
             let device = CpuDevice::default();
             let packed = Weights::pack(&device, isa, unpacked, TermKind::F32, &[64, 48]);
+            // Each group turned, and packed as its transpose's transpose.
+            let mut turned = Vec::new();
+            for group in weight.chunks_exact(rows * k) {
+                turned.extend((0..k).flat_map(|i| (0..rows).map(move |row| group[row * k + i])));
+            }
+            let again = Unpacked::new(&turned, groups, rows).transposed();
+            for terms in [TermKind::F32, TermKind::Bf16Pair] {
+                let [one, other] = [unpacked, again]
+                    .map(|weight| Weights::pack(&device, isa, weight, terms, &[64, 48]));
+                let bits = |weights: &Weights| -> Vec<u32> {
+                    let lines = weights.data.lines.iter();
+                    lines.flat_map(|line| line.0.map(f32::to_bits)).collect()
+                };
+                assert_eq!(bits(&one), bits(&other), "{groups} x {rows} x {k}, turned");
+            }
             let all = (0..packed.panels()).map(|panel| packed.rows(panel)).sum::<usize>();
             assert_eq!(all, rows);
             for (group, panel) in

@@ -111,7 +111,7 @@ impl Meter {
         let rounds = |rounds: usize| match products {
             Products::F32 => fma_rounds(isa, rounds),
             Products::Pairs => pair_rounds(isa, rounds),
-            Products::Int8 => int8::peak_rounds(rounds),
+            Products::Int8 => int8::peak_rounds(isa, rounds),
         };
         let flops = rounds(1) * PASS_ROUNDS;
         let multiply = |_| {

@@ -114,6 +114,23 @@ impl CpuDevice {
     }
 }
 
+/// Memory of which the units of a call write disjoint parts.
+pub(crate) struct Disjoint<T>(*mut T);
+
+// SAFETY: see the type: whoever writes through `at` answers for it.
+unsafe impl<T: Send> Sync for Disjoint<T> {}
+
+impl<T> Disjoint<T> {
+    pub(crate) fn new(ptr: *mut T) -> Self {
+        Disjoint(ptr)
+    }
+
+    /// The element `index` further on.
+    pub(crate) fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
+    }
+}
+
 /// Serves callers outside of any pool, with helpers from the global one.
 static GLOBAL_TEAM: OnceLock<Arc<Team>> = OnceLock::new();
 

@@ -3,11 +3,26 @@
 use ndarray::{Array1, Array2};
 
 use super::calibrate::{Int8Weight, Step};
-use super::{Per, UNBOUNDED, check_layer, check_sums, cut, shape};
+use super::{UNBOUNDED, check_layer, check_sums, cut, shape};
 use crate::cpu::int8::{Clip, Lowered, Scaling};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::problem::LayerShape;
+
+/// Which values share a quantisation that each call finds for itself: that of the least range which
+/// holds them and zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Per {
+    /// The whole source, as in ONNX's `DynamicQuantizeLinear`. A sample's result depends on the
+    /// others in its batch.
+    Tensor,
+    /// Each sample.
+    Sample,
+    /// The channels at each position of each sample: each row of a matrix product.
+    #[default]
+    Position,
+}
 
 /// A layer with 8-bit weights whose source is f32 and quantised while it is read, as ONNX's
 /// `DynamicQuantizeLinear` in front of a `ConvInteger` or `MatMulInteger`, and PyTorch's dynamic
@@ -17,7 +32,7 @@ use crate::problem::LayerShape;
 /// channels, whatever their group; of a whole source or sample, also of positions that the stride skips.
 ///
 /// ```text
-/// scale      = (max − min) / 255                                one if that is zero
+/// scale      = (max − min) / 255                                one if max = min
 /// zero_point = round(min(−min / scale, 255))                    ties to even
 /// q[k]       = saturate(round(src[k] / scale) + zero_point)     0 to 255
 /// sum        = Σ_k weight[c, k] · (q[k] − zero_point)           exact, in i32
@@ -28,7 +43,7 @@ use crate::problem::LayerShape;
 /// where each operation rounds once to f32, in the order of the parentheses. A scale below the least
 /// normal f32 is that; where `max − min` overflows, scale is `max / 255 − min / 255`. Results are f32, or
 /// rounded once to f16 or bf16, as the call asks. A value that is infinite or NaN makes NaN of all results
-/// whose range it is in. Results are the same bits on every instruction set and for any number of threads.
+/// whose range it is in; `scale · weight_scale[c]` beyond f32 is infinite, and makes NaN of a sum of zero. Results are the same bits on every instruction set and for any number of threads.
 ///
 /// ```
 /// use ndarray::{Array2, array};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ndarray::{Array, ArrayD, ArrayRef, Dimension};
 
-use super::{DynamicQuantized, ElementType, Int8, Quantized, QuantizedElement};
+use super::{DynamicQuantized, ElementType, Int8, Per, Quantized, QuantizedElement};
 use crate::alias::share_memory;
 use crate::cost::Cost;
 use crate::cpu::int8::{self, Added, Call, Clip, Lowered, Output, Scaling};
@@ -69,17 +69,9 @@ impl Quantized {
         self.check()?;
         let weight = self.weight.as_standard_layout();
         let lowered = self.lower(weight.as_slice().unwrap_or_default());
-        let layer = layer(device, &options, lowered)?;
-        Ok(PreparedQuantized {
-            inner: Arc::new(Inner {
-                shape: self.shape(),
-                src: ElementType::Int8(self.src.int8),
-                dst: self.dst.map(|dst| dst.int8),
-                residual: self.residual.map(|residual| residual.int8),
-                device: device.clone(),
-                layer,
-            }),
-        })
+        let (src, dst) = (ElementType::Int8(self.src.int8), self.dst.map(|dst| dst.int8));
+        let residual = self.residual.map(|residual| residual.int8);
+        PreparedQuantized::new(device, &options, lowered, src, dst, residual)
     }
 
     /// The layer over unsigned bytes, for weights in row-major order.
@@ -145,34 +137,37 @@ impl DynamicQuantized {
         self.check()?;
         let weight = self.weight.as_standard_layout();
         let lowered = self.lower(weight.as_slice().unwrap_or_default());
-        let layer = layer(device, &options, lowered)?;
-        Ok(PreparedQuantized {
-            inner: Arc::new(Inner {
-                shape: self.shape(),
-                src: ElementType::Real(DType::F32),
-                dst: None,
-                residual: None,
-                device: device.clone(),
-                layer,
-            }),
-        })
-    }
-}
-
-/// Packs a layer on a device.
-fn layer(device: &Device, options: &PrepareOptions, lowered: Lowered<'_>) -> Result<int8::Layer> {
-    match device.kind()? {
-        Kind::Cpu(cpu) => int8::Layer::new(cpu, options.kernel.as_deref(), lowered),
-        #[cfg(feature = "cuda")]
-        Kind::Cuda(_) => {
-            let what = "layers of 8-bit integers".into();
-            Err(Error::Unsupported { device: device.to_string(), what })
-        }
-        Kind::Unknown(_) => unreachable!("Device::kind reports it"),
+        let src = ElementType::Real(DType::F32);
+        PreparedQuantized::new(device, &options, lowered, src, None, None)
     }
 }
 
 impl PreparedQuantized {
+    /// Packs a layer on a device.
+    fn new(
+        device: &Device,
+        options: &PrepareOptions,
+        lowered: Lowered<'_>,
+        src: ElementType,
+        dst: Option<Int8>,
+        residual: Option<Int8>,
+    ) -> Result<Self> {
+        let shape = lowered.shape.clone();
+        let layer = match device.kind()? {
+            Kind::Cpu(cpu) => int8::Layer::new(cpu, options.kernel.as_deref(), lowered)?,
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(_) => {
+                let what = "layers of 8-bit integers".into();
+                return Err(Error::Unsupported { device: device.to_string(), what });
+            }
+            Kind::Unknown(_) => unreachable!("Device::kind reports it"),
+        };
+        let device = device.clone();
+        Ok(PreparedQuantized {
+            inner: Arc::new(Inner { shape, src, dst, residual, device, layer }),
+        })
+    }
+
     /// Runs the layer.
     ///
     /// # Shapes
@@ -224,32 +219,40 @@ impl PreparedQuantized {
         Ok(shape.as_slice().to_vec())
     }
 
-    /// Parameters, work and traffic of a call on a source of this shape: a result that is not
-    /// quantised counts as f32, and so does its residual.
+    /// Parameters, work and traffic of a call on a source of this shape. A result that is not
+    /// quantised counts as f32, and so does the residual of a
+    /// [`DynamicQuantized`](super::DynamicQuantized). A source that is quantised in the call counts
+    /// once, though a range of more than a position is looked for before it is read.
     ///
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn cost(&self, src: &[usize]) -> Result<Cost> {
-        let Inner { shape, src: element, dst, residual, .. } = &*self.inner;
+        let Inner { shape, src: element, dst, residual, layer, .. } = &*self.inner;
         let dst_shape = dst_shape(shape, src, std::iter::empty())?;
-        let positions = dst_shape.as_slice()[2..].iter().product::<usize>();
-        let positions = positions.saturating_mul(src[0]);
-        let size = |element: Option<Int8>| if element.is_some() { 1 } else { size_of::<f32>() };
-        let of =
-            |channels: usize, size: usize| positions.saturating_mul(channels).saturating_mul(size);
-        let src_size = match element {
-            ElementType::Int8(_) => 1,
-            ElementType::Real(dtype) => dtype.size(),
+        let all = |shape: &[usize]| shape[2..].iter().fold(shape[0], |n, &s| n.saturating_mul(s));
+        let positions = all(dst_shape.as_slice());
+        let of = |positions: usize, channels: usize, size: usize| {
+            positions.saturating_mul(channels).saturating_mul(size)
+        };
+        let size = |element: &Option<Int8>| if element.is_some() { 1 } else { size_of::<f32>() };
+        // A range of a sample or a tensor is that of its positions which the stride skips, too.
+        let read = match layer.per() {
+            Some(Per::Tensor | Per::Sample) => all(src),
+            Some(Per::Position) | None => positions,
+        };
+        // Per channel, a scale and an offset, and a bias beside real sources.
+        let (src_size, vectors) = match element {
+            ElementType::Int8(_) => (1, 2),
+            ElementType::Real(dtype) => (dtype.size(), 3),
         };
         let (c_out, weights) = (shape.c_out, shape.c_out * shape.k());
         Ok(Cost {
             parameters: weights + 2 * c_out,
-            macs: of(c_out, shape.k()),
-            src_bytes: of(shape.c_in, src_size),
-            // With a scale and an offset per channel.
-            weight_bytes: weights + 2 * size_of::<f32>() * c_out,
-            dst_bytes: of(c_out, size(*dst)),
-            residual_bytes: if shape.residual { of(c_out, size(*residual)) } else { 0 },
+            macs: of(positions, c_out, shape.k()),
+            src_bytes: of(read, shape.c_in, src_size),
+            weight_bytes: weights + vectors * size_of::<f32>() * c_out,
+            dst_bytes: of(positions, c_out, size(dst)),
+            residual_bytes: if shape.residual { of(positions, c_out, size(residual)) } else { 0 },
         })
     }
 

@@ -5,21 +5,6 @@ use super::finish::{CHUNK, round};
 use super::kernels::{Kernel, Packing};
 use super::pack::Source;
 
-/// Which values share a quantisation that each call finds for itself: that of the least range which
-/// holds them and zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Per {
-    /// The whole source, as in ONNX's `DynamicQuantizeLinear`. A sample's result depends on the
-    /// others in its batch.
-    Tensor,
-    /// Each sample.
-    Sample,
-    /// The channels at each position of each sample: each row of a matrix product.
-    #[default]
-    Position,
-}
-
 /// The quantisation of each of some positions, and room for a whole [`CHUNK`] behind them.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct PerPosition<'a> {

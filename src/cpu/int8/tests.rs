@@ -336,7 +336,7 @@ fn every_kernel_quantises_alike() {
 #[test]
 #[ignore = "slow; under valgrind"]
 fn every_size_on_the_heap() {
-    let shapes = &SHAPES[..12];
+    let shapes = &SHAPES[..16];
     real_sources(shapes);
     let mut noise = Noise(4);
     for &shape in shapes {

@@ -14,7 +14,7 @@ use crate::cpu::microkernel::{Grid, Segment, Sizes, TermKind};
 use crate::cpu::pack::Buffer;
 use crate::cpu::plan::{Run, even, pieces_of};
 use crate::cpu::runs;
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::threads::{CpuDevice, Disjoint};
 use crate::cpu::train::view::View;
 use crate::epilogue::Step;
 use crate::train::Accumulate;
@@ -46,13 +46,6 @@ pub(super) struct Gradient {
 
 // SAFETY: only read, and borrowed by the caller of a pass.
 unsafe impl Sync for Gradient {}
-
-/// Where a unit's sums go.
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-
-// SAFETY: units write to disjoint rows and parts.
-unsafe impl Sync for Out {}
 
 /// What is multiplied.
 pub(super) struct Wgrad<'a> {
@@ -144,19 +137,18 @@ impl Wgrad<'_> {
             1 => out.as_mut_ptr(),
             _ => buffer.get(parts * len).as_mut_ptr(),
         };
-        let to = Out(to);
+        let to = Disjoint::new(to);
         let add = parts == 1 && accumulate == Accumulate::Add;
         let units = parts * self.groups * ranges;
         let blocks = self.positions.div_ceil(self.block());
         self.device.for_each(units, self.work(), &|unit| {
-            let to = &to;
             let (part, rest) = (unit / (self.groups * ranges), unit % (self.groups * ranges));
             let (group, range) = (rest / ranges, rest % ranges);
             let of_group = self.rows / self.groups;
             let rows = of_group * range / ranges..of_group * (range + 1) / ranges;
             let at = |part: usize| (blocks * part / parts * self.block()).min(self.positions);
             SCRATCH.with(|scratch| {
-                let out = to.0.wrapping_add(part * len);
+                let out = to.at(part * len);
                 let positions = at(part)..at(part + 1);
                 match scratch.try_borrow_mut() {
                     // SAFETY: the caller's promise; no other unit has these rows of this part.
@@ -171,14 +163,13 @@ impl Wgrad<'_> {
         if parts > 1 {
             let sums = buffer.get(parts * len);
             const CHUNK: usize = 4096;
-            let out = Out(out.as_mut_ptr());
+            let out = Disjoint::new(out.as_mut_ptr());
             let sums = &*sums;
             self.device.for_each(len.div_ceil(CHUNK), parts * len, &|chunk| {
-                let out = &out;
                 let range = chunk * CHUNK..len.min((chunk + 1) * CHUNK);
                 // SAFETY: no other chunk has these values.
                 let out =
-                    unsafe { std::slice::from_raw_parts_mut(out.0.add(range.start), range.len()) };
+                    unsafe { std::slice::from_raw_parts_mut(out.at(range.start), range.len()) };
                 if accumulate == Accumulate::Set {
                     out.copy_from_slice(&sums[range.clone()]);
                 }
