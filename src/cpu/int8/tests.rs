@@ -36,13 +36,13 @@ fn run<T: Output<u8>>(
 }
 
 /// As [`run`], of real numbers.
-fn run_real(
+fn run_real<T: Output<T> + Added<Source = f32>>(
     kernel: &'static Kernel,
     threads: usize,
     layer: &DynamicQuantized,
     src: ArrayView4<'_, f32>,
-    residual: ArrayView4<'_, f32>,
-    dst: &mut ndarray::ArrayViewMut4<'_, f32>,
+    residual: ArrayView4<'_, T>,
+    dst: &mut ndarray::ArrayViewMut4<'_, T>,
 ) {
     layer.check().unwrap();
     let weight = layer.weight().as_standard_layout();
@@ -330,6 +330,53 @@ fn real_sources(shapes: &[[usize; 7]]) {
 #[test]
 fn every_kernel_quantises_alike() {
     real_sources(&SHAPES[..SHAPES.len() - 1]);
+}
+
+/// Results of a kernel in 16 bits are those in f32 beside the same residual, rounded.
+fn rounded_results<T: Output<T> + Added<Source = f32> + crate::dtype::Element + PartialEq>() {
+    let mut noise = Noise(5);
+    for &[c_in, c_out, groups, n, h, w, stride] in &SHAPES[1..16] {
+        let mut real = |scale: f32| (f32::from(noise.next()) - 117.3) * scale;
+        let src = Array4::from_shape_simple_fn((n, c_in, h, w), || real(0.01));
+        let shape = [n, c_out, h.div_ceil(stride), w.div_ceil(stride)];
+        let narrow = Array4::from_shape_simple_fn(shape, || T::from_f32(real(0.01)));
+        let wide = narrow.mapv(|x| x.to_f32());
+        let weight = Array2::from_shape_simple_fn((c_out, c_in / groups), || noise.next() as i8);
+        let layer = DynamicQuantized::new(weight, vec![0.01; c_out], Per::Position)
+            .groups(groups)
+            .stride(stride)
+            .residual();
+        for kernel in kernels() {
+            for (src_order, dst_order) in
+                ORDERS.iter().flat_map(|&a| ORDERS.iter().map(move |&b| (a, b)))
+            {
+                in_order(src.view(), src_order, |src| {
+                    let real = into_order(shape, dst_order, f32::MAX, |dst| {
+                        run_real(kernel, 1, &layer, src, wide.view(), dst);
+                    });
+                    in_order(narrow.view(), src_order, |residual| {
+                        let got = into_order(shape, dst_order, T::from_f32(99.0), |dst| {
+                            run_real(kernel, 1, &layer, src, residual, dst);
+                        });
+                        let bits = |x: &T| x.to_f32().to_bits();
+                        let want = real.mapv(T::from_f32);
+                        let same = got.iter().map(bits).eq(want.iter().map(bits));
+                        assert!(same, "{} {shape:?} {src_order:?} {dst_order:?}", kernel.name);
+                    });
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kernel_rounds_to_f16_once() {
+    rounded_results::<f16>();
+}
+
+#[test]
+fn every_kernel_rounds_to_bf16_once() {
+    rounded_results::<bf16>();
 }
 
 /// For valgrind, which finds what is read beyond a tensor, and sums of values that nobody wrote.
