@@ -2,9 +2,9 @@
 
 use crate::alias::share_memory;
 use crate::cpu;
-use crate::cpu::train::Moments;
 use crate::device::Kind;
 use crate::error::{Error, Result};
+use crate::moments::Moments;
 use crate::prepared::{Extra, on_host};
 use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};

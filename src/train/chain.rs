@@ -5,11 +5,11 @@
 //! *barrier*: what follows it can only run when its sums over the whole batch (or sample) are
 //! known, which takes a pass of its own.
 
-use crate::cpu::train::Moments;
 use crate::dtype::DType;
 use crate::epilogue::{Lowered, SourceStep};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
+use crate::moments::Moments;
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 use crate::train::{Accumulate, Grads, Statistics, name};
 

@@ -15,7 +15,6 @@ use super::Layer;
 use super::device::{Buffer, CudaDevice};
 use super::launch::Tensor;
 use super::layer::on_device;
-use crate::cpu::train::Reduce;
 use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;
 use crate::dtype::DType;
@@ -27,6 +26,7 @@ use crate::problem::{LayerShape, Operand, Operands, Problem};
 use crate::stages::Stage;
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product};
 use crate::train::chain::{BatchStatistics, Chain, Need, Op, lowered, need};
+use crate::train::reduce::Reduce;
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Why a parameter is a slice.

@@ -1,6 +1,5 @@
 //! One pass of a chain of stages over its values: parameters of the launches, and what they sum.
 
-use crate::cpu::train::{Moments, Reduce};
 use crate::cuda::device::{Buffer, CudaDevice};
 use crate::cuda::launch::{Tensor, start_training};
 use crate::cuda::pack::activation_op;
@@ -11,9 +10,11 @@ use crate::cuda::params::{
 };
 use crate::cuda::plan::Training as Kernel;
 use crate::error::{Error, Result};
+use crate::moments::Moments;
 use crate::tensor::checked_product;
 use crate::train::Accumulate;
 use crate::train::chain::{BatchStatistics, Chain, Op, checked, reduce_moments};
+use crate::train::reduce::Reduce;
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
 /// Tensors that rows may come from.
