@@ -153,11 +153,13 @@ mod cuda {
                 .flat_map(|kind| [("nchw", false), ("nhwc", true)].map(|layout| (kind, layout)))
             {
                 let (c, positions, depth, slow, fast, vector, blocks, shared) =
-                    match *numbers.as_slice() {
-                        [c, positions, depth, slow, fast, blocks] => {
+                    match (*family, numbers.as_slice()) {
+                        ("Simt", &[c, positions, depth, slow, fast, blocks]) => {
                             (c, positions, depth, slow, fast, 4, blocks, 0)
                         }
-                        [c, positions, depth, first, second, _, blocks, shared] => {
+                        (mma, &[c, positions, depth, first, second, _, blocks, shared])
+                            if mma != "Simt" =>
+                        {
                             // A warp's part: of 16-bit kernels along the slow and the fast axis,
                             // of others along rows and positions.
                             let half = *dtype != "F32";

@@ -184,6 +184,18 @@ struct pw_merge {
 /* pw_stage.sums of one whose parameters have none. */
 #define PW_NOT_SUMMED 255
 
+/* A block's threads, and its rows where neighbouring threads take rows, and where positions. */
+#define PW_SWEEP_THREADS 256
+#define PW_SWEEP_WIDE 32
+#define PW_SWEEP_NARROW 8
+/* Threads that add up one sum. */
+#define PW_SUM_LANES 32
+/* The gradient by the weight: a block's threads, its rows and columns, and the positions that it
+ * multiplies at a time. */
+#define PW_WGRAD_THREADS 256
+#define PW_WGRAD_TILE 64
+#define PW_WGRAD_SLAB 16
+
 struct pw_part {
     float *data;
     int64_t channel;            /* strides of the channel axis and of the axes of the positions */

@@ -57,6 +57,7 @@ mod epilogue;
 mod error;
 pub mod init;
 mod layer;
+mod moments;
 mod plan;
 mod prepared;
 mod problem;

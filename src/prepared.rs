@@ -234,7 +234,8 @@ impl<T: Element> Prepared<T> {
     ///
     #[cfg_attr(
         feature = "cuda",
-        doc = "On device tensors it can be captured: see",
+        doc = "On CUDA a layer norm of 16-bit tensors, and more than 16 sources, take memory from the",
+        doc = "device's pool in every call. On device tensors it can be captured: see",
         doc = "[CUDA graphs](crate::CudaDevice#cuda-graphs).",
         doc = ""
     )]
@@ -792,8 +793,9 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> Call<'a, S, T> {
     /// until the call has run. The call is ordered behind its stream's work, and that behind the
     /// call. A CPU's call takes none.
     ///
-    /// More than 16 sources of a concatenation also need memory to be put together, which comes
-    /// from the device's memory pool all the same.
+    /// More than 16 sources of a concatenation also need memory to be put together, and a layer norm
+    /// of 16-bit tensors some for its f32 values, which comes from the device's memory pool all the
+    /// same.
     #[cfg(feature = "cuda")]
     #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
     pub fn scratch(mut self, memory: &'a mut (impl AsTensorMut + ?Sized)) -> Self {

@@ -9,13 +9,8 @@
 #include "../tiles.cuh"
 #include "derivatives.cuh"
 
-constexpr int kSweepThreads = 256;
-// A block's rows where neighbours are rows, and where they are positions.
-constexpr int kSweepWide = 32;
-constexpr int kSweepNarrow = 8;
-
 struct SweepShared {
-    float sums[2 * PW_MAX_SUMMED][kSweepThreads];
+    float sums[2 * PW_MAX_SUMMED][PW_SWEEP_THREADS];
 };
 
 // Where a position lies along strides.
@@ -51,10 +46,10 @@ public:
     __device__ Sweep(const pw_sweep& p, SweepShared& shared, uint32_t block) : p(p), shared(shared) {
         const int t = threadIdx.x;
         const bool wide = p.flags & PW_SWEEP_CHANNELS_FAST;
-        const uint32_t height = wide ? kSweepWide : kSweepNarrow;
-        lanes = kSweepThreads / height;
-        local = wide ? t % kSweepWide : t / (kSweepThreads / kSweepNarrow);
-        lane = wide ? t / kSweepWide : t % (kSweepThreads / kSweepNarrow);
+        const uint32_t height = wide ? PW_SWEEP_WIDE : PW_SWEEP_NARROW;
+        lanes = PW_SWEEP_THREADS / height;
+        local = wide ? t % PW_SWEEP_WIDE : t / (PW_SWEEP_THREADS / PW_SWEEP_NARROW);
+        lane = wide ? t / PW_SWEEP_WIDE : t % (PW_SWEEP_THREADS / PW_SWEEP_NARROW);
         const uint32_t row_tiles = (p.rows + height - 1) / height;
         chunk = block / row_tiles;
         row = (block - chunk * row_tiles) * height + local;
@@ -154,7 +149,7 @@ private:
         const bool wide = p.flags & PW_SWEEP_CHANNELS_FAST;
         double sum = 0.0;
         for (int i = 0; i < lanes; ++i) {
-            sum += double(shared.sums[s][wide ? i * kSweepWide + local : local * lanes + i]);
+            sum += double(shared.sums[s][wide ? i * PW_SWEEP_WIDE + local : local * lanes + i]);
         }
         return sum;
     }
@@ -250,9 +245,10 @@ private:
 };
 
 // Bits of which values lie inside the bounds, each block as many as it has threads.
-__device__ inline void keep_bits(const pw_sweep& p, uint8_t (&shared)[kSweepThreads], int64_t block) {
+__device__ inline void keep_bits(const pw_sweep& p, uint8_t (&shared)[PW_SWEEP_THREADS],
+                                 int64_t block) {
     const int64_t all = int64_t(p.positions) * p.rows;
-    const int64_t at = block * kSweepThreads + threadIdx.x;
+    const int64_t at = block * PW_SWEEP_THREADS + threadIdx.x;
     bool set = false;
     if (at < all) {
         int64_t row, q;
@@ -269,23 +265,24 @@ __device__ inline void keep_bits(const pw_sweep& p, uint8_t (&shared)[kSweepThre
     }
     shared[threadIdx.x] = set;
     __syncthreads();
-    if (threadIdx.x < kSweepThreads / 32 && at - threadIdx.x + 32 * threadIdx.x < all) {
+    if (threadIdx.x < PW_SWEEP_THREADS / 32 && at - threadIdx.x + 32 * threadIdx.x < all) {
         uint32_t word = 0;
         for (int i = 0; i < 32; ++i) word |= uint32_t(shared[32 * threadIdx.x + i]) << i;
-        p.bits[block * (kSweepThreads / 32) + threadIdx.x] = word;
+        p.bits[block * (PW_SWEEP_THREADS / 32) + threadIdx.x] = word;
     }
 }
 
-// A warp's worth of threads per output: each adds every 32nd item, then neighbours are added.
-__device__ inline void sum_items(const pw_sum& p, double (&shared)[kSweepThreads], int64_t block) {
-    const int64_t output = block * (kSweepThreads / 32) + threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
+// PW_SUM_LANES threads per output: each adds every so many items, then neighbours are added.
+__device__ inline void sum_items(const pw_sum& p, double (&shared)[PW_SWEEP_THREADS],
+                                 int64_t block) {
+    const int64_t output = block * (PW_SWEEP_THREADS / PW_SUM_LANES) + threadIdx.x / PW_SUM_LANES;
+    const int lane = threadIdx.x % PW_SUM_LANES;
     double sum = 0.0;
     if (output < p.outputs) {
-        for (int64_t i = lane; i < p.items; i += 32) sum += p.from[output * p.items + i];
+        for (int64_t i = lane; i < p.items; i += PW_SUM_LANES) sum += p.from[output * p.items + i];
     }
     shared[threadIdx.x] = sum;
-    for (int apart = 1; apart < 32; apart *= 2) {
+    for (int apart = 1; apart < PW_SUM_LANES; apart *= 2) {
         __syncthreads();
         if (lane % (2 * apart) == 0) shared[threadIdx.x] += shared[threadIdx.x + apart];
     }

@@ -12,7 +12,7 @@ use crate::cpu::area::Area;
 use crate::cpu::epilogue::{self, ChannelAxis, Steps};
 use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::microkernel::{KERNELS, Kernel, Segment, Sizes, TermKind};
-use crate::cpu::norm::{self, Finish, Moments, Slot};
+use crate::cpu::norm::{self, Finish, Slot};
 use crate::cpu::pack::{self, Buffer, Panels, Part, Read, Unpacked, Weights};
 use crate::cpu::plan::{
     self, Facts, Order, Plan, Run, choose_isa, even, pieces_of, refusal, vectors_of,
@@ -24,6 +24,7 @@ use crate::cpu::tune::Choices;
 use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, Norm, SourceStep, Step};
 use crate::error::Result;
+use crate::moments::Moments;
 use crate::plan::Candidate;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Positions, Problem};

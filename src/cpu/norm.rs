@@ -7,14 +7,7 @@ use crate::cpu::isa::Supported;
 use crate::cpu::runs;
 use crate::dtype::Element;
 use crate::epilogue::{Norm, Step};
-
-/// Mean and sum of squared deviations of some values.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Moments {
-    pub count: f64,
-    pub mean: f64,
-    pub deviations: f64,
-}
+use crate::moments::Moments;
 
 impl Moments {
     /// Of the values at hand, in two passes.
@@ -26,27 +19,6 @@ impl Moments {
         let off = sum / count;
         let deviations = squares - count * off * off;
         Moments { count, mean: f64::from(about) + off, deviations: keep_nan_max_zero(deviations) }
-    }
-
-    /// Of both sets of values together (Chan, Golub and LeVeque 1979).
-    pub(crate) fn merge(self, other: Moments) -> Self {
-        let count = self.count + other.count;
-        if count == 0.0 {
-            return self;
-        }
-        let delta = other.mean - self.mean;
-        Moments {
-            count,
-            mean: self.mean + delta * (other.count / count),
-            deviations: self.deviations
-                + other.deviations
-                + delta * delta * (self.count * other.count / count),
-        }
-    }
-
-    /// `1 / sqrt(biased variance + eps)`.
-    pub(crate) fn scale(&self, eps: f32) -> f32 {
-        (1.0 / (self.deviations / self.count + f64::from(eps)).sqrt()) as f32
     }
 }
 

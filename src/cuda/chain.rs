@@ -74,6 +74,9 @@ pub(crate) fn run<'l, T: Element>(
             if [d, h, w] != shape.spatial() {
                 return Ok(false);
             }
+            // Of one layer at a time.
+            let bytes_beside = layers.clone().map(|(layer, _)| layer.bytes_beside()).max();
+            let bytes_beside = bytes_beside.unwrap_or(0);
             let host = HostCall {
                 sources: &[source],
                 residual: None,
@@ -81,6 +84,7 @@ pub(crate) fn run<'l, T: Element>(
                 dst: &target,
                 discard: false,
                 between: widest,
+                bytes_beside,
                 extents,
                 slice_bytes: first.slice_bytes(),
                 whole_samples,

@@ -91,7 +91,8 @@ struct Fault {
 /// - Where several blocks share a sum or a layer norm takes all positions (`explain` says so), the
 ///   graph has memory nodes for what blocks leave for one another, with which CUDA lets a graph be
 ///   instantiated once at a time, and not be cloned. It has none if the call is given
-///   [`scratch`](crate::Call::scratch), unless a concatenation has more than 16 sources.
+///   [`scratch`](crate::Call::scratch), unless a concatenation has more than 16 sources or a layer
+///   norm is one of 16-bit tensors, whose values lie in f32 beside dst until they are normalised.
 /// - A graph keeps neither weights nor tensors alive. Keep the layer, not [updated], and every
 ///   tensor of the captured calls until the graph is destroyed and its last run is done.
 ///
@@ -611,7 +612,7 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
         context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
     let mut later = false;
     let function = |kernel: &Kernel| {
-        // What is for older chips is of use where there is nothing else.
+        // What is for older chips is of use where there is nothing else; kernels.def lists it last.
         let older = later && kernel.family == Family::PairsSm75;
         if facts.compute_capability < kernel.family.oldest() || older {
             return Ok(None);

@@ -146,6 +146,13 @@ pub(super) struct Program {
     pub norm: Option<(NormOver, pw_fprop)>,
 }
 
+impl Program {
+    /// Whether f32 values lie beside dst before they are normalised: a result is rounded once.
+    pub(super) fn has_sums_beside(&self) -> bool {
+        self.norm.is_some() && self.dtype != DType::F32
+    }
+}
+
 /// The axes of the positions, innermost first: in the order of the first tensor's strides, since the
 /// order in which positions are numbered is ours to choose, and merged where all tensors allow it.
 /// On the stack, as a launch allocates nothing.
@@ -454,8 +461,8 @@ pub(super) unsafe fn launch(
     }
     let kernel = &KERNELS[choice.kernel];
     let mut params = program.fprop;
-    // A result is rounded once: what a normalisation reads is f32. Freed in stream order.
-    let beside = match program.norm.is_some() && program.dtype != DType::F32 {
+    // Freed in stream order.
+    let beside = match program.has_sums_beside() {
         true => Some(sums_beside(device, call)?),
         false => None,
     };

@@ -95,6 +95,12 @@ impl Layer {
         self.slice_bytes
     }
 
+    /// Bytes that a call takes for each position beside its tensors and scratch.
+    pub(super) fn bytes_beside(&self) -> usize {
+        let channels = self.weights.groups as usize * self.weights.rows as usize;
+        if self.weights.program.has_sums_beside() { channels * size_of::<f32>() } else { 0 }
+    }
+
     pub(crate) fn place(&self) -> Place {
         Place::Cuda(self.device.ordinal())
     }
@@ -206,6 +212,7 @@ impl Layer {
             dst: &problem.dst,
             discard: false,
             between: 0,
+            bytes_beside: self.bytes_beside(),
             extents,
             slice_bytes: self.slice_bytes,
             whole_samples: self.over_samples(),

@@ -124,7 +124,7 @@ impl Weights {
             }
         };
         let program = Program { dtype, fprop: params, norm };
-        Ok(Weights { memory, program, words: words(&lowered), groups, rows, depth })
+        Ok(Weights { memory, program, words: words(&lowered, dtype), groups, rows, depth })
     }
 }
 
@@ -154,14 +154,17 @@ fn take_scale(lowered: &mut Lowered) -> Vec<f32> {
 }
 
 /// What runs beside the convolution and its steps.
-fn words(lowered: &Lowered) -> String {
+fn words(lowered: &Lowered, dtype: DType) -> String {
     let source = match lowered.source_steps.len() {
         0 => "",
         _ => "; source stages on each slab of src in shared memory",
     };
-    let norm = lowered.norm.as_ref().map_or("", |norm| match norm.over {
-        NormOver::Channels => "; layer norm in a launch of its own, in place",
-        NormOver::All => "; layer norm in launches of its own, in place: moments, then the values",
+    let reads = if dtype == DType::F32 { "in place" } else { "from f32 values beside dst" };
+    let norm = lowered.norm.as_ref().map_or(String::new(), |norm| match norm.over {
+        NormOver::Channels => format!("; layer norm in a launch of its own, {reads}"),
+        NormOver::All => {
+            format!("; layer norm in launches of its own, {reads}: moments, then the values")
+        }
     });
     format!("{source}{norm}")
 }

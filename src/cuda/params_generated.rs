@@ -9,6 +9,13 @@ pub const PW_MAX_PARTS: u32 = 16;
 pub const PW_MAX_STAGES: u32 = 16;
 pub const PW_MAX_SUMMED: u32 = 3;
 pub const PW_NOT_SUMMED: u32 = 255;
+pub const PW_SWEEP_THREADS: u32 = 256;
+pub const PW_SWEEP_WIDE: u32 = 32;
+pub const PW_SWEEP_NARROW: u32 = 8;
+pub const PW_SUM_LANES: u32 = 32;
+pub const PW_WGRAD_THREADS: u32 = 256;
+pub const PW_WGRAD_TILE: u32 = 64;
+pub const PW_WGRAD_SLAB: u32 = 16;
 impl pw_op {
     pub const PW_OP_AFFINE: pw_op = pw_op(0);
     pub const PW_OP_PRELU: pw_op = pw_op(1);

@@ -350,8 +350,7 @@ impl Kernel {
                 let (products, traffic) = match family {
                     Family::Tf32x3 => (0.6, 16.0),
                     Family::Pairs => (0.1, 8.0),
-                    // Their copies wait.
-                    Family::PairsSm75 => (0.2, 16.0),
+                    // One product of TF32; or copies that wait.
                     _ => (0.2, 16.0),
                 };
                 products + traffic * (1.0 / rows + 1.0 / positions)

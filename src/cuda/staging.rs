@@ -31,6 +31,8 @@ pub(super) struct HostCall<'a, T> {
     pub discard: bool,
     /// Channels of the largest tensor that is computed on the way.
     pub between: usize,
+    /// Bytes that a layer takes for each position while it computes.
+    pub bytes_beside: usize,
     /// Batch and the three spatial axes; none is empty.
     pub extents: [usize; 1 + MAX_SPATIAL],
     /// The most that a slice may take on the device, unless the least takes more.
@@ -73,11 +75,12 @@ impl<T: Element> HostCall<'_, T> {
         self.gate.map_or(0, |gate| gate.channels.saturating_mul(size_of::<T>()))
     }
 
-    /// Bytes of all tensors at one position.
+    /// Bytes of all tensors at one position, and of what a layer takes beside them.
     fn position_bytes(&self) -> usize {
         let residual = self.residual.map_or(0, |residual| residual.channels);
         let values = self.channels().saturating_add(residual).saturating_add(self.dst.channels);
         let bytes = values.saturating_add(2 * self.between).saturating_mul(size_of::<T>());
+        let bytes = bytes.saturating_add(self.bytes_beside);
         bytes.saturating_add(self.gate_bytes().div_ceil(self.sample()))
     }
 

@@ -111,6 +111,16 @@ impl<T: DeviceElement> CudaTensor<T> {
         Ok(tensor)
     }
 
+    /// Fills the memory from that of the host, in its order.
+    pub(super) fn upload(&mut self, values: &[T]) -> Result<()> {
+        self.memory.upload(values)
+    }
+
+    /// As [`upload`](Self::upload), the other way.
+    pub(super) fn download(&self, values: &mut [T]) -> Result<()> {
+        self.memory.download(values)
+    }
+
     /// Copies to a host array with the same order of axes in memory; waits for the tensor's stream
     /// and for the copy.
     ///

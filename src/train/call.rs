@@ -2,9 +2,9 @@
 
 use crate::alias::share_memory;
 use crate::cpu;
-use crate::cpu::train::Moments;
 use crate::device::Kind;
 use crate::error::{Error, Result};
+use crate::moments::Moments;
 use crate::prepared::{Extra, on_host};
 use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};
@@ -73,13 +73,15 @@ impl Params {
     ///
     /// # Errors
     /// As there; [`Error::BatchTooSmall`] for batch statistics of one value per channel;
-    /// [`Error::NonFinite`] for statistics that are not finite. Running statistics then stay as they
-    /// were, and dst holds anything.
+    /// [`Error::NonFinite`] for statistics that are not finite. On CUDA also [`Error::Unsupported`]
+    /// for more than 16 sources, and [`Error::TooLarge`] for 2³¹ positions or more, all samples'
+    /// together. Running statistics then stay as they were, and dst holds anything.
     pub fn forward<S: Source + ?Sized>(&mut self, src: &S) -> Result<(S::Output, Workspace)> {
         self.call(src).run()
     }
 
-    /// Starts a forward pass that takes more than one tensor: a concatenation, a residual, a gate.
+    /// Starts a forward pass that takes more than one tensor: a concatenation (on CUDA of at most 16
+    /// sources, or [`Error::Unsupported`]), a residual, a gate.
     pub fn call<'a, S: AsTensor + ?Sized>(&'a mut self, src: &'a S) -> Call<'a, S> {
         Call { params: self, src, extra: Extra::default() }
     }
@@ -91,7 +93,8 @@ impl Params {
     ///
     /// # Errors
     /// [`Error::Workspace`] if the workspace is of other parameters, of other shapes, or if the
-    /// parameters have changed since; whatever does not fit, with its values.
+    /// parameters have changed since; whatever does not fit, with its values; on CUDA
+    /// [`Error::Unsupported`] and [`Error::TooLarge`] as in [`forward`](Self::forward).
     pub fn backward<S: Source + ?Sized>(
         &self,
         src: &S,

@@ -5,11 +5,11 @@
 //! *barrier*: what follows it can only run when its sums over the whole batch (or sample) are
 //! known, which takes a pass of its own.
 
-use crate::cpu::train::Moments;
 use crate::dtype::DType;
 use crate::epilogue::{Lowered, SourceStep};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
+use crate::moments::Moments;
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 use crate::train::{Accumulate, Grads, Statistics, name};
 
@@ -71,6 +71,14 @@ impl Linear {
         self.inv[row] = inv as f32;
         self.scale[row] = scale as f32;
         self.shift[row] = (f64::from(self.beta[row]) - lo * scale) as f32;
+    }
+
+    /// The same as `x * scale + shift`.
+    fn affine(&self) -> (Vec<f32>, Vec<f32>) {
+        let shift = self.scale.iter().zip(&self.hi).zip(&self.shift);
+        let shift = shift
+            .map(|((&scale, &hi), &t)| (f64::from(t) - f64::from(scale) * f64::from(hi)) as f32);
+        (self.scale.clone(), shift.collect())
     }
 
     fn of_norm(
@@ -297,11 +305,8 @@ impl Chain {
     pub(crate) fn source_steps(&self) -> Vec<SourceStep> {
         let step = |op: &Op| match op {
             Op::Linear(linear) => {
-                let shift = linear.scale.iter().zip(&linear.hi).zip(&linear.shift);
-                let shift = shift
-                    .map(|((s, hi), t)| (f64::from(*t) - f64::from(*s) * f64::from(*hi)) as f32)
-                    .collect();
-                SourceStep::Affine { scale: linear.scale.clone(), shift }
+                let (scale, shift) = linear.affine();
+                SourceStep::Affine { scale, shift }
             }
             Op::Activation(activation) => SourceStep::Activation(*activation),
             Op::Gate => SourceStep::Gate,
@@ -400,11 +405,8 @@ pub(crate) fn lowered(layer: &Pointwise, source_chain: &Chain) -> Lowered {
     let mut layer = layer.clone();
     for (stage, op) in layer.source_stages.iter_mut().zip(&source_chain.ops) {
         if let (SourceStage::BatchNorm(_), Op::Linear(linear)) = (&*stage, op) {
-            let shift = linear.scale.iter().zip(&linear.hi).zip(&linear.shift);
-            let shift =
-                shift.map(|((s, hi), t)| (f64::from(*t) - f64::from(*s) * f64::from(*hi)) as f32);
-            let (scale, shift) = (linear.scale.clone().into(), shift.collect());
-            *stage = SourceStage::Affine { scale, shift };
+            let (scale, shift) = linear.affine();
+            *stage = SourceStage::Affine { scale: scale.into(), shift: shift.into() };
         }
     }
     Lowered::new(&layer, DType::F32)

@@ -48,7 +48,7 @@ mod call;
 pub(crate) mod chain;
 mod grads;
 mod params;
-mod reduce;
+pub(crate) mod reduce;
 
 use std::ops::Range;
 

@@ -28,6 +28,9 @@ pub trait AllReduce: fmt::Debug + Send + Sync {
     fn sum_f32(&self, values: &mut [f32]) -> Result<()>;
 }
 
+/// What a pass sums over all workers with; nothing where there is one.
+pub(crate) type Reduce<'a> = Option<&'a (dyn Fn(&mut [f64]) -> Result<()> + Sync + 'a)>;
+
 /// One of several threads of a process that train together.
 ///
 /// Sums are taken in the order of the workers, so that they are bitwise the same from run to run.

@@ -179,6 +179,17 @@ pub fn compare(
 ) -> pointwise::Result<(f64, String)> {
     let options = Options { statistics, ..Options::default() };
     let got = run(layer, tensors, options, device)?;
+    error_of(&got, layer, tensors, statistics, device)
+}
+
+/// The error of what a run of a layer gave.
+pub fn error_of(
+    got: &Got,
+    layer: &Pointwise,
+    tensors: &Tensors,
+    statistics: Statistics,
+    device: &Device,
+) -> pointwise::Result<(f64, String)> {
     let inputs = Inputs {
         sources: tensors.sources.iter().map(|t| t.view()).collect(),
         residual: tensors.residual.as_ref().map(|t| t.view()),

@@ -1,15 +1,20 @@
 //! Training on the device, against the f64 reference's gradients and the CPU.
 
-use ndarray::{Array2, ArrayD, IxDyn};
-use pointwise::train::{Accumulate, Options, Params, Statistics};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ndarray::{Array2, ArrayD, ArrayView5, Axis, Ix5, IxDyn, Slice};
+use pointwise::train::{Accumulate, AllReduce, Options, Params, Statistics, ThreadWorker, name};
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
     Sequence, Stage,
 };
 
+use super::cases::{LAYOUTS, Placed};
 use super::fixtures::Fixtures;
 use super::training::{
-    Tensors, compare, d_dst, large_tensors, norm, random, run, trainable, vector, weight,
+    Got, Tensors, compare, d_dst, error_of, large_tensors, norm, random, run, trainable, vector,
+    weight,
 };
 use super::{OnDevice, Outcome};
 
@@ -18,7 +23,11 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_on_several_chunks_and_tiles_has_the_references_gradients", several_chunks),
     ("training_is_the_same_bits_from_run_to_run", same_bits),
     ("training_on_device_tensors_equals_that_on_host_arrays", device_tensors),
+    ("training_reads_and_writes_any_strides", placed_tensors),
     ("training_adds_to_gradients_or_replaces_them", accumulation),
+    ("training_on_shards_is_that_on_the_whole_batch", shards),
+    ("training_leaves_what_is_frozen", frozen),
+    ("training_computes_the_same_without_gradients_by_tensors", without_inputs),
     ("training_keeps_variances_of_large_means", large_means),
     ("training_keeps_what_its_workspace_says", workspaces),
     ("training_refuses_what_it_has_not", refusals),
@@ -135,18 +144,289 @@ fn same_bits(device: &CudaDevice) -> Outcome {
 
 fn device_tensors(device: &CudaDevice) -> Outcome {
     let on: Device = device.clone().into();
-    for (what, layer, shape) in layers().into_iter().take(5) {
+    for (what, layer, shape) in layers() {
         let tensors = large_tensors(&layer, &shape, true);
         let host = run(&layer, &tensors, Options::default(), &on)?;
         let mut params = Params::new(&layer, &on)?;
         let mut grads = params.grads();
-        let src = CudaTensor::from_host(device, tensors.sources[0].view())?;
-        let (dst, workspace) = params.forward(&src)?;
-        let d = CudaTensor::from_host(device, d_dst(dst.shape()).view())?;
-        let d_src = params.backward(&src, workspace, &d, &mut grads, Accumulate::Set)?;
+        let copy = |tensor: &ArrayD<f32>| CudaTensor::from_host(device, tensor.view());
+        let src = copy(&tensors.sources[0])?;
+        let residual = tensors.residual.as_ref().map(copy).transpose()?;
+        let gate = tensors.gate.as_ref().map(copy).transpose()?;
+        let mut call = params.call(&src);
+        if let Some(residual) = &residual {
+            call = call.residual(residual);
+        }
+        if let Some(gate) = &gate {
+            call = call.gate(gate);
+        }
+        let (dst, workspace) = call.run()?;
+        let d = copy(&d_dst(dst.shape()))?;
+        let nans = |tensor: &ArrayD<f32>| copy(&tensor.mapv(|_| f32::NAN));
+        let mut d_src = nans(&tensors.sources[0])?;
+        let mut d_residual = tensors.residual.as_ref().map(nans).transpose()?;
+        let mut d_gate = tensors.gate.as_ref().map(nans).transpose()?;
+        let mut call = params.backward_call(&src, workspace, &d).d_src(&mut d_src);
+        if let (Some(residual), Some(d)) = (&residual, &mut d_residual) {
+            call = call.residual(residual).d_residual(d);
+        }
+        if let (Some(gate), Some(d)) = (&gate, &mut d_gate) {
+            call = call.gate(gate).d_gate(d);
+        }
+        call.run(&mut grads)?;
         assert!(dst.to_host()? == host.dst, "{what}: dst");
         assert!(d_src.to_host()? == host.d_sources[0], "{what}: d_src");
+        for (of, got, want) in
+            [("d_residual", d_residual, host.d_residual), ("d_gate", d_gate, host.d_gate)]
+        {
+            assert!(got.map(|d| d.to_host()).transpose()? == want, "{what}: {of}");
+        }
         assert!(grads == host.grads && params.layer() == host.params.layer(), "{what}");
+    }
+    Ok(())
+}
+
+/// Tensors in the middle of others, with gaps, and backwards; nothing around them is written.
+fn placed_tensors(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
+    let cases = [
+        ("gradient by src in place", plain(9, 5).bias(vector(9, 1)).gelu(), [2, 5, 3, 4, 7]),
+        ("bits", plain(9, 5).stride(2).relu(), [2, 5, 3, 4, 7]),
+        (
+            "groups, stride, shuffle, residual",
+            plain(24, 6)
+                .groups(4)
+                .stride(2)
+                .batch_norm(norm(24))
+                .channel_shuffle(4)
+                .residual()
+                .leaky_relu(0.1),
+            [3, 24, 1, 9, 11],
+        ),
+        (
+            "source, gate",
+            plain(12, 20).source_batch_norm(norm(20)).source_activation(Activation::Relu).gate(),
+            [3, 20, 2, 5, 7],
+        ),
+        (
+            "partial, residual",
+            plain(6, 6).partial(2..8).batch_norm(norm(6)).residual().relu(),
+            [2, 11, 1, 6, 7],
+        ),
+    ];
+    for (i, (what, layer, shape)) in cases.into_iter().enumerate() {
+        let tensors = large_tensors(&layer, &shape, false);
+        for j in 0..LAYOUTS.len() {
+            // All of them in turn, beside others.
+            let layout = |tensor: usize| LAYOUTS[(i + j + 3 * tensor) % LAYOUTS.len()];
+            let five = |tensor: &ArrayD<f32>| {
+                let mut shape = tensor.shape().to_vec();
+                shape.resize(5, 1);
+                tensor.to_shape(shape).unwrap().into_owned().into_dimensionality::<Ix5>().unwrap()
+            };
+            let filled = |values: ArrayView5<'_, f32>, tensor: usize| {
+                Placed::<f32>::filled(device, values, layout(tensor))
+            };
+            let blank = |like: &ArrayD<f32>, tensor: usize| {
+                let shape = five(like).raw_dim();
+                Placed::<f32>::blank(device, std::array::from_fn(|k| shape[k]), layout(tensor))
+            };
+            let src = filled(five(&tensors.sources[0]).view(), 0);
+            let residual = tensors.residual.as_ref().map(|t| filled(five(t).view(), 1));
+            let gate = tensors.gate.as_ref().map(|t| filled(five(t).view(), 2));
+            let (src, residual, gate) = (
+                src.view(),
+                residual.as_ref().map(|placed| placed.view()),
+                gate.as_ref().map(|placed| placed.view()),
+            );
+            let mut params = Params::new(&layer, &on)?;
+            let dst_shape = params.prepare()?.dst_shape(&shape)?;
+            let d = d_dst(&dst_shape);
+            let mut dst = blank(&d, 3);
+            let mut call = params.call(&src);
+            if let Some(residual) = &residual {
+                call = call.residual(residual);
+            }
+            if let Some(gate) = &gate {
+                call = call.gate(gate);
+            }
+            let workspace = call.run_into(&mut dst.view_mut())?;
+
+            let d = filled(five(&d).view(), 4);
+            let mut d_src = blank(&tensors.sources[0], 5);
+            let mut d_residual = tensors.residual.as_ref().map(|t| blank(t, 6));
+            let mut d_gate = tensors.gate.as_ref().map(|t| blank(t, 7));
+            let mut grads = params.grads();
+            grads.visit_mut(|_, _, values| values.fill(f32::NAN));
+            let mut to_src = d_src.view_mut();
+            let mut to_residual = d_residual.as_mut().map(|placed| placed.view_mut());
+            let mut to_gate = d_gate.as_mut().map(|placed| placed.view_mut());
+            let d = d.view();
+            let mut call = params.backward_call(&src, workspace, &d).d_src(&mut to_src);
+            if let (Some(residual), Some(d)) = (&residual, &mut to_residual) {
+                call = call.residual(residual).d_residual(d);
+            }
+            if let (Some(gate), Some(d)) = (&gate, &mut to_gate) {
+                call = call.gate(gate).d_gate(d);
+            }
+            call.run(&mut grads)?;
+            let read = |placed: &Placed| placed.read().into_dyn();
+            let got = Got {
+                dst: read(&dst),
+                d_sources: vec![read(&d_src)],
+                d_residual: d_residual.as_ref().map(read),
+                d_gate: d_gate.as_ref().map(read),
+                grads,
+                params,
+            };
+            let (err, at) = error_of(&got, &layer, &tensors, Statistics::Batch, &on)?;
+            assert!(err <= 1.0, "{what}, src {:?}: {err}: {at}", layout(0));
+        }
+    }
+    Ok(())
+}
+
+/// Two workers that share the sums of batch norms; one of them may have nothing.
+fn shards(device: &CudaDevice) -> Outcome {
+    let device: Device = device.clone().into();
+    let layer = Pointwise::new(weight(20, 10))
+        .source_batch_norm(norm(10))
+        .source_activation(Activation::Relu)
+        .batch_norm(norm(20))
+        .silu();
+    let src = random(&[9, 10, 6, 5], 1);
+    let d_dst = random(&[9, 20, 6, 5], 2);
+    let mut one = Params::new(&layer, &device)?;
+    let mut grads = one.grads();
+    let (dst, workspace) = one.forward(&src)?;
+    let d_src = one.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set)?;
+
+    for first in [4, 0, 9] {
+        let work = |shard: Slice, worker: ThreadWorker| {
+            let src = src.slice_axis(Axis(0), shard);
+            let d_dst = d_dst.slice_axis(Axis(0), shard);
+            let worker: Arc<dyn AllReduce> = Arc::new(worker);
+            let mut params = Params::new(&layer, &device)?;
+            params.set_all_reduce(Some(worker.clone()));
+            let mut grads = params.grads();
+            grads.visit_mut(|_, _, values| values.fill(f32::NAN));
+            let (dst, workspace) = params.forward(&src)?;
+            let d_src = params.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set)?;
+            grads.all_reduce(&*worker)?;
+            Ok::<_, Error>((dst, d_src, grads, params))
+        };
+        let mut group = ThreadWorker::group(2, Duration::from_secs(60)).into_iter();
+        let mut next = || group.next().unwrap();
+        let (a, b) = (next(), next());
+        let runs = std::thread::scope(|scope| {
+            let other = scope.spawn(|| work(Slice::from(0..first), a));
+            let own = work(Slice::from(first..9), b);
+            [other.join().unwrap(), own]
+        });
+        let [a, b] = runs;
+        let runs = [a?, b?];
+        // Sums of other terms in another order: a few ulp of the largest value.
+        let close = |a: f32, b: f32| (a - b).abs() <= 2e-5 * b.abs().max(1.0);
+        let joined = |shards: [&ArrayD<f32>; 2]| {
+            ndarray::concatenate(Axis(0), &shards.map(|shard| shard.view())).unwrap()
+        };
+        for (what, got, want) in [
+            ("dst", joined([&runs[0].0, &runs[1].0]), &dst),
+            ("d_src", joined([&runs[0].1, &runs[1].1]), &d_src),
+        ] {
+            assert!(got.iter().zip(want).all(|(&a, &b)| close(a, b)), "{first} first: {what}");
+        }
+        for (_, _, of_worker, after) in &runs {
+            of_worker.visit(|name, _, values| {
+                let want = grads.get(name).unwrap();
+                let largest = want.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+                for (&a, &b) in values.iter().zip(want) {
+                    let err = (a - b).abs();
+                    assert!(err <= 5e-6 * largest, "{first} first: {name}: {a}, {b} of {largest}");
+                }
+            });
+            assert!(after.layer() == runs[0].3.layer(), "all workers have the same statistics");
+            for name in [name::RUNNING_MEAN, name::SRC_RUNNING_VAR] {
+                let pairs = after.get(name).unwrap().iter().zip(one.get(name).unwrap());
+                pairs.for_each(|(&a, &b)| assert!(close(a, b), "{first} first: {name}: {a}, {b}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn frozen(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    let rows = [1, 2, 5];
+    for (what, layer, shape) in layers() {
+        let tensors = large_tensors(&layer, &shape, false);
+        let whole = run(&layer, &tensors, Options::default(), &on)?;
+        let mut names = Vec::new();
+        whole.grads.visit(|name, _, _| names.push(name));
+        // Rows of the weight and every other parameter, then the rest of them.
+        for odd in [false, true] {
+            let frozen = names.iter().skip(usize::from(!odd)).step_by(2);
+            let frozen: Vec<String> = frozen.map(|name| name.to_string()).collect();
+            let options = Options {
+                frozen: frozen.clone(),
+                frozen_rows: vec![1..3, 5..6],
+                ..Options::default()
+            };
+            let got = run(&layer, &tensors, options, &on)?;
+            assert!(got.dst == whole.dst && got.d_sources == whole.d_sources, "{what}");
+            assert!(got.d_residual == whole.d_residual && got.d_gate == whole.d_gate, "{what}");
+            got.grads.visit(|name, shape, values| {
+                let want = whole.grads.get(name).unwrap();
+                let is_frozen = frozen.iter().any(|frozen| frozen == name);
+                if name != name::WEIGHT {
+                    let as_it_was = values.iter().all(|x| x.is_nan());
+                    assert!(if is_frozen { as_it_was } else { values == want }, "{what}: {name}");
+                    return;
+                }
+                let pairs = values.chunks(shape[1]).zip(want.chunks(shape[1]));
+                for (i, (row, want)) in pairs.enumerate() {
+                    let fits = match (rows.contains(&i), is_frozen) {
+                        (true, _) => row.iter().all(|&x| x == 0.0),
+                        (false, true) => row.iter().all(|x| x.is_nan()),
+                        (false, false) => row == want,
+                    };
+                    assert!(fits, "{what}: row {i} of the weight");
+                }
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Only the parameters' gradients.
+fn without_inputs(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    for (what, layer, shape) in layers() {
+        let tensors = large_tensors(&layer, &shape, true);
+        let with = run(&layer, &tensors, Options::default(), &on)?;
+        let mut params = Params::new(&layer, &on)?;
+        let src = &tensors.sources[0];
+        let mut call = params.call(src);
+        if let Some(residual) = &tensors.residual {
+            call = call.residual(residual);
+        }
+        if let Some(gate) = &tensors.gate {
+            call = call.gate(gate);
+        }
+        let (dst, workspace) = call.run()?;
+        let d = d_dst(dst.shape());
+        let mut grads = params.grads();
+        grads.visit_mut(|_, _, values| values.fill(f32::NAN));
+        let mut call = params.backward_call(src, workspace, &d);
+        if let Some(residual) = &tensors.residual {
+            call = call.residual(residual);
+        }
+        if let Some(gate) = &tensors.gate {
+            call = call.gate(gate);
+        }
+        call.run(&mut grads)?;
+        assert!(grads == with.grads, "{what}");
     }
     Ok(())
 }
@@ -264,8 +544,26 @@ fn refusals(device: &CudaDevice) -> Outcome {
     let src = random(&[5, 3, 7, 4], 3);
     let (dst, _workspace) = params.forward(&src)?;
     let (exact, _workspace) = Params::new(&layer, &on)?.forward(&src)?;
-    let err = (&dst - &exact).iter().fold(0.0f32, |a, &x| a.max(x.abs()));
-    assert!(err <= 2e-2, "{err}");
+    assert!(dst.iter().zip(&exact).all(|(a, b)| (a - b).abs() <= 2e-2));
+    // Where the tensor cores are worth it they are taken.
+    let layer = Pointwise::new(weight(128, 128)).batch_norm(norm(128));
+    let tensors = large_tensors(&layer, &[1, 128, 16, 32], false);
+    let options = Options { math: Math::Tf32, ..Options::default() };
+    let may = run(&layer, &tensors, options, &on)?;
+    let exact = run(&layer, &tensors, Options::default(), &on)?;
+    assert!(may.dst.iter().zip(&exact.dst).all(|(a, b)| (a - b).abs() <= 2e-2));
+    let has_them = device.compute_capability() >= (8, 0);
+    assert_eq!(may.dst != exact.dst, has_them, "products forward");
+    assert_eq!(may.d_sources != exact.d_sources, has_them, "products backward");
+    // Seventeen sources are one too many, on the host or on the device.
+    let layer = Pointwise::new(weight(4, 17));
+    let mut params = Params::new(&layer, &on)?;
+    let source = random(&[2, 1, 5], 1);
+    let call = (1..17).fold(params.call(&source), |call, _| call.concat(&source));
+    named(call.run().unwrap_err(), "17 sources");
+    let source = CudaTensor::from_host(device, source.view())?;
+    let call = (1..17).fold(params.call(&source), |call, _| call.concat(&source));
+    named(call.run().unwrap_err(), "17 sources");
     Ok(())
 }
 

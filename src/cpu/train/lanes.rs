@@ -4,8 +4,8 @@
 //! within a block and go to f64 from there, in an order that the block alone decides.
 
 use crate::cpu::math;
-use crate::cpu::norm::Moments;
 use crate::cpu::simd::{Simd, per_isa};
+use crate::moments::Moments;
 use crate::stages::Activation;
 
 /// Parameters of a block: of its one channel, or of each channel of a line.

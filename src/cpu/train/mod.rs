@@ -14,10 +14,8 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::cpu::gemm::{self, Layer};
 use crate::cpu::isa::{Isa, Supported};
-pub(crate) use crate::cpu::norm::Moments;
 use crate::cpu::pack::Unpacked;
 use crate::cpu::threads::CpuDevice;
-pub(crate) use crate::cpu::train::sweep::Reduce;
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Sweep};
 use crate::cpu::train::view::{Part, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
@@ -29,6 +27,7 @@ use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
 use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
+use crate::train::reduce::Reduce;
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Why a parameter is a slice.

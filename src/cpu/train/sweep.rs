@@ -10,15 +10,16 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use crate::cpu::isa::Supported;
-use crate::cpu::norm::Moments;
 use crate::cpu::runs;
 use crate::cpu::threads::{self, CpuDevice};
 use crate::cpu::train::fused;
 use crate::cpu::train::lanes::{self, LineMoments, Per, Sums};
 use crate::cpu::train::view::{At, View};
+use crate::moments::Moments;
 use crate::stages::{Activation, NormOver};
 use crate::train::Accumulate;
 use crate::train::chain::{Chain, Linear, Op, reduce_moments};
+use crate::train::reduce::Reduce;
 
 /// Values of a block of one row.
 const ROW_BLOCK: usize = 2048;
@@ -46,9 +47,6 @@ pub(super) struct Gate {
 unsafe impl Sync for Gate {}
 // SAFETY: as above.
 unsafe impl Send for Gate {}
-
-/// Sums over all processes; nothing for a single one.
-pub(crate) type Reduce<'a> = Option<&'a (dyn Fn(&mut [f64]) -> crate::Result<()> + Sync + 'a)>;
 
 /// A chain and the tensors that it is replayed on.
 pub(super) struct Sweep<'a> {

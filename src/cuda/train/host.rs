@@ -1,26 +1,19 @@
 //! Passes on host tensors: each is copied to the device whole, and what is written back to the host.
 
 use super::{Outputs, State, Training};
-use crate::cuda::device::Buffer;
 use crate::cuda::staging::copy_on_host;
+use crate::cuda::tensor::CudaTensor;
 use crate::error::Result;
 use crate::problem::{Operand, Operands, spatial};
-use crate::tensor::{TensorMut, TensorRef, checked_product, strides_like, try_zeros};
+use crate::tensor::{TensorMut, TensorRef, try_zeros};
 use crate::train::{Accumulate, Grads};
 
-/// A host tensor's copy on the device, dense and in the same order of axes.
-struct Copied {
-    memory: Buffer,
-    shape: Vec<usize>,
-    strides: Vec<isize>,
-}
+/// A host tensor's copy on the device, in the same order of axes.
+struct Copied(CudaTensor);
 
 impl Copied {
     fn blank(training: &Training<'_>, like: &TensorRef<'_>) -> Result<Self> {
-        let (what, shape) = ("a tensor's copy on the device", like.shape().to_vec());
-        let bytes = checked_product(what, &[checked_product(what, &shape)?, size_of::<f32>()])?;
-        let strides = strides_like(like, &shape)[..shape.len()].to_vec();
-        Ok(Copied { memory: Buffer::new(training.device, what, bytes)?, shape, strides })
+        CudaTensor::like(training.device, like, like.shape()).map(Copied)
     }
 
     fn of(training: &Training<'_>, tensor: &TensorRef<'_>) -> Result<Self> {
@@ -31,13 +24,13 @@ impl Copied {
             let to = copied.on_host(&mut values);
             copy_on_host(copied.extents(), &Operand::new(tensor), &to);
         }
-        copied.memory.upload(&values)?;
+        copied.0.upload(&values)?;
         Ok(copied)
     }
 
     fn back(&self, tensor: &mut TensorMut<'_>) -> Result<()> {
         let mut values = self.values()?;
-        self.memory.download(&mut values)?;
+        self.0.download(&mut values)?;
         let from = self.on_host(&mut values);
         // SAFETY: as in `of`.
         unsafe { copy_on_host(self.extents(), &from, &Operand::new(tensor.view())) };
@@ -45,35 +38,24 @@ impl Copied {
     }
 
     fn values(&self) -> Result<Vec<f32>> {
-        try_zeros("a tensor's copy", &self.shape)
+        try_zeros("a tensor's copy", self.0.shape())
     }
 
     fn extents(&self) -> [usize; 4] {
-        let [d, h, w] = spatial(&self.shape, 1);
-        [self.shape[0], d, h, w]
+        let [d, h, w] = spatial(self.0.shape(), 1);
+        [self.0.shape()[0], d, h, w]
     }
 
     fn on_host(&self, values: &mut [f32]) -> Operand {
+        let strides = self.0.strides();
         Operand {
             ptr: values.as_mut_ptr(),
-            sample: self.strides[0],
-            channel: self.strides[1],
-            channels: self.shape[1],
-            spatial: spatial(&self.strides, 0),
+            sample: strides[0],
+            channel: strides[1],
+            channels: self.0.shape()[1],
+            spatial: spatial(strides, 0),
             stream: None,
         }
-    }
-
-    fn view_mut(&mut self, training: &Training<'_>) -> Result<TensorMut<'_>> {
-        let ptr = std::ptr::without_provenance_mut(self.memory.address() as usize);
-        // SAFETY: the copy's own memory, exclusively borrowed with it.
-        unsafe { TensorMut::from_raw_parts(ptr, training.place(), &self.shape, &self.strides) }
-    }
-
-    fn view(&self, training: &Training<'_>) -> Result<TensorRef<'_>> {
-        let ptr = std::ptr::without_provenance(self.memory.address() as usize);
-        // SAFETY: the copy's own memory, borrowed with it.
-        unsafe { TensorRef::from_raw_parts(ptr, training.place(), &self.shape, &self.strides) }
     }
 }
 
@@ -95,15 +77,11 @@ impl Reading {
         })
     }
 
-    fn with<R>(
-        &self,
-        training: &Training<'_>,
-        f: impl FnOnce(&Operands<'_>) -> Result<R>,
-    ) -> Result<R> {
-        let sources = self.sources.iter().map(|source| source.view(training));
+    fn with<R>(&self, f: impl FnOnce(&Operands<'_>) -> Result<R>) -> Result<R> {
+        let sources = self.sources.iter().map(|source| source.0.view());
         let sources = sources.collect::<Result<Vec<_>>>()?;
-        let residual = self.residual.as_ref().map(|copied| copied.view(training)).transpose()?;
-        let gate = self.gate.as_ref().map(|copied| copied.view(training)).transpose()?;
+        let residual = self.residual.as_ref().map(|copied| copied.0.view()).transpose()?;
+        let gate = self.gate.as_ref().map(|copied| copied.0.view()).transpose()?;
         f(&Operands { src: sources[0], more: &sources[1..], residual, gate })
     }
 }
@@ -115,8 +93,7 @@ pub(super) fn forward(
 ) -> Result<State> {
     let reading = Reading::of(training, operands)?;
     let mut copied = Copied::blank(training, dst.view())?;
-    let state = reading
-        .with(training, |operands| training.forward(operands, &mut copied.view_mut(training)?))?;
+    let state = reading.with(|operands| training.forward(operands, &mut copied.0.view_mut()?))?;
     copied.back(dst)?;
     Ok(state)
 }
@@ -140,19 +117,18 @@ pub(super) fn backward(
     let mut sources = d_sources.iter().map(written).collect::<Result<Vec<_>>>()?;
     let mut residual = d_residual.as_deref().map(written).transpose()?;
     let mut gate = d_gate.as_deref().map(written).transpose()?;
-    reading.with(training, |operands| {
-        let views = sources.iter_mut().map(|copied| copied.view_mut(training));
+    reading.with(|operands| {
+        let views = sources.iter_mut().map(|copied| copied.0.view_mut());
         let mut views = views.collect::<Result<Vec<_>>>()?;
-        let mut d_residual =
-            residual.as_mut().map(|copied| copied.view_mut(training)).transpose()?;
-        let mut d_gate = gate.as_mut().map(|copied| copied.view_mut(training)).transpose()?;
+        let mut d_residual = residual.as_mut().map(|copied| copied.0.view_mut()).transpose()?;
+        let mut d_gate = gate.as_mut().map(|copied| copied.0.view_mut()).transpose()?;
         let outputs = Outputs {
             d_sources: &mut views,
             d_residual: d_residual.as_mut(),
             d_gate: d_gate.as_mut(),
             accumulate: add,
         };
-        let d_dst = d_dst.view(training)?;
+        let d_dst = d_dst.0.view()?;
         training.backward(operands, state, &d_dst, outputs, grads, accumulate)
     })?;
     for (copied, tensor) in sources.iter().zip(d_sources) {

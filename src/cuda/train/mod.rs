@@ -15,7 +15,6 @@ use super::Layer;
 use super::device::{Buffer, CudaDevice};
 use super::launch::Tensor;
 use super::layer::on_device;
-use crate::cpu::train::Reduce;
 use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;
 use crate::dtype::DType;
@@ -26,7 +25,8 @@ use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Operands, Problem};
 use crate::stages::Stage;
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product};
-use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
+use crate::train::chain::{BatchStatistics, Chain, Need, Op, lowered, need};
+use crate::train::reduce::Reduce;
 use crate::train::{Accumulate, Grads, Statistics, name};
 
 /// Why a parameter is a slice.
@@ -164,13 +164,10 @@ impl Training<'_> {
 
         // The source's own batch norm.
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
-        if let Some((op, batch)) = source_chain.batch_norm() {
+        if source_chain.batch_norm().is_some() {
             let mut sweep = self.source_sweep(problem, source_chain);
-            let moments = sweep.settle_moments()?;
+            state.statistics[0] = sweep.settle_moments(operands.src.shape())?;
             source_chain = sweep.chain;
-            let channels = &source_chain.channels[op];
-            state.statistics[0] =
-                checked(moments, channels, [batch.mean, batch.var], operands.src.shape())?;
         }
 
         let need = self.need();
@@ -199,17 +196,11 @@ impl Training<'_> {
         if total > 0 {
             self.multiply(&source_chain, operands, &extents, &of_values)?;
         }
-        let batch = chain.batch_norm();
         let second = problem.residual.as_ref().map(on_device);
         let input = vec![(of_values, rows)];
         let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
-        let moments = sweep.settle_moments()?;
+        state.statistics[1] = sweep.settle_moments(operands.src.shape())?;
         sweep.forward(&vec![(on_device(&problem.dst), rows)], Accumulate::Set)?;
-        if let Some((op, batch)) = batch {
-            let channels = &sweep.chain.channels[op];
-            state.statistics[1] =
-                checked(moments, channels, [batch.mean, batch.var], operands.src.shape())?;
-        }
         for (src, dst) in problem.passed_through() {
             self.copy(&extents, &src, &dst, Accumulate::Set)?;
         }

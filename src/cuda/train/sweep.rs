@@ -1,18 +1,20 @@
 //! One pass of a chain of stages over its values: parameters of the launches, and what they sum.
 
-use crate::cpu::train::{Moments, Reduce};
 use crate::cuda::device::{Buffer, CudaDevice};
 use crate::cuda::launch::{Tensor, start_training};
 use crate::cuda::pack::activation_op;
 use crate::cuda::params::{
-    PW_MAX_AXES, PW_MAX_PARTS, PW_MAX_STAGES, PW_MAX_SUMMED, PW_MERGED, PW_NOT_SUMMED, pw_merge,
-    pw_op, pw_part, pw_stage, pw_sum, pw_sweep, pw_sweep_flags,
+    PW_MAX_AXES, PW_MAX_PARTS, PW_MAX_STAGES, PW_MAX_SUMMED, PW_MERGED, PW_NOT_SUMMED,
+    PW_SUM_LANES, PW_SWEEP_NARROW, PW_SWEEP_THREADS, PW_SWEEP_WIDE, pw_merge, pw_op, pw_part,
+    pw_stage, pw_sum, pw_sweep, pw_sweep_flags,
 };
 use crate::cuda::plan::Training as Kernel;
 use crate::error::{Error, Result};
+use crate::moments::Moments;
 use crate::tensor::checked_product;
 use crate::train::Accumulate;
-use crate::train::chain::{Chain, Op, reduce_moments};
+use crate::train::chain::{BatchStatistics, Chain, Op, checked, reduce_moments};
+use crate::train::reduce::Reduce;
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
 /// Tensors that rows may come from.
@@ -93,7 +95,7 @@ pub(super) struct Sweep<'a> {
     pub chain: Chain,
     /// Whether neighbouring threads take neighbouring rows.
     pub channels_fast: bool,
-    /// Batch and spatial axes; none is empty.
+    /// Batch and spatial axes.
     pub extents: [usize; MAX_AXES],
     /// What the chain begins with; nothing where no stage asks for it.
     pub input: Parts,
@@ -160,18 +162,16 @@ impl Sweep<'_> {
             true => (self.extents[0], positions / self.extents[0]),
             false => (1, positions),
         };
-        let row_tiles = self.rows().div_ceil(if self.channels_fast { 32 } else { 8 });
+        let height = if self.channels_fast { PW_SWEEP_WIDE } else { PW_SWEEP_NARROW };
+        let row_tiles = self.rows().div_ceil(height as usize);
         let wanted = 8 * self.device.facts().multiprocessors as usize;
         let wanted = wanted.div_ceil(row_tiles * groups).max(1);
         let chunk = group.div_ceil(wanted).clamp(*CHUNK.start(), *CHUNK.end());
         let chunk = chunk.max(group.div_ceil(MAX_CHUNKS)).min(group);
         let chunks = group.div_ceil(chunk);
         let blocks = checked_product("the grid of a launch", &[row_tiles, groups, chunks])?;
-        let blocks = i32::try_from(blocks).map_err(|_| Error::TooLarge {
-            what: "the grid of a launch",
-            sizes: vec![row_tiles, groups, chunks],
-        })?;
-        Ok(Cut { group, chunk, groups, chunks, blocks: blocks as u32 })
+        let blocks = grid(blocks, || vec![row_tiles, groups, chunks])?;
+        Ok(Cut { group, chunk, groups, chunks, blocks })
     }
 
     /// Uploads what the stages know per row. `coefficients` of a batch norm's backward pass are those
@@ -292,12 +292,14 @@ impl Sweep<'_> {
         Ok(params)
     }
 
-    /// The moments of each row at the batch norm, over all processes; it has them from then on.
+    /// The statistics of the batch at the batch norm, over all processes; it has them from then on.
+    /// `src` is the shape that an error tells.
     ///
     /// # Errors
-    /// [`Error::Cuda`], [`Error::DeviceMemory`], [`Error::TooLarge`]; those of the reduction.
-    pub(super) fn settle_moments(&mut self) -> Result<Vec<Moments>> {
-        let Some((barrier, batch)) = self.chain.batch_norm() else { return Ok(Vec::new()) };
+    /// [`Error::Cuda`], [`Error::DeviceMemory`], [`Error::TooLarge`]; those of the reduction, and of
+    /// [`checked`].
+    pub(super) fn settle_moments(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
+        let Some((barrier, batch)) = self.chain.batch_norm() else { return Ok(None) };
         let rows = self.rows();
         let nothing = Moments { count: 0.0, mean: 0.0, deviations: 0.0 };
         let mut moments = match self.positions() {
@@ -307,13 +309,10 @@ impl Sweep<'_> {
         if let Some(reduce) = self.reduce {
             reduce_moments(&mut moments, reduce)?;
         }
-        if let Op::Linear(linear) = &mut self.chain.ops[barrier] {
-            for (row, m) in moments.iter().enumerate() {
-                let inv = 1.0 / (m.deviations / m.count + f64::from(batch.eps)).sqrt();
-                linear.settle(row, m.mean, inv);
-            }
-        }
-        Ok(moments)
+        let channels = &self.chain.channels[barrier];
+        let statistics = checked(moments, channels, [batch.mean, batch.var], src)?;
+        self.chain.settle(&statistics);
+        Ok(statistics)
     }
 
     fn moments(&self, barrier: usize) -> Result<Vec<Moments>> {
@@ -371,9 +370,8 @@ impl Sweep<'_> {
         let memory = Buffer::new(self.device, "the workspace", bits_bytes(bits))?;
         let mut params = self.params(&arrays, &cut, &Parts::new(), None, None)?;
         (params.lo, params.hi, params.bits) = (lo, hi, memory.address() as *mut u32);
-        let blocks = u32::try_from(bits.div_ceil(256)).ok().filter(|&n| n <= i32::MAX as u32);
-        let sizes = vec![self.rows(), self.positions()];
-        let blocks = blocks.ok_or(Error::TooLarge { what: "the grid of a launch", sizes })?;
+        let blocks =
+            grid(bits.div_ceil(PW_SWEEP_THREADS as usize), || vec![self.rows(), self.positions()])?;
         // SAFETY: the tensors are those of the call, the bits have room for all values.
         unsafe { start_training(self.device, Kernel::Bits, blocks, &mut params)? };
         Ok(memory)
@@ -499,13 +497,20 @@ impl Sweep<'_> {
             outputs: outputs as i64,
             items: items as i64,
         };
-        let blocks = i32::try_from(outputs.div_ceil(8)).map_err(|_| Error::TooLarge {
-            what: "the grid of a launch",
-            sizes: vec![outputs, items],
-        })?;
+        let of_block = (PW_SWEEP_THREADS / PW_SUM_LANES) as usize;
+        let blocks = grid(outputs.div_ceil(of_block), || vec![outputs, items])?;
         // SAFETY: memory of these sizes, freed in stream order.
-        unsafe { start_training(self.device, Kernel::Sum, blocks as u32, &mut params) }
+        unsafe { start_training(self.device, Kernel::Sum, blocks, &mut params) }
     }
+}
+
+/// So many blocks, along the one axis of a grid.
+///
+/// # Errors
+/// [`Error::TooLarge`], with these sizes.
+pub(super) fn grid(blocks: usize, sizes: impl FnOnce() -> Vec<usize>) -> Result<u32> {
+    let too_large = |_| Error::TooLarge { what: "the grid of a launch", sizes: sizes() };
+    i32::try_from(blocks).map(|blocks| blocks as u32).map_err(too_large)
 }
 
 /// Bytes of so many bits, in whole words.

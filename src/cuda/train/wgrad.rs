@@ -2,16 +2,16 @@
 
 use crate::cuda::device::{Buffer, CudaDevice};
 use crate::cuda::launch::{Tensor, start_training};
-use crate::cuda::params::{pw_wgrad, pw_wgrad_sum};
+use crate::cuda::params::{PW_WGRAD_SLAB, PW_WGRAD_THREADS, PW_WGRAD_TILE, pw_wgrad, pw_wgrad_sum};
 use crate::cuda::plan::Training as Kernel;
-use crate::cuda::train::sweep::{Axes, positions_of};
-use crate::error::{Error, Result};
+use crate::cuda::train::sweep::{Axes, grid, positions_of};
+use crate::error::Result;
 use crate::tensor::checked_product;
 
 /// Rows and columns of a block's tile.
-const TILE: usize = 64;
+const TILE: usize = PW_WGRAD_TILE as usize;
 /// Positions that are multiplied at a time.
-const SLAB: usize = 16;
+const SLAB: usize = PW_WGRAD_SLAB as usize;
 /// Positions that are worth a block of their own.
 const LEAST: usize = 256;
 
@@ -66,15 +66,9 @@ impl Wgrad<'_> {
             src_channels_fast: self.channels_fast[1].into(),
             ..pw_wgrad::default()
         };
-        let grid = |blocks: usize| {
-            let too_large = || Error::TooLarge {
-                what: "the grid of a launch",
-                sizes: vec![tiles, splits, values],
-            };
-            i32::try_from(blocks).map(|blocks| blocks as u32).map_err(|_| too_large())
-        };
+        let blocks = grid(tiles * splits, || vec![tiles, splits])?;
         // SAFETY: the tensors are those of the call, the sums have room for all splits.
-        unsafe { start_training(device, Kernel::Wgrad, grid(tiles * splits)?, &mut params)? };
+        unsafe { start_training(device, Kernel::Wgrad, blocks, &mut params)? };
         let mut out = vec![0.0f32; values];
         if splits == 1 {
             parts.download(&mut out)?;
@@ -88,10 +82,9 @@ impl Wgrad<'_> {
             splits: splits as u32,
             ..pw_wgrad_sum::default()
         };
+        let blocks = grid(values.div_ceil(PW_WGRAD_THREADS as usize), || vec![values])?;
         // SAFETY: memory of these sizes, freed in stream order.
-        unsafe {
-            start_training(device, Kernel::WgradSum, grid(values.div_ceil(256))?, &mut params)?
-        };
+        unsafe { start_training(device, Kernel::WgradSum, blocks, &mut params)? };
         sum.download(&mut out)?;
         Ok(out)
     }
