@@ -117,7 +117,8 @@ struct MmaShared {
 };
 
 // Starts the copies of one slab after another: everything beyond the end of an axis arrives as zero.
-template <class Tile>
+// kAlongChannels is what `reads_channels` says of the source.
+template <class Tile, bool kAlongChannels>
 class SlabCopier {
     using Element = typename Tile::Element;
     static constexpr int kDepth = Tile::kDepth, kThreads = Tile::kThreads;
@@ -160,7 +161,7 @@ public:
         valid = rest < Tile::kPositions ? int(rest) : Tile::kPositions;
         by_width([&](auto width) {
             constexpr int kWidth = decltype(width)::value;
-            if (reads_channels(source)) {
+            if (kAlongChannels) {
                 column = t / (kDepth / kWidth), k = t % (kDepth / kWidth) * kWidth;
             } else {
                 constexpr int kVectors = Tile::kPositions / kWidth;
@@ -168,7 +169,7 @@ public:
             }
         });
         src = static_cast<const Element*>(source.data) + (run.channel + k) * source.channel;
-        if (reads_channels(source)) {
+        if (kAlongChannels) {
             src_left = left - k;
             to = (column ^ Tile::position_swizzle(column)) * kDepth + k;
         } else {
@@ -202,7 +203,7 @@ public:
                 vector = kWidth > 1 ? rotated<Element, kWidth>(i) : 0;
                 across = i / kWidth * kAcross<kWidth>, deeper = i / kWidth * kDeeper<kWidth>;
             });
-            if (reads_channels(source)) {
+            if (kAlongChannels) {
                 Element* const here = slab + (to ^ Tile::position_swizzle(across) * kDepth) +
                                       across * kDepth + vector;
                 const bool exists = column + across < valid && k < rest;
@@ -246,7 +247,7 @@ private:
     __device__ void copy_src(Element* slab) {
         by_width([&](auto width) {
             constexpr int kWidth = decltype(width)::value;
-            if (reads_channels(source)) {
+            if constexpr (kAlongChannels) {
                 along_channels<kWidth>(slab);
             } else {
                 along_positions<kWidth>(slab);
@@ -511,11 +512,12 @@ __device__ void repair(const pw_fprop& p, const TileAt& tile,
     }
 }
 
-template <class Tile, bool kAlongChannels, bool kSteps>
+template <class Tile, bool kAlongChannels>
 __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
                           MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
-    SlabCopier<Tile> copier(p, tile, run, shared.at);
-#pragma unroll
+    SlabCopier<Tile, kAlongChannels> copier(p, tile, run, shared.at);
+    // Not unrolled: the copies' code, a part for each way to read, is most of a kernel's.
+#pragma unroll 1
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
         copier.next(shared.weight[stage], shared.src[stage]);
     }
@@ -525,7 +527,7 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
         // This slab is there for every thread, and every thread is done with the one before, whose
         // place the next copies take.
         ptx::wait<Tile::kStages - 2>();
-        if (kSteps) {
+        if (p.source_step_count > 0) {
             copier.transform(shared.src[read], run.input + done, run.depth - done);
         }
         __syncthreads();
@@ -545,17 +547,10 @@ __device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
 template <class Tile>
 __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
                          MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
-    const bool along_channels = reads_channels(*run.source);
-    if (p.source_step_count == 0) {
-        if (along_channels) {
-            sum_slabs<Tile, true, false>(p, tile, run, shared, acc);
-        } else {
-            sum_slabs<Tile, false, false>(p, tile, run, shared, acc);
-        }
-    } else if (along_channels) {
-        sum_slabs<Tile, true, true>(p, tile, run, shared, acc);
+    if (reads_channels(*run.source)) {
+        sum_slabs<Tile, true>(p, tile, run, shared, acc);
     } else {
-        sum_slabs<Tile, false, true>(p, tile, run, shared, acc);
+        sum_slabs<Tile, false>(p, tile, run, shared, acc);
     }
 }
 
