@@ -3,9 +3,10 @@
 //! As in f32, one operand of a tile is broadcast and the other one read in vectors. Where the
 //! channels of dst are adjacent, vectors run along them and src is broadcast, in place if it can be;
 //! otherwise they run along positions and the weight is broadcast. `pack` makes words of what is
-//! not read in place, `quantize` bytes of sources that are real, `sums` multiplies, `finish` makes dst
-//! of the sums, `kernels` has the code of all that for each instruction set.
+//! not read in place, `quantize` bytes of sources that are real, `sums` multiplies, `bytes` and `finish`
+//! make dst of the sums, `kernels` has the code of all that for each instruction set.
 
+mod bytes;
 mod finish;
 mod kernels;
 mod pack;
@@ -18,6 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
+use bytes::{Bytes, Strip};
 pub(crate) use finish::{Added, Clip, Scaling};
 use finish::{CHUNK, Finish, Operand, Stored};
 use kernels::{FinishFn, KERNELS, Kernel};
@@ -26,7 +28,7 @@ use quantize::{Element, PerPosition, Reach, Table};
 use sums::{MOST_ROWS, SUMS_STRIDE, Tile};
 
 use crate::cpu::isa::{Isa, Supported};
-use crate::cpu::plan::{even, pieces_of, vectors_and_tail};
+use crate::cpu::plan::{Run, even, pieces_of, vectors_and_tail};
 use crate::cpu::threads::{CpuDevice, with_scratch};
 use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
@@ -63,6 +65,8 @@ struct Packed {
     shift: Vec<f32>,
     per: Option<Per>,
     scaling: Scaling,
+    /// Of a dst of bytes that the sums alone make.
+    bytes: Option<Bytes>,
     src_flip: u8,
     shape: LayerShape,
 }
@@ -152,11 +156,14 @@ impl Layer {
             lowered;
         let rows = shape.c_out / shape.groups;
         let weights = Weights::pack(weight, rows, shape.k(), kernel.group, kernel.lanes);
+        let small = !shape.residual && scale.iter().all(|&scale| scale < 1.0);
+        let Scaling { clip, zero_point, flip, .. } = scaling;
+        let bytes = small.then(|| Bytes::new(clip, zero_point, flip));
         // They are read a whole chunk at a time.
         offset.resize(shape.c_out + CHUNK, 0);
         scale.resize(shape.c_out + CHUNK, 0.0);
         shift.resize(shape.c_out + CHUNK, 0.0);
-        let packed = Packed { weights, offset, scale, shift, per, scaling, src_flip, shape };
+        let packed = Packed { weights, offset, scale, shift, per, scaling, bytes, src_flip, shape };
         Layer { device: device.clone(), kernel, packed: Arc::new(packed) }
     }
 
@@ -545,21 +552,17 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
     /// Vectors run along the channels.
     fn channels(&self, rows: Range<usize>, count: usize) {
         let kernel = self.pass.layer.kernel;
+        // Positions of one tile lie in one panel.
+        let width = match self.pass.read {
+            Read::Panels(width) => width,
+            _ => count.max(1),
+        };
         for panel in self.panels(&rows) {
-            for lanes in pieces_of(panel, kernel.widest()) {
-                for lanes in lanes.each() {
-                    // Positions of one tile lie in one panel.
-                    let width = match self.pass.read {
-                        Read::Panels(width) => width,
-                        _ => count,
-                    };
-                    for panel in pieces_of(0..count, width.max(1)).flat_map(|run| run.each()) {
-                        let positions = panel.first..panel.first + panel.len;
-                        let most = kernel.most_rows(lanes.len);
-                        for positions in even(positions, most).flat_map(|run| run.each()) {
-                            let channels = lanes.first..lanes.first + lanes.len;
-                            self.across(channels, positions.first..positions.first + positions.len);
-                        }
+            for lanes in pieces_of(panel, kernel.widest()).flat_map(Run::each) {
+                for panel in pieces_of(0..count, width).flat_map(Run::each) {
+                    let positions = panel.first..panel.first + panel.len;
+                    for positions in even(positions, kernel.most_rows(lanes.len)) {
+                        self.across(lanes.first..lanes.first + lanes.len, positions);
                     }
                 }
             }
@@ -570,20 +573,17 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
     fn positions(&self, rows: Range<usize>, count: usize) {
         let kernel = self.pass.layer.kernel;
         let (pieces, tail) = vectors_and_tail(count, kernel.lanes, kernel.widest());
-        for piece in pieces.flat_map(|run| run.each()) {
+        for piece in pieces.flat_map(Run::each) {
             for panel in self.panels(&rows) {
-                let most = kernel.most_rows(piece.len);
-                for rows in even(panel, most).flat_map(|run| run.each()) {
-                    let channels = rows.first..rows.first + rows.len;
-                    self.along(channels, piece.first..piece.first + piece.len);
+                for rows in even(panel, kernel.most_rows(piece.len)) {
+                    self.along(rows, piece.first..piece.first + piece.len);
                 }
             }
         }
         if let Some(tail) = tail {
             for panel in self.panels(&rows) {
-                for lanes in pieces_of(panel, kernel.widest()).flat_map(|run| run.each()) {
-                    let lanes = lanes.first..lanes.first + lanes.len;
-                    self.across(lanes, tail.first..count);
+                for lanes in pieces_of(panel, kernel.widest()).flat_map(Run::each) {
+                    self.across(lanes.first..lanes.first + lanes.len, tail);
                 }
             }
         }
@@ -597,19 +597,20 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
         panels.map(move |panel| weights.rows_of(panel, &rows))
     }
 
-    /// A tile with lanes along the channels.
-    fn across(&self, channels: Range<usize>, positions: Range<usize>) {
+    /// Tiles with lanes along the channels.
+    fn across(&self, channels: Range<usize>, positions: Run) {
         let Pass { layer, read, .. } = self.pass;
         let weights = &layer.packed.weights;
         let k_words = weights.k_words;
+        let first = positions.first;
         let (a, a_row, a_word) = match *read {
-            Read::InPlace(step) => (positions.start as isize * step, step, 4),
+            Read::InPlace(step) => (first as isize * step, step, 4),
             Read::Rows => {
                 let row = 4 * k_words as isize;
-                (positions.start as isize * row, row, 4)
+                (first as isize * row, row, 4)
             }
             Read::Panels(width) => {
-                let (panel, within) = (positions.start / width, positions.start % width);
+                let (panel, within) = (first / width, first % width);
                 (4 * (panel * width * k_words + within) as isize, 4, 4 * width as isize)
             }
         };
@@ -620,75 +621,104 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
             b: weights.row(self.group, channels.start),
             b_word: weights.stride(channels.start / pack::PANEL),
             words: k_words,
-            rows: positions.len(),
+            rows: positions.len,
             vectors: channels.len().div_ceil(layer.kernel.lanes),
             weight_is_a: false,
-            out: self.sums.0.get().cast(),
         };
-        self.tile(tile, channels, positions, true);
+        self.run(tile, positions, channels);
     }
 
-    /// A tile with lanes along the positions.
-    fn along(&self, channels: Range<usize>, positions: Range<usize>) {
+    /// Tiles with lanes along the positions.
+    fn along(&self, channels: Run, positions: Range<usize>) {
         let Pass { layer, read, .. } = self.pass;
         let weights = &layer.packed.weights;
         let Read::Panels(width) = *read else { unreachable!("src is packed into panels") };
         let (panel, within) = (positions.start / width, positions.start % width);
         let b = panel * width * weights.k_words + within;
         let tile = Tile {
-            a: weights.row(self.group, channels.start).cast(),
+            a: weights.row(self.group, channels.first).cast(),
             a_row: 4,
-            a_word: 4 * weights.stride(channels.start / pack::PANEL) as isize,
+            a_word: 4 * weights.stride(channels.first / pack::PANEL) as isize,
             b: self.src.cast::<u32>().wrapping_add(b),
             b_word: width,
             words: weights.k_words,
-            rows: channels.len(),
+            rows: channels.len,
             vectors: positions.len().div_ceil(layer.kernel.lanes),
             weight_is_a: true,
-            out: self.sums.0.get().cast(),
         };
-        self.tile(tile, channels, positions, false);
+        self.run(tile, channels, positions);
     }
 
-    fn tile(
-        &self,
-        tile: Tile,
-        channels: Range<usize>,
-        positions: Range<usize>,
-        lanes_are_channels: bool,
-    ) {
+    /// Tiles one after another along their rows, of which the first is given.
+    fn run(&self, tile: Tile, rows: Run, lanes: Range<usize>) {
         let Pass { layer, dst, residual, .. } = self.pass;
-        let channel = self.group * self.pass.rows_per_group() + channels.start;
-        let Packed { offset, scale, shift, scaling, .. } = &*layer.packed;
-        let (rows, lanes) = match lanes_are_channels {
-            true => (positions.len(), channels.len()),
-            false => (channels.len(), positions.len()),
+        let Packed { offset, scale, shift, scaling, bytes, .. } = &*layer.packed;
+        let before = self.group * self.pass.rows_per_group();
+        let lanes_are_channels = !tile.weight_is_a;
+        // Channel and position of a tile's first element.
+        let at = |row: usize| match lanes_are_channels {
+            true => (before + lanes.start, row),
+            false => (before + row, lanes.start),
         };
-        let finish = Finish {
-            sums: tile.out,
-            rows,
-            lanes,
-            lanes_are_channels,
-            offset: offset[channel..].as_ptr(),
-            scale: scale[channel..].as_ptr(),
-            shift: shift[channel..].as_ptr(),
-            quantization: match R::REAL {
-                true => self.quantization.from(positions.start),
-                false => PerPosition::default(),
-            },
-            scaling: *scaling,
-            dst: dst.at(channel, self.dst, positions.start),
-            residual: residual.as_ref().map(|r| r.at(channel, self.residual, positions.start)),
-        };
-        // SAFETY: the CPU has the kernel's instructions; the block lies inside src or its copy, the
-        // rows and lanes inside the packed weight, which is as wide as whole vectors (and so are the
-        // copy's panels); the call was checked, and the tables have the block's positions. Nobody else
-        // uses the sums.
-        unsafe {
-            (layer.kernel.sum)(&tile);
-            T::finish(layer.kernel)(&finish);
+        let (channel, position) = at(rows.first);
+        if let (true, &Some(bytes)) = (T::BYTE, bytes) {
+            let to = dst.at(channel, self.dst, position);
+            let adjacent = match lanes_are_channels {
+                true => to.channel == 1,
+                false => to.adjacent || adjacent(&self.dst[lanes.clone()]),
+            };
+            if adjacent {
+                let first = if lanes_are_channels { 0 } else { self.dst[position] };
+                let strip = Strip {
+                    tile,
+                    tiles: rows.tiles,
+                    lanes: lanes.len(),
+                    offset: offset[channel..].as_ptr(),
+                    scale: scale[channel..].as_ptr(),
+                    dst: to.ptr.wrapping_offset(first).cast(),
+                    channel: to.channel,
+                    positions: to.positions,
+                    bytes,
+                };
+                // SAFETY: as below.
+                return unsafe { (layer.kernel.strip)(&strip) };
+            }
+        }
+        for (t, rows) in rows.each().enumerate() {
+            let (channel, position) = at(rows.first);
+            let tile =
+                Tile { a: tile.a.wrapping_offset((t * rows.len) as isize * tile.a_row), ..tile };
+            let finish = Finish {
+                sums: self.sums.0.get().cast(),
+                rows: rows.len,
+                lanes: lanes.len(),
+                lanes_are_channels,
+                offset: offset[channel..].as_ptr(),
+                scale: scale[channel..].as_ptr(),
+                shift: shift[channel..].as_ptr(),
+                quantization: match R::REAL {
+                    true => self.quantization.from(position),
+                    false => PerPosition::default(),
+                },
+                scaling: *scaling,
+                dst: dst.at(channel, self.dst, position),
+                residual: residual.as_ref().map(|r| r.at(channel, self.residual, position)),
+            };
+            // SAFETY: the CPU has the kernel's instructions; the block lies inside src or its copy, the
+            // rows and lanes inside the packed weight, which is as wide as whole vectors (and so are
+            // the copy's panels); the call was checked, and the tables have the block's positions.
+            // Nobody else uses the sums.
+            unsafe {
+                (layer.kernel.sum)(&tile, self.sums.0.get().cast());
+                T::finish(layer.kernel)(&finish);
+            }
         }
     }
+}
+
+/// Whether positions lie side by side.
+fn adjacent(positions: &[isize]) -> bool {
+    positions.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1))
 }
 
 #[cfg(test)]

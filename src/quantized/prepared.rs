@@ -103,6 +103,7 @@ impl Quantized {
                 before,
                 clip,
                 zero_point: self.dst.map_or(0, |dst| dst.zero_point),
+                flip: self.dst.map_or(0, |dst| dst.int8.flip()),
                 residual_flip: self.residual.map_or(0, |residual| residual.int8.flip()),
                 residual_zero_point: self
                     .residual

@@ -43,6 +43,8 @@ pub(crate) struct Scaling {
     pub clip: Clip,
     /// Of dst, where it is a byte.
     pub zero_point: i32,
+    /// What makes a byte of dst unsigned, by exclusive or.
+    pub flip: u8,
     /// What makes a byte of the residual unsigned, by exclusive or.
     pub residual_flip: u8,
     /// Of the residual as an unsigned byte.
@@ -86,12 +88,17 @@ pub(crate) struct Finish<'a, T, R> {
 
 /// A result's element: a byte of either sign, or a real number.
 pub(crate) trait Stored: Copy + Sync + 'static {
+    /// Whether it is a byte.
+    const BYTE: bool = false;
+
     /// # Safety
     /// The CPU has V's instructions.
     unsafe fn of<V: Simd>(values: [f32; CHUNK], zero_point: i32) -> [Self; CHUNK];
 }
 
 impl Stored for u8 {
+    const BYTE: bool = true;
+
     #[inline(always)]
     unsafe fn of<V: Simd>(values: [f32; CHUNK], zero_point: i32) -> [u8; CHUNK] {
         values.map(|value| round(value).wrapping_add(zero_point as u32) as u8)
@@ -322,7 +329,7 @@ impl<T> Lanes<T> {
         unsafe {
             let positions = operand.positions.add(lane);
             let table = std::slice::from_raw_parts(positions, count);
-            let dense = adjacent || table.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1));
+            let dense = adjacent || super::adjacent(table);
             let ptr = ptr.wrapping_offset(table[0]);
             Lanes { ptr, channel, positions, spacing: None, dense }
         }

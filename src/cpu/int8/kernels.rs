@@ -1,5 +1,6 @@
 //! The code for each instruction set: a row of [`KERNELS`].
 
+use super::bytes::{self, Strip};
 use super::finish::{self, Added, Finish, Stored};
 use super::pack::{self, Source};
 use super::quantize::{self, Element, Reach};
@@ -23,7 +24,9 @@ pub(crate) struct Kernel {
     /// The most rows of a tile of 1, 2, … vectors.
     pub rows: &'static [usize],
     /// Sums a tile: see [`sums::tile`]; rows and vectors are as `rows` says, neither is zero.
-    pub sum: unsafe fn(&Tile),
+    pub sum: unsafe fn(&Tile, *mut i32),
+    /// Sums tiles into bytes: see [`bytes::strip`], and as above.
+    pub strip: unsafe fn(&Strip),
     /// See [`sums::chains`].
     pub chains: unsafe fn(usize) -> usize,
     /// By dst's type, of sources of bytes.
@@ -87,19 +90,41 @@ macro_rules! kernel {
             use super::*;
 
             $(#[$features])?
-            unsafe fn tile<const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(tile: &Tile) {
+            unsafe fn tile<const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(
+                tile: &Tile,
+                out: *mut i32,
+            ) {
                 // SAFETY: the caller's promises; this function has the target features.
-                unsafe { sums::tile::<$dot, R, NV, WEIGHT_IS_A>(tile) }
+                unsafe { sums::tile::<$dot, R, NV, WEIGHT_IS_A>(tile, out) }
             }
 
-            static TILES: [&[[unsafe fn(&Tile); 2]]; [$($nv),*].len()] = [
+            static TILES: [&[[unsafe fn(&Tile, *mut i32); 2]]; [$($nv),*].len()] = [
                 $(&[$([tile::<$rows, $nv, false>, tile::<$rows, $nv, true>]),*]),*
             ];
 
-            pub(super) unsafe fn sum(tile: &Tile) {
+            pub(super) unsafe fn sum(tile: &Tile, out: *mut i32) {
                 let run = TILES[tile.vectors - 1][tile.rows - 1][usize::from(tile.weight_is_a)];
                 // SAFETY: the caller's promises.
-                unsafe { run(tile) }
+                unsafe { run(tile, out) }
+            }
+
+            $(#[$features])?
+            unsafe fn strip_of<const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(
+                strip: &Strip,
+            ) {
+                // SAFETY: as above.
+                unsafe { bytes::strip::<$dot, R, NV, WEIGHT_IS_A>(strip) }
+            }
+
+            static STRIPS: [&[[unsafe fn(&Strip); 2]]; [$($nv),*].len()] = [
+                $(&[$([strip_of::<$rows, $nv, false>, strip_of::<$rows, $nv, true>]),*]),*
+            ];
+
+            pub(super) unsafe fn strip(strip: &Strip) {
+                let tile = &strip.tile;
+                let run = STRIPS[tile.vectors - 1][tile.rows - 1][usize::from(tile.weight_is_a)];
+                // SAFETY: as above.
+                unsafe { run(strip) }
             }
 
             $(#[$features])?
@@ -145,6 +170,7 @@ macro_rules! kernel {
             lanes: <$dot as Dot>::LANES,
             rows: &[$([$($rows),*].len()),*],
             sum: $pick::sum,
+            strip: $pick::strip,
             chains: $pick::chains,
             finish_u8: $pick::finish,
             finish_f32: $pick::finish,

@@ -2,8 +2,8 @@
 //!
 //! Operands are words of 32 bits that hold a group of adjacent input channels: four bytes where the
 //! CPU multiplies bytes (VNNI), elsewhere two 16-bit integers. One side is unsigned (src), the other
-//! one signed (the weight). Sums wrap, so that whatever is taken from them afterwards is exact as
-//! long as the result fits an i32.
+//! one signed (the weight). Sums wrap, so that whatever is added to them, before or afterwards, is
+//! exact as long as the result fits an i32.
 
 use std::hint::black_box;
 
@@ -34,8 +34,6 @@ pub(crate) struct Tile {
     pub vectors: usize,
     /// Whether A is the weight, the signed side; otherwise B is.
     pub weight_is_a: bool,
-    /// Rows of [`SUMS_STRIDE`] sums.
-    pub out: *mut i32,
 }
 
 /// A vector of sums, and of words to multiply.
@@ -56,7 +54,7 @@ pub(super) trait Dot: Copy {
 /// Pairs of 16-bit integers in plain code.
 #[cfg(any(test, not(target_arch = "x86_64")))]
 #[derive(Clone, Copy)]
-pub(super) struct Pairs8([u32; 8]);
+pub(super) struct Pairs8(pub(super) [u32; 8]);
 
 #[cfg(any(test, not(target_arch = "x86_64")))]
 impl Dot for Pairs8 {
@@ -108,7 +106,7 @@ macro_rules! vectors {
     ($($(#[$doc:meta])* $name:ident($register:ty), $lanes:literal lanes: $zero:ident, $load:ident, $store:ident, $splat:ident, |$sum:ident, $unsigned:ident, $signed:ident| $dot:expr;)*) => {$(
         $(#[$doc])*
         #[derive(Clone, Copy)]
-        pub(super) struct $name($register);
+        pub(super) struct $name(pub(super) $register);
 
         impl Dot for $name {
             const LANES: usize = $lanes;
@@ -163,26 +161,40 @@ vectors! {
         |sum, unsigned, signed| _mm512_dpbusd_epi32(sum, unsigned, signed);
 }
 
-/// Computes a tile of `R` rows and `NV` vectors.
-///
-/// Rows are reached by addresses of the form `base + stride * {1, 2, 4}`, whose strides are hidden
-/// from the optimiser, which would make one long chain of additions of them.
+/// The distances of a tile's rows, in bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    one: isize,
+    three: isize,
+    five: isize,
+    seven: isize,
+}
+
+impl Rows {
+    /// Rows are reached by addresses of the form `base + stride * {1, 2, 4}`, whose strides are hidden
+    /// from the optimiser, which would make one long chain of additions of them.
+    #[inline(always)]
+    pub(super) fn new(one: isize) -> Self {
+        let [three, five, seven] = [3, 5, 7].map(|times| black_box(times * one));
+        Rows { one, three, five, seven }
+    }
+}
+
+/// Adds the products of a tile of `R` rows and `NV` vectors to sums.
 ///
 /// # Safety
-/// The CPU has D's instructions; A is readable at every row and word, B at every word and lane, and
-/// `out` is writable at every row and lane.
+/// The CPU has D's instructions; A is readable at every row and word, B at every word and lane.
 #[inline(always)]
-pub(super) unsafe fn tile<D: Dot, const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(
+pub(super) unsafe fn add<D: Dot, const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(
     tile: &Tile,
+    Rows { one, three, five, seven }: Rows,
+    sums: &mut [[D; NV]; R],
 ) {
     debug_assert!(tile.rows == R && tile.vectors == NV);
-    let one = tile.a_row;
-    let [three, five, seven] = [3, 5, 7].map(|times| black_box(times * one));
     let mut bases = [tile.a, tile.a.wrapping_offset(seven)];
     let mut b = tile.b;
     // SAFETY: the caller's promises; addresses past the last word are not used.
     unsafe {
-        let mut sums = [[D::zero(); NV]; R];
         for _ in 0..tile.words {
             let mut lanes = [D::zero(); NV];
             for (v, lanes) in lanes.iter_mut().enumerate() {
@@ -205,9 +217,25 @@ pub(super) unsafe fn tile<D: Dot, const R: usize, const NV: usize, const WEIGHT_
             bases = bases.map(|base| base.wrapping_offset(tile.a_word));
             b = b.wrapping_add(tile.b_word);
         }
+    }
+}
+
+/// Computes a tile of `R` rows and `NV` vectors into rows of [`SUMS_STRIDE`] sums.
+///
+/// # Safety
+/// As [`add`], and `out` is writable at every row and lane.
+#[inline(always)]
+pub(super) unsafe fn tile<D: Dot, const R: usize, const NV: usize, const WEIGHT_IS_A: bool>(
+    tile: &Tile,
+    out: *mut i32,
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        let mut sums = [[D::zero(); NV]; R];
+        add::<D, R, NV, WEIGHT_IS_A>(tile, Rows::new(tile.a_row), &mut sums);
         for (row, sums) in sums.into_iter().enumerate() {
             for (v, sum) in sums.into_iter().enumerate() {
-                sum.store(tile.out.add(row * SUMS_STRIDE + v * D::LANES));
+                sum.store(out.add(row * SUMS_STRIDE + v * D::LANES));
             }
         }
     }

@@ -171,6 +171,9 @@ struct Case {
     residual: Array4<u8>,
     sums: Array4<f32>,
     bytes: Array4<u8>,
+    /// The layer without its residual, into bytes that are not those of src, and its results.
+    plain: Quantized,
+    plain_bytes: Array4<u8>,
 }
 
 impl Case {
@@ -211,10 +214,22 @@ impl Case {
             let steps = (sums[at] / scale).max(-20.0) + residual;
             (steps.min(100.0).round_ties_even() + 50.0).clamp(0.0, 255.0) as u8
         });
+        // Both ends of the range lie between two steps.
+        let (lo, hi) = (-60.5, 27.5);
+        let quantization = match i8 {
+            true => Quantization::u8(2.0 * scale, 90),
+            false => Quantization::i8(2.0 * scale, -40),
+        };
+        let (zero_point, least) = if i8 { (90.0, 0.0) } else { (-40.0, -128.0) };
+        let plain_bytes = sums.mapv(|sum| {
+            let steps = (sum / (2.0 * scale)).clamp(lo, hi).round_ties_even() + zero_point;
+            steps.clamp(least, least + 255.0) as i32 as u8
+        });
+        let plain = layer.clone().clip(lo * 2.0 * scale, hi * 2.0 * scale).dst(quantization);
         let layer = layer.clip(-20.0 * scale, f32::INFINITY);
         let layer = layer.residual(Quantization::i8(scale / 2.0, -3));
         let layer = layer.clip(f32::NEG_INFINITY, 100.0 * scale).dst(Quantization::u8(scale, 50));
-        Case { layer, src, residual, sums, bytes }
+        Case { layer, src, residual, sums, bytes, plain, plain_bytes }
     }
 
     /// The layer with f32 results: exact, since every factor is a power of two.
@@ -259,6 +274,10 @@ fn every_kernel_is_exact_on_every_shape_and_order() {
                                 run(kernel, threads, &case.bare(), src, None, dst);
                             });
                             assert_eq!(got, case.sums, "{what}");
+                            let got = into_order(dst_shape, dst_order, 99, |dst| {
+                                run(kernel, threads, &case.plain, src, None, dst);
+                            });
+                            assert_eq!(got, case.plain_bytes, "{what}, bytes alone");
                             in_order(case.residual.view(), src_order, |residual| {
                                 let got = into_order(dst_shape, dst_order, 99, |dst| {
                                     run(kernel, threads, &case.layer, src, Some(residual), dst);
@@ -391,6 +410,9 @@ fn every_size_on_the_heap() {
         for kernel in kernels() {
             for order in ORDERS {
                 in_order(case.src.view(), order, |src| {
+                    let mut got = case.bytes.clone();
+                    run(kernel, 1, &case.plain, src, None, &mut got.view_mut());
+                    assert_eq!(got, case.plain_bytes);
                     in_order(case.residual.view(), order, |residual| {
                         let mut got = case.bytes.clone();
                         run(kernel, 1, &case.layer, src, Some(residual), &mut got.view_mut());
