@@ -208,13 +208,41 @@ struct Scratch {
     packed: Words,
     /// What `packed` holds: pass, block, group.
     held: Option<(u64, usize, usize)>,
-    src: Vec<isize>,
-    dst: Vec<isize>,
-    residual: Vec<isize>,
+    src: Offsets,
+    dst: Offsets,
+    residual: Offsets,
     reaches: Vec<Reach>,
     /// The quantisations of a block's positions, and which pass and block that is.
     quantization: Table,
     quantized: Option<(u64, usize)>,
+}
+
+/// Where the positions of a block are in a tensor.
+#[derive(Default)]
+struct Offsets {
+    /// Each one's distance from the block's base.
+    values: Vec<isize>,
+    /// The step between values, if it is the same between all: then they serve the next block, too.
+    step: Option<isize>,
+}
+
+impl Offsets {
+    /// Those of some positions, and their base.
+    fn of(&mut self, positions: &Positions, range: Range<usize>) -> (isize, &[isize]) {
+        let count = range.len();
+        let Some(step) = positions.uniform() else {
+            self.step = None;
+            self.values.resize(count, 0);
+            positions.fill(range.start, 0, &mut self.values);
+            return (0, &self.values);
+        };
+        if self.step != Some(step) || self.values.len() < count {
+            self.step = Some(step);
+            self.values.clear();
+            self.values.extend((0..count as isize).map(|i| i.wrapping_mul(step)));
+        }
+        (step.wrapping_mul(range.start as isize), &self.values[..count])
+    }
 }
 
 thread_local! {
@@ -267,10 +295,10 @@ impl<T> Walked<T> {
         }
     }
 
-    /// Some channels at a block's positions.
-    fn at(&self, channel: usize, table: &[isize], first: usize) -> Operand<T> {
+    /// Some channels at a block's positions, from the `first` on.
+    fn at(&self, channel: usize, (base, table): (isize, &[isize]), first: usize) -> Operand<T> {
         Operand {
-            ptr: self.ptr.wrapping_offset(channel as isize * self.channel),
+            ptr: self.ptr.wrapping_offset(base + channel as isize * self.channel),
             channel: self.channel,
             positions: table[first..].as_ptr(),
             adjacent: self.positions.uniform() == Some(1),
@@ -412,11 +440,11 @@ impl<'a, T: Output<R>, R: Added> Pass<'a, T, R> {
     }
 
     fn read_ranges(&self, unit: usize, call: &Call<'_, T, R>, scratch: &mut Scratch) {
-        let Scratch { src: positions, reaches, .. } = scratch;
+        let Scratch { src: offsets, reaches, .. } = scratch;
         let (all, first) = (self.positions_of(call), unit * self.reading_block());
         let per_sample = all / call.src.shape()[0];
         let src = Walked::new(&call.src, call.src.shape(), 1);
-        self.reaches(&src, first..all.min(first + self.reading_block()), positions, reaches);
+        self.reaches(&src, first..all.min(first + self.reading_block()), offsets, reaches);
         let (mut rest, mut first) = (&reaches[..], first);
         while !rest.is_empty() {
             // One step per sample, or all at once where they share a range.
@@ -435,15 +463,14 @@ impl<'a, T: Output<R>, R: Added> Pass<'a, T, R> {
         &self,
         src: &Walked<R::Source>,
         range: Range<usize>,
-        positions: &mut Vec<isize>,
+        offsets: &mut Offsets,
         reaches: &mut Vec<Reach>,
     ) {
-        positions.resize(range.len(), 0);
-        src.positions.fill(range.start, 0, positions);
         reaches.clear();
         reaches.resize(range.len(), Reach::default());
+        let (base, positions) = offsets.of(&src.positions, range);
         let source = Source {
-            ptr: src.ptr.cast_const(),
+            ptr: src.ptr.cast_const().wrapping_offset(base),
             channel: src.channel,
             positions,
             k: self.layer.packed.shape.c_in,
@@ -483,12 +510,11 @@ impl<'a, T: Output<R>, R: Added> Pass<'a, T, R> {
         }
         let Scratch { packed, held, src, dst, residual, quantization, .. } = scratch;
         let quantization = if R::REAL { quantization.get() } else { PerPosition::default() };
-        dst.resize(count, 0);
-        self.dst.positions.fill(first, 0, dst);
-        if let Some(walked) = &self.residual {
-            residual.resize(count, 0);
-            walked.positions.fill(first, 0, residual);
-        }
+        let dst = dst.of(&self.dst.positions, first..first + count);
+        let residual = match &self.residual {
+            Some(walked) => residual.of(&walked.positions, first..first + count),
+            None => (0, &[][..]),
+        };
 
         let k = shape.k();
         let ptr = self.src.ptr.wrapping_offset((group * k) as isize * self.src.channel);
@@ -496,10 +522,9 @@ impl<'a, T: Output<R>, R: Added> Pass<'a, T, R> {
             Read::InPlace(step) => ptr.cast_const().wrapping_offset(first as isize * step).cast(),
             Read::Rows | Read::Panels(_) => {
                 if *held != Some((self.id, block, group)) {
-                    src.resize(count, 0);
-                    self.src.positions.fill(first, 0, src);
-                    let channel = self.src.channel;
-                    let (positions, flip) = (&**src, *src_flip);
+                    let (base, positions) = src.of(&self.src.positions, first..first + count);
+                    let ptr = ptr.wrapping_offset(base);
+                    let (channel, flip) = (self.src.channel, *src_flip);
                     let source = Source { ptr, channel, positions, k, flip, quantization };
                     let packing = R::Source::packing(kernel);
                     // SAFETY: the CPU has the kernel's instructions, and the call was checked: the
@@ -535,9 +560,9 @@ struct Area<'a, T, R: Added> {
     group: usize,
     /// The block's src, as [`Read`] says.
     src: *const u8,
-    /// Where the block's positions are in dst and in the residual.
-    dst: &'a [isize],
-    residual: &'a [isize],
+    /// Where the block's positions are in dst and in the residual: their base, and how far from it.
+    dst: (isize, &'a [isize]),
+    residual: (isize, &'a [isize]),
     /// Of the block's positions, if src is real.
     quantization: PerPosition<'a>,
     /// Those of the tile at hand.
@@ -665,10 +690,10 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
             let to = dst.at(channel, self.dst, position);
             let adjacent = match lanes_are_channels {
                 true => to.channel == 1,
-                false => to.adjacent || adjacent(&self.dst[lanes.clone()]),
+                false => to.adjacent || adjacent(&self.dst.1[lanes.clone()]),
             };
             if adjacent {
-                let first = if lanes_are_channels { 0 } else { self.dst[position] };
+                let first = if lanes_are_channels { 0 } else { self.dst.1[position] };
                 let strip = Strip {
                     tile,
                     tiles: rows.tiles,

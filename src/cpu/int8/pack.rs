@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::adjacent;
 use super::quantize::{Element, PerPosition};
 
 /// One cache line.
@@ -170,9 +171,8 @@ pub(super) unsafe fn panels<S: Element, const GROUP: usize>(
     let panels = positions.chunks(width).zip(out.chunks_exact_mut(k_words * width)).enumerate();
     for (panel, (positions, out)) in panels {
         let quantizer = |p: usize| S::quantizer(source, panel * width + p);
-        let dense = positions.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1));
+        let dense = adjacent(positions);
         for (w, out) in out.chunks_exact_mut(width).enumerate() {
-            let out = &mut out[..positions.len()];
             let left = (k - w * GROUP).min(GROUP);
             let rows: [*const S; GROUP] = std::array::from_fn(|i| {
                 // A channel that is missing meets a zero of the weight: any byte will do.
@@ -181,6 +181,12 @@ pub(super) unsafe fn panels<S: Element, const GROUP: usize>(
             // SAFETY: the caller's promise: every row is readable at every position, which are
             // adjacent in the first case.
             unsafe {
+                #[cfg(target_arch = "x86_64")]
+                if let (true, 4, Some(rows)) = (dense, GROUP, S::bytes(&rows)) {
+                    interleave(rows, positions[0], source.flip, positions.len(), out);
+                    continue;
+                }
+                let out = &mut out[..positions.len()];
                 if dense {
                     let rows: [&[S]; GROUP] = std::array::from_fn(|i| {
                         let row = rows[i].wrapping_offset(positions[0]);
@@ -206,6 +212,48 @@ pub(super) unsafe fn panels<S: Element, const GROUP: usize>(
                         });
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Words of four rows of bytes at `count` adjacent positions, by the vector of 64: there is room for whole
+/// ones.
+///
+/// # Safety
+/// The CPU has AVX-512 BW, as all with words of four bytes have; rows are readable at all positions.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn interleave(rows: &[*const u8], first: isize, flip: u8, count: usize, out: &mut [u32]) {
+    use std::arch::x86_64::*;
+    for done in (0..count).step_by(64) {
+        let mask = u64::MAX >> (64 - (count - done).min(64));
+        // SAFETY: the caller's promises.
+        unsafe {
+            // Fours of positions, so that pairs within quarters of vectors come out in order.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let mut bytes = [_mm512_set1_epi8(flip as i8); 4];
+            for (bytes, row) in bytes.iter_mut().zip(rows) {
+                let from = row.wrapping_offset(first).wrapping_add(done).cast();
+                // A load without a mask is the faster one.
+                let row = match mask {
+                    u64::MAX => _mm512_loadu_epi8(from),
+                    _ => _mm512_maskz_loadu_epi8(mask, from),
+                };
+                *bytes = _mm512_permutexvar_epi32(order, _mm512_xor_si512(row, *bytes));
+            }
+            let [a, b, c, d] = bytes;
+            let (low, high) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
+            let (low_2, high_2) = (_mm512_unpacklo_epi8(c, d), _mm512_unpackhi_epi8(c, d));
+            let to = out[done..][..64].as_mut_ptr();
+            let words = [
+                _mm512_unpacklo_epi16(low, low_2),
+                _mm512_unpackhi_epi16(low, low_2),
+                _mm512_unpacklo_epi16(high, high_2),
+                _mm512_unpackhi_epi16(high, high_2),
+            ];
+            for (i, words) in words.into_iter().enumerate() {
+                _mm512_storeu_si512(to.add(16 * i).cast(), words);
             }
         }
     }

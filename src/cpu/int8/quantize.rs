@@ -84,6 +84,10 @@ pub(crate) trait Element: Copy + Sync + 'static {
 
     fn quantizer(source: &Source<'_, Self>, position: usize) -> Self::Quantizer;
     fn byte(self, quantizer: Self::Quantizer) -> u8;
+    /// Rows, if they are of bytes.
+    fn bytes(_rows: &[*const Self]) -> Option<&[*const u8]> {
+        None
+    }
     /// How far it reaches from zero; nowhere if it is a byte.
     fn reach(self) -> Reach;
     /// Which of a kernel's functions read it.
@@ -101,6 +105,11 @@ impl Element for u8 {
     #[inline(always)]
     fn byte(self, flip: u8) -> u8 {
         self ^ flip
+    }
+
+    #[inline(always)]
+    fn bytes(rows: &[*const u8]) -> Option<&[*const u8]> {
+        Some(rows)
     }
 
     #[inline(always)]
