@@ -15,10 +15,11 @@ use crate::cpu::epilogue::{
 };
 use crate::cpu::isa::Isa;
 use crate::cpu::math;
-use crate::cpu::simd::Simd;
+use crate::cpu::simd::{self, Simd};
 use crate::dtype::{DType, Element, bf16, f16};
 use crate::stages::Activation;
 use std::hint::black_box;
+use std::marker::PhantomData;
 
 /// A range of `k` that A and B hold at fixed strides: one source of a channel concatenation.
 ///
@@ -202,11 +203,11 @@ pub(crate) trait Product<V: Simd> {
     unsafe fn store_tail(x: V, dst: *mut Self::Stored, tail: V::Tail);
 }
 
-/// Products of f32.
-struct F32;
+/// Products of f32, stored as `T`.
+struct F32<T>(PhantomData<T>);
 
-impl<V: Simd> Product<V> for F32 {
-    type Stored = f32;
+impl<V: Simd, T: Element> Product<V> for F32<T> {
+    type Stored = T;
 
     #[inline(always)]
     unsafe fn splat(term: *const f32) -> V {
@@ -220,15 +221,15 @@ impl<V: Simd> Product<V> for F32 {
     }
 
     #[inline(always)]
-    unsafe fn store(x: V, dst: *mut f32) {
+    unsafe fn store(x: V, dst: *mut T) {
         // SAFETY: the caller's promise.
-        unsafe { x.store(dst) }
+        unsafe { simd::store(x, dst) }
     }
 
     #[inline(always)]
-    unsafe fn store_tail(x: V, dst: *mut f32, tail: V::Tail) {
+    unsafe fn store_tail(x: V, dst: *mut T, tail: V::Tail) {
         // SAFETY: the caller's promise.
-        unsafe { x.store_tail(dst, tail) }
+        unsafe { simd::store_tail(x, dst, tail) }
     }
 }
 
@@ -572,7 +573,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    PORTABLE = Isa::Portable, F32 in F32, 4 lanes, panels of [8], run_portable {
+    PORTABLE = Isa::Portable, F32 in F32<f32>, 4 lanes, panels of [8], run_portable {
         4: crate::cpu::simd::Baseline, 1, [1 2 3 4];
         8: crate::cpu::simd::Baseline, 2, [1 2 3 4];
     }
@@ -581,7 +582,7 @@ sizes! {
 #[cfg(target_arch = "x86_64")]
 sizes! {
     #[target_feature(enable = "avx2,fma,f16c")]
-    AVX2 = Isa::Avx2, F32 in F32, 8 lanes, panels of [24, 16], run_avx2 {
+    AVX2 = Isa::Avx2, F32 in F32<f32>, 8 lanes, panels of [24, 16], run_avx2 {
         8: crate::cpu::simd::avx2::F32x8, 1, [1 2 3 4 5 6];
         16: crate::cpu::simd::avx2::F32x8, 2, [1 2 3 4 5 6];
         24: crate::cpu::simd::avx2::F32x8, 3, [1 2 3 4];
@@ -589,30 +590,30 @@ sizes! {
 }
 
 #[cfg(target_arch = "x86_64")]
-sizes! {
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw")]
-    AVX512 = Isa::Avx512, F32 in F32, 16 lanes, panels of [64, 48], run_avx512 {
-        8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-        16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-        24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
-        32: crate::cpu::simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-        48: crate::cpu::simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
-        64: crate::cpu::simd::avx512::F32x16, 4, [1 2 3 4 5 6];
-    }
+macro_rules! avx512_sizes {
+    ($features:literal: $table:ident, $terms:ident in $product:ty, $run:ident) => {
+        sizes! {
+            #[target_feature(enable = $features)]
+            $table = Isa::Avx512, $terms in $product, 16 lanes, panels of [64, 48], $run {
+                8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+                16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+                24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
+                32: crate::cpu::simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+                48: crate::cpu::simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
+                64: crate::cpu::simd::avx512::F32x16, 4, [1 2 3 4 5 6];
+            }
+        }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
-sizes! {
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16")]
-    AVX512_BF16 = Isa::Avx512, Bf16Pair in Bf16Pairs, 16 lanes, panels of [64, 48], run_avx512_bf16 {
-        8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-        16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-        24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
-        32: crate::cpu::simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-        48: crate::cpu::simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
-        64: crate::cpu::simd::avx512::F32x16, 4, [1 2 3 4 5 6];
-    }
-}
+avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw": AVX512, F32 in F32<f32>, run_avx512);
+
+#[cfg(target_arch = "x86_64")]
+avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw": AVX512_F16, F32 in F32<f16>, run_avx512_f16);
+
+#[cfg(target_arch = "x86_64")]
+avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16": AVX512_BF16, Bf16Pair in Bf16Pairs, run_avx512_bf16);
 
 /// Every microkernel. A new kernel is a row here; tests and benches iterate over this table.
 ///
@@ -635,11 +636,11 @@ pub(crate) static KERNELS: &[Kernel] = &[
     #[cfg(target_arch = "x86_64")]
     kernel("fprop_f16_avx2_4x24", DType::F16, 4, 24, &AVX2),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx512f_14x16", DType::F16, 14, 16, &AVX512),
+    kernel("fprop_f16_avx512f_14x16", DType::F16, 14, 16, &AVX512_F16),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx512f_9x48", DType::F16, 9, 48, &AVX512),
+    kernel("fprop_f16_avx512f_9x48", DType::F16, 9, 48, &AVX512_F16),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx512f_6x64", DType::F16, 6, 64, &AVX512),
+    kernel("fprop_f16_avx512f_6x64", DType::F16, 6, 64, &AVX512_F16),
     kernel("fprop_bf16_portable_4x8", DType::Bf16, 4, 8, &PORTABLE),
     #[cfg(target_arch = "x86_64")]
     kernel("fprop_bf16_avx2_6x16", DType::Bf16, 6, 16, &AVX2),
