@@ -9,9 +9,12 @@
 template <int kPositions>
 struct PositionTable {
     int64_t src[kPositions];  // in the source that is being read
-    int64_t dst[kPositions];
+    int64_t dst[kPositions];  // of position i at slot(i), and so of the residual
     int64_t residual[kPositions];
     int64_t gate[kPositions];
+
+    // Lanes of an epilogue look up every fourth or eighth position: theirs are in different banks.
+    static __device__ int slot(int i) { return i ^ (i >> 4 & 3); }
 };
 
 // Whether neighbouring threads take neighbouring channels of a source.
@@ -125,8 +128,8 @@ __device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop&
         });
         table.src[i] = src;
         if (kAll) {
-            table.dst[i] = dst;
-            table.residual[i] = residual;
+            table.dst[table.slot(i)] = dst;
+            table.residual[table.slot(i)] = residual;
             table.gate[i] = gate;
         }
     }

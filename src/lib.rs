@@ -40,7 +40,8 @@
 //! | `safetensors` (default) | layers from checkpoints with PyTorch's names |
 //! | `serde` | descriptions as data |
 //! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
-//! | `tracing` | a span per call, level `DEBUG`, target `pointwise`, with `kernel`, `problem`, `macs` and `bytes`; the layer of the crate `nvtx` makes NVTX ranges of them |
+//! | `tracing` | a span per call, level `DEBUG`, target `pointwise`, with `kernel`, `problem`, `macs` and `bytes` |
+//! | `nvtx` | a range per call for Nsight and other NVTX tools, domain `pointwise`, whose message says the same; needs libclang and a C compiler to build, nothing to run, and without a tool a call asks one pointer |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod alias;
@@ -65,7 +66,7 @@ pub mod quantized;
 pub mod reference;
 mod stages;
 mod tensor;
-#[cfg(feature = "tracing")]
+#[cfg(any(feature = "tracing", feature = "nvtx"))]
 mod trace;
 pub mod train;
 mod tuning;

@@ -623,7 +623,7 @@ impl<T: Element> Prepared<T> {
             on_host(&operands.src)?;
         }
         let problem = Problem::new(&self.inner.shape, operands, dst)?;
-        #[cfg(feature = "tracing")]
+        #[cfg(any(feature = "tracing", feature = "nvtx"))]
         let _span = self.span(&problem);
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
@@ -633,8 +633,8 @@ impl<T: Element> Prepared<T> {
         Ok(())
     }
 
-    #[cfg(feature = "tracing")]
-    fn span(&self, problem: &Problem<'_, T>) -> Option<tracing::span::EnteredSpan> {
+    #[cfg(any(feature = "tracing", feature = "nvtx"))]
+    fn span(&self, problem: &Problem<'_, T>) -> Option<crate::trace::Watched> {
         crate::trace::enter(|| {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem).0,
@@ -660,7 +660,7 @@ pub(crate) fn run_together<T: Element>(
         problems.push(Problem::new(&layer.inner.shape, operands, dst)?);
     }
     // The layers run as one pass: a span in a span.
-    #[cfg(feature = "tracing")]
+    #[cfg(any(feature = "tracing", feature = "nvtx"))]
     let _spans: Vec<_> = layers.iter().zip(&problems).map(|(l, problem)| l.span(problem)).collect();
     let mut held = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {

@@ -24,6 +24,8 @@ mod host;
 mod numbers;
 #[path = "cuda/operator.rs"]
 mod operator;
+#[path = "cuda/planted.rs"]
+mod planted;
 #[path = "cuda/splits.rs"]
 mod splits;
 #[path = "cuda/streams.rs"]
@@ -74,8 +76,13 @@ fn main() -> ExitCode {
     ]
     .concat();
     let anywhere = anywhere.into_iter().map(|trial| (trial, false));
-    let stand_in =
-        [driver::STAND_IN_TRIALS, faults::STAND_IN_TRIALS, traffic::STAND_IN_TRIALS].concat();
+    let stand_in = [
+        driver::STAND_IN_TRIALS,
+        faults::STAND_IN_TRIALS,
+        planted::STAND_IN_TRIALS,
+        traffic::STAND_IN_TRIALS,
+    ]
+    .concat();
     let stand_in = stand_in.into_iter().map(|trial| (trial, true));
     for ((name, run), needs_stand_in) in anywhere.chain(stand_in) {
         trials.push(match device.clone() {

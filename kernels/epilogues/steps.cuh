@@ -66,14 +66,25 @@ private:
     __device__ void write_clipped(float (&acc)[Tile::kSlow][Tile::kFast]) const {
         constexpr int kOuter = Tile::kChannelsFast ? Tile::kFast / kVector : Tile::kSlow;
         constexpr int kInner = Tile::kChannelsFast ? Tile::kSlow : Tile::kFast / kVector;
+        float4 biases, scales;
 #pragma unroll
         for (int outer = 0; outer < kOuter; ++outer) {
             const int row = Tile::kChannelsFast ? fast + Tile::fast_offset(outer * kVector)
                                                 : slow + Tile::slow_offset(outer);
             if (row >= rows) continue;
             float scale[kVector], bias[kVector];
-            per_channel(bias, p.bias, Part{row, row, kVector});
-            if (kScaled) per_channel(scale, p.scale, Part{row, row, kVector});
+            if (Tile::kChannelsFast) {
+                per_channel(bias, p.bias, Part{row, row, kVector});
+                if (kScaled) per_channel(scale, p.scale, Part{row, row, kVector});
+            } else {
+                // Of four rows, which are neighbours, at once.
+                if (outer % 4 == 0) {
+                    biases = four_channels(p.bias, row);
+                    if (kScaled) scales = four_channels(p.scale, row);
+                }
+                each(bias, [&](float) { return element(biases, outer % 4); });
+                if (kScaled) each(scale, [&](float) { return element(scales, outer % 4); });
+            }
 #pragma unroll
             for (int inner = 0; inner < kInner; ++inner) {
                 const int s = Tile::kChannelsFast ? inner : outer;
@@ -141,12 +152,19 @@ private:
         }
     }
 
+    __device__ float4 four_channels(const float* from, int row) const {
+        return __ldg(reinterpret_cast<const float4*>(from + packed + row));
+    }
+    static __device__ float element(const float4& v, int i) {
+        return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+    }
+
     // The values of these elements' channels in an array packed like the rows of the weights.
     __device__ void per_channel(float (&to)[kVector], const float* from, const Part& here) const {
         if (Tile::kChannelsFast) {
 #pragma unroll
             for (int i = 0; i < kVector; i += 4) {
-                const float4 v = __ldg(reinterpret_cast<const float4*>(from + packed + here.fast + i));
+                const float4 v = four_channels(from, here.fast + i);
                 to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
             }
         } else {
@@ -173,8 +191,8 @@ private:
     // Where element i of a part lies in a tensor.
     __device__ int64_t offset(const Part& here, int i, const int64_t* position, int64_t stride,
                               const uint32_t* map) const {
-        return Tile::kChannelsFast ? position[here.slow] + channel(here.fast + i, map) * stride
-                                   : position[here.fast + i] + channel(here.slow, map) * stride;
+        return Tile::kChannelsFast ? position[at.slot(here.slow)] + channel(here.fast + i, map) * stride
+                                   : position[at.slot(here.fast + i)] + channel(here.slow, map) * stride;
     }
 
     // The residual is read once: nothing is gained by the read-only cache.

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
-use super::{OnDevice, Outcome, cases, faults, traffic};
+use super::{OnDevice, Outcome, cases, faults, planted, traffic};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -46,6 +46,7 @@ pub fn child(what: &str) -> ExitCode {
         "counted kernels" | "counted layers" => {
             CudaDevice::open(0).and_then(|device| traffic::child(what, &device))
         }
+        "planted" => CudaDevice::open(0).and_then(|device| planted::child(&device)),
         other => faults::child(other),
     };
     match answer {
@@ -101,24 +102,25 @@ fn current_contexts(layer: &Pointwise, src: &Array3<f32>) -> Result<String, Erro
     Ok(format!("without: {none:?}, with: {other:?}, bound: {}", bound.is_some()))
 }
 
-/// One line from a process with other variables; a panic or a crash fails the test.
-fn ask(what: &str, variables: &[(&str, &str)]) -> Result<String, String> {
+/// One line from a process with other variables, and what it has logged; a panic or a crash fails the
+/// test.
+pub fn ask(what: &str, variables: &[(&str, &str)]) -> Result<(String, String), String> {
     let exe = std::env::current_exe().map_err(|error| error.to_string())?;
     let mut command = Command::new(exe);
     command.env_remove("POINTWISE_DEVICE").env_remove("POINTWISE_KERNEL");
     command.env(CHILD, what).envs(variables.iter().copied());
     let output = command.output().map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&output.stdout).trim().to_string();
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
         return Err(format!("{what} {variables:?}: {}: {log}", output.status));
     }
-    Ok(text)
+    Ok((text, log))
 }
 
 /// Parts of what a process says.
 pub fn expect(what: &str, variables: &[(&str, &str)], parts: &[&str]) -> Outcome {
-    let text = ask(what, variables)?;
+    let (text, _) = ask(what, variables)?;
     match parts.iter().find(|part| !text.contains(**part)) {
         Some(part) => Err(format!("{what} {variables:?}: no {part:?} in: {text}").into()),
         None => Ok(()),

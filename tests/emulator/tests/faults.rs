@@ -146,6 +146,33 @@ fn a_wrong_wait_for_copies_is_found() {
     }
 }
 
+#[test]
+fn fragments_in_each_others_place_give_wrong_products() {
+    let at = |begin: &str| {
+        let line = GEMM_BF16.lines().find(|line| line.trim_start().starts_with(begin)).unwrap();
+        let mut parts = line.split('{');
+        (line, parts.nth(1).unwrap().split('}').next().unwrap(), parts.next())
+    };
+    // Four blocks of the left operand, of which two are exchanged, and a right one not transposed.
+    let (load, list, _) = at("ldmatrix.sync.aligned.m8n8.x4.shared");
+    let [a, b, c, d] = list.split(", ").collect::<Vec<_>>()[..] else { panic!("{load}") };
+    let blocks = load.replace(list, &[a, c, b, d].join(", "));
+    let (transposed, _, _) = at("ldmatrix.sync.aligned.m8n8.x4.trans");
+    let (product, _, Some(left)) = at("mma.sync") else { panic!("no operands") };
+    let left = left.split('}').next().unwrap();
+    let [a, b, c, d] = left.split(", ").collect::<Vec<_>>()[..] else { panic!("{product}") };
+    let rows = product.replace(left, &[b, a, d, c].join(", "));
+    for (from, to) in
+        [(load, blocks), (transposed, transposed.replace(".trans", "")), (product, rows)]
+    {
+        let broken = patch(GEMM_BF16, from, 0, &to);
+        let run = || gemm_bf16(&broken, 64, 64, 96, Machine::default()).map(|_| ()).unwrap();
+        let panic = std::panic::catch_unwind(run).expect_err(&to);
+        let text = panic.downcast_ref::<String>().expect("a message");
+        assert!(text.contains("wrong at 64x64x96"), "{to}: {text}");
+    }
+}
+
 /// A kernel of 64 threads around `body`, which has `%t` = tid.x, shared `s[256]` and `dst`.
 fn small(body: &str) -> Result<(), Fault> {
     small_grid(body, 1)

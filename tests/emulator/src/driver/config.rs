@@ -25,6 +25,10 @@ pub struct Config {
     pub pools: bool,
     /// Where to append one line per launch.
     pub report: Option<String>,
+    /// A file of PTX that modules are made of instead of their image.
+    pub ptx_from: Option<String>,
+    /// Where to write the PTX that a module is made of.
+    pub ptx_to: Option<String>,
     /// Warp instructions without a finished block after which a launch is hung.
     pub watchdog: u64,
 }
@@ -56,6 +60,7 @@ impl Config {
                 Some(other) => Err(format!("PW_EMULATOR_{name}={other} is neither 0 nor 1")),
             }
         };
+        let path = |name: &str| var(name).filter(|path| !path.is_empty());
         let arch = match var("ARCH") {
             None => 90,
             Some(text) => text
@@ -82,7 +87,9 @@ impl Config {
             seed: number(var, "SEED", 1)?,
             checks: flag("CHECKS")?,
             pools: flag("POOLS")?,
-            report: var("REPORT").filter(|path| !path.is_empty()),
+            report: path("REPORT"),
+            ptx_from: path("PTX_FROM"),
+            ptx_to: path("PTX_TO"),
             watchdog: number(var, "WATCHDOG", 1_000_000_000)?,
         })
     }

@@ -603,6 +603,21 @@ impl State {
             Ok(text) => text,
             Err(e) => return Err(self.complain(e.code, &e.text)),
         };
+        if let Some(path) = &config.ptx_to
+            && let Err(e) = std::fs::write(path, &text)
+        {
+            return Err(self.complain(999, &format!("cannot write PW_EMULATOR_PTX_TO={path}: {e}")));
+        }
+        let text = match &config.ptx_from {
+            None => text,
+            Some(path) => match std::fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(e) => {
+                    let text = format!("cannot read PW_EMULATOR_PTX_FROM={path}: {e}");
+                    return Err(self.complain(999, &text));
+                }
+            },
+        };
         let module = match parse::parse(&text) {
             Ok(module) => module,
             Err(e) => return Err(self.complain(218, &e)),
