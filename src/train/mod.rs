@@ -30,8 +30,8 @@
 //! # What is computed
 //!
 //! [`reference::backward`](crate::reference::backward) says it in f64. Every stage and source stage
-//! has a gradient, in any order, with groups, stride, partial and concatenation. Where an activation
-//! has a kink, the derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
+//! has a gradient, in any order, with groups, stride, partial and concatenation; layers that read one
+//! source can be trained as [`Branches`], with one gradient by it. Where an activation has a kink, the derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
 //!
 //! A batch norm, at the place where it stands, normalises with the mean and the biased variance of
 //! the batch, and moves the running statistics as PyTorch does: by `momentum` towards the batch's
@@ -44,6 +44,7 @@
 //! `bn.running_var`; `ln.weight`, `ln.bias`; `prelu.weight`; before the convolution `src_bn.…`,
 //! `src_affine.weight` and `src_affine.bias`. [`name`] has them as constants.
 
+mod branches;
 mod call;
 pub(crate) mod chain;
 mod grads;
@@ -54,6 +55,8 @@ use std::ops::Range;
 
 use crate::prepared::Math;
 
+pub use branches::{Branches, BranchesBackwardCall, BranchesCall};
+pub(crate) use call::Outputs;
 pub use call::{BackwardCall, Call, Workspace};
 pub use grads::Grads;
 pub use params::Params;

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ndarray::{Array2, ArrayD, ArrayView5, Axis, Ix5, IxDyn, Slice};
-use pointwise::train::{Accumulate, AllReduce, Options, Params, Statistics, ThreadWorker, name};
+use pointwise::train::{
+    Accumulate, AllReduce, Branches, Options, Params, Statistics, ThreadWorker, name,
+};
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
     Sequence, Stage,
@@ -13,8 +15,8 @@ use pointwise::{
 use super::cases::{LAYOUTS, Placed};
 use super::fixtures::Fixtures;
 use super::training::{
-    Got, Tensors, compare, d_dst, error_of, large_tensors, norm, random, run, trainable, vector,
-    weight,
+    Got, Tensors, branches, branches_tensors, check_branches, compare, d_dst, error_of,
+    large_tensors, norm, random, run, trainable, vector, weight,
 };
 use super::{OnDevice, Outcome};
 
@@ -31,6 +33,8 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_keeps_variances_of_large_means", large_means),
     ("training_keeps_what_its_workspace_says", workspaces),
     ("training_refuses_what_it_has_not", refusals),
+    ("training_branches_is_training_each_of_them", branches_together),
+    ("training_branches_writes_any_strides", placed_branches),
     ("training_updates_a_prepared_layer_while_it_runs", updates),
 ];
 
@@ -519,6 +523,54 @@ fn workspaces(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+fn branches_together(device: &CudaDevice) -> Outcome {
+    for (last, shape) in [(false, vec![2, 20, 9, 7]), (true, vec![2, 20, 19, 17])] {
+        check_branches(&branches_tensors(&shape, last), &device.clone().into())?;
+    }
+    Ok(())
+}
+
+/// Two of them on device tensors, and one gradient by src in the middle of others.
+fn placed_branches(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    let shape = [2, 20, 1, 9, 7];
+    let layers = || branches().into_iter().take(2);
+    let src = random(&shape, 1).into_dimensionality::<Ix5>()?;
+    let params = || layers().map(|l| Params::new(&l, &on)).collect::<Result<Vec<_>, _>>();
+    let mut want: Option<ArrayD<f32>> = None;
+    for (i, layout) in LAYOUTS.into_iter().enumerate() {
+        let src = Placed::<f32>::filled(device, src.view(), LAYOUTS[(i + 3) % LAYOUTS.len()]);
+        let mut d_src = Placed::<f32>::blank(device, shape, layout);
+        let mut branches = Branches::new(params()?)?;
+        let mut grads = branches.grads();
+        let src = src.view();
+        let mut dsts: Vec<_> = [[2, 24, 1, 9, 7], [2, 12, 1, 5, 4]]
+            .map(|shape| Placed::<f32>::blank(device, shape, layout))
+            .into();
+        let [a, b] = &mut dsts[..] else { unreachable!("two") };
+        let (mut a, mut b) = (a.view_mut(), b.view_mut());
+        let workspaces = branches.call(&src).run_into(&mut [&mut a, &mut b])?;
+        let d_dsts: Vec<_> = dsts
+            .iter()
+            .map(|dst| {
+                let d = d_dst(dst.read().shape()).into_dimensionality::<Ix5>().unwrap();
+                Placed::<f32>::filled(device, d.view(), LAYOUTS[(i + 5) % LAYOUTS.len()])
+            })
+            .collect();
+        let mut to = d_src.view_mut();
+        let (a, b) = (d_dsts[0].view(), d_dsts[1].view());
+        let call = branches.backward_call(&src, workspaces, &[&a, &b]);
+        call.d_src(&mut to).run(&mut grads)?;
+        let got = d_src.read().into_dyn();
+        let want = want.get_or_insert_with(|| got.clone());
+        let largest = want.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+        for (got, want) in got.iter().zip(&*want) {
+            assert!((got - want).abs() <= 1e-5 * largest, "{layout:?}: {got}, {want}");
+        }
+    }
+    Ok(())
+}
+
 fn refusals(device: &CudaDevice) -> Outcome {
     let on: Device = device.clone().into();
     let plain = || Pointwise::new(weight(4, 3));
@@ -530,6 +582,9 @@ fn refusals(device: &CudaDevice) -> Outcome {
     named(Params::new(&layer, &on).unwrap_err(), "layer norm");
     let layer = (0..17).fold(plain(), |layer, _| layer.activation(Activation::Tanh));
     named(Params::new(&layer, &on).unwrap_err(), "17 stages");
+    let layers = [&on, &Device::cpu()].map(|device| Params::new(&plain(), device));
+    let layers = layers.into_iter().collect::<Result<_, _>>()?;
+    assert!(matches!(Branches::new(layers), Err(Error::WrongDevice { .. })));
     // A batch of one value per channel, and values that are not finite, leave the statistics.
     let layer = plain().batch_norm(norm(4));
     let mut params = Params::new(&layer, &on)?;

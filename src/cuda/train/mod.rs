@@ -27,7 +27,7 @@ use crate::stages::Stage;
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product};
 use crate::train::chain::{BatchStatistics, Chain, Need, Op, lowered, need};
 use crate::train::reduce::Reduce;
-use crate::train::{Accumulate, Grads, Statistics, name};
+use crate::train::{Accumulate, Grads, Outputs, Statistics, name};
 
 /// Why a parameter is a slice.
 const CONTIGUOUS: &str = "made contiguous when the layer was taken";
@@ -76,14 +76,6 @@ impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "State({} bytes on a CUDA device)", self.bytes())
     }
-}
-
-/// The gradients by a call's tensors that are wanted.
-pub(crate) struct Outputs<'o, 't> {
-    pub d_sources: &'o mut [TensorMut<'t>],
-    pub d_residual: Option<&'o mut TensorMut<'t>>,
-    pub d_gate: Option<&'o mut TensorMut<'t>>,
-    pub accumulate: Accumulate,
 }
 
 /// Refuses what cannot be trained on CUDA.
@@ -214,7 +206,7 @@ impl Training<'_> {
         operands: &Operands<'_>,
         state: State,
         d_dst: &TensorRef<'_>,
-        outputs: Outputs<'_, '_>,
+        outputs: &mut Outputs<'_>,
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
@@ -235,15 +227,17 @@ impl Training<'_> {
         &self,
         problem: &Problem<'_>,
         mut state: State,
-        outputs: Outputs<'_, '_>,
+        outputs: &mut Outputs<'_>,
         grads: &mut Grads,
-        accumulate: Accumulate,
+        accumulate_grads: Accumulate,
     ) -> Result<()> {
         let extents = extents_of(problem);
         let total = sweep::positions_of(&extents)?;
         let (rows, c_in) = (self.shape.c_out, self.shape.c_in);
         let channels_fast = state.channels_fast;
-        let Outputs { d_sources, d_residual, d_gate, accumulate: add } = outputs;
+        let Outputs { d_sources, d_residual, d_gate, accumulate_sources: add, accumulate } =
+            outputs;
+        let (add, add_others) = (*add, *accumulate);
 
         // The stages, down to the convolution's result.
         let mut chain = Chain::of_stages(self.layer, self.statistics);
@@ -268,7 +262,7 @@ impl Training<'_> {
             None => None,
             Some(tensor) => {
                 let start = self.shape.partial.as_ref().map_or(0, |range| range.start);
-                if self.shape.partial.is_some() && add == Accumulate::Set {
+                if self.shape.partial.is_some() && add_others == Accumulate::Set {
                     self.fill_zero(tensor)?;
                 }
                 let view = tensor.view().channels(start, start + rows);
@@ -281,10 +275,10 @@ impl Training<'_> {
             d: on_device(&problem.dst),
             outputs: vec![(of_d, rows)],
             d_second,
-            accumulate: [Accumulate::Set, add],
+            accumulate: [Accumulate::Set, add_others],
             bits,
         })?;
-        sweep.chain.put(self.wants, &sums.ops, grads, accumulate);
+        sweep.chain.put(self.wants, &sums.ops, grads, accumulate_grads);
 
         // Through the convolution.
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
@@ -300,7 +294,7 @@ impl Training<'_> {
                 0 => vec![0.0; rows * self.shape.k()],
                 _ => self.wgrad(&source_sweep, plain, of_d, channels_fast)?,
             };
-            grads.put(name::WEIGHT, d_weight, accumulate);
+            grads.put(name::WEIGHT, d_weight, accumulate_grads);
         }
 
         if d_sources.is_empty() && !source_grads && d_gate.is_none() {
@@ -310,7 +304,7 @@ impl Training<'_> {
             d_sources.iter_mut().try_for_each(|d| self.fill_zero(d))?;
         }
         if let ([d_src], true, None, Accumulate::Set) =
-            (&mut *d_sources, plain, &self.shape.partial, add)
+            (&mut d_sources[..], plain, &self.shape.partial, add)
         {
             // Straight to where it belongs.
             let operand = Operand::new(d_src.view()).subsampled(self.shape.stride);
@@ -363,7 +357,7 @@ impl Training<'_> {
             accumulate: [add, Accumulate::Set],
             bits: None,
         })?;
-        source_sweep.chain.put(self.wants, &sums.ops, grads, accumulate);
+        source_sweep.chain.put(self.wants, &sums.ops, grads, accumulate_grads);
         if let Some(d_gate) = d_gate {
             match &sums.gate {
                 Some((from, _memory)) => {
@@ -371,10 +365,10 @@ impl Training<'_> {
                     let input = vec![(*from, c_in)];
                     let extents = [problem.n, 1, 1, 1];
                     let sweep = self.sweep(nothing(c_in), false, extents, input, None);
-                    sweep.forward(&vec![(on_device(&to), c_in)], add)?;
+                    sweep.forward(&vec![(on_device(&to), c_in)], add_others)?;
                 }
                 // There are no positions.
-                None if add == Accumulate::Set => self.fill_zero(d_gate)?,
+                None if add_others == Accumulate::Set => self.fill_zero(d_gate)?,
                 None => {}
             }
         }
