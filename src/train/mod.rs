@@ -1,5 +1,5 @@
 //! Training: forward with batch statistics, the gradient of everything, parameters to update. In
-//! f32, on the CPU and, but for layer norms, on CUDA. Parameters, their gradients and statistics are on
+//! f32, on the CPU and on CUDA. Parameters, their gradients and statistics are on
 //! the host; tensors of a call on the host or on the device, where a workspace stays.
 //!
 //! ```
@@ -31,7 +31,8 @@
 //!
 //! [`reference::backward`](crate::reference::backward) says it in f64. Every stage and source stage
 //! has a gradient, in any order, with groups, stride, partial and concatenation; layers that read one
-//! source can be trained as [`Branches`], with one gradient by it. Where an activation has a kink, the derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
+//! source can be trained as [`Branches`], with one gradient by it. Where an activation has a kink, the
+//! derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
 //!
 //! A batch norm, at the place where it stands, normalises with the mean and the biased variance of
 //! the batch, and moves the running statistics as PyTorch does: by `momentum` towards the batch's

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ndarray::{Array2, ArrayD, ArrayView5, Axis, Ix5, IxDyn, Slice};
+use pointwise::reference::{self, Inputs};
 use pointwise::train::{
     Accumulate, AllReduce, Branches, Options, Params, Statistics, ThreadWorker, name,
 };
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
-    Sequence, Stage,
+    Sequence,
 };
 
 use super::cases::{LAYOUTS, Placed};
@@ -31,6 +32,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_leaves_what_is_frozen", frozen),
     ("training_computes_the_same_without_gradients_by_tensors", without_inputs),
     ("training_keeps_variances_of_large_means", large_means),
+    ("training_normalises_channels_of_large_means", large_means_of_channels),
     ("training_keeps_what_its_workspace_says", workspaces),
     ("training_refuses_what_it_has_not", refusals),
     ("training_branches_is_training_each_of_them", branches_together),
@@ -38,17 +40,13 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_updates_a_prepared_layer_while_it_runs", updates),
 ];
 
-fn has_layer_norm(layer: &Pointwise) -> bool {
-    layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)))
-}
-
 fn fixtures(device: &CudaDevice) -> Outcome {
     let device: Device = device.clone().into();
     let mut failures = Vec::new();
     let mut seen = 0;
     for (i, case) in Fixtures::load().cases_and_embedded().iter().enumerate() {
         let layer = case.layer();
-        if !trainable(case) || has_layer_norm(&layer) {
+        if !trainable(case) {
             continue;
         }
         // Every case with the batch's statistics, every other one with frozen ones, in both orders.
@@ -114,7 +112,35 @@ fn layers() -> Vec<(&'static str, Pointwise, Vec<usize>)> {
                 .activation(Activation::Tanh),
             vec![2, 10, 16, 17],
         ),
+        (
+            "layer norm over channels",
+            plain(70, 12).bias(vector(70, 2)).layer_norm(affine(70)).gelu(),
+            vec![3, 12, 17, 9],
+        ),
+        (
+            "layer norm over all, after a batch norm",
+            plain(24, 10).gelu().batch_norm(norm(24)).layer_norm(LayerNorm::over_all()).relu(),
+            vec![3, 10, 30, 41],
+        ),
+        (
+            "a batch norm and more after a layer norm",
+            plain(36, 10)
+                .groups(2)
+                .channel_shuffle(3)
+                .bias(vector(36, 2))
+                .layer_norm(affine(36))
+                .prelu(vector(36, 5))
+                .residual()
+                .batch_norm(norm(36))
+                .silu(),
+            vec![2, 20, 19, 17],
+        ),
     ]
+}
+
+fn affine(channels: usize) -> LayerNorm {
+    let gamma: Vec<f32> = vector(channels, 8).iter().map(|x| x + 1.5).collect();
+    LayerNorm::over_channels().affine(gamma, vector(channels, 9))
 }
 
 fn several_chunks(device: &CudaDevice) -> Outcome {
@@ -195,6 +221,21 @@ fn placed_tensors(device: &CudaDevice) -> Outcome {
     let on: Device = device.clone().into();
     let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
     let cases = [
+        (
+            "layer norm over all, residual, shuffle",
+            plain(12, 6)
+                .bias(vector(12, 2))
+                .channel_shuffle(3)
+                .layer_norm(LayerNorm::over_all())
+                .residual()
+                .relu(),
+            [3, 6, 1, 5, 7],
+        ),
+        (
+            "layer norm over channels, partial, stride",
+            plain(6, 6).partial(2..8).layer_norm(affine(6)).stride(2),
+            [2, 11, 1, 7, 9],
+        ),
         ("gradient by src in place", plain(9, 5).bias(vector(9, 1)).gelu(), [2, 5, 3, 4, 7]),
         ("bits", plain(9, 5).stride(2).relu(), [2, 5, 3, 4, 7]),
         (
@@ -502,6 +543,20 @@ fn large_means(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+fn large_means_of_channels(device: &CudaDevice) -> Outcome {
+    let src = random(&[3, 24, 11, 5], 9).mapv(|x| 1e4 + x);
+    for norm in [LayerNorm::over_channels(), LayerNorm::over_all()] {
+        let layer = Pointwise::new(Array2::eye(24)).layer_norm(norm);
+        let inputs = Inputs { sources: vec![src.view()], ..Inputs::default() };
+        let want = reference::forward(&layer, &inputs)?;
+        let (dst, _workspace) = Params::new(&layer, &device.clone().into())?.forward(&src)?;
+        for (got, want) in dst.iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() <= 1e-5, "{:?}: {got}, {want}", layer.stages());
+        }
+    }
+    Ok(())
+}
+
 fn workspaces(device: &CudaDevice) -> Outcome {
     for (what, layer, shape) in layers() {
         let tensors = large_tensors(&layer, &shape, false);
@@ -578,8 +633,6 @@ fn refusals(device: &CudaDevice) -> Outcome {
         assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");
         assert!(error.to_string().contains(what), "{error}");
     };
-    let layer = plain().layer_norm(LayerNorm::over_channels());
-    named(Params::new(&layer, &on).unwrap_err(), "layer norm");
     let layer = (0..17).fold(plain(), |layer, _| layer.activation(Activation::Tanh));
     named(Params::new(&layer, &on).unwrap_err(), "17 stages");
     let layers = [&on, &Device::cpu()].map(|device| Params::new(&plain(), device));

@@ -57,6 +57,8 @@ enum Saved {
 /// Everything that a forward pass keeps.
 pub(crate) struct State {
     saved: Saved,
+    /// The statistics of a layer norm.
+    norm: Option<Buffer>,
     channels_fast: bool,
     /// The statistics of batch norms: of the source's, of the other one.
     pub statistics: [Option<BatchStatistics>; 2],
@@ -65,7 +67,8 @@ pub(crate) struct State {
 impl State {
     /// Bytes that it holds, beside some per channel.
     pub(crate) fn bytes(&self) -> usize {
-        match &self.saved {
+        let norm = self.norm.as_ref().map_or(0, Buffer::bytes);
+        norm + match &self.saved {
             Saved::Values(memory) | Saved::Bits(memory) => memory.bytes(),
             Saved::Nothing => 0,
         }
@@ -84,9 +87,6 @@ impl std::fmt::Debug for State {
 /// [`Error::Unsupported`], which names it.
 pub(crate) fn check(layer: &Pointwise, device: &CudaDevice) -> Result<()> {
     let refuse = |what: String| Err(Error::Unsupported { device: device.to_string(), what });
-    if layer.stages.iter().any(|stage| matches!(stage, Stage::LayerNorm(_))) {
-        return refuse("training a layer norm".into());
-    }
     let stages = |count: usize, what: &str| match count > MAX_STAGES {
         true => refuse(format!("training {count} {what}: there may be {MAX_STAGES}")),
         false => Ok(()),
@@ -99,11 +99,16 @@ impl Training<'_> {
     /// Bytes that the state of a forward pass will hold, beside some per channel.
     pub(crate) fn bytes(&self, n: usize, positions: usize) -> usize {
         let values = self.shape.c_out.saturating_mul(n).saturating_mul(positions);
-        match self.need() {
+        let over = self.layer.stages.iter().find_map(|stage| match stage {
+            Stage::LayerNorm(norm) => Some(norm.over),
+            _ => None,
+        });
+        let norm = sweep::norm_bytes(over, n, positions);
+        norm.saturating_add(match self.need() {
             Need::Values => values.saturating_mul(size_of::<f32>()),
             Need::Bits(..) => bits_bytes(values),
             Need::Nothing => 0,
-        }
+        })
     }
 
     fn need(&self) -> Need {
@@ -149,7 +154,8 @@ impl Training<'_> {
         let total = sweep::positions_of(&extents)?;
         let chain = Chain::of_stages(self.layer, self.statistics);
         let channels_fast = problem.dst.channel.unsigned_abs() < nearest(&problem.dst, &extents);
-        let mut state = State { saved: Saved::Nothing, channels_fast, statistics: [None, None] };
+        let statistics = [None, None];
+        let mut state = State { saved: Saved::Nothing, norm: None, channels_fast, statistics };
         if total == 0 && self.reduce.is_none() {
             return Ok(state);
         }
@@ -158,7 +164,7 @@ impl Training<'_> {
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
         if source_chain.batch_norm().is_some() {
             let mut sweep = self.source_sweep(problem, source_chain);
-            state.statistics[0] = sweep.settle_moments(operands.src.shape())?;
+            state.statistics[0] = sweep.settle(operands.src.shape())?;
             source_chain = sweep.chain;
         }
 
@@ -191,12 +197,13 @@ impl Training<'_> {
         let second = problem.residual.as_ref().map(on_device);
         let input = vec![(of_values, rows)];
         let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
-        state.statistics[1] = sweep.settle_moments(operands.src.shape())?;
+        state.statistics[1] = sweep.settle(operands.src.shape())?;
         sweep.forward(&vec![(on_device(&problem.dst), rows)], Accumulate::Set)?;
         for (src, dst) in problem.passed_through() {
             self.copy(&extents, &src, &dst, Accumulate::Set)?;
         }
         state.saved = Saved::Values(values);
+        state.norm = sweep.norm;
         Ok(state)
     }
 
@@ -270,7 +277,8 @@ impl Training<'_> {
             }
         };
         let second = problem.residual.as_ref().map(on_device);
-        let sweep = self.sweep(chain, channels_fast, extents, input, second);
+        let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
+        sweep.norm = state.norm.take();
         let sums = sweep.backward(&Backward {
             d: on_device(&problem.dst),
             outputs: vec![(of_d, rows)],
@@ -494,7 +502,7 @@ impl Training<'_> {
         second: Option<Tensor>,
     ) -> Sweep<'_> {
         let (device, reduce) = (self.device, self.reduce);
-        Sweep { device, chain, channels_fast, extents, input, second, reduce }
+        Sweep { device, chain, channels_fast, extents, input, second, norm: None, reduce }
     }
 
     fn source_sweep(&self, problem: &Problem<'_>, chain: Chain) -> Sweep<'_> {

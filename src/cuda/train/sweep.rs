@@ -1,16 +1,17 @@
 //! One pass of a chain of stages over its values: parameters of the launches, and what they sum.
 
 use crate::cuda::device::{Buffer, CudaDevice};
-use crate::cuda::launch::{Tensor, start_training};
+use crate::cuda::launch::{self, Tensor, start_training};
 use crate::cuda::pack::activation_op;
 use crate::cuda::params::{
     PW_MAX_AXES, PW_MAX_PARTS, PW_MAX_STAGES, PW_MAX_SUMMED, PW_MERGED, PW_NOT_SUMMED,
-    PW_SUM_LANES, PW_SWEEP_NARROW, PW_SWEEP_THREADS, PW_SWEEP_WIDE, pw_merge, pw_op, pw_part,
-    pw_stage, pw_sum, pw_sweep, pw_sweep_flags,
+    PW_SUM_LANES, PW_SWEEP_NARROW, PW_SWEEP_POSITIONS, PW_SWEEP_THREADS, PW_SWEEP_WIDE, pw_merge,
+    pw_op, pw_part, pw_stage, pw_sum, pw_sweep, pw_sweep_flags,
 };
 use crate::cuda::plan::Training as Kernel;
 use crate::error::{Error, Result};
 use crate::moments::Moments;
+use crate::stages::NormOver;
 use crate::tensor::checked_product;
 use crate::train::Accumulate;
 use crate::train::chain::{BatchStatistics, Chain, Op, checked, reduce_moments};
@@ -101,7 +102,17 @@ pub(super) struct Sweep<'a> {
     pub input: Parts,
     /// The residual or the gate.
     pub second: Option<Tensor>,
+    /// A layer norm's statistics, once they are known: three numbers for the positions that share them.
+    pub norm: Option<Buffer>,
     pub reduce: Reduce<'a>,
+}
+
+/// What a normalisation subtracts from its gradient, a constant and a share of the deviation: of a
+/// batch norm by row, and which op it is; of a layer norm as the kernels take it.
+#[derive(Default)]
+struct Coefficients {
+    batch: Option<(usize, [Vec<f32>; 2])>,
+    norm: Option<Buffer>,
 }
 
 /// What a backward pass reads and writes beside the input.
@@ -155,6 +166,25 @@ impl Sweep<'_> {
         self.extents.iter().product()
     }
 
+    /// The ops that need sums over more than a value, in order.
+    fn normalisations(&self) -> Vec<usize> {
+        let sums = |op: &Op| match op {
+            Op::Linear(linear) => linear.batch.is_some(),
+            Op::LayerNorm { .. } => true,
+            _ => false,
+        };
+        (0..self.chain.ops.len()).filter(|&i| sums(&self.chain.ops[i])).collect()
+    }
+
+    /// Positions that share a layer norm's statistics.
+    fn norm_unit(&self) -> usize {
+        let all = |op: &Op| matches!(op, Op::LayerNorm { over: NormOver::All, .. });
+        match self.chain.ops.iter().any(all) {
+            true => self.extents[1..].iter().product(),
+            false => 1,
+        }
+    }
+
     /// A pure function of the problem and the device.
     fn cut(&self, by_sample: bool) -> Result<Cut> {
         let positions = positions_of(&self.extents)?;
@@ -174,9 +204,8 @@ impl Sweep<'_> {
         Ok(Cut { group, chunk, groups, chunks, blocks })
     }
 
-    /// Uploads what the stages know per row. `coefficients` of a batch norm's backward pass are those
-    /// of the op with this number.
-    fn arrays(&self, coefficients: Option<(usize, &[Vec<f32>; 2])>) -> Result<Arrays> {
+    /// Uploads what the stages know per row.
+    fn arrays(&self, coefficients: &Coefficients) -> Result<Arrays> {
         let mut bytes: Vec<u8> = Vec::new();
         let mut array = |values: &[f32]| {
             let at = bytes.len() as u64;
@@ -195,8 +224,8 @@ impl Sweep<'_> {
                     at[1] = Some(array(&linear.scale));
                     at[2] = Some(array(&linear.shift));
                     sums = linear.batch.is_some() || linear.names.iter().any(Option::is_some);
-                    if let Some((of, [mean_d, along])) = coefficients
-                        && of == i
+                    if let Some((of, [mean_d, along])) = &coefficients.batch
+                        && *of == i
                     {
                         at[3] = Some(array(mean_d));
                         at[4] = Some(array(along));
@@ -214,7 +243,14 @@ impl Sweep<'_> {
                     sums = true;
                     (pw_op::PW_OP_GATE, 0.0, 0.0)
                 }
-                Op::LayerNorm { .. } => unreachable!("refused when training began"),
+                Op::LayerNorm { affine, eps, .. } => {
+                    if let Some((gamma, beta)) = affine {
+                        at[1] = Some(array(gamma));
+                        at[2] = Some(array(beta));
+                    }
+                    sums = affine.is_some();
+                    (pw_op::PW_OP_LAYER_NORM, *eps, 0.0)
+                }
             };
             let slot = if sums { summed.len() as u32 } else { PW_NOT_SUMMED };
             if sums {
@@ -239,6 +275,11 @@ impl Sweep<'_> {
         for (stage, at) in stages.iter_mut().zip(placed) {
             let [first, second, third, mean_d, along] = at.map(|at| address(at) as *const f32);
             *stage = pw_stage { first, second, third, mean_d, along, ..*stage };
+            if stage.op == pw_op::PW_OP_LAYER_NORM {
+                let address = |of: &Option<Buffer>| of.as_ref().map_or(0, Buffer::address);
+                stage.first = address(&self.norm) as *const f32;
+                stage.mean_d = address(&coefficients.norm) as *const f32;
+            }
         }
         let [map, second_map] = maps.map(address);
         Ok(Arrays { stages, summed, map, second_map, _memory: memory })
@@ -275,6 +316,7 @@ impl Sweep<'_> {
             input_count: self.input.len() as u32,
             output_count: outputs.len() as u32,
             stage_count: arrays.stages.len() as u32,
+            norm_unit: self.norm_unit() as u32,
             ..pw_sweep::default()
         };
         let mut index = 0;
@@ -292,13 +334,26 @@ impl Sweep<'_> {
         Ok(params)
     }
 
-    /// The statistics of the batch at the batch norm, over all processes; it has them from then on.
-    /// `src` is the shape that an error tells.
+    /// The statistics of the batch at the batch norm, over all processes, and those of a layer norm; the
+    /// chain has them from then on. `src` is the shape that an error tells.
     ///
     /// # Errors
     /// [`Error::Cuda`], [`Error::DeviceMemory`], [`Error::TooLarge`]; those of the reduction, and of
     /// [`checked`].
-    pub(super) fn settle_moments(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
+    pub(super) fn settle(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
+        let mut of_batch = None;
+        for op in self.normalisations() {
+            match self.chain.ops[op] {
+                Op::LayerNorm { over, eps, .. } => {
+                    self.norm = self.norm_statistics(op, over, eps)?
+                }
+                _ => of_batch = self.settle_moments(src)?,
+            }
+        }
+        Ok(of_batch)
+    }
+
+    fn settle_moments(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
         let Some((barrier, batch)) = self.chain.batch_norm() else { return Ok(None) };
         let rows = self.rows();
         let nothing = Moments { count: 0.0, mean: 0.0, deviations: 0.0 };
@@ -317,7 +372,7 @@ impl Sweep<'_> {
 
     fn moments(&self, barrier: usize) -> Result<Vec<Moments>> {
         let (rows, positions) = (self.rows(), self.positions());
-        let (arrays, cut) = (self.arrays(None)?, self.cut(false)?);
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
         let mut params = self.params(&arrays, &cut, &Parts::new(), None, None)?;
         params.stage_count = barrier as u32;
         let what = "the moments of a batch";
@@ -336,13 +391,102 @@ impl Sweep<'_> {
         // stream order.
         unsafe {
             start_training(self.device, Kernel::Moments, cut.blocks, &mut params)?;
-            crate::cuda::launch::start_merge(self.device, rows as u32, &mut merge)?;
+            launch::start_merge(self.device, rows as u32, &mut merge)?;
         }
         let mut pairs = vec![0.0f64; 2 * rows];
         of_rows.download(&mut pairs)?;
         let count = positions as f64;
         let pairs = pairs.chunks_exact(2);
         Ok(pairs.map(|m| Moments { count, mean: m[0], deviations: m[1] }).collect())
+    }
+
+    /// What a layer norm, the op with this number, knows of the values that reach it: per position, or
+    /// per sample, the mean, `1 / std`, and what rounding the mean has left of the result.
+    fn norm_statistics(&self, op: usize, over: NormOver, eps: f32) -> Result<Option<Buffer>> {
+        let (rows, positions) = (self.rows(), self.positions());
+        if positions == 0 {
+            return Ok(None);
+        }
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
+        let mut params = self.params(&arrays, &cut, &Parts::new(), None, None)?;
+        params.stage_count = op as u32;
+        let what = "the statistics of a layer norm";
+        let (samples, unit) = (self.extents[0], self.norm_unit());
+        let mut statistics =
+            Buffer::new(self.device, what, norm_bytes(Some(over), samples, positions / samples))?;
+        if over == NormOver::Channels {
+            params.of_norm = statistics.address() as *mut f32;
+            self.start_norm(&mut params)?;
+            return Ok(Some(statistics));
+        }
+        let too_large = || Error::TooLarge { what, sizes: self.extents.to_vec() };
+        let bytes = launch::moments_bytes(samples as u64, unit as u64).ok_or_else(too_large)?;
+        let moments = Buffer::new(self.device, what, bytes as usize)?;
+        params.sums = moments.address() as *mut f64;
+        self.start_norm(&mut params)?;
+        let sizes = (samples as u64, unit as u64);
+        let merged = {
+            let _bound = self.device.bind()?;
+            // SAFETY: the memory is as large as that of so many moments.
+            unsafe { launch::merge(self.device, moments.address(), sizes, rows as u64)? }
+        };
+        let mut pairs = vec![0.0f64; 2 * samples];
+        moments.download_from(merged - moments.address(), &mut pairs)?;
+        let count = (rows * unit) as f64;
+        let of_samples = pairs.chunks_exact(2).flat_map(|pair| {
+            let inv = (1.0 / (pair[1] / count + f64::from(eps)).sqrt()) as f32;
+            let high = pair[0] as f32;
+            [high, inv, -((pair[0] - f64::from(high)) as f32) * inv]
+        });
+        statistics.upload(&of_samples.collect::<Vec<f32>>())?;
+        Ok(Some(statistics))
+    }
+
+    /// The means that a layer norm's gradient takes away, per position or per sample: of the gradient
+    /// behind gamma, and of that by what it normalises its input to.
+    fn norm_coefficients(
+        &self,
+        tensors: &Backward,
+        op: usize,
+        over: NormOver,
+        so_far: &Coefficients,
+    ) -> Result<Option<Buffer>> {
+        let (rows, positions) = (self.rows(), self.positions());
+        if positions == 0 {
+            return Ok(None);
+        }
+        let (arrays, cut) = (self.arrays(so_far)?, self.cut(false)?);
+        let mut params = self.params(&arrays, &cut, &Parts::new(), Some(tensors.d), None)?;
+        params.first_stage = op as u32;
+        let what = "sums of a layer norm";
+        let (samples, unit) = (self.extents[0], self.norm_unit());
+        let units = positions / unit;
+        let mut means = Buffer::new(self.device, what, checked_product(what, &[2, units, 4])?)?;
+        if over == NormOver::Channels {
+            params.of_norm = means.address() as *mut f32;
+            self.start_norm(&mut params)?;
+            return Ok(Some(means));
+        }
+        let sums = Buffer::new(self.device, what, checked_product(what, &[2, positions, 8])?)?;
+        params.sums = sums.address() as *mut f64;
+        self.start_norm(&mut params)?;
+        let by_sample = Buffer::new(self.device, what, 2 * samples * 8)?;
+        self.add_up(&sums, unit, 2 * samples, &by_sample, 0)?;
+        let mut values = vec![0.0f64; 2 * samples];
+        by_sample.download(&mut values)?;
+        let count = (rows * unit) as f64;
+        let (ones, products) = values.split_at(samples);
+        let of_samples = ones.iter().zip(products);
+        let of_samples = of_samples.flat_map(|(one, product)| [one, product].map(|x| x / count));
+        means.upload(&of_samples.map(|x| x as f32).collect::<Vec<f32>>())?;
+        Ok(Some(means))
+    }
+
+    fn start_norm(&self, params: &mut pw_sweep) -> Result<()> {
+        let positions = self.positions();
+        let blocks = grid(positions.div_ceil(PW_SWEEP_POSITIONS as usize), || vec![positions])?;
+        // SAFETY: the tensors are those of the call, what is written has room for all positions.
+        unsafe { start_training(self.device, Kernel::Norm, blocks, params) }
     }
 
     /// Runs the chain into `outputs`; without an input it begins with zeros.
@@ -353,7 +497,7 @@ impl Sweep<'_> {
         if self.positions() == 0 || self.rows() == 0 {
             return Ok(());
         }
-        let (arrays, cut) = (self.arrays(None)?, self.cut(false)?);
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
         let mut params = self.params(&arrays, &cut, outputs, None, None)?;
         params.flags |= adds(accumulate, pw_sweep_flags::PW_SWEEP_ADD);
         // SAFETY: the tensors are those of the call, the arrays are freed in stream order.
@@ -365,7 +509,7 @@ impl Sweep<'_> {
     /// # Errors
     /// [`Error::Cuda`], [`Error::DeviceMemory`], [`Error::TooLarge`].
     pub(super) fn keep_bits(&self, [lo, hi]: [f32; 2]) -> Result<Buffer> {
-        let (arrays, cut) = (self.arrays(None)?, self.cut(false)?);
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
         let bits = checked_product("the workspace", &[self.rows(), self.positions()])?;
         let memory = Buffer::new(self.device, "the workspace", bits_bytes(bits))?;
         let mut params = self.params(&arrays, &cut, &Parts::new(), None, None)?;
@@ -384,14 +528,19 @@ impl Sweep<'_> {
     pub(super) fn backward(&self, tensors: &Backward) -> Result<Sums> {
         let zeros = || std::array::from_fn(|_| vec![0.0; self.rows()]);
         let mut sums = Sums { ops: self.chain.ops.iter().map(|_| zeros()).collect(), gate: None };
-        let barrier = self.chain.batch_norm().map(|(barrier, _)| barrier);
-        let mut coefficients = None;
-        if let Some(barrier) = barrier {
-            self.pass(tensors, Kernel::Sums, barrier, None, &mut sums)?;
-            coefficients = Some((barrier, self.combined(barrier, &sums)?));
+        let mut coefficients = Coefficients::default();
+        for op in self.normalisations().into_iter().rev() {
+            match self.chain.ops[op] {
+                Op::LayerNorm { over, .. } => {
+                    coefficients.norm = self.norm_coefficients(tensors, op, over, &coefficients)?;
+                }
+                _ => {
+                    self.pass(tensors, Kernel::Sums, op, &coefficients, &mut sums)?;
+                    coefficients.batch = Some((op, self.combined(op, &sums)?));
+                }
+            }
         }
-        let of = coefficients.as_ref().map(|(barrier, both)| (*barrier, both));
-        self.pass(tensors, Kernel::Backward, 0, of, &mut sums)?;
+        self.pass(tensors, Kernel::Backward, 0, &coefficients, &mut sums)?;
         Ok(sums)
     }
 
@@ -421,14 +570,14 @@ impl Sweep<'_> {
         tensors: &Backward,
         kernel: Kernel,
         first: usize,
-        coefficients: Option<(usize, &[Vec<f32>; 2])>,
+        coefficients: &Coefficients,
         sums: &mut Sums,
     ) -> Result<()> {
         let rows = self.rows();
         if self.positions() == 0 || rows == 0 {
             return Ok(());
         }
-        let by_sample = self.chain.by_sample();
+        let by_sample = self.chain.ops.iter().any(|op| matches!(op, Op::Gate));
         let (arrays, cut) = (self.arrays(coefficients)?, self.cut(by_sample)?);
         let Backward { d, outputs, d_second, accumulate, bits } = tensors;
         let mut params = self.params(&arrays, &cut, outputs, Some(*d), *d_second)?;
@@ -511,6 +660,16 @@ impl Sweep<'_> {
 pub(super) fn grid(blocks: usize, sizes: impl FnOnce() -> Vec<usize>) -> Result<u32> {
     let too_large = |_| Error::TooLarge { what: "the grid of a launch", sizes: sizes() };
     i32::try_from(blocks).map(|blocks| blocks as u32).map_err(too_large)
+}
+
+/// Bytes of the statistics of such a layer norm on so many samples, each of so many positions.
+pub(super) fn norm_bytes(over: Option<NormOver>, samples: usize, positions: usize) -> usize {
+    let units = match over {
+        Some(NormOver::All) if positions > 0 => samples,
+        Some(_) => samples.saturating_mul(positions),
+        None => 0,
+    };
+    units.saturating_mul(3 * size_of::<f32>())
 }
 
 /// Bytes of so many bits, in whole words.
