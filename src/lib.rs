@@ -40,6 +40,7 @@
 //! | `safetensors` (default) | layers from checkpoints with PyTorch's names |
 //! | `serde` | descriptions as data |
 //! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
+//! | `nccl` | training on the GPUs of several processes; needs `cuda`, and NCCL 2.14 or later to run |
 //! | `tracing` | a span per call, level `DEBUG`, target `pointwise`, with `kernel`, `problem`, `macs` and `bytes`; the layer of the crate `nvtx` makes NVTX ranges of them |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -11,7 +11,8 @@ use std::time::Duration;
 use ndarray::{Array2, Array4, ArrayD, ArrayView4, ArrayViewMut4, Axis, IxDyn, Slice, s};
 use pointwise::reference::{self, Inputs};
 use pointwise::train::{
-    Accumulate, AllReduce, Branches, Options, Params, Statistics, ThreadWorker, name,
+    Accumulate, AllReduce, BUCKET, Branches, Grads, Options, Params, Statistics, ThreadWorker,
+    all_reduce, name,
 };
 use pointwise::{
     Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, Stage, TensorMut, TensorRef,
@@ -618,6 +619,72 @@ fn a_worker_that_dies_or_stays_away_is_an_error() {
     a.set_all_reduce(Some(Arc::new(worker)));
     refused!(a.forward(&src), Error::AllReduce { .. }, "worker 1 is gone");
     assert_eq!(a.layer(), params(&layer).layer());
+}
+
+/// Counts the values of each sum.
+#[derive(Debug)]
+struct Counted(ThreadWorker, std::sync::Mutex<Vec<usize>>);
+
+impl AllReduce for Counted {
+    fn sum_f64(&self, values: &mut [f64]) -> pointwise::Result<()> {
+        self.0.sum_f64(values)
+    }
+
+    fn sum_f32(&self, values: &mut [f32]) -> pointwise::Result<()> {
+        self.1.lock().unwrap().push(values.len());
+        self.0.sum_f32(values)
+    }
+}
+
+#[test]
+fn gradients_of_many_layers_are_summed_in_buckets() {
+    let (layer, _) = simple();
+    let layers =
+        [layer, Pointwise::new(weight(9, 7)), Pointwise::new(weight(3, 2)).bias(vec![0.0; 3])];
+    let of_worker = |rank: usize| {
+        let mut all: Vec<_> = layers.iter().map(|layer| params(layer).grads()).collect();
+        let mut seed = 10 * rank as u32;
+        for grads in &mut all {
+            grads.visit_mut(|_, _, values| {
+                seed += 1;
+                values.copy_from_slice(&vector(values.len(), seed));
+            });
+        }
+        all
+    };
+    let flat = |all: &[Grads]| {
+        let mut values = Vec::new();
+        all.iter().for_each(|grads| grads.visit(|_, _, of| values.extend_from_slice(of)));
+        values
+    };
+    let mut want = flat(&of_worker(0));
+    want.iter_mut().zip(flat(&of_worker(1))).for_each(|(a, b)| *a += b);
+    let total = want.len();
+    assert_eq!(total, 30 + 3 * 6 + 63 + 6 + 3);
+    // Smaller than a value, than a tensor, between two of them, exactly all, more than all.
+    for bytes in [0, 4, 20, 4 * 63, 4 * 64 + 3, 4 * total, BUCKET] {
+        let group = ThreadWorker::group(2, Duration::from_secs(60));
+        std::thread::scope(|scope| {
+            for (rank, worker) in group.into_iter().enumerate() {
+                let (of_worker, flat, want) = (&of_worker, &flat, &want);
+                scope.spawn(move || {
+                    let worker = Counted(worker, Default::default());
+                    let mut all = of_worker(rank);
+                    all_reduce(&mut all, &worker, bytes).unwrap();
+                    assert_eq!(&flat(&all), want, "buckets of {bytes} bytes");
+                    let most = (bytes / 4).clamp(1, total);
+                    let sums = worker.1.into_inner().unwrap();
+                    let (last, others) = sums.split_last().unwrap();
+                    assert!(others.iter().all(|&len| len == most), "{bytes}: {sums:?}");
+                    assert_eq!(*last, total - most * others.len(), "{bytes}: {sums:?}");
+                    assert!(*last <= most, "{bytes}: {sums:?}");
+                });
+            }
+        });
+    }
+    let mut all = of_worker(0);
+    let worker = ThreadWorker::group(2, Duration::from_secs(60)).swap_remove(0);
+    refused!(all_reduce(&mut all, &worker, BUCKET), Error::AllReduce { .. }, "worker 1 is gone");
 }
 
 #[test]

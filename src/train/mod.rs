@@ -38,6 +38,14 @@
 //! the batch, and moves the running statistics as PyTorch does: by `momentum` towards the batch's
 //! mean and unbiased variance. With [`Statistics::Frozen`] it uses the running ones and leaves them.
 //!
+//! # Several workers
+//!
+//! Workers that each train on their own samples do what one does on all of them together: through
+//! [`AllReduce`] batch norms take the statistics of all samples ([`Params::set_all_reduce`]), and
+//! gradients are summed ([`all_reduce`]). [`ThreadWorker`] is a thread of one process; with the feature
+//! `nccl`, `NcclWorker` is one of several processes, on one machine or on several, each with a GPU, and
+//! `Launch` is what torchrun, mpirun or srun tell it.
+//!
 //! # Names
 //!
 //! Parameters are called as in a PyTorch module whose convolution is the module itself and whose
@@ -49,6 +57,8 @@ mod branches;
 mod call;
 pub(crate) mod chain;
 mod grads;
+#[cfg(feature = "nccl")]
+mod launch;
 mod params;
 pub(crate) mod reduce;
 
@@ -56,12 +66,18 @@ use std::ops::Range;
 
 use crate::prepared::Math;
 
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use crate::cuda::nccl::{NcclId, NcclWorker};
 pub use branches::{Branches, BranchesBackwardCall, BranchesCall};
 pub(crate) use call::Outputs;
 pub use call::{BackwardCall, Call, Workspace};
 pub use grads::Grads;
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use launch::Launch;
 pub use params::Params;
-pub use reduce::{AllReduce, ThreadWorker};
+pub use reduce::{AllReduce, BUCKET, ThreadWorker, all_reduce};
 
 /// The names of parameters and running statistics.
 pub mod name {

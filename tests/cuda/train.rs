@@ -37,6 +37,8 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_refuses_what_it_has_not", refusals),
     ("training_branches_is_training_each_of_them", branches_together),
     ("training_branches_writes_any_strides", placed_branches),
+    #[cfg(feature = "nccl")]
+    ("training_without_nccl_is_an_error", without_nccl),
     ("training_updates_a_prepared_layer_while_it_runs", updates),
 ];
 
@@ -621,6 +623,43 @@ fn placed_branches(device: &CudaDevice) -> Outcome {
         let largest = want.iter().fold(0.0f32, |a, b| a.max(b.abs()));
         for (got, want) in got.iter().zip(&*want) {
             assert!((got - want).abs() <= 1e-5 * largest, "{layout:?}: {got}, {want}");
+        }
+    }
+    Ok(())
+}
+
+/// Where NCCL is, a group of one sums; where it is not, the error says so.
+#[cfg(feature = "nccl")]
+fn without_nccl(device: &CudaDevice) -> Outcome {
+    use pointwise::train::{Launch, NcclId, NcclWorker};
+    let launch = Launch {
+        rank: 0,
+        workers: 1,
+        local_rank: Some(device.ordinal()),
+        host: "127.0.0.1".into(),
+        port: 29501,
+    };
+    assert!(launch.device()?.ordinal() == device.ordinal());
+    let minute = Duration::from_secs(60);
+    match NcclId::new() {
+        Ok(_) => {
+            let worker = NcclWorker::launched(&launch, device, minute)?;
+            let mut values: Vec<f32> = vector(10_000, 1);
+            worker.sum_f32(&mut values)?;
+            assert_eq!(values, vector(10_000, 1));
+            let mut values = [1.5, -2.25];
+            worker.sum_f64(&mut values)?;
+            assert_eq!(values, [1.5, -2.25]);
+        }
+        Err(error) => {
+            assert!(error.to_string().starts_with("all-reduce: no NCCL"), "{error}");
+            let id = NcclId::from_bytes([7; 128]);
+            for error in [
+                NcclWorker::launched(&launch, device, minute).unwrap_err(),
+                NcclWorker::new(device, id, 0, 1, minute).unwrap_err(),
+            ] {
+                assert!(error.to_string().starts_with("all-reduce: no NCCL"), "{error}");
+            }
         }
     }
     Ok(())
