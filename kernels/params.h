@@ -40,7 +40,8 @@ enum pw_op {
     PW_OP_HARD_SIGMOID,
     PW_OP_HARD_SWISH,
     PW_OP_SOFTPLUS,
-    PW_OP_MISH
+    PW_OP_MISH,
+    PW_OP_LAYER_NORM   /* in training; elsewhere it is no step */
 };
 
 struct pw_step {
@@ -180,7 +181,7 @@ struct pw_merge {
 /* Stages before or after the convolution. */
 #define PW_MAX_STAGES 16
 /* Of these, the ones whose parameters have gradients. */
-#define PW_MAX_SUMMED 3
+#define PW_MAX_SUMMED 4
 /* pw_stage.sums of one whose parameters have none. */
 #define PW_NOT_SUMMED 255
 
@@ -188,6 +189,8 @@ struct pw_merge {
 #define PW_SWEEP_THREADS 256
 #define PW_SWEEP_WIDE 32
 #define PW_SWEEP_NARROW 8
+/* Positions of a block that sums over all rows of each. */
+#define PW_SWEEP_POSITIONS 32
 /* Threads that add up one sum. */
 #define PW_SUM_LANES 32
 /* The gradient by the weight: a block's threads, its rows and columns, and the positions that it
@@ -204,12 +207,16 @@ struct pw_part {
     uint32_t end;
 };
 
-/* One stage, its arrays per row. */
+/* One stage, its arrays per row. PW_OP_AFFINE is (x - first) * second + third, PW_OP_PRELU has slopes
+ * `second`. PW_OP_LAYER_NORM is ((x - mean) * inv + rest) * second + third, without the last two where
+ * they are null; per norm_unit positions `first` has mean, inv and rest, `mean_d` the two numbers that
+ * others have in mean_d and along; a is its eps. */
 struct pw_stage {
-    enum pw_op op;       /* PW_OP_AFFINE is (x - first) * second + third, PW_OP_PRELU has slopes `second` */
+    enum pw_op op;
     float a;
     float b;
-    uint32_t sums;       /* which pair of sums is its: of d, and of d * (x - first) (PReLU: d * x, x < 0) */
+    uint32_t sums;       /* which pair of sums is its: of d, and of d * (x - first) (PReLU: d * x, x < 0;
+                            layer norm: d * what it normalises x to) */
     const float *first;
     const float *second;
     const float *third;
@@ -238,7 +245,9 @@ struct pw_sweep {
     float outside;              /* its slope where a bit is clear */
     float lo, hi;               /* where bits are set: within these bounds, which are outside */
     uint32_t flags;             /* of enum pw_sweep_flags */
-    double *sums;               /* moments [rows][chunks] in pairs, or sums [2 * summed][rows][chunks] */
+    double *sums;               /* moments [rows][chunks] in pairs, or sums [2 * summed][rows][chunks]; for a
+                                   layer norm over all, moments or sums of positions */
+    float *of_norm;             /* what a layer norm over channels has in its arrays */
     uint32_t positions;
     uint32_t group;             /* positions that chunks do not cross the ends of */
     uint32_t chunk;             /* positions of a chunk */
@@ -249,6 +258,8 @@ struct pw_sweep {
     uint32_t stage_count;
     uint32_t first_stage;       /* of a backward pass: where it ends */
     uint32_t summed;
+    uint32_t norm_unit;         /* positions that share a layer norm's statistics: 1, or a sample's */
+    uint32_t reserved;
     struct pw_stage stages[PW_MAX_STAGES];
 };
 

@@ -8,11 +8,15 @@ use common::{Fixtures, channels_last};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice};
+use ndarray::{Array2, Array4, ArrayD, ArrayView4, ArrayViewMut4, Axis, IxDyn, Slice, s};
 use pointwise::reference::{self, Inputs};
-use pointwise::train::{Accumulate, AllReduce, Options, Params, Statistics, ThreadWorker, name};
+use pointwise::train::{
+    Accumulate, AllReduce, BUCKET, Branches, Grads, Options, Params, Statistics, ThreadWorker,
+    all_reduce, name,
+};
 use pointwise::{
     Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, Stage, TensorMut, TensorRef,
+    nhwc_mut,
 };
 use training::*;
 
@@ -177,11 +181,7 @@ fn the_references_gradients_are_finite_differences() {
                             *x += step;
                         }
                         let moved = *x;
-                        let inputs = Inputs {
-                            sources: tensors.sources.iter().map(|t| t.view()).collect(),
-                            residual: tensors.residual.as_ref().map(|t| t.view()),
-                            gate: tensors.gate.as_ref().map(|t| t.view()),
-                        };
+                        let inputs = tensors.inputs();
                         // Channels of a residual beside a partial convolution hold NaN.
                         if moved.is_nan() {
                             (step.into(), step)
@@ -621,6 +621,72 @@ fn a_worker_that_dies_or_stays_away_is_an_error() {
     assert_eq!(a.layer(), params(&layer).layer());
 }
 
+/// Counts the values of each sum.
+#[derive(Debug)]
+struct Counted(ThreadWorker, std::sync::Mutex<Vec<usize>>);
+
+impl AllReduce for Counted {
+    fn sum_f64(&self, values: &mut [f64]) -> pointwise::Result<()> {
+        self.0.sum_f64(values)
+    }
+
+    fn sum_f32(&self, values: &mut [f32]) -> pointwise::Result<()> {
+        self.1.lock().unwrap().push(values.len());
+        self.0.sum_f32(values)
+    }
+}
+
+#[test]
+fn gradients_of_many_layers_are_summed_in_buckets() {
+    let (layer, _) = simple();
+    let layers =
+        [layer, Pointwise::new(weight(9, 7)), Pointwise::new(weight(3, 2)).bias(vec![0.0; 3])];
+    let of_worker = |rank: usize| {
+        let mut all: Vec<_> = layers.iter().map(|layer| params(layer).grads()).collect();
+        let mut seed = 10 * rank as u32;
+        for grads in &mut all {
+            grads.visit_mut(|_, _, values| {
+                seed += 1;
+                values.copy_from_slice(&vector(values.len(), seed));
+            });
+        }
+        all
+    };
+    let flat = |all: &[Grads]| {
+        let mut values = Vec::new();
+        all.iter().for_each(|grads| grads.visit(|_, _, of| values.extend_from_slice(of)));
+        values
+    };
+    let mut want = flat(&of_worker(0));
+    want.iter_mut().zip(flat(&of_worker(1))).for_each(|(a, b)| *a += b);
+    let total = want.len();
+    assert_eq!(total, 30 + 3 * 6 + 63 + 6 + 3);
+    // Smaller than a value, than a tensor, between two of them, exactly all, more than all.
+    for bytes in [0, 4, 20, 4 * 63, 4 * 64 + 3, 4 * total, BUCKET] {
+        let group = ThreadWorker::group(2, Duration::from_secs(60));
+        std::thread::scope(|scope| {
+            for (rank, worker) in group.into_iter().enumerate() {
+                let (of_worker, flat, want) = (&of_worker, &flat, &want);
+                scope.spawn(move || {
+                    let worker = Counted(worker, Default::default());
+                    let mut all = of_worker(rank);
+                    all_reduce(&mut all, &worker, bytes).unwrap();
+                    assert_eq!(&flat(&all), want, "buckets of {bytes} bytes");
+                    let most = (bytes / 4).clamp(1, total);
+                    let sums = worker.1.into_inner().unwrap();
+                    let (last, others) = sums.split_last().unwrap();
+                    assert!(others.iter().all(|&len| len == most), "{bytes}: {sums:?}");
+                    assert_eq!(*last, total - most * others.len(), "{bytes}: {sums:?}");
+                    assert!(*last <= most, "{bytes}: {sums:?}");
+                });
+            }
+        });
+    }
+    let mut all = of_worker(0);
+    let worker = ThreadWorker::group(2, Duration::from_secs(60)).swap_remove(0);
+    refused!(all_reduce(&mut all, &worker, BUCKET), Error::AllReduce { .. }, "worker 1 is gone");
+}
+
 #[test]
 fn slopes_follow_the_reference() {
     // A layer of one channel that hands x on to the activation.
@@ -791,4 +857,156 @@ fn a_16_bit_layer_is_not_updated_beyond_its_range() {
     let src = ndarray::Array2::from_elem((1, 2), pointwise::f16::ONE);
     let dst = ready.forward(&src).unwrap();
     assert!(dst.iter().all(|&y| y == pointwise::f16::ONE), "as it was");
+}
+
+#[test]
+fn branches_are_their_layers_and_one_gradient_by_src() {
+    for last in [false, true] {
+        for shape in [vec![2, 20, 9, 7], vec![3, 20, 33, 29], vec![70, 20], vec![1, 20, 1001]] {
+            check_branches(&branches_tensors(&shape, last), &Device::cpu()).unwrap();
+        }
+    }
+}
+
+/// Tensors in the middle of others, backwards; nothing around them is written.
+#[test]
+fn branches_read_and_write_any_strides() {
+    const CANARY: f32 = -77.25;
+    let inside = || s![.., 3..23, .., ..;-1];
+    let layer = |c_out| Pointwise::new(weight(c_out, 20)).batch_norm(norm(c_out)).silu();
+    let (src, d_dst) = (random(&[2, 20, 9, 7], 1), random(&[2, 32, 9, 7], 2));
+    let src: Array4<f32> = src.into_dimensionality().unwrap();
+    let mut around = Array4::from_elem((2, 27, 9, 7), CANARY);
+    around.slice_mut(inside()).assign(&src);
+    let run = |src: ArrayView4<'_, f32>, d_src: ArrayViewMut4<'_, f32>| {
+        let mut branches = Branches::new(vec![params(&layer(24)), params(&layer(8))]).unwrap();
+        let mut grads = branches.grads();
+        // Both results are one concatenation, and so is the gradient by them.
+        let mut dst = Array4::from_elem((2, 9, 7, 32), f32::NAN);
+        let view = nhwc_mut(dst.view_mut());
+        let (mut a, mut b) = view.split_at(Axis(1), 24);
+        let workspaces = branches.call(&src).run_into(&mut [&mut a, &mut b]).unwrap();
+        let (a, b) = d_dst.view().split_at(Axis(1), 24);
+        let mut d_src = d_src;
+        let call = branches.backward_call(&src, workspaces, &[&a, &b]);
+        call.d_src(&mut d_src).run(&mut grads).unwrap();
+        (dst, grads)
+    };
+    let mut want = Array4::from_elem((2, 20, 9, 7), f32::NAN);
+    let (dst, grads) = run(src.view(), want.view_mut());
+    let mut d_around = Array4::from_elem((2, 27, 9, 7), CANARY);
+    let (same, again) = run(around.slice(inside()), d_around.slice_mut(inside()));
+    let mut got = d_around.slice_mut(inside());
+    let close = |a: &f32, b: &f32| (a - b).abs() <= 1e-5 * b.abs().max(1.0);
+    assert!(got.iter().zip(&want).all(|(a, b)| close(a, b)), "d_src");
+    assert!(same.iter().zip(&dst).all(|(a, b)| close(a, b)), "dst");
+    for (a, b) in again.iter().zip(&grads) {
+        a.visit(|name, _, a| {
+            let largest = b.get(name).unwrap().iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            let pairs = a.iter().zip(b.get(name).unwrap());
+            pairs.for_each(|(a, b)| assert!((a - b).abs() <= 1e-5 * largest, "{name}: {a}, {b}"));
+        });
+    }
+    got.fill(CANARY);
+    assert!(d_around.iter().all(|&x| x == CANARY), "written beside d_src");
+}
+
+#[test]
+fn branches_that_do_not_fit_are_refused() {
+    refused!(Branches::new(Vec::new()), Error::NoLayers, "no layers");
+    let (layer, src) = simple();
+    let two = || Branches::new(vec![params(&layer), params(&layer.clone().residual())]).unwrap();
+    let residual = random(&[2, 6, 4, 3], 2);
+    let forward = |branches: &mut Branches| {
+        let (dsts, workspaces) = branches.call(&src).residual(1, &residual).run().unwrap();
+        let [a, b] = <[_; 2]>::try_from(dsts).unwrap();
+        (a, b, workspaces)
+    };
+
+    let mut branches = two();
+    refused!(branches.forward(&src), Error::MissingInput { .. }, "residual");
+    refused!(
+        branches.call(&src).residual(2, &residual).run(),
+        Error::ParameterValue { .. },
+        "2 of 2"
+    );
+    let (mut dst, mut other) = (residual.clone(), residual.clone());
+    let call = branches.call(&src).residual(1, &residual);
+    refused!(call.run_into(&mut [&mut dst]), Error::Shape { .. }, "the list of dsts has shape [1]");
+    let (a, b) = unsafe_views(&mut other);
+    let (mut a, mut b) = (a, b);
+    let call = branches.call(&src).residual(1, &residual);
+    refused!(call.run_into(&mut [&mut a, &mut b]), Error::Aliased { .. }, "another branch");
+
+    // A forward pass that fails in one layer moves the statistics of none.
+    let mut uneven = Branches::new(vec![params(&layer), params(&Pointwise::new(weight(6, 4)))]);
+    let uneven = uneven.as_mut().unwrap();
+    refused!(uneven.forward(&src), Error::Channels { .. }, "4");
+    let mut bad = params(&layer);
+    bad.visit_mut(|name, _, values| {
+        if name == name::WEIGHT {
+            values.fill(f32::NAN);
+        }
+    });
+    let mut uneven = Branches::new(vec![params(&layer), bad]).unwrap();
+    refused!(uneven.forward(&src), Error::NonFinite { .. }, "of the batch at bn");
+    assert_eq!(uneven.layers()[0].layer(), params(&layer).layer());
+    assert_eq!(uneven.layers()[0].num_batches_tracked(), 0);
+
+    // Backward, nothing is written before everything fits.
+    let mut grads = branches.grads();
+    grads.iter_mut().for_each(|grads| grads.visit_mut(|_, _, values| values.fill(7.0)));
+    let mut d_src = ArrayD::from_elem(src.raw_dim(), 7.0);
+    let wrong = random(&[2, 6, 4, 4], 1);
+    let (a, b, workspaces) = forward(&mut branches);
+    let call = branches.backward_call(&src, workspaces, &[&a, &wrong]).residual(1, &residual);
+    let result = call.d_src(&mut d_src).run(&mut grads);
+    refused!(result, Error::Shape { tensor: "d_dst", .. }, "[2, 6, 4, 4]");
+    let (.., mut workspaces) = forward(&mut branches);
+    workspaces.swap(0, 1);
+    let call = branches.backward_call(&src, workspaces, &[&a, &b]).residual(1, &residual);
+    refused!(call.d_src(&mut d_src).run(&mut grads), Error::Workspace { .. }, "another layer");
+    let (.., mut workspaces) = forward(&mut branches);
+    workspaces.truncate(1);
+    let call = branches.backward_call(&src, workspaces, &[&a, &b]).residual(1, &residual);
+    let result = call.d_src(&mut d_src).run(&mut grads);
+    refused!(result, Error::Shape { tensor: "the list of workspaces", .. }, "[1], expected [2]");
+    let (.., workspaces) = forward(&mut branches);
+    let call = branches.backward_call(&src, workspaces, &[&a]).residual(1, &residual);
+    let result = call.d_src(&mut d_src).run(&mut grads);
+    refused!(result, Error::Shape { tensor: "the list of d_dsts", .. }, "[1], expected [2]");
+    let (.., workspaces) = forward(&mut branches);
+    let call = branches.backward_call(&src, workspaces, &[&a, &b]).residual(1, &residual);
+    let result = call.d_src(&mut d_src).run(&mut grads[..1]);
+    refused!(result, Error::Shape { tensor: "the list of grads", .. }, "[1], expected [2]");
+    let (.., workspaces) = forward(&mut branches);
+    let mut d_residual = b.clone();
+    let call = branches.backward_call(&src, workspaces, &[&a, &b]).residual(1, &residual);
+    let result = call.d_residual(4, &mut d_residual).run(&mut grads);
+    refused!(result, Error::ParameterValue { .. }, "4 of 2");
+    // The gradient by the one's residual over the gradient by the other's result.
+    let (.., workspaces) = forward(&mut branches);
+    let (d_dst, mut d_residual) = unsafe_view(&mut d_residual);
+    let call = branches.backward_call(&src, workspaces, &[&d_dst, &b]).residual(1, &residual);
+    let result = call.d_src(&mut d_src).d_residual(1, &mut d_residual).run(&mut grads);
+    refused!(result, Error::Aliased { .. }, "another branch");
+    assert!(d_src.iter().all(|&x| x == 7.0), "nothing is written");
+    for grads in &grads {
+        grads.visit(|name, _, values| assert!(values.iter().all(|&x| x == 7.0), "{name}"));
+    }
+    let (.., workspaces) = forward(&mut branches);
+    let call = branches.backward_call(&src, workspaces, &[&a, &b]).residual(1, &residual);
+    call.run(&mut grads).unwrap();
+    assert_eq!(branches.layers()[1].num_batches_tracked(), 8);
+    let said = branches.workspace_bytes(src.shape()).unwrap();
+    assert_eq!(said, 2 * 4 * residual.len());
+}
+
+/// The same memory twice to write, as C callers may hand it over.
+fn unsafe_views(memory: &mut ArrayD<f32>) -> (TensorMut<'_>, TensorMut<'_>) {
+    let (shape, strides) = (memory.shape().to_vec(), memory.strides().to_vec());
+    let ptr = memory.as_mut_ptr();
+    // SAFETY: the call refuses the two before it touches them.
+    let view = || unsafe { TensorMut::from_raw_parts(ptr, Place::Host, &shape, &strides).unwrap() };
+    (view(), view())
 }

@@ -1,6 +1,7 @@
 // The kernels of training beside fprop's, which multiply for dgrad as well.
 #pragma once
 
+#include "norm.cuh"
 #include "sweep.cuh"
 #include "wgrad.cuh"
 
@@ -26,6 +27,12 @@ extern "C" __global__ void __launch_bounds__(PW_SWEEP_THREADS)
     train_backward_f32_32x8(const __grid_constant__ pw_sweep p) {
     __shared__ SweepShared shared;
     Sweep(p, shared, blockIdx.x).backward<true>();
+}
+
+extern "C" __global__ void __launch_bounds__(PW_SWEEP_THREADS)
+    train_norm_f32_8x32(const __grid_constant__ pw_sweep p) {
+    __shared__ NormSweepShared shared;
+    NormSweep(p, shared, blockIdx.x).run();
 }
 
 extern "C" __global__ void __launch_bounds__(PW_SWEEP_THREADS)

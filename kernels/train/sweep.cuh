@@ -41,9 +41,124 @@ struct RowAt {
     }
 };
 
-class Sweep {
+// A chain of stages at one row.
+class Stages {
+protected:
+    __device__ explicit Stages(const pw_sweep& p) : p(p) {}
+
+    const pw_sweep& p;
+    uint32_t row;
+
+    __device__ int64_t offset(const RowAt& at, uint32_t position) const {
+        return offset_of(position, p.extents, p.axis_count, at.axes);
+    }
+
+    __device__ void put(const RowAt& at, uint32_t q, float x, bool add) const {
+        float* const to = at.data + offset(at, q);
+        *to = add ? *to + x : x;
+    }
+
+    __device__ float value(const RowAt& input, uint32_t q, uint32_t stages) const {
+        return prefix(input.data[offset(input, q)], q, stages);
+    }
+
+    // What reaches a stage.
+    __device__ float prefix(float x, uint32_t q, uint32_t stages) const {
+#pragma unroll 1
+        for (uint32_t i = 0; i < stages; ++i) x = apply(p.stages[i], x, q);
+        return x;
+    }
+
+    // The gradient by what reaches stage i, x, from that by what leaves it. With kStore the residual's
+    // is stored; add takes what the stage sums.
+    template <bool kStore, class Add>
+    __device__ float through(uint32_t i, float x, float d, uint32_t q, Add add) const {
+        const pw_stage& stage = p.stages[i];
+        switch (stage.op) {
+            case PW_OP_AFFINE: {
+                const float from_mean = x - __ldg(stage.first + row);
+                add(stage, d, d * from_mean);
+                if (stage.mean_d != nullptr) {
+                    d -= fmaf(from_mean, __ldg(stage.along + row), __ldg(stage.mean_d + row));
+                }
+                return d * __ldg(stage.second + row);
+            }
+            case PW_OP_PRELU:
+                add(stage, d, x > 0.f ? 0.f : d * x);
+                return x > 0.f ? d : d * __ldg(stage.second + row);
+            case PW_OP_RESIDUAL:
+                if (kStore && p.d_second.data != nullptr) {
+                    put(RowAt(p.d_second, row, p.second_map), q, d, p.flags & PW_SWEEP_ADD_SECOND);
+                }
+                return d;
+            case PW_OP_GATE:
+                add(stage, d, d * x);
+                return d * second(q);
+            case PW_OP_LAYER_NORM: {
+                const float at = normalised(stage, x, q);
+                add(stage, d, d * at);
+                if (stage.second != nullptr) d *= __ldg(stage.second + row);
+                const uint32_t unit = q / p.norm_unit;
+                const float* const of = stage.mean_d + 2 * int64_t(unit);
+                d -= fmaf(at, __ldg(of + 1), __ldg(of));
+                return d * __ldg(stage.first + 3 * int64_t(unit) + 1);
+            }
+            default:
+                if (p.bits != nullptr) return bit(q) ? d : d * p.outside;
+                return d * activation::slope(stage, x);
+        }
+    }
+
+    // What a layer norm makes of x, before its gamma and beta.
+    __device__ float normalised(const pw_stage& stage, float x, uint32_t q) const {
+        const float* const of = stage.first + 3 * int64_t(q / p.norm_unit);
+        return fmaf(x - __ldg(of), __ldg(of + 1), __ldg(of + 2));
+    }
+
+private:
+    __device__ float second(uint32_t q) const {
+        const RowAt at(p.second, row, p.second_map);
+        return at.data[offset(at, q)];
+    }
+
+    // What activations ask of a value's place: nothing.
+    struct Nowhere {
+        __device__ void per_channel(float (&)[1], const float*) const {}
+        __device__ void second(float (&)[1]) const {}
+    };
+
+    __device__ float apply(const pw_stage& stage, float x, uint32_t q) const {
+        switch (stage.op) {
+            case PW_OP_AFFINE:
+                return fmaf(x - __ldg(stage.first + row), __ldg(stage.second + row),
+                            __ldg(stage.third + row));
+            case PW_OP_PRELU: return x >= 0.f ? x : __ldg(stage.second + row) * x;
+            case PW_OP_RESIDUAL: return x + second(q);
+            case PW_OP_GATE: return x * second(q);
+            case PW_OP_LAYER_NORM: {
+                const float at = normalised(stage, x, q);
+                if (stage.second == nullptr) return at;
+                return fmaf(at, __ldg(stage.second + row), __ldg(stage.third + row));
+            }
+            default: {
+                float v[1] = {x};
+                run_step(pw_step{stage.op, stage.a, stage.b}, v, Nowhere());
+                return v[0];
+            }
+        }
+    }
+
+    __device__ bool bit(uint32_t q) const {
+        const bool wide = p.flags & PW_SWEEP_CHANNELS_FAST;
+        const int64_t at = wide ? int64_t(q) * p.rows + row : int64_t(row) * p.positions + q;
+        return __ldg(p.bits + at / 32) >> (at % 32) & 1;
+    }
+};
+
+class Sweep : Stages {
 public:
-    __device__ Sweep(const pw_sweep& p, SweepShared& shared, uint32_t block) : p(p), shared(shared) {
+    __device__ Sweep(const pw_sweep& p, SweepShared& shared, uint32_t block)
+        : Stages(p), shared(shared) {
         const int t = threadIdx.x;
         const bool wide = p.flags & PW_SWEEP_CHANNELS_FAST;
         const uint32_t height = wide ? PW_SWEEP_WIDE : PW_SWEEP_NARROW;
@@ -119,11 +234,16 @@ public:
             const RowAt input =
                 some ? RowAt::of(p.inputs, row, nullptr) : RowAt(p.d, row, p.map);
             const RowAt d_at(p.d, row, p.map);
+            const auto add = [this](const pw_stage& stage, float one, float product) {
+                if (stage.sums == PW_NOT_SUMMED) return;
+                shared.sums[2 * stage.sums][threadIdx.x] += one;
+                shared.sums[2 * stage.sums + 1][threadIdx.x] += product;
+            };
             for (uint32_t q = begin + lane; q < end; q += lanes) {
                 float d = d_at.data[offset(d_at, q)];
                 const float x = some ? input.data[offset(input, q)] : 0.f;
                 for (uint32_t i = p.stage_count; i-- > p.first_stage;) {
-                    d = through<kStore>(i, some ? prefix(x, q, i) : 0.f, d, q);
+                    d = through<kStore>(i, some ? prefix(x, q, i) : 0.f, d, q, add);
                 }
                 if (kStore && p.output_count > 0) {
                     put(RowAt::of(p.outputs, row, nullptr), q, d, p.flags & PW_SWEEP_ADD);
@@ -138,10 +258,9 @@ public:
     }
 
 private:
-    const pw_sweep& p;
     SweepShared& shared;
     int lanes, lane, local;
-    uint32_t row, chunk, chunks, begin, end;
+    uint32_t chunk, chunks, begin, end;
     bool exists;
 
     // Of the threads that have this one's row.
@@ -152,95 +271,6 @@ private:
             sum += double(shared.sums[s][wide ? i * PW_SWEEP_WIDE + local : local * lanes + i]);
         }
         return sum;
-    }
-
-    __device__ int64_t offset(const RowAt& at, uint32_t position) const {
-        return offset_of(position, p.extents, p.axis_count, at.axes);
-    }
-
-    __device__ void put(const RowAt& at, uint32_t q, float x, bool add) const {
-        float* const to = at.data + offset(at, q);
-        *to = add ? *to + x : x;
-    }
-
-    __device__ float second(uint32_t q) const {
-        const RowAt at(p.second, row, p.second_map);
-        return at.data[offset(at, q)];
-    }
-
-    __device__ float value(const RowAt& input, uint32_t q, uint32_t stages) const {
-        return prefix(input.data[offset(input, q)], q, stages);
-    }
-
-    // What reaches a stage.
-    __device__ float prefix(float x, uint32_t q, uint32_t stages) const {
-#pragma unroll 1
-        for (uint32_t i = 0; i < stages; ++i) x = apply(p.stages[i], x, q);
-        return x;
-    }
-
-    // What activations ask of a value's place: nothing.
-    struct Nowhere {
-        __device__ void per_channel(float (&)[1], const float*) const {}
-        __device__ void second(float (&)[1]) const {}
-    };
-
-    __device__ float apply(const pw_stage& stage, float x, uint32_t q) const {
-        switch (stage.op) {
-            case PW_OP_AFFINE:
-                return fmaf(x - __ldg(stage.first + row), __ldg(stage.second + row),
-                            __ldg(stage.third + row));
-            case PW_OP_PRELU: return x >= 0.f ? x : __ldg(stage.second + row) * x;
-            case PW_OP_RESIDUAL: return x + second(q);
-            case PW_OP_GATE: return x * second(q);
-            default: {
-                float v[1] = {x};
-                run_step(pw_step{stage.op, stage.a, stage.b}, v, Nowhere());
-                return v[0];
-            }
-        }
-    }
-
-    __device__ void add(const pw_stage& stage, float one, float product) {
-        if (stage.sums == PW_NOT_SUMMED) return;
-        shared.sums[2 * stage.sums][threadIdx.x] += one;
-        shared.sums[2 * stage.sums + 1][threadIdx.x] += product;
-    }
-
-    // The gradient by what reaches stage i, x, from that by what leaves it.
-    template <bool kStore>
-    __device__ float through(uint32_t i, float x, float d, uint32_t q) {
-        const pw_stage& stage = p.stages[i];
-        switch (stage.op) {
-            case PW_OP_AFFINE: {
-                const float from_mean = x - __ldg(stage.first + row);
-                add(stage, d, d * from_mean);
-                if (stage.mean_d != nullptr) {
-                    d -= fmaf(from_mean, __ldg(stage.along + row), __ldg(stage.mean_d + row));
-                }
-                return d * __ldg(stage.second + row);
-            }
-            case PW_OP_PRELU:
-                add(stage, d, x > 0.f ? 0.f : d * x);
-                return x > 0.f ? d : d * __ldg(stage.second + row);
-            case PW_OP_RESIDUAL:
-                if (kStore && p.d_second.data != nullptr) {
-                    put(RowAt(p.d_second, row, p.second_map), q, d, p.flags & PW_SWEEP_ADD_SECOND);
-                }
-                return d;
-            case PW_OP_GATE:
-                add(stage, d, d * x);
-                return d * second(q);
-            default:
-                if (p.bits != nullptr) return bit(q) ? d : d * p.outside;
-                return d * activation::slope(stage, x);
-        }
-    }
-
-    __device__ bool bit(uint32_t q) const {
-        const bool wide = p.flags & PW_SWEEP_CHANNELS_FAST;
-        const int64_t at = wide ? int64_t(q) * p.rows + row : int64_t(row) * p.positions + q;
-        return __ldg(p.bits + at / 32) >> (at % 32) & 1;
     }
 };
 

@@ -749,7 +749,13 @@ impl Buffer {
 
     /// Copies to the host, after what is queued on the stream, and waits for it.
     pub(super) fn download<T: Plain>(&self, to: &mut [T]) -> Result<()> {
-        assert!(size_of_val(to) <= self.bytes, "a copy stays within its allocation");
+        self.download_from(0, to)
+    }
+
+    /// The same from so many bytes behind the first one on.
+    pub(super) fn download_from<T: Plain>(&self, first: u64, to: &mut [T]) -> Result<()> {
+        let end = first.saturating_add(size_of_val(to) as u64);
+        assert!(end <= self.bytes as u64, "a copy stays within its allocation");
         if to.is_empty() {
             return Ok(());
         }
@@ -757,7 +763,7 @@ impl Buffer {
         let stream = self.device.stream().cu_stream();
         // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
         // and any bits are a value of a plain type.
-        unsafe { result::memcpy_dtoh_async(to, self.address, stream) }
+        unsafe { result::memcpy_dtoh_async(to, self.address + first, stream) }
             .map_err(self.device.failed("cuMemcpyDtoHAsync"))?;
         self.device.synchronize()
     }

@@ -7,11 +7,12 @@ pub const PW_ROW_ALIGN_16BIT: u32 = 8;
 pub const PW_MERGED: u32 = 1024;
 pub const PW_MAX_PARTS: u32 = 16;
 pub const PW_MAX_STAGES: u32 = 16;
-pub const PW_MAX_SUMMED: u32 = 3;
+pub const PW_MAX_SUMMED: u32 = 4;
 pub const PW_NOT_SUMMED: u32 = 255;
 pub const PW_SWEEP_THREADS: u32 = 256;
 pub const PW_SWEEP_WIDE: u32 = 32;
 pub const PW_SWEEP_NARROW: u32 = 8;
+pub const PW_SWEEP_POSITIONS: u32 = 32;
 pub const PW_SUM_LANES: u32 = 32;
 pub const PW_WGRAD_THREADS: u32 = 256;
 pub const PW_WGRAD_TILE: u32 = 64;
@@ -33,6 +34,7 @@ impl pw_op {
     pub const PW_OP_HARD_SWISH: pw_op = pw_op(13);
     pub const PW_OP_SOFTPLUS: pw_op = pw_op(14);
     pub const PW_OP_MISH: pw_op = pw_op(15);
+    pub const PW_OP_LAYER_NORM: pw_op = pw_op(16);
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -408,6 +410,7 @@ pub struct pw_sweep {
     pub hi: f32,
     pub flags: u32,
     pub sums: *mut f64,
+    pub of_norm: *mut f32,
     pub positions: u32,
     pub group: u32,
     pub chunk: u32,
@@ -418,11 +421,13 @@ pub struct pw_sweep {
     pub stage_count: u32,
     pub first_stage: u32,
     pub summed: u32,
+    pub norm_unit: u32,
+    pub reserved: u32,
     pub stages: [pw_stage; 16usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_sweep"][::core::mem::size_of::<pw_sweep>() - 2960usize];
+    ["Size of pw_sweep"][::core::mem::size_of::<pw_sweep>() - 2976usize];
     ["Alignment of pw_sweep"][::core::mem::align_of::<pw_sweep>() - 8usize];
     ["Offset of field: pw_sweep::extents"][::core::mem::offset_of!(pw_sweep, extents) - 0usize];
     ["Offset of field: pw_sweep::inputs"][::core::mem::offset_of!(pw_sweep, inputs) - 16usize];
@@ -440,23 +445,28 @@ const _: () = {
     ["Offset of field: pw_sweep::hi"][::core::mem::offset_of!(pw_sweep, hi) - 2008usize];
     ["Offset of field: pw_sweep::flags"][::core::mem::offset_of!(pw_sweep, flags) - 2012usize];
     ["Offset of field: pw_sweep::sums"][::core::mem::offset_of!(pw_sweep, sums) - 2016usize];
+    ["Offset of field: pw_sweep::of_norm"][::core::mem::offset_of!(pw_sweep, of_norm) - 2024usize];
     ["Offset of field: pw_sweep::positions"]
-        [::core::mem::offset_of!(pw_sweep, positions) - 2024usize];
-    ["Offset of field: pw_sweep::group"][::core::mem::offset_of!(pw_sweep, group) - 2028usize];
-    ["Offset of field: pw_sweep::chunk"][::core::mem::offset_of!(pw_sweep, chunk) - 2032usize];
-    ["Offset of field: pw_sweep::rows"][::core::mem::offset_of!(pw_sweep, rows) - 2036usize];
+        [::core::mem::offset_of!(pw_sweep, positions) - 2032usize];
+    ["Offset of field: pw_sweep::group"][::core::mem::offset_of!(pw_sweep, group) - 2036usize];
+    ["Offset of field: pw_sweep::chunk"][::core::mem::offset_of!(pw_sweep, chunk) - 2040usize];
+    ["Offset of field: pw_sweep::rows"][::core::mem::offset_of!(pw_sweep, rows) - 2044usize];
     ["Offset of field: pw_sweep::axis_count"]
-        [::core::mem::offset_of!(pw_sweep, axis_count) - 2040usize];
+        [::core::mem::offset_of!(pw_sweep, axis_count) - 2048usize];
     ["Offset of field: pw_sweep::input_count"]
-        [::core::mem::offset_of!(pw_sweep, input_count) - 2044usize];
+        [::core::mem::offset_of!(pw_sweep, input_count) - 2052usize];
     ["Offset of field: pw_sweep::output_count"]
-        [::core::mem::offset_of!(pw_sweep, output_count) - 2048usize];
+        [::core::mem::offset_of!(pw_sweep, output_count) - 2056usize];
     ["Offset of field: pw_sweep::stage_count"]
-        [::core::mem::offset_of!(pw_sweep, stage_count) - 2052usize];
+        [::core::mem::offset_of!(pw_sweep, stage_count) - 2060usize];
     ["Offset of field: pw_sweep::first_stage"]
-        [::core::mem::offset_of!(pw_sweep, first_stage) - 2056usize];
-    ["Offset of field: pw_sweep::summed"][::core::mem::offset_of!(pw_sweep, summed) - 2060usize];
-    ["Offset of field: pw_sweep::stages"][::core::mem::offset_of!(pw_sweep, stages) - 2064usize];
+        [::core::mem::offset_of!(pw_sweep, first_stage) - 2064usize];
+    ["Offset of field: pw_sweep::summed"][::core::mem::offset_of!(pw_sweep, summed) - 2068usize];
+    ["Offset of field: pw_sweep::norm_unit"]
+        [::core::mem::offset_of!(pw_sweep, norm_unit) - 2072usize];
+    ["Offset of field: pw_sweep::reserved"]
+        [::core::mem::offset_of!(pw_sweep, reserved) - 2076usize];
+    ["Offset of field: pw_sweep::stages"][::core::mem::offset_of!(pw_sweep, stages) - 2080usize];
 };
 impl Default for pw_sweep {
     fn default() -> Self {

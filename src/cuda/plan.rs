@@ -133,6 +133,8 @@ pub(super) enum Training {
     Sums,
     /// A chain's gradients, and their sums.
     Backward,
+    /// Sums over the rows of positions: a layer norm's statistics, or those of its gradient.
+    Norm,
     /// Which values lie inside bounds.
     Bits,
     /// Sums of neighbours.
@@ -144,11 +146,12 @@ pub(super) enum Training {
 }
 
 impl Training {
-    pub(super) const ALL: [Training; 8] = [
+    pub(super) const ALL: [Training; 9] = [
         Training::Moments,
         Training::Forward,
         Training::Sums,
         Training::Backward,
+        Training::Norm,
         Training::Bits,
         Training::Sum,
         Training::Wgrad,
@@ -162,6 +165,7 @@ impl Training {
             Training::Forward => "train_forward_f32_32x8",
             Training::Sums => "train_sums_f32_32x8",
             Training::Backward => "train_backward_f32_32x8",
+            Training::Norm => "train_norm_f32_8x32",
             Training::Bits => "train_bits_f32_256",
             Training::Sum => "train_sum_f64_8x32",
             Training::Wgrad => "wgrad_f32_simt_64x64x16",

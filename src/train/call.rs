@@ -2,17 +2,17 @@
 
 use crate::alias::share_memory;
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::device::Kind;
 use crate::error::{Error, Result};
 use crate::moments::Moments;
 use crate::prepared::{Extra, on_host};
 use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
-use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};
+use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
 use crate::train::chain::BatchStatistics;
 use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
-#[cfg(feature = "cuda")]
-use crate::{cuda, tensor::Place};
 
 /// What a backward pass needs of its forward pass beside what the caller has anyway. It fits one
 /// backward pass, of the same parameters and tensors.
@@ -207,7 +207,9 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
             return Err(error);
         }
         let operands = Operands { src: self.src.as_tensor()?, more: &more, residual, gate };
-        self.params.run_forward(&operands, &mut dst.as_tensor_mut()?)
+        let workspace = self.params.run_forward(&operands, &mut dst.as_tensor_mut()?)?;
+        self.params.follow(&workspace);
+        Ok(workspace)
     }
 
     /// Runs into a new tensor in the memory order of the first source.
@@ -292,8 +294,8 @@ impl<'a> BackwardCall<'a> {
         self
     }
 
-    /// The same for the gradients by sources, residual and gate: several layers that read one
-    /// source add to one `d_src`.
+    /// The same for the gradients by sources, residual and gate: a tensor that several layers read has
+    /// one gradient, to which each of them adds.
     pub fn accumulate_inputs(mut self, accumulate: Accumulate) -> Self {
         self.accumulate_inputs = accumulate;
         self
@@ -311,31 +313,32 @@ impl<'a> BackwardCall<'a> {
             return Err(error);
         }
         let operands = Operands { src: self.src?, more: &more, residual, gate };
-        let mut outputs =
-            Outputs { d_sources: self.d_sources, d_residual: self.d_residual, d_gate: self.d_gate };
+        let mut outputs = Outputs {
+            d_sources: self.d_sources,
+            d_residual: self.d_residual,
+            d_gate: self.d_gate,
+            accumulate_sources: accumulate_inputs,
+            accumulate: accumulate_inputs,
+        };
         let d_dst = self.d_dst?;
         params.check_backward(&operands, &workspace, &d_dst, &outputs, grads)?;
-        params.run_backward(
-            &operands,
-            workspace,
-            &d_dst,
-            &mut outputs,
-            grads,
-            accumulate,
-            accumulate_inputs,
-        )
+        params.run_backward(&operands, workspace, &d_dst, &mut outputs, grads, accumulate)
     }
 }
 
-/// Where the gradients by a call's tensors go.
-struct Outputs<'a> {
-    d_sources: Vec<TensorMut<'a>>,
-    d_residual: Option<TensorMut<'a>>,
-    d_gate: Option<TensorMut<'a>>,
+/// Where the gradients by a call's tensors go; those that are not wanted have none.
+pub(crate) struct Outputs<'a> {
+    pub d_sources: Vec<TensorMut<'a>>,
+    pub d_residual: Option<TensorMut<'a>>,
+    pub d_gate: Option<TensorMut<'a>>,
+    /// What happens to what is in `d_sources`.
+    pub accumulate_sources: Accumulate,
+    /// And in the others.
+    pub accumulate: Accumulate,
 }
 
 impl Outputs<'_> {
-    fn all(&self) -> impl Iterator<Item = (&'static str, &TensorMut<'_>)> {
+    pub(super) fn all(&self) -> impl Iterator<Item = (&'static str, &TensorMut<'_>)> {
         let sources = self.d_sources.iter().map(|d| ("d_src", d));
         let residual = self.d_residual.iter().map(|d| ("d_residual", d));
         sources.chain(residual).chain(self.d_gate.iter().map(|d| ("d_gate", d)))
@@ -353,8 +356,9 @@ impl Params {
         dst_shape(&self.shape, operands.src.shape(), more)
     }
 
-    fn run_forward(
-        &mut self,
+    /// A forward pass that leaves the running statistics to [`follow`](Self::follow).
+    pub(super) fn run_forward(
+        &self,
         operands: &Operands<'_>,
         dst: &mut TensorMut<'_>,
     ) -> Result<Workspace> {
@@ -367,8 +371,14 @@ impl Params {
                 Training::Cuda(training) => State::Cuda(training.forward(operands, dst)?),
             })
         })?;
+        let (params, generation, sources) = (self.id, self.generation, shapes(operands));
+        Ok(Workspace { params, generation, sources, state })
+    }
+
+    /// Moves the running statistics by those of a forward pass.
+    pub(super) fn follow(&mut self, workspace: &Workspace) {
         let mut counted = false;
-        for statistics in state.statistics().iter().flatten() {
+        for statistics in workspace.state.statistics().iter().flatten() {
             if !counted {
                 self.num_batches_tracked = self.num_batches_tracked.saturating_add(1);
                 counted = true;
@@ -386,8 +396,6 @@ impl Params {
                 }
             }
         }
-        let (params, generation, sources) = (self.id, self.generation, shapes(operands));
-        Ok(Workspace { params, generation, sources, state })
     }
 
     /// The layer as its device's passes see it.
@@ -415,16 +423,21 @@ impl Params {
         })
     }
 
+    /// Where the layer's device has its tensors.
+    pub(super) fn place(&self) -> Result<Place> {
+        Ok(match self.device.kind()? {
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(device) => Place::Cuda(device.ordinal()),
+            _ => Place::Host,
+        })
+    }
+
     /// Whether a call's tensors are where they may be: on the host, or on the layer's device.
     fn check_place(&self, src: &TensorRef<'_>) -> Result<()> {
-        match self.device.kind()? {
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(device) => {
-                let place = src.place();
-                let expected = Place::Cuda(device.ordinal());
-                if place == Place::Host { Ok(()) } else { same_place("src", expected, place) }
-            }
-            _ => on_host(src),
+        match (self.place()?, src.place()) {
+            (Place::Host, _) => on_host(src),
+            (_, Place::Host) => Ok(()),
+            (expected, got) => same_place("src", expected, got),
         }
     }
 
@@ -446,7 +459,7 @@ impl Params {
         Ok(())
     }
 
-    fn check_backward(
+    pub(super) fn check_backward(
         &self,
         operands: &Operands<'_>,
         workspace: &Workspace,
@@ -509,8 +522,7 @@ impl Params {
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "a backward pass has that many tensors")]
-    fn run_backward(
+    pub(super) fn run_backward(
         &self,
         operands: &Operands<'_>,
         workspace: Workspace,
@@ -518,29 +530,14 @@ impl Params {
         outputs: &mut Outputs<'_>,
         grads: &mut Grads,
         accumulate: Accumulate,
-        accumulate_inputs: Accumulate,
     ) -> Result<()> {
-        let Outputs { d_sources, d_residual, d_gate } = outputs;
-        let (d_residual, d_gate) = (d_residual.as_mut(), d_gate.as_mut());
         let frozen: Vec<_> = self.frozen_values(grads);
         self.with_training(|training| match (training, workspace.state) {
             (Training::Cpu(training), State::Cpu(state)) => {
-                let outputs = cpu::train::Outputs {
-                    d_sources,
-                    d_residual,
-                    d_gate,
-                    accumulate: accumulate_inputs,
-                };
                 training.backward(operands, state, d_dst, outputs, grads, accumulate)
             }
             #[cfg(feature = "cuda")]
             (Training::Cuda(training), State::Cuda(state)) => {
-                let outputs = cuda::train::Outputs {
-                    d_sources,
-                    d_residual,
-                    d_gate,
-                    accumulate: accumulate_inputs,
-                };
                 training.backward(operands, state, d_dst, outputs, grads, accumulate)
             }
             #[cfg(feature = "cuda")]

@@ -1,7 +1,7 @@
 //! The gradients of a layer's parameters.
 
 use crate::error::{Error, Result};
-use crate::train::{Accumulate, AllReduce};
+use crate::train::{Accumulate, AllReduce, BUCKET, all_reduce};
 
 /// One gradient per parameter of a layer, by [`name`](crate::train::name), of the parameter's
 /// shape, row-major, in f32.
@@ -59,12 +59,17 @@ impl Grads {
         self.visit_mut(|_, _, values| values.iter_mut().for_each(|x| *x *= factor));
     }
 
-    /// Sums every gradient over all workers; a mean is that, [scaled](Self::scale).
+    /// Sums every gradient over all workers; a mean is that, [scaled](Self::scale). Several layers at a
+    /// time: [`all_reduce`].
     ///
     /// # Errors
     /// As [`AllReduce::sum_f32`].
     pub fn all_reduce(&mut self, workers: &dyn AllReduce) -> Result<()> {
-        self.tensors.iter_mut().try_for_each(|tensor| workers.sum_f32(&mut tensor.values))
+        all_reduce([self], workers, BUCKET)
+    }
+
+    pub(super) fn slices_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        self.tensors.iter_mut().map(|tensor| &mut tensor.values[..])
     }
 
     /// Whether no gradient is infinite or NaN: with a loss scale, whether the step may be taken.

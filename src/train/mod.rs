@@ -1,5 +1,5 @@
 //! Training: forward with batch statistics, the gradient of everything, parameters to update. In
-//! f32, on the CPU and, but for layer norms, on CUDA. Parameters, their gradients and statistics are on
+//! f32, on the CPU and on CUDA. Parameters, their gradients and statistics are on
 //! the host; tensors of a call on the host or on the device, where a workspace stays.
 //!
 //! ```
@@ -30,12 +30,21 @@
 //! # What is computed
 //!
 //! [`reference::backward`](crate::reference::backward) says it in f64. Every stage and source stage
-//! has a gradient, in any order, with groups, stride, partial and concatenation. Where an activation
-//! has a kink, the derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
+//! has a gradient, in any order, with groups, stride, partial and concatenation; layers that read one
+//! source can be trained as [`Branches`], with one gradient by it. Where an activation has a kink, the
+//! derivative is PyTorch's ([`reference::slope`](crate::reference::slope)).
 //!
 //! A batch norm, at the place where it stands, normalises with the mean and the biased variance of
 //! the batch, and moves the running statistics as PyTorch does: by `momentum` towards the batch's
 //! mean and unbiased variance. With [`Statistics::Frozen`] it uses the running ones and leaves them.
+//!
+//! # Several workers
+//!
+//! Workers that each train on their own samples do what one does on all of them together: through
+//! [`AllReduce`] batch norms take the statistics of all samples ([`Params::set_all_reduce`]), and
+//! gradients are summed ([`all_reduce`]). [`ThreadWorker`] is a thread of one process; with the feature
+//! `nccl`, `NcclWorker` is one of several processes, on one machine or on several, each with a GPU, and
+//! `Launch` is what torchrun, mpirun or srun tell it.
 //!
 //! # Names
 //!
@@ -44,9 +53,12 @@
 //! `bn.running_var`; `ln.weight`, `ln.bias`; `prelu.weight`; before the convolution `src_bn.…`,
 //! `src_affine.weight` and `src_affine.bias`. [`name`] has them as constants.
 
+mod branches;
 mod call;
 pub(crate) mod chain;
 mod grads;
+#[cfg(feature = "nccl")]
+mod launch;
 mod params;
 pub(crate) mod reduce;
 
@@ -54,10 +66,18 @@ use std::ops::Range;
 
 use crate::prepared::Math;
 
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use crate::cuda::nccl::{NcclId, NcclWorker};
+pub use branches::{Branches, BranchesBackwardCall, BranchesCall};
+pub(crate) use call::Outputs;
 pub use call::{BackwardCall, Call, Workspace};
 pub use grads::Grads;
+#[cfg(feature = "nccl")]
+#[cfg_attr(docsrs, doc(cfg(feature = "nccl")))]
+pub use launch::Launch;
 pub use params::Params;
-pub use reduce::{AllReduce, ThreadWorker};
+pub use reduce::{AllReduce, BUCKET, ThreadWorker, all_reduce};
 
 /// The names of parameters and running statistics.
 pub mod name {

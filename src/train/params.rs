@@ -40,7 +40,7 @@ impl Params {
     ///
     /// # Errors
     /// The first thing in the description that does not fit, with its values;
-    /// [`Error::Unsupported`] on CUDA for a layer norm, and for more than 16 stages or source stages.
+    /// [`Error::Unsupported`] on CUDA for more than 16 stages or source stages.
     pub fn new(layer: &Pointwise, device: &Device) -> Result<Params> {
         Self::with_options(layer, device, Options::default())
     }

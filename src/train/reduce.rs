@@ -5,14 +5,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::train::Grads;
 
 /// Sums values over the workers of a group, each of which calls the same methods in the same order
 /// with as many values.
 ///
 /// With [`Params::set_all_reduce`](crate::train::Params::set_all_reduce) batch norms take the
 /// statistics of all workers' samples, forward and backward; gradients of parameters are summed by
-/// [`Grads::all_reduce`](crate::train::Grads::all_reduce), when the caller wants it. W workers then
-/// do what one does on all their samples together.
+/// [`all_reduce`], when the caller wants it. W workers then do what one does on all their samples together.
 pub trait AllReduce: fmt::Debug + Send + Sync {
     /// Replaces the values by their sums over all workers.
     ///
@@ -26,6 +26,70 @@ pub trait AllReduce: fmt::Debug + Send + Sync {
     /// # Errors
     /// As there.
     fn sum_f32(&self, values: &mut [f32]) -> Result<()>;
+}
+
+/// Bytes of a bucket for which most connections are fast: 25 MiB, as PyTorch has it.
+pub const BUCKET: usize = 25 << 20;
+
+/// Sums the gradients of several layers over all workers, who have the same layers in the same order; a
+/// mean is that, [scaled](Grads::scale).
+///
+/// Values of all tensors are put together in buckets of so many bytes, each of which is one sum. Sums are
+/// of the same values whatever the buckets; that they are the same bits too, `workers` must promise
+/// ([`ThreadWorker`] does).
+///
+/// # Errors
+/// As [`AllReduce::sum_f32`]; gradients then hold anything.
+pub fn all_reduce<'g>(
+    grads: impl IntoIterator<Item = &'g mut Grads>,
+    workers: &dyn AllReduce,
+    bucket: usize,
+) -> Result<()> {
+    let most = (bucket / size_of::<f32>()).max(1);
+    let mut bucket = Bucket::default();
+    for mut rest in grads.into_iter().flat_map(Grads::slices_mut) {
+        while !rest.is_empty() {
+            let room = most - bucket.values.len();
+            let (now, later) = rest.split_at_mut(room.min(rest.len()));
+            rest = later;
+            if now.len() == most {
+                // It fills a bucket alone, and stays where it is.
+                workers.sum_f32(now)?;
+                continue;
+            }
+            bucket.values.extend_from_slice(now);
+            bucket.places.push(now);
+            if bucket.values.len() == most {
+                bucket.sum(workers)?;
+            }
+        }
+    }
+    bucket.sum(workers)
+}
+
+/// Values that are summed together, and where they come from.
+#[derive(Default)]
+struct Bucket<'g> {
+    values: Vec<f32>,
+    places: Vec<&'g mut [f32]>,
+}
+
+impl Bucket<'_> {
+    /// Empties it.
+    fn sum(&mut self, workers: &dyn AllReduce) -> Result<()> {
+        if self.values.is_empty() {
+            return Ok(());
+        }
+        workers.sum_f32(&mut self.values)?;
+        let mut values = &self.values[..];
+        for place in self.places.drain(..) {
+            let (now, later) = values.split_at(place.len());
+            place.copy_from_slice(now);
+            values = later;
+        }
+        self.values.clear();
+        Ok(())
+    }
 }
 
 /// What a pass sums over all workers with; nothing where there is one.

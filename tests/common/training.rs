@@ -1,9 +1,9 @@
 //! A layer trained for a step on any device, compared with the f64 reference.
 
-use ndarray::{Array2, ArrayD, IxDyn};
+use ndarray::{Array2, ArrayD, Dimension, IxDyn};
 use pointwise::reference::{self, Gradients, Inputs};
-use pointwise::train::{Grads, Options, Params, Statistics, name};
-use pointwise::{BatchNorm, Device, Pointwise, SourceStage, Stage};
+use pointwise::train::{Accumulate, Branches, Grads, Options, Params, Statistics, name};
+use pointwise::{Activation, AsTensor, BatchNorm, Device, Pointwise, SourceStage, Stage};
 
 use super::common::{Case, channels_last};
 
@@ -39,6 +39,14 @@ impl Tensors {
             sources: case.sources.iter().map(order).collect(),
             residual: case.residual().map(order),
             gate: case.gate().cloned(),
+        }
+    }
+
+    pub fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            sources: self.sources.iter().map(|t| t.view()).collect(),
+            residual: self.residual.as_ref().map(|t| t.view()),
+            gate: self.gate.as_ref().map(|t| t.view()),
         }
     }
 }
@@ -190,17 +198,13 @@ pub fn error_of(
     statistics: Statistics,
     device: &Device,
 ) -> pointwise::Result<(f64, String)> {
-    let inputs = Inputs {
-        sources: tensors.sources.iter().map(|t| t.view()).collect(),
-        residual: tensors.residual.as_ref().map(|t| t.view()),
-        gate: tensors.gate.as_ref().map(|t| t.view()),
-    };
+    let inputs = tensors.inputs();
     let d_dst = d_dst(got.dst.shape());
     let want = reference::backward(layer, &inputs, statistics, d_dst.view())?;
     let frozen = with_statistics(layer, &want);
     let uncancelled = reference::backward(&frozen, &inputs, Statistics::Frozen, d_dst.view())?;
     let positions = got.dst.len() / got.dst.shape()[1].max(1);
-    let terms = layer.c_in() + layer.c_out() + positions;
+    let terms = terms(layer, got);
     // One channel has no deviation: its layer norm divides by the root of eps.
     let alone = layer.c_out() == 1
         && layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)));
@@ -229,6 +233,152 @@ pub fn error_of(
         }
     }
     Ok(worst)
+}
+
+/// Products that the sums of a layer's passes have in all.
+fn terms(layer: &Pointwise, got: &Got) -> usize {
+    layer.c_in() + layer.c_out() + got.dst.len() / got.dst.shape()[1].max(1)
+}
+
+/// Layers for one source of 20 channels, of every kind of gradient by src: straight to where it belongs,
+/// through source stages, of some channels, of some positions.
+pub fn branches() -> Vec<Pointwise> {
+    let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
+    vec![
+        plain(24, 20).batch_norm(norm(24)).relu(),
+        plain(12, 20).stride(2).bias(vector(12, 2)).relu6(),
+        plain(8, 20)
+            .source_batch_norm(norm(20))
+            .source_activation(Activation::Relu)
+            .gate()
+            .bias(vector(8, 2))
+            .residual()
+            .silu(),
+        plain(6, 6).partial(3..9).batch_norm(norm(6)).residual(),
+        plain(10, 5).groups(2).partial(5..15).stride(2),
+    ]
+}
+
+/// What branches on one source give, the sum of their gradients by it first.
+pub struct Together {
+    pub d_src: ArrayD<f32>,
+    /// Without a gradient by the source.
+    pub of_layers: Vec<Got>,
+}
+
+/// What branches take.
+pub fn branches_tensors(shape: &[usize], last: bool) -> Vec<Tensors> {
+    branches().iter().map(|layer| large_tensors(layer, shape, last)).collect()
+}
+
+/// Runs branches into gradients that begin with what `before` has, or NaN.
+pub fn run_branches(
+    tensors: &[Tensors],
+    device: &Device,
+    before: Option<&Together>,
+) -> pointwise::Result<Together> {
+    let layers = branches().iter().map(|l| Params::new(l, device)).collect::<Result<_, _>>()?;
+    let mut branches = Branches::new(layers)?;
+    let mut grads = branches.grads();
+    let src = &tensors[0].sources[0];
+    let mut call = branches.call(src);
+    for (i, of_layer) in tensors.iter().enumerate() {
+        if let Some(residual) = &of_layer.residual {
+            call = call.residual(i, residual);
+        }
+        if let Some(gate) = &of_layer.gate {
+            call = call.gate(i, gate);
+        }
+    }
+    let (dsts, workspaces) = call.run()?;
+    let d_dsts: Vec<_> = dsts.iter().map(|dst| d_dst(dst.shape())).collect();
+    let d_dsts: Vec<_> = d_dsts.iter().map(|d| d as &dyn AsTensor).collect();
+    let nans = |t: &ArrayD<f32>| t.mapv(|_| f32::NAN);
+    let mut d_src = before.map_or_else(|| nans(src), |before| before.d_src.clone());
+    let mut d_seconds: Vec<[Option<ArrayD<f32>>; 2]> = match before {
+        Some(before) => {
+            before.of_layers.iter().map(|g| [g.d_residual.clone(), g.d_gate.clone()]).collect()
+        }
+        None => {
+            tensors.iter().map(|t| [&t.residual, &t.gate].map(|t| t.as_ref().map(nans))).collect()
+        }
+    };
+    for (i, grads) in grads.iter_mut().enumerate() {
+        match before {
+            Some(before) => *grads = before.of_layers[i].grads.clone(),
+            None => grads.visit_mut(|_, _, values| values.fill(f32::NAN)),
+        }
+    }
+    let accumulate = if before.is_some() { Accumulate::Add } else { Accumulate::Set };
+    let mut call = branches.backward_call(src, workspaces, &d_dsts).d_src(&mut d_src);
+    call = call.accumulate(accumulate).accumulate_inputs(accumulate);
+    for (i, (of_layer, d)) in tensors.iter().zip(&mut d_seconds).enumerate() {
+        let [d_residual, d_gate] = d;
+        if let (Some(residual), Some(d)) = (&of_layer.residual, d_residual) {
+            call = call.residual(i, residual).d_residual(i, d);
+        }
+        if let (Some(gate), Some(d)) = (&of_layer.gate, d_gate) {
+            call = call.gate(i, gate).d_gate(i, d);
+        }
+    }
+    call.run(&mut grads)?;
+    let of_layers = dsts.into_iter().zip(d_seconds).zip(grads).zip(branches.into_layers());
+    let of_layers = of_layers.map(|(((dst, [d_residual, d_gate]), grads), params)| Got {
+        dst,
+        d_sources: Vec::new(),
+        d_residual,
+        d_gate,
+        grads,
+        params,
+    });
+    Ok(Together { d_src, of_layers: of_layers.collect() })
+}
+
+/// Checks branches against each layer run for itself, whose gradients by src are then added, and that
+/// sum against the reference's.
+pub fn check_branches(tensors: &[Tensors], device: &Device) -> pointwise::Result<()> {
+    let got = run_branches(tensors, device, None)?;
+    let more = run_branches(tensors, device, Some(&got))?;
+    let again = run_branches(tensors, device, None)?;
+    let twice = |t: &Option<ArrayD<f32>>| t.as_ref().map(|t| t.mapv(|x| 2.0 * x));
+    let mut sum = ArrayD::<f64>::zeros(got.d_src.raw_dim());
+    let mut tolerance = 0.0;
+    for (i, layer) in branches().iter().enumerate() {
+        let (of_layer, more) = (&got.of_layers[i], &more.of_layers[i]);
+        let alone = run(layer, &tensors[i], Options::default(), device)?;
+        assert!(of_layer.dst == alone.dst && of_layer.grads == alone.grads, "branch {i}");
+        assert!(of_layer.d_residual == alone.d_residual, "branch {i}: d_residual");
+        assert!(of_layer.d_gate == alone.d_gate, "branch {i}: d_gate");
+        assert!(of_layer.params.layer() == alone.params.layer(), "branch {i}: statistics");
+        more.grads.visit(|name, _, values| {
+            let once = alone.grads.get(name).unwrap();
+            let largest = once.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+            let mut pairs = values.iter().zip(once);
+            let close = pairs.all(|(x, once)| (x - 2.0 * once).abs() <= 1e-5 * largest);
+            assert!(close, "branch {i}: {name} added");
+        });
+        assert!(more.d_residual == twice(&alone.d_residual), "branch {i}: d_residual added");
+        assert!(more.d_gate == twice(&alone.d_gate), "branch {i}: d_gate added");
+
+        let (err, at) = error_of(&alone, layer, &tensors[i], Statistics::Batch, device)?;
+        assert!(err <= 1.0, "branch {i}: {err}: {at}");
+        let inputs = tensors[i].inputs();
+        let d = d_dst(alone.dst.shape());
+        let want = reference::backward(layer, &inputs, Statistics::Batch, d.view())?;
+        let frozen = with_statistics(layer, &want);
+        let terms_of = reference::backward(&frozen, &inputs, Statistics::Frozen, d.view())?;
+        let scale = largest(&want.d_sources[0]).max(largest(&terms_of.d_sources[0]));
+        tolerance += f64::from(f32::EPSILON) * terms(layer, &alone) as f64 * scale;
+        sum += &want.d_sources[0];
+    }
+    for (what, d_src, times) in [("d_src", &got.d_src, 1.0), ("d_src added", &more.d_src, 2.0)] {
+        for ((at, &want), &got) in sum.indexed_iter().zip(d_src) {
+            let err = (f64::from(got) - times * want).abs();
+            assert!(err <= times * tolerance, "{what}{:?}: {got}, {}", at.slice(), times * want);
+        }
+    }
+    assert!(again.d_src == got.d_src, "the same bits from run to run");
+    Ok(())
 }
 
 /// Values in -1..1 that look like nothing else.

@@ -4,17 +4,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ndarray::{Array2, ArrayD, ArrayView5, Axis, Ix5, IxDyn, Slice};
-use pointwise::train::{Accumulate, AllReduce, Options, Params, Statistics, ThreadWorker, name};
+use pointwise::reference::{self, Inputs};
+use pointwise::train::{
+    Accumulate, AllReduce, Branches, Options, Params, Statistics, ThreadWorker, name,
+};
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Pointwise,
-    Sequence, Stage,
+    Sequence,
 };
 
 use super::cases::{LAYOUTS, Placed};
 use super::fixtures::Fixtures;
 use super::training::{
-    Got, Tensors, compare, d_dst, error_of, large_tensors, norm, random, run, trainable, vector,
-    weight,
+    Got, Tensors, branches, branches_tensors, check_branches, compare, d_dst, error_of,
+    large_tensors, norm, random, run, trainable, vector, weight,
 };
 use super::{OnDevice, Outcome};
 
@@ -29,14 +32,15 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_leaves_what_is_frozen", frozen),
     ("training_computes_the_same_without_gradients_by_tensors", without_inputs),
     ("training_keeps_variances_of_large_means", large_means),
+    ("training_normalises_channels_of_large_means", large_means_of_channels),
     ("training_keeps_what_its_workspace_says", workspaces),
     ("training_refuses_what_it_has_not", refusals),
+    ("training_branches_is_training_each_of_them", branches_together),
+    ("training_branches_writes_any_strides", placed_branches),
+    #[cfg(feature = "nccl")]
+    ("training_without_nccl_is_an_error", without_nccl),
     ("training_updates_a_prepared_layer_while_it_runs", updates),
 ];
-
-fn has_layer_norm(layer: &Pointwise) -> bool {
-    layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)))
-}
 
 fn fixtures(device: &CudaDevice) -> Outcome {
     let device: Device = device.clone().into();
@@ -44,7 +48,7 @@ fn fixtures(device: &CudaDevice) -> Outcome {
     let mut seen = 0;
     for (i, case) in Fixtures::load().cases_and_embedded().iter().enumerate() {
         let layer = case.layer();
-        if !trainable(case) || has_layer_norm(&layer) {
+        if !trainable(case) {
             continue;
         }
         // Every case with the batch's statistics, every other one with frozen ones, in both orders.
@@ -110,7 +114,35 @@ fn layers() -> Vec<(&'static str, Pointwise, Vec<usize>)> {
                 .activation(Activation::Tanh),
             vec![2, 10, 16, 17],
         ),
+        (
+            "layer norm over channels",
+            plain(70, 12).bias(vector(70, 2)).layer_norm(affine(70)).gelu(),
+            vec![3, 12, 17, 9],
+        ),
+        (
+            "layer norm over all, after a batch norm",
+            plain(24, 10).gelu().batch_norm(norm(24)).layer_norm(LayerNorm::over_all()).relu(),
+            vec![3, 10, 30, 41],
+        ),
+        (
+            "a batch norm and more after a layer norm",
+            plain(36, 10)
+                .groups(2)
+                .channel_shuffle(3)
+                .bias(vector(36, 2))
+                .layer_norm(affine(36))
+                .prelu(vector(36, 5))
+                .residual()
+                .batch_norm(norm(36))
+                .silu(),
+            vec![2, 20, 19, 17],
+        ),
     ]
+}
+
+fn affine(channels: usize) -> LayerNorm {
+    let gamma: Vec<f32> = vector(channels, 8).iter().map(|x| x + 1.5).collect();
+    LayerNorm::over_channels().affine(gamma, vector(channels, 9))
 }
 
 fn several_chunks(device: &CudaDevice) -> Outcome {
@@ -191,6 +223,21 @@ fn placed_tensors(device: &CudaDevice) -> Outcome {
     let on: Device = device.clone().into();
     let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
     let cases = [
+        (
+            "layer norm over all, residual, shuffle",
+            plain(12, 6)
+                .bias(vector(12, 2))
+                .channel_shuffle(3)
+                .layer_norm(LayerNorm::over_all())
+                .residual()
+                .relu(),
+            [3, 6, 1, 5, 7],
+        ),
+        (
+            "layer norm over channels, partial, stride",
+            plain(6, 6).partial(2..8).layer_norm(affine(6)).stride(2),
+            [2, 11, 1, 7, 9],
+        ),
         ("gradient by src in place", plain(9, 5).bias(vector(9, 1)).gelu(), [2, 5, 3, 4, 7]),
         ("bits", plain(9, 5).stride(2).relu(), [2, 5, 3, 4, 7]),
         (
@@ -498,6 +545,20 @@ fn large_means(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+fn large_means_of_channels(device: &CudaDevice) -> Outcome {
+    let src = random(&[3, 24, 11, 5], 9).mapv(|x| 1e4 + x);
+    for norm in [LayerNorm::over_channels(), LayerNorm::over_all()] {
+        let layer = Pointwise::new(Array2::eye(24)).layer_norm(norm);
+        let inputs = Inputs { sources: vec![src.view()], ..Inputs::default() };
+        let want = reference::forward(&layer, &inputs)?;
+        let (dst, _workspace) = Params::new(&layer, &device.clone().into())?.forward(&src)?;
+        for (got, want) in dst.iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() <= 1e-5, "{:?}: {got}, {want}", layer.stages());
+        }
+    }
+    Ok(())
+}
+
 fn workspaces(device: &CudaDevice) -> Outcome {
     for (what, layer, shape) in layers() {
         let tensors = large_tensors(&layer, &shape, false);
@@ -519,6 +580,91 @@ fn workspaces(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+fn branches_together(device: &CudaDevice) -> Outcome {
+    for (last, shape) in [(false, vec![2, 20, 9, 7]), (true, vec![2, 20, 19, 17])] {
+        check_branches(&branches_tensors(&shape, last), &device.clone().into())?;
+    }
+    Ok(())
+}
+
+/// Two of them on device tensors, and one gradient by src in the middle of others.
+fn placed_branches(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    let shape = [2, 20, 1, 9, 7];
+    let layers = || branches().into_iter().take(2);
+    let src = random(&shape, 1).into_dimensionality::<Ix5>()?;
+    let params = || layers().map(|l| Params::new(&l, &on)).collect::<Result<Vec<_>, _>>();
+    let mut want: Option<ArrayD<f32>> = None;
+    for (i, layout) in LAYOUTS.into_iter().enumerate() {
+        let src = Placed::<f32>::filled(device, src.view(), LAYOUTS[(i + 3) % LAYOUTS.len()]);
+        let mut d_src = Placed::<f32>::blank(device, shape, layout);
+        let mut branches = Branches::new(params()?)?;
+        let mut grads = branches.grads();
+        let src = src.view();
+        let mut dsts: Vec<_> = [[2, 24, 1, 9, 7], [2, 12, 1, 5, 4]]
+            .map(|shape| Placed::<f32>::blank(device, shape, layout))
+            .into();
+        let [a, b] = &mut dsts[..] else { unreachable!("two") };
+        let (mut a, mut b) = (a.view_mut(), b.view_mut());
+        let workspaces = branches.call(&src).run_into(&mut [&mut a, &mut b])?;
+        let d_dsts: Vec<_> = dsts
+            .iter()
+            .map(|dst| {
+                let d = d_dst(dst.read().shape()).into_dimensionality::<Ix5>().unwrap();
+                Placed::<f32>::filled(device, d.view(), LAYOUTS[(i + 5) % LAYOUTS.len()])
+            })
+            .collect();
+        let mut to = d_src.view_mut();
+        let (a, b) = (d_dsts[0].view(), d_dsts[1].view());
+        let call = branches.backward_call(&src, workspaces, &[&a, &b]);
+        call.d_src(&mut to).run(&mut grads)?;
+        let got = d_src.read().into_dyn();
+        let want = want.get_or_insert_with(|| got.clone());
+        let largest = want.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+        for (got, want) in got.iter().zip(&*want) {
+            assert!((got - want).abs() <= 1e-5 * largest, "{layout:?}: {got}, {want}");
+        }
+    }
+    Ok(())
+}
+
+/// Where NCCL is, a group of one sums; where it is not, the error says so.
+#[cfg(feature = "nccl")]
+fn without_nccl(device: &CudaDevice) -> Outcome {
+    use pointwise::train::{Launch, NcclId, NcclWorker};
+    let launch = Launch {
+        rank: 0,
+        workers: 1,
+        local_rank: Some(device.ordinal()),
+        host: "127.0.0.1".into(),
+        port: 29501,
+    };
+    assert!(launch.device()?.ordinal() == device.ordinal());
+    let minute = Duration::from_secs(60);
+    match NcclId::new() {
+        Ok(_) => {
+            let worker = NcclWorker::launched(&launch, device, minute)?;
+            let mut values: Vec<f32> = vector(10_000, 1);
+            worker.sum_f32(&mut values)?;
+            assert_eq!(values, vector(10_000, 1));
+            let mut values = [1.5, -2.25];
+            worker.sum_f64(&mut values)?;
+            assert_eq!(values, [1.5, -2.25]);
+        }
+        Err(error) => {
+            assert!(error.to_string().starts_with("all-reduce: no NCCL"), "{error}");
+            let id = NcclId::from_bytes([7; 128]);
+            for error in [
+                NcclWorker::launched(&launch, device, minute).unwrap_err(),
+                NcclWorker::new(device, id, 0, 1, minute).unwrap_err(),
+            ] {
+                assert!(error.to_string().starts_with("all-reduce: no NCCL"), "{error}");
+            }
+        }
+    }
+    Ok(())
+}
+
 fn refusals(device: &CudaDevice) -> Outcome {
     let on: Device = device.clone().into();
     let plain = || Pointwise::new(weight(4, 3));
@@ -526,10 +672,11 @@ fn refusals(device: &CudaDevice) -> Outcome {
         assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");
         assert!(error.to_string().contains(what), "{error}");
     };
-    let layer = plain().layer_norm(LayerNorm::over_channels());
-    named(Params::new(&layer, &on).unwrap_err(), "layer norm");
     let layer = (0..17).fold(plain(), |layer, _| layer.activation(Activation::Tanh));
     named(Params::new(&layer, &on).unwrap_err(), "17 stages");
+    let layers = [&on, &Device::cpu()].map(|device| Params::new(&plain(), device));
+    let layers = layers.into_iter().collect::<Result<_, _>>()?;
+    assert!(matches!(Branches::new(layers), Err(Error::WrongDevice { .. })));
     // A batch of one value per channel, and values that are not finite, leave the statistics.
     let layer = plain().batch_norm(norm(4));
     let mut params = Params::new(&layer, &on)?;

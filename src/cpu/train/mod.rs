@@ -28,7 +28,7 @@ use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
 use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
 use crate::train::reduce::Reduce;
-use crate::train::{Accumulate, Grads, Statistics, name};
+use crate::train::{Accumulate, Grads, Outputs, Statistics, name};
 
 /// Why a parameter is a slice.
 const CONTIGUOUS: &str = "made contiguous when the layer was taken";
@@ -117,14 +117,6 @@ impl State {
             Saved::Nothing => 0,
         }
     }
-}
-
-/// The gradients by a call's tensors that are wanted.
-pub(crate) struct Outputs<'o, 't> {
-    pub d_sources: &'o mut [TensorMut<'t>],
-    pub d_residual: Option<&'o mut TensorMut<'t>>,
-    pub d_gate: Option<&'o mut TensorMut<'t>>,
-    pub accumulate: Accumulate,
 }
 
 /// Where the gradient by the convolution's input goes.
@@ -233,7 +225,7 @@ impl Training<'_> {
         operands: &Operands<'_>,
         mut state: State,
         d_dst: &TensorRef<'_>,
-        outputs: Outputs<'_, '_>,
+        outputs: &mut Outputs<'_>,
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
@@ -268,7 +260,7 @@ impl Training<'_> {
             let walk = problem.walk(residual, true);
             View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
         });
-        let d_residual = match outputs.d_residual {
+        let d_residual = match &mut outputs.d_residual {
             None => None,
             Some(tensor) => {
                 let start = self.shape.partial.as_ref().map_or(0, |range| range.start);
@@ -345,8 +337,9 @@ impl Training<'_> {
             self.pool.put(buffer);
             return Ok(());
         }
+        let add = outputs.accumulate_sources;
         if let ([d_src], true, None, Accumulate::Set, false) =
-            (&mut *outputs.d_sources, plain, &self.shape.partial, outputs.accumulate, total == 0)
+            (&mut outputs.d_sources[..], plain, &self.shape.partial, add, total == 0)
         {
             // Straight to where it belongs.
             if self.shape.stride > 1 {
@@ -364,7 +357,6 @@ impl Training<'_> {
         // Without a tensor for it, the gradient stays where it is.
         let mut d_input = d_src_view.clone();
         if d_sources_wanted {
-            let add = outputs.accumulate;
             let (start, end) = match &self.shape.partial {
                 Some(range) => (range.start, range.end),
                 None => (0, c_in),
@@ -402,7 +394,7 @@ impl Training<'_> {
                 }
             }
         }
-        let accumulate_src = if d_sources_wanted { outputs.accumulate } else { Accumulate::Set };
+        let accumulate_src = if d_sources_wanted { add } else { Accumulate::Set };
         let sum = source_sweep.backward(&Backward {
             d_dst: d_src_view,
             d_input,
@@ -413,7 +405,7 @@ impl Training<'_> {
         })?;
         source_sweep.chain.put(self.wants, &sum.ops, grads, accumulate);
         self.pool.put(d_src);
-        if let Some(d_gate) = outputs.d_gate {
+        if let Some(d_gate) = &mut outputs.d_gate {
             let (sample, channel) = (d_gate.strides()[0], d_gate.strides()[1]);
             let ptr = d_gate.as_mut_ptr();
             for (i, &x) in sum.gate.iter().enumerate() {

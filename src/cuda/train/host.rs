@@ -1,12 +1,12 @@
 //! Passes on host tensors: each is copied to the device whole, and what is written back to the host.
 
-use super::{Outputs, State, Training};
+use super::{State, Training};
 use crate::cuda::staging::copy_on_host;
 use crate::cuda::tensor::CudaTensor;
 use crate::error::Result;
 use crate::problem::{Operand, Operands, spatial};
 use crate::tensor::{TensorMut, TensorRef, try_zeros};
-use crate::train::{Accumulate, Grads};
+use crate::train::{Accumulate, Grads, Outputs};
 
 /// A host tensor's copy on the device, in the same order of axes.
 struct Copied(CudaTensor);
@@ -103,33 +103,32 @@ pub(super) fn backward(
     operands: &Operands<'_>,
     state: State,
     d_dst: &TensorRef<'_>,
-    outputs: Outputs<'_, '_>,
+    outputs: &mut Outputs<'_>,
     grads: &mut Grads,
     accumulate: Accumulate,
 ) -> Result<()> {
-    let Outputs { d_sources, d_residual, d_gate, accumulate: add } = outputs;
+    let Outputs { d_sources, d_residual, d_gate, accumulate_sources, accumulate: add } = outputs;
     let reading = Reading::of(training, operands)?;
     let d_dst = Copied::of(training, d_dst)?;
-    let written = |tensor: &TensorMut<'_>| match add {
+    let written = |tensor: &TensorMut<'_>, accumulate: Accumulate| match accumulate {
         Accumulate::Set => Copied::blank(training, tensor.view()),
         Accumulate::Add => Copied::of(training, tensor.view()),
     };
-    let mut sources = d_sources.iter().map(written).collect::<Result<Vec<_>>>()?;
-    let mut residual = d_residual.as_deref().map(written).transpose()?;
-    let mut gate = d_gate.as_deref().map(written).transpose()?;
+    let sources = d_sources.iter().map(|d| written(d, *accumulate_sources));
+    let mut sources = sources.collect::<Result<Vec<_>>>()?;
+    let mut residual = d_residual.as_ref().map(|d| written(d, *add)).transpose()?;
+    let mut gate = d_gate.as_ref().map(|d| written(d, *add)).transpose()?;
     reading.with(|operands| {
         let views = sources.iter_mut().map(|copied| copied.0.view_mut());
-        let mut views = views.collect::<Result<Vec<_>>>()?;
-        let mut d_residual = residual.as_mut().map(|copied| copied.0.view_mut()).transpose()?;
-        let mut d_gate = gate.as_mut().map(|copied| copied.0.view_mut()).transpose()?;
-        let outputs = Outputs {
-            d_sources: &mut views,
-            d_residual: d_residual.as_mut(),
-            d_gate: d_gate.as_mut(),
-            accumulate: add,
+        let mut outputs = Outputs {
+            d_sources: views.collect::<Result<_>>()?,
+            d_residual: residual.as_mut().map(|copied| copied.0.view_mut()).transpose()?,
+            d_gate: gate.as_mut().map(|copied| copied.0.view_mut()).transpose()?,
+            accumulate_sources: *accumulate_sources,
+            accumulate: *add,
         };
         let d_dst = d_dst.0.view()?;
-        training.backward(operands, state, &d_dst, outputs, grads, accumulate)
+        training.backward(operands, state, &d_dst, &mut outputs, grads, accumulate)
     })?;
     for (copied, tensor) in sources.iter().zip(d_sources) {
         copied.back(tensor)?;

@@ -27,7 +27,7 @@ use crate::stages::Stage;
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product};
 use crate::train::chain::{BatchStatistics, Chain, Need, Op, lowered, need};
 use crate::train::reduce::Reduce;
-use crate::train::{Accumulate, Grads, Statistics, name};
+use crate::train::{Accumulate, Grads, Outputs, Statistics, name};
 
 /// Why a parameter is a slice.
 const CONTIGUOUS: &str = "made contiguous when the layer was taken";
@@ -57,6 +57,8 @@ enum Saved {
 /// Everything that a forward pass keeps.
 pub(crate) struct State {
     saved: Saved,
+    /// The statistics of a layer norm.
+    norm: Option<Buffer>,
     channels_fast: bool,
     /// The statistics of batch norms: of the source's, of the other one.
     pub statistics: [Option<BatchStatistics>; 2],
@@ -65,7 +67,8 @@ pub(crate) struct State {
 impl State {
     /// Bytes that it holds, beside some per channel.
     pub(crate) fn bytes(&self) -> usize {
-        match &self.saved {
+        let norm = self.norm.as_ref().map_or(0, Buffer::bytes);
+        norm + match &self.saved {
             Saved::Values(memory) | Saved::Bits(memory) => memory.bytes(),
             Saved::Nothing => 0,
         }
@@ -78,23 +81,12 @@ impl std::fmt::Debug for State {
     }
 }
 
-/// The gradients by a call's tensors that are wanted.
-pub(crate) struct Outputs<'o, 't> {
-    pub d_sources: &'o mut [TensorMut<'t>],
-    pub d_residual: Option<&'o mut TensorMut<'t>>,
-    pub d_gate: Option<&'o mut TensorMut<'t>>,
-    pub accumulate: Accumulate,
-}
-
 /// Refuses what cannot be trained on CUDA.
 ///
 /// # Errors
 /// [`Error::Unsupported`], which names it.
 pub(crate) fn check(layer: &Pointwise, device: &CudaDevice) -> Result<()> {
     let refuse = |what: String| Err(Error::Unsupported { device: device.to_string(), what });
-    if layer.stages.iter().any(|stage| matches!(stage, Stage::LayerNorm(_))) {
-        return refuse("training a layer norm".into());
-    }
     let stages = |count: usize, what: &str| match count > MAX_STAGES {
         true => refuse(format!("training {count} {what}: there may be {MAX_STAGES}")),
         false => Ok(()),
@@ -107,11 +99,16 @@ impl Training<'_> {
     /// Bytes that the state of a forward pass will hold, beside some per channel.
     pub(crate) fn bytes(&self, n: usize, positions: usize) -> usize {
         let values = self.shape.c_out.saturating_mul(n).saturating_mul(positions);
-        match self.need() {
+        let over = self.layer.stages.iter().find_map(|stage| match stage {
+            Stage::LayerNorm(norm) => Some(norm.over),
+            _ => None,
+        });
+        let norm = sweep::norm_bytes(over, n, positions);
+        norm.saturating_add(match self.need() {
             Need::Values => values.saturating_mul(size_of::<f32>()),
             Need::Bits(..) => bits_bytes(values),
             Need::Nothing => 0,
-        }
+        })
     }
 
     fn need(&self) -> Need {
@@ -157,7 +154,8 @@ impl Training<'_> {
         let total = sweep::positions_of(&extents)?;
         let chain = Chain::of_stages(self.layer, self.statistics);
         let channels_fast = problem.dst.channel.unsigned_abs() < nearest(&problem.dst, &extents);
-        let mut state = State { saved: Saved::Nothing, channels_fast, statistics: [None, None] };
+        let statistics = [None, None];
+        let mut state = State { saved: Saved::Nothing, norm: None, channels_fast, statistics };
         if total == 0 && self.reduce.is_none() {
             return Ok(state);
         }
@@ -166,7 +164,7 @@ impl Training<'_> {
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
         if source_chain.batch_norm().is_some() {
             let mut sweep = self.source_sweep(problem, source_chain);
-            state.statistics[0] = sweep.settle_moments(operands.src.shape())?;
+            state.statistics[0] = sweep.settle(operands.src.shape())?;
             source_chain = sweep.chain;
         }
 
@@ -199,12 +197,13 @@ impl Training<'_> {
         let second = problem.residual.as_ref().map(on_device);
         let input = vec![(of_values, rows)];
         let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
-        state.statistics[1] = sweep.settle_moments(operands.src.shape())?;
+        state.statistics[1] = sweep.settle(operands.src.shape())?;
         sweep.forward(&vec![(on_device(&problem.dst), rows)], Accumulate::Set)?;
         for (src, dst) in problem.passed_through() {
             self.copy(&extents, &src, &dst, Accumulate::Set)?;
         }
         state.saved = Saved::Values(values);
+        state.norm = sweep.norm;
         Ok(state)
     }
 
@@ -214,7 +213,7 @@ impl Training<'_> {
         operands: &Operands<'_>,
         state: State,
         d_dst: &TensorRef<'_>,
-        outputs: Outputs<'_, '_>,
+        outputs: &mut Outputs<'_>,
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
@@ -235,15 +234,17 @@ impl Training<'_> {
         &self,
         problem: &Problem<'_>,
         mut state: State,
-        outputs: Outputs<'_, '_>,
+        outputs: &mut Outputs<'_>,
         grads: &mut Grads,
-        accumulate: Accumulate,
+        accumulate_grads: Accumulate,
     ) -> Result<()> {
         let extents = extents_of(problem);
         let total = sweep::positions_of(&extents)?;
         let (rows, c_in) = (self.shape.c_out, self.shape.c_in);
         let channels_fast = state.channels_fast;
-        let Outputs { d_sources, d_residual, d_gate, accumulate: add } = outputs;
+        let Outputs { d_sources, d_residual, d_gate, accumulate_sources: add, accumulate } =
+            outputs;
+        let (add, add_others) = (*add, *accumulate);
 
         // The stages, down to the convolution's result.
         let mut chain = Chain::of_stages(self.layer, self.statistics);
@@ -268,7 +269,7 @@ impl Training<'_> {
             None => None,
             Some(tensor) => {
                 let start = self.shape.partial.as_ref().map_or(0, |range| range.start);
-                if self.shape.partial.is_some() && add == Accumulate::Set {
+                if self.shape.partial.is_some() && add_others == Accumulate::Set {
                     self.fill_zero(tensor)?;
                 }
                 let view = tensor.view().channels(start, start + rows);
@@ -276,15 +277,16 @@ impl Training<'_> {
             }
         };
         let second = problem.residual.as_ref().map(on_device);
-        let sweep = self.sweep(chain, channels_fast, extents, input, second);
+        let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
+        sweep.norm = state.norm.take();
         let sums = sweep.backward(&Backward {
             d: on_device(&problem.dst),
             outputs: vec![(of_d, rows)],
             d_second,
-            accumulate: [Accumulate::Set, add],
+            accumulate: [Accumulate::Set, add_others],
             bits,
         })?;
-        sweep.chain.put(self.wants, &sums.ops, grads, accumulate);
+        sweep.chain.put(self.wants, &sums.ops, grads, accumulate_grads);
 
         // Through the convolution.
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
@@ -300,7 +302,7 @@ impl Training<'_> {
                 0 => vec![0.0; rows * self.shape.k()],
                 _ => self.wgrad(&source_sweep, plain, of_d, channels_fast)?,
             };
-            grads.put(name::WEIGHT, d_weight, accumulate);
+            grads.put(name::WEIGHT, d_weight, accumulate_grads);
         }
 
         if d_sources.is_empty() && !source_grads && d_gate.is_none() {
@@ -310,7 +312,7 @@ impl Training<'_> {
             d_sources.iter_mut().try_for_each(|d| self.fill_zero(d))?;
         }
         if let ([d_src], true, None, Accumulate::Set) =
-            (&mut *d_sources, plain, &self.shape.partial, add)
+            (&mut d_sources[..], plain, &self.shape.partial, add)
         {
             // Straight to where it belongs.
             let operand = Operand::new(d_src.view()).subsampled(self.shape.stride);
@@ -363,7 +365,7 @@ impl Training<'_> {
             accumulate: [add, Accumulate::Set],
             bits: None,
         })?;
-        source_sweep.chain.put(self.wants, &sums.ops, grads, accumulate);
+        source_sweep.chain.put(self.wants, &sums.ops, grads, accumulate_grads);
         if let Some(d_gate) = d_gate {
             match &sums.gate {
                 Some((from, _memory)) => {
@@ -371,10 +373,10 @@ impl Training<'_> {
                     let input = vec![(*from, c_in)];
                     let extents = [problem.n, 1, 1, 1];
                     let sweep = self.sweep(nothing(c_in), false, extents, input, None);
-                    sweep.forward(&vec![(on_device(&to), c_in)], add)?;
+                    sweep.forward(&vec![(on_device(&to), c_in)], add_others)?;
                 }
                 // There are no positions.
-                None if add == Accumulate::Set => self.fill_zero(d_gate)?,
+                None if add_others == Accumulate::Set => self.fill_zero(d_gate)?,
                 None => {}
             }
         }
@@ -500,7 +502,7 @@ impl Training<'_> {
         second: Option<Tensor>,
     ) -> Sweep<'_> {
         let (device, reduce) = (self.device, self.reduce);
-        Sweep { device, chain, channels_fast, extents, input, second, reduce }
+        Sweep { device, chain, channels_fast, extents, input, second, norm: None, reduce }
     }
 
     fn source_sweep(&self, problem: &Problem<'_>, chain: Chain) -> Sweep<'_> {

@@ -1,7 +1,9 @@
 //! One pass of a chain of stages over its values: parameters of the launches, and what they sum.
 
+mod norm;
+
 use crate::cuda::device::{Buffer, CudaDevice};
-use crate::cuda::launch::{Tensor, start_training};
+use crate::cuda::launch::{self, Tensor, start_training};
 use crate::cuda::pack::activation_op;
 use crate::cuda::params::{
     PW_MAX_AXES, PW_MAX_PARTS, PW_MAX_STAGES, PW_MAX_SUMMED, PW_MERGED, PW_NOT_SUMMED,
@@ -15,6 +17,8 @@ use crate::tensor::checked_product;
 use crate::train::Accumulate;
 use crate::train::chain::{BatchStatistics, Chain, Op, checked, reduce_moments};
 use crate::train::reduce::Reduce;
+
+pub(super) use norm::norm_bytes;
 
 const MAX_AXES: usize = PW_MAX_AXES as usize;
 /// Tensors that rows may come from.
@@ -101,7 +105,17 @@ pub(super) struct Sweep<'a> {
     pub input: Parts,
     /// The residual or the gate.
     pub second: Option<Tensor>,
+    /// A layer norm's statistics, once they are known: three numbers for the positions that share them.
+    pub norm: Option<Buffer>,
     pub reduce: Reduce<'a>,
+}
+
+/// What a normalisation subtracts from its gradient, a constant and a share of the deviation: of a
+/// batch norm by row, and which op it is; of a layer norm as the kernels take it.
+#[derive(Default)]
+struct Coefficients {
+    batch: Option<(usize, [Vec<f32>; 2])>,
+    norm: Option<Buffer>,
 }
 
 /// What a backward pass reads and writes beside the input.
@@ -155,6 +169,16 @@ impl Sweep<'_> {
         self.extents.iter().product()
     }
 
+    /// The ops that need sums over more than a value, in order.
+    fn normalisations(&self) -> Vec<usize> {
+        let sums = |op: &Op| match op {
+            Op::Linear(linear) => linear.batch.is_some(),
+            Op::LayerNorm { .. } => true,
+            _ => false,
+        };
+        (0..self.chain.ops.len()).filter(|&i| sums(&self.chain.ops[i])).collect()
+    }
+
     /// A pure function of the problem and the device.
     fn cut(&self, by_sample: bool) -> Result<Cut> {
         let positions = positions_of(&self.extents)?;
@@ -174,9 +198,8 @@ impl Sweep<'_> {
         Ok(Cut { group, chunk, groups, chunks, blocks })
     }
 
-    /// Uploads what the stages know per row. `coefficients` of a batch norm's backward pass are those
-    /// of the op with this number.
-    fn arrays(&self, coefficients: Option<(usize, &[Vec<f32>; 2])>) -> Result<Arrays> {
+    /// Uploads what the stages know per row.
+    fn arrays(&self, coefficients: &Coefficients) -> Result<Arrays> {
         let mut bytes: Vec<u8> = Vec::new();
         let mut array = |values: &[f32]| {
             let at = bytes.len() as u64;
@@ -195,8 +218,8 @@ impl Sweep<'_> {
                     at[1] = Some(array(&linear.scale));
                     at[2] = Some(array(&linear.shift));
                     sums = linear.batch.is_some() || linear.names.iter().any(Option::is_some);
-                    if let Some((of, [mean_d, along])) = coefficients
-                        && of == i
+                    if let Some((of, [mean_d, along])) = &coefficients.batch
+                        && *of == i
                     {
                         at[3] = Some(array(mean_d));
                         at[4] = Some(array(along));
@@ -214,7 +237,14 @@ impl Sweep<'_> {
                     sums = true;
                     (pw_op::PW_OP_GATE, 0.0, 0.0)
                 }
-                Op::LayerNorm { .. } => unreachable!("refused when training began"),
+                Op::LayerNorm { affine, eps, .. } => {
+                    if let Some((gamma, beta)) = affine {
+                        at[1] = Some(array(gamma));
+                        at[2] = Some(array(beta));
+                    }
+                    sums = affine.is_some();
+                    (pw_op::PW_OP_LAYER_NORM, *eps, 0.0)
+                }
             };
             let slot = if sums { summed.len() as u32 } else { PW_NOT_SUMMED };
             if sums {
@@ -239,6 +269,11 @@ impl Sweep<'_> {
         for (stage, at) in stages.iter_mut().zip(placed) {
             let [first, second, third, mean_d, along] = at.map(|at| address(at) as *const f32);
             *stage = pw_stage { first, second, third, mean_d, along, ..*stage };
+            if stage.op == pw_op::PW_OP_LAYER_NORM {
+                let address = |of: &Option<Buffer>| of.as_ref().map_or(0, Buffer::address);
+                stage.first = address(&self.norm) as *const f32;
+                stage.mean_d = address(&coefficients.norm) as *const f32;
+            }
         }
         let [map, second_map] = maps.map(address);
         Ok(Arrays { stages, summed, map, second_map, _memory: memory })
@@ -275,6 +310,7 @@ impl Sweep<'_> {
             input_count: self.input.len() as u32,
             output_count: outputs.len() as u32,
             stage_count: arrays.stages.len() as u32,
+            norm_unit: self.norm_unit() as u32,
             ..pw_sweep::default()
         };
         let mut index = 0;
@@ -292,13 +328,26 @@ impl Sweep<'_> {
         Ok(params)
     }
 
-    /// The statistics of the batch at the batch norm, over all processes; it has them from then on.
-    /// `src` is the shape that an error tells.
+    /// The statistics of the batch at the batch norm, over all processes, and those of a layer norm; the
+    /// chain has them from then on. `src` is the shape that an error tells.
     ///
     /// # Errors
     /// [`Error::Cuda`], [`Error::DeviceMemory`], [`Error::TooLarge`]; those of the reduction, and of
     /// [`checked`].
-    pub(super) fn settle_moments(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
+    pub(super) fn settle(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
+        let mut of_batch = None;
+        for op in self.normalisations() {
+            match self.chain.ops[op] {
+                Op::LayerNorm { over, eps, .. } => {
+                    self.norm = self.norm_statistics(op, over, eps)?
+                }
+                _ => of_batch = self.settle_moments(src)?,
+            }
+        }
+        Ok(of_batch)
+    }
+
+    fn settle_moments(&mut self, src: &[usize]) -> Result<Option<BatchStatistics>> {
         let Some((barrier, batch)) = self.chain.batch_norm() else { return Ok(None) };
         let rows = self.rows();
         let nothing = Moments { count: 0.0, mean: 0.0, deviations: 0.0 };
@@ -317,7 +366,7 @@ impl Sweep<'_> {
 
     fn moments(&self, barrier: usize) -> Result<Vec<Moments>> {
         let (rows, positions) = (self.rows(), self.positions());
-        let (arrays, cut) = (self.arrays(None)?, self.cut(false)?);
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
         let mut params = self.params(&arrays, &cut, &Parts::new(), None, None)?;
         params.stage_count = barrier as u32;
         let what = "the moments of a batch";
@@ -336,7 +385,7 @@ impl Sweep<'_> {
         // stream order.
         unsafe {
             start_training(self.device, Kernel::Moments, cut.blocks, &mut params)?;
-            crate::cuda::launch::start_merge(self.device, rows as u32, &mut merge)?;
+            launch::start_merge(self.device, rows as u32, &mut merge)?;
         }
         let mut pairs = vec![0.0f64; 2 * rows];
         of_rows.download(&mut pairs)?;
@@ -353,7 +402,7 @@ impl Sweep<'_> {
         if self.positions() == 0 || self.rows() == 0 {
             return Ok(());
         }
-        let (arrays, cut) = (self.arrays(None)?, self.cut(false)?);
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
         let mut params = self.params(&arrays, &cut, outputs, None, None)?;
         params.flags |= adds(accumulate, pw_sweep_flags::PW_SWEEP_ADD);
         // SAFETY: the tensors are those of the call, the arrays are freed in stream order.
@@ -365,7 +414,7 @@ impl Sweep<'_> {
     /// # Errors
     /// [`Error::Cuda`], [`Error::DeviceMemory`], [`Error::TooLarge`].
     pub(super) fn keep_bits(&self, [lo, hi]: [f32; 2]) -> Result<Buffer> {
-        let (arrays, cut) = (self.arrays(None)?, self.cut(false)?);
+        let (arrays, cut) = (self.arrays(&Coefficients::default())?, self.cut(false)?);
         let bits = checked_product("the workspace", &[self.rows(), self.positions()])?;
         let memory = Buffer::new(self.device, "the workspace", bits_bytes(bits))?;
         let mut params = self.params(&arrays, &cut, &Parts::new(), None, None)?;
@@ -384,14 +433,19 @@ impl Sweep<'_> {
     pub(super) fn backward(&self, tensors: &Backward) -> Result<Sums> {
         let zeros = || std::array::from_fn(|_| vec![0.0; self.rows()]);
         let mut sums = Sums { ops: self.chain.ops.iter().map(|_| zeros()).collect(), gate: None };
-        let barrier = self.chain.batch_norm().map(|(barrier, _)| barrier);
-        let mut coefficients = None;
-        if let Some(barrier) = barrier {
-            self.pass(tensors, Kernel::Sums, barrier, None, &mut sums)?;
-            coefficients = Some((barrier, self.combined(barrier, &sums)?));
+        let mut coefficients = Coefficients::default();
+        for op in self.normalisations().into_iter().rev() {
+            match self.chain.ops[op] {
+                Op::LayerNorm { over, .. } => {
+                    coefficients.norm = self.norm_coefficients(tensors, op, over, &coefficients)?;
+                }
+                _ => {
+                    self.pass(tensors, Kernel::Sums, op, &coefficients, &mut sums)?;
+                    coefficients.batch = Some((op, self.combined(op, &sums)?));
+                }
+            }
         }
-        let of = coefficients.as_ref().map(|(barrier, both)| (*barrier, both));
-        self.pass(tensors, Kernel::Backward, 0, of, &mut sums)?;
+        self.pass(tensors, Kernel::Backward, 0, &coefficients, &mut sums)?;
         Ok(sums)
     }
 
@@ -421,14 +475,14 @@ impl Sweep<'_> {
         tensors: &Backward,
         kernel: Kernel,
         first: usize,
-        coefficients: Option<(usize, &[Vec<f32>; 2])>,
+        coefficients: &Coefficients,
         sums: &mut Sums,
     ) -> Result<()> {
         let rows = self.rows();
         if self.positions() == 0 || rows == 0 {
             return Ok(());
         }
-        let by_sample = self.chain.by_sample();
+        let by_sample = self.chain.ops.iter().any(|op| matches!(op, Op::Gate));
         let (arrays, cut) = (self.arrays(coefficients)?, self.cut(by_sample)?);
         let Backward { d, outputs, d_second, accumulate, bits } = tensors;
         let mut params = self.params(&arrays, &cut, outputs, Some(*d), *d_second)?;
