@@ -7,6 +7,7 @@
 #include "mainloops/mma.cuh"
 #include "mainloops/simt.cuh"
 #include "norms/layer_norm.cuh"
+#include "quantize.cuh"
 #include "splits.cuh"
 #include "train/kernels.cuh"
 
@@ -99,6 +100,16 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads)
     __shared__ Moments shared[kMergeThreads];
     merge_moments(p, shared);
 }
+
+#define PW_QUANTIZE(name, job)                                                                   \
+    extern "C" __global__ void __launch_bounds__(kQuantizeThreads)                               \
+        name##_f32_8x32(const __grid_constant__ pw_fprop p) {                                    \
+        __shared__ QuantizeShared shared;                                                        \
+        const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;                      \
+        if (block * kQuantizePositions < p.positions) QuantizeBlock(p, shared, block).job();     \
+    }
+PW_QUANTIZE(reach, widen)
+PW_QUANTIZE(quantize, quantize)
 
 // More shared memory than a kernel may declare: the launch brings it.
 #define PW_MMA(name, element, parts, layout, channels_fast, rows, positions, depth, warp_rows,   \

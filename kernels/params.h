@@ -125,7 +125,7 @@ enum pw_norm_job {
 
 /* Every kernel of the forward pass takes it; of the groups' weights, the norm kernel knows nothing
  * (it has one group of all rows, and reads f32 from the first source, which may be dst), and the copy
- * kernel copies `rows` channels of the first source. */
+ * kernel copies `rows` channels of the first source; so do those that quantise it. */
 struct pw_fprop {
     struct pw_axis axes[PW_MAX_AXES]; /* innermost first */
     struct pw_source sources[PW_MAX_SOURCES];
@@ -190,13 +190,13 @@ struct pw_quantization {
  * Then clipped to `before`, plus the residual, clipped to [lo, hi]; as a byte, rounded, plus the zero
  * point. Each operation rounds once.
  *
- * Of `fprop`, the tensors, their axes and the letters count; src has one source. */
+ * Of `fprop`, the tensors, their axes and the letters count; src has one source. Its gate, if there is
+ * one, is the quantisation of each position. */
 struct pw_int8 {
     struct pw_fprop fprop; /* weight: i8, [groups * rows][depth_pitch], 16-byte aligned, its padding 0 */
     const int32_t *offset; /* [groups * rows], and so are the next two; 16-byte aligned */
     const float *scale;
     const float *shift;
-    const struct pw_quantization *quantizations; /* or null; strides are those of the gate */
     enum pw_element dst_type;
     enum pw_element residual_type;
     uint32_t depth_pitch; /* depth, padded to a multiple of 16 */
@@ -335,7 +335,7 @@ static_assert(sizeof(struct pw_part) == 56, "pw_part is laid out as Rust believe
 static_assert(sizeof(struct pw_stage) == 56, "pw_stage is laid out as Rust believes");
 static_assert(sizeof(struct pw_sweep) <= 4000, "launch parameters have 4 KiB");
 static_assert(sizeof(struct pw_fprop) == 1792, "pw_fprop is laid out as Rust believes");
-static_assert(sizeof(struct pw_int8) == 1872, "pw_int8 is laid out as Rust believes");
+static_assert(sizeof(struct pw_int8) == 1864, "pw_int8 is laid out as Rust believes");
 #endif
 
 #endif

@@ -14,9 +14,6 @@ __device__ inline float clip_between(float x, float lo, float hi) {
     return hi < x ? hi : x;
 }
 
-// The nearest integer, ties to even, of an f32 that an i16 holds; right modulo 256.
-__device__ inline uint32_t nearest_byte(float x) { return __float_as_uint(__fadd_rn(x, 12582912.f)); }
-
 template <class Tile>
 class Int8Writer {
 public:
@@ -108,6 +105,7 @@ private:
 
     template <int kWidth>
     __device__ void scaled(float (&v)[kWidth], const int32_t* sums, int row, int position) const {
+        const bool quantized = f.gate != nullptr;
         const int64_t channel = first_channel + row;
         int32_t sum[kWidth];
         neighbours(sum, sums);
@@ -115,14 +113,14 @@ private:
         float scale[kWidth], shift[kWidth];
         per_channel(offset, p.offset + channel);
         per_channel(scale, p.scale + channel);
-        if (p.quantizations != nullptr) per_channel(shift, p.shift + channel);
+        if (quantized) per_channel(shift, p.shift + channel);
 #pragma unroll
         for (int n = 0; n < kWidth; ++n) {
-            if (p.quantizations == nullptr) {
+            if (!quantized) {
                 v[n] = __fmul_rn(__int2float_rn(int32_t(uint32_t(sum[n]) + uint32_t(offset[n]))), scale[n]);
             } else {
                 const pw_quantization* const q =
-                    p.quantizations + shared.at.gate[channels_fast ? position : position + n];
+                    static_cast<const pw_quantization*>(f.gate) + shared.at.gate[channels_fast ? position : position + n];
                 const uint32_t beyond = uint32_t(__ldg(&q->zero_point)) * uint32_t(offset[n]);
                 const float x = __int2float_rn(int32_t(uint32_t(sum[n]) - beyond));
                 v[n] = __fadd_rn(__fmul_rn(x, __fmul_rn(__ldg(&q->scale), scale[n])), shift[n]);
@@ -191,7 +189,7 @@ private:
             case PW_BYTES: {
                 uint32_t bytes[kWidth];
 #pragma unroll
-                for (int n = 0; n < kWidth; ++n) bytes[n] = nearest_byte(v[n]) + uint32_t(p.zero_point);
+                for (int n = 0; n < kWidth; ++n) bytes[n] = nearest_integer(v[n]) + uint32_t(p.zero_point);
                 uint8_t* const to = static_cast<uint8_t*>(f.dst) + at;
                 if constexpr (kWidth == 4) {
                     *reinterpret_cast<uint32_t*>(to) =

@@ -669,6 +669,17 @@ impl Facts {
         }
     }
 
+    /// The ceilings of products of bytes on tensor cores: those of f32 as many times as data sheets say.
+    pub(crate) fn int8_roof(&self) -> Roof {
+        let times = match self.compute_capability {
+            (7, _) => 16.0,
+            (8, 0) => 32.0,
+            (8, _) => 8.0,
+            _ => 32.0,
+        };
+        Roof { flops_per_second: times * self.roof.flops_per_second, ..self.roof }
+    }
+
     fn of(context: &Arc<CudaContext>) -> Result<Facts> {
         let needed = |attribute| {
             let value = context.attribute(attribute).map_err(failed("cuDeviceGetAttribute"))?;

@@ -5,12 +5,11 @@
 use std::sync::Arc;
 
 use super::device::{Buffer, CudaDevice};
-use super::launch::{Call, Moments, Sources, Tensor, start_int8};
+use super::launch::{Call, Moments, Sources, Tensor, start_int8, start_quantization};
 use super::layer::{channels_of, on_device};
-use super::params::{pw_element, pw_int8};
-use super::plan::{INT8_KERNELS, Letters, choose_int8};
+use super::params::{pw_element, pw_int8, pw_quantization};
+use super::plan::{Helper, INT8_KERNELS, Letters, choose_int8};
 use super::staging::{self, HostCall, Slice};
-use crate::cost::Roof;
 use crate::cpu::int8::{Added, Call as Tensors, Lowered, Output, Scaling};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -44,6 +43,8 @@ struct Weights {
     rows: u32,
     depth: u32,
     stride: usize,
+    /// What shares a quantisation, where src is f32.
+    per: Option<Per>,
 }
 
 // SAFETY: the pointers in `params` are device addresses; nothing is dereferenced on the host.
@@ -53,7 +54,7 @@ unsafe impl Sync for Weights {}
 
 impl Weights {
     fn upload(device: &CudaDevice, lowered: Lowered<'_>) -> Result<Self> {
-        let Lowered { shape, weight, offset, scale, scaling, src_flip, .. } = lowered;
+        let Lowered { shape, weight, offset, scale, shift, per, scaling, src_flip } = lowered;
         let k = shape.k();
         let pitch = k.next_multiple_of(DEPTH_ALIGN);
         let what = "a layer's weights";
@@ -70,6 +71,7 @@ impl Weights {
         let offset = weight.chunks_exact(k).zip(offset).map(unsigned);
         let offset_at = behind(&mut bytes, offset.map(i32::to_ne_bytes));
         let scale_at = behind(&mut bytes, scale.into_iter().map(f32::to_ne_bytes));
+        let shift_at = behind(&mut bytes, shift.into_iter().map(f32::to_ne_bytes));
 
         let mut memory = Buffer::new(device, what, bytes.len())?;
         memory.upload(&bytes)?;
@@ -78,6 +80,7 @@ impl Weights {
         let mut params = pw_int8 {
             offset: at(offset_at) as *const i32,
             scale: at(scale_at) as *const f32,
+            shift: at(shift_at) as *const f32,
             depth_pitch: channels_of(pitch)?,
             src_signed: u32::from(src_flip != 0),
             before_lo: before.lo,
@@ -103,6 +106,7 @@ impl Weights {
             rows: count("output channels per group", shape.c_out / shape.groups)?,
             depth: count("input channels per group", k)?,
             stride: shape.stride,
+            per,
             memory,
             params,
         })
@@ -136,12 +140,9 @@ impl Layer {
         Ok(Layer { device: device.clone(), weights, forced, slice_bytes })
     }
 
+    /// Which values of a source share a quantisation that a call finds, if one does.
     pub(crate) fn per(&self) -> Option<Per> {
-        None
-    }
-
-    pub(crate) fn roof(&self) -> Roof {
-        self.device.facts().roof
+        self.weights.per
     }
 
     /// The kernel that runs calls of so many positions.
@@ -211,21 +212,35 @@ impl Layer {
         if extents.contains(&0) {
             return Ok(());
         }
-        let src = Operand::new(&tensors.src).subsampled(self.weights.stride);
-        let dst = Operand::new(tensors.dst.view());
+        let whole = Operand::new(&tensors.src);
+        let (src, dst) = (whole.subsampled(self.weights.stride), Operand::new(tensors.dst.view()));
         let residual = tensors.residual.as_ref().map(Operand::new);
         // Sums are exact, so that the result does not depend on the kernel.
         let kernel = self.choose(positions(shape));
-        let run = |call: Call| self.launch::<T, R>(kernel, &call);
+        let all = extents_of(tensors.src.shape());
         if place != Place::Host {
             let streams = [tensors.src.stream(), tensors.dst.view().stream()];
-            let streams =
-                streams.into_iter().chain(tensors.residual.as_ref().map(TensorRef::stream));
-            let call = Call {
-                residual: residual.as_ref().map(on_device),
-                ..self.call(extents.map(|n| n as u64), on_device(&src), on_device(&dst))
-            };
-            return self.device.ordered(streams.flatten(), || run(call));
+            let residual_stream = tensors.residual.as_ref().map(TensorRef::stream);
+            return self.device.ordered(
+                streams.into_iter().chain(residual_stream).flatten(),
+                || {
+                    let reaches = self.reaches(extents[0])?;
+                    if let Some(reaches) = &reaches {
+                        let call =
+                            self.call(all.map(|n| n as u64), on_device(&whole), Tensor::default());
+                        self.find_reaches(&call, reaches.pairs)?;
+                    }
+                    let call = Call {
+                        residual: residual.as_ref().map(on_device),
+                        ..self.call(extents.map(|n| n as u64), on_device(&src), on_device(&dst))
+                    };
+                    self.launch::<T, R>(
+                        kernel,
+                        &call,
+                        reaches.as_ref().map(|reaches| reaches.pairs),
+                    )
+                },
+            );
         }
         let host = HostCall {
             sources: std::slice::from_ref(&src),
@@ -234,17 +249,91 @@ impl Layer {
             dst: &dst,
             discard: false,
             between: 0,
-            bytes_beside: 0,
+            bytes_beside: self.weights.per.map_or(0, |_| self.quantized_bytes()),
             extents,
             slice_bytes: self.slice_bytes,
             whole_samples: false,
         };
+        let reaches = self.reaches(extents[0])?;
+        // Those that a slice's samples belong to.
+        let of = |slice: &Slice| {
+            let pairs = reaches.as_ref()?.pairs;
+            let first = slice.start[0] as i64 * pairs.axes[0];
+            Some(Tensor { address: pairs.address.wrapping_add_signed(PAIR * first), ..pairs })
+        };
+        if reaches.is_some() {
+            // The same memory, of no channels.
+            let nothing = Operand { channels: 0, ..dst };
+            let host = HostCall {
+                sources: std::slice::from_ref(&whole),
+                residual: None,
+                dst: &nothing,
+                discard: true,
+                bytes_beside: 0,
+                extents: all,
+                ..host
+            };
+            let find = |slice: &Slice| {
+                let call = self.call(slice.extents, slice.src, Tensor::default());
+                self.find_reaches(&call, of(slice).unwrap_or_default())
+            };
+            // SAFETY: the call's views vouch for the host tensors.
+            unsafe { staging::run(&self.device, &host, find)? };
+        }
         let compute = |slice: &Slice| {
             let &Slice { extents, src, residual, dst, .. } = slice;
-            run(Call { residual, ..self.call(extents, src, dst) })
+            let call = Call { residual, ..self.call(extents, src, dst) };
+            self.launch::<T, R>(kernel, &call, of(slice))
         };
-        // SAFETY: the call's views vouch for the host tensors.
+        // SAFETY: as above.
         unsafe { staging::run(&self.device, &host, compute) }
+    }
+
+    /// Bytes of a position that are quantised in a call, and of their quantisation.
+    fn quantized_bytes(&self) -> usize {
+        self.pitch() + size_of::<pw_quantization>()
+    }
+
+    /// From position to position of bytes that a call makes.
+    fn pitch(&self) -> usize {
+        let Weights { groups, depth, .. } = *self.weights;
+        (groups as usize * depth as usize).next_multiple_of(DEPTH_ALIGN)
+    }
+
+    /// Room for the reaches of a call of so many samples, all zero, where more than a position's
+    /// values share a quantisation.
+    fn reaches(&self, samples: usize) -> Result<Option<Reaches>> {
+        let (count, stride) = match self.weights.per {
+            Some(Per::Tensor) => (1, 0),
+            Some(Per::Sample) => (samples, 1),
+            Some(Per::Position) | None => return Ok(None),
+        };
+        self.check_capture()?;
+        let bytes = checked_product("ranges of a source", &[count, PAIR as usize])?;
+        let mut memory = Buffer::new(&self.device, "the ranges of a source", bytes)?;
+        memory.fill(0)?;
+        let pairs = Tensor { address: memory.address(), channel: 0, axes: [stride, 0, 0, 0] };
+        Ok(Some(Reaches { pairs, _memory: memory }))
+    }
+
+    fn check_capture(&self) -> Result<()> {
+        if self.device.is_capturing()? && !self.device.has_pools() {
+            return Err(Error::Unsupported {
+                device: self.device.to_string(),
+                what: "capturing a layer that quantises its source in a graph: the device has no \
+                       memory pools, from which the graph would take the bytes"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Widens reaches by those of a source.
+    fn find_reaches(&self, call: &Call, reaches: Tensor) -> Result<()> {
+        let rows = call.groups * call.depth;
+        let call = Call { rows, residual: Some(reaches), ..*call };
+        // SAFETY: the call's views vouch for src, `reaches` for its memory.
+        unsafe { start_quantization(&self.device, Helper::Reach, &call) }
     }
 
     /// A call without residual.
@@ -264,7 +353,42 @@ impl Layer {
         }
     }
 
+    /// Queues a call, after the quantisation of its source if that is f32.
     fn launch<T: QuantizedElement, R: QuantizedElement>(
+        &self,
+        kernel: usize,
+        call: &Call,
+        reaches: Option<Tensor>,
+    ) -> Result<()> {
+        if self.weights.per.is_none() {
+            return self.multiply::<T, R>(kernel, call);
+        }
+        self.check_capture()?;
+        let Call { groups, depth, extents: [n, d, h, w], .. } = *call;
+        let what = "bytes of a source";
+        let sizes = [n, d, h, w].map(|len| len as usize);
+        let positions = checked_product(what, &sizes)?;
+        let bytes = checked_product(what, &[positions, self.quantized_bytes()])?;
+        // Freed in stream order.
+        let memory = Buffer::new(&self.device, "the bytes of a source", bytes)?;
+        let [d, h, w] = [d, h, w].map(|len| len as i64);
+        let axes = [d * h * w, h * w, w, 1];
+        let pitch = self.pitch();
+        let src = Tensor {
+            address: memory.address(),
+            channel: 1,
+            axes: axes.map(|stride| stride * pitch as i64),
+        };
+        let address = memory.address() + (positions * pitch) as u64;
+        let gate = Some(Tensor { address, channel: 0, axes });
+        let rows = groups * depth;
+        let quantize = Call { rows, dst: src, residual: reaches, gate, ..*call };
+        // SAFETY: the call's views vouch for its tensors; the memory is for all bytes and quantisations.
+        unsafe { start_quantization(&self.device, Helper::Quantize, &quantize)? };
+        self.multiply::<T, R>(kernel, &Call { sources: Sources::one(src, rows), gate, ..*call })
+    }
+
+    fn multiply<T: QuantizedElement, R: QuantizedElement>(
         &self,
         kernel: usize,
         call: &Call,
@@ -276,6 +400,25 @@ impl Layer {
         // and both live until the launch is queued; what frees them is queued later.
         unsafe { start_int8(&self.device, kernel, call, &mut params) }
     }
+}
+
+/// Where the reaches of a source are: pairs of i32, of the whole of it or of each sample.
+struct Reaches {
+    pairs: Tensor,
+    /// Freed in stream order.
+    _memory: Buffer,
+}
+
+/// Bytes of one.
+const PAIR: i64 = 8;
+
+/// Batch and the three spatial axes of a tensor.
+fn extents_of(shape: &[usize]) -> [usize; 4] {
+    let mut extents = [1; 4];
+    extents[0] = shape[0];
+    let spatial = &shape[2..];
+    extents[4 - spatial.len()..].copy_from_slice(spatial);
+    extents
 }
 
 /// Of all samples.

@@ -754,6 +754,27 @@ pub(super) unsafe fn start_training<P>(
     unsafe { start(device, Launch::training(kernel), (blocks, 1), params) }
 }
 
+/// Queues [`Helper::Reach`] or [`Helper::Quantize`] on the f32 source of a call, which has so many
+/// channels; what the call's tensors are, `kernels/quantize.cuh` says.
+///
+/// # Safety
+/// As [`launch`]; the residual is written to as well, and the gate.
+pub(super) unsafe fn start_quantization(
+    device: &CudaDevice,
+    helper: Helper,
+    call: &Call,
+) -> Result<()> {
+    let mut params = pw_fprop::default();
+    call.describe(&mut params, &call.sources, (size_of::<f32>(), 1), [0; MAX_AXES]);
+    (params.groups, params.rows) = (1, call.rows);
+    let letters = call.letters();
+    let grid = Kernel::grid(letters.positions.div_ceil(helper.positions()));
+    let grid = grid.ok_or_else(|| too_large(&letters))?;
+    let _bound = device.bind()?;
+    // SAFETY: the caller's promise.
+    unsafe { start(device, Launch::helper(helper), grid, &mut params) }
+}
+
 /// Queues a convolution of bytes by a kernel of [`INT8_KERNELS`].
 ///
 /// # Safety

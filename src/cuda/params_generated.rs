@@ -352,7 +352,6 @@ pub struct pw_int8 {
     pub offset: *const i32,
     pub scale: *const f32,
     pub shift: *const f32,
-    pub quantizations: *const pw_quantization,
     pub dst_type: pw_element,
     pub residual_type: pw_element,
     pub depth_pitch: u32,
@@ -368,35 +367,33 @@ pub struct pw_int8 {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_int8"][::core::mem::size_of::<pw_int8>() - 1872usize];
+    ["Size of pw_int8"][::core::mem::size_of::<pw_int8>() - 1864usize];
     ["Alignment of pw_int8"][::core::mem::align_of::<pw_int8>() - 8usize];
     ["Offset of field: pw_int8::fprop"][::core::mem::offset_of!(pw_int8, fprop) - 0usize];
     ["Offset of field: pw_int8::offset"][::core::mem::offset_of!(pw_int8, offset) - 1792usize];
     ["Offset of field: pw_int8::scale"][::core::mem::offset_of!(pw_int8, scale) - 1800usize];
     ["Offset of field: pw_int8::shift"][::core::mem::offset_of!(pw_int8, shift) - 1808usize];
-    ["Offset of field: pw_int8::quantizations"]
-        [::core::mem::offset_of!(pw_int8, quantizations) - 1816usize];
-    ["Offset of field: pw_int8::dst_type"][::core::mem::offset_of!(pw_int8, dst_type) - 1824usize];
+    ["Offset of field: pw_int8::dst_type"][::core::mem::offset_of!(pw_int8, dst_type) - 1816usize];
     ["Offset of field: pw_int8::residual_type"]
-        [::core::mem::offset_of!(pw_int8, residual_type) - 1828usize];
+        [::core::mem::offset_of!(pw_int8, residual_type) - 1820usize];
     ["Offset of field: pw_int8::depth_pitch"]
-        [::core::mem::offset_of!(pw_int8, depth_pitch) - 1832usize];
+        [::core::mem::offset_of!(pw_int8, depth_pitch) - 1824usize];
     ["Offset of field: pw_int8::src_signed"]
-        [::core::mem::offset_of!(pw_int8, src_signed) - 1836usize];
+        [::core::mem::offset_of!(pw_int8, src_signed) - 1828usize];
     ["Offset of field: pw_int8::before_lo"]
-        [::core::mem::offset_of!(pw_int8, before_lo) - 1840usize];
+        [::core::mem::offset_of!(pw_int8, before_lo) - 1832usize];
     ["Offset of field: pw_int8::before_hi"]
-        [::core::mem::offset_of!(pw_int8, before_hi) - 1844usize];
-    ["Offset of field: pw_int8::lo"][::core::mem::offset_of!(pw_int8, lo) - 1848usize];
-    ["Offset of field: pw_int8::hi"][::core::mem::offset_of!(pw_int8, hi) - 1852usize];
+        [::core::mem::offset_of!(pw_int8, before_hi) - 1836usize];
+    ["Offset of field: pw_int8::lo"][::core::mem::offset_of!(pw_int8, lo) - 1840usize];
+    ["Offset of field: pw_int8::hi"][::core::mem::offset_of!(pw_int8, hi) - 1844usize];
     ["Offset of field: pw_int8::zero_point"]
-        [::core::mem::offset_of!(pw_int8, zero_point) - 1856usize];
+        [::core::mem::offset_of!(pw_int8, zero_point) - 1848usize];
     ["Offset of field: pw_int8::residual_flip"]
-        [::core::mem::offset_of!(pw_int8, residual_flip) - 1860usize];
+        [::core::mem::offset_of!(pw_int8, residual_flip) - 1852usize];
     ["Offset of field: pw_int8::residual_zero_point"]
-        [::core::mem::offset_of!(pw_int8, residual_zero_point) - 1864usize];
+        [::core::mem::offset_of!(pw_int8, residual_zero_point) - 1856usize];
     ["Offset of field: pw_int8::residual_scale"]
-        [::core::mem::offset_of!(pw_int8, residual_scale) - 1868usize];
+        [::core::mem::offset_of!(pw_int8, residual_scale) - 1860usize];
 };
 impl Default for pw_int8 {
     fn default() -> Self {

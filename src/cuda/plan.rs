@@ -83,16 +83,22 @@ pub(super) enum Helper {
     NormBf16,
     /// Moments of neighbours as one.
     Merge,
+    /// How far values reach that share a quantisation.
+    Reach,
+    /// Bytes of values.
+    Quantize,
 }
 
 impl Helper {
-    pub(super) const ALL: [Helper; 6] = [
+    pub(super) const ALL: [Helper; 8] = [
         Helper::Copy,
         Helper::CopyHalf,
         Helper::Norm,
         Helper::NormF16,
         Helper::NormBf16,
         Helper::Merge,
+        Helper::Reach,
+        Helper::Quantize,
     ];
     pub(super) const THREADS: u32 = 256;
     /// Channels of a block of [`Helper::Copy`].
@@ -122,6 +128,8 @@ impl Helper {
             Helper::NormF16 => "norm_f16_8x32",
             Helper::NormBf16 => "norm_bf16_8x32",
             Helper::Merge => "norm_merge_f64_1024",
+            Helper::Reach => "reach_f32_8x32",
+            Helper::Quantize => "quantize_f32_8x32",
         }
     }
 
@@ -130,6 +138,7 @@ impl Helper {
         match self {
             Helper::Copy | Helper::CopyHalf => 64,
             Helper::Norm | Helper::NormF16 | Helper::NormBf16 => 32,
+            Helper::Reach | Helper::Quantize => 32,
             Helper::Merge => 1024,
         }
     }

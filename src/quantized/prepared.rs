@@ -60,14 +60,14 @@ impl Quantized {
     /// Checks the description and packs it, once.
     ///
     /// # Errors
-    /// As [`check`](Self::check); [`Error::Unsupported`] for a CUDA device;
-    /// [`Error::Environment`] for an instruction set that is forced and unknown, or not there;
-    /// [`Error::Kernel`] likewise for `POINTWISE_KERNEL`.
+    /// As [`check`](Self::check); [`Error::Environment`] for an instruction set that is forced and
+    /// unknown, or not there; [`Error::Kernel`] likewise for `POINTWISE_KERNEL`; on CUDA
+    /// [`Error::TooLarge`] and those of the device.
     pub fn prepare(&self, device: &Device) -> Result<PreparedQuantized> {
         self.prepare_with(device, PrepareOptions::default())
     }
 
-    /// As [`prepare`](Self::prepare); of the options, `kernel` matters.
+    /// As [`prepare`](Self::prepare); of the options, `kernel` matters, and on CUDA `slice_bytes`.
     ///
     /// # Errors
     /// As [`prepare`](Self::prepare), and [`Error::Kernel`] for the option too.
@@ -166,11 +166,6 @@ impl PreparedQuantized {
         let backend = match device.kind()? {
             Kind::Cpu(cpu) => {
                 Backend::Cpu(int8::Layer::new(cpu, options.kernel.as_deref(), lowered)?)
-            }
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(_) if matches!(src, ElementType::Real(_)) => {
-                let what = "layers of 8-bit integers whose source is quantised in the call".into();
-                return Err(Error::Unsupported { device: device.to_string(), what });
             }
             #[cfg(feature = "cuda")]
             Kind::Cuda(cuda) => Backend::Cuda(cuda::int8::Layer::new(cuda, options, lowered)?),
@@ -296,24 +291,21 @@ impl PreparedQuantized {
         })
     }
 
-    /// The kernel that would run a source of this shape, and what that costs. On the CPU the ceilings
-    /// are measured, as [`Device::roof_meter_int8`] says; on CUDA they are those of f32.
+    /// The kernel that would run a source of this shape, what that costs, and the ceilings that
+    /// [`Device::roof_meter_int8`] gives, on the CPU measured.
     ///
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn explain(&self, src: &[usize]) -> Result<Explanation> {
         let Inner { shape, device, backend, .. } = &*self.inner;
         let (cost, dst) = (self.cost(src)?, dst_shape(shape, src, std::iter::empty())?);
-        let (kernel, reason, roof) = match backend {
+        let roof = device.roof_meter_int8(cost.bytes())?.sample();
+        let (kernel, reason) = match backend {
             Backend::Cpu(layer) => {
-                let roof = device.roof_meter_int8(cost.bytes())?.sample();
-                (layer.kernel(), "the strongest instruction set, or the forced one".into(), roof)
+                (layer.kernel(), "the strongest instruction set, or the forced one".into())
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => {
-                let (kernel, reason) = layer.explain(&dst);
-                (kernel, reason, layer.roof())
-            }
+            Backend::Cuda(layer) => layer.explain(&dst),
         };
         let words = |shape: &[usize]| {
             let lengths: Vec<_> = shape.iter().map(usize::to_string).collect();

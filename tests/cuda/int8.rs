@@ -2,11 +2,11 @@
 
 use ndarray::{Array2, Array4, Array5};
 use pointwise::cudarc::driver::sys;
-use pointwise::quantized::{Int8, PreparedQuantized, QuantizedElement};
+use pointwise::quantized::{DynamicQuantized, Int8, Per, PreparedQuantized, QuantizedElement};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, PrepareOptions, Quantization, Quantized};
 use pointwise::{bf16, f16};
 
-use super::cases::{Case, Held, LAYOUTS, Layout, Placed, force};
+use super::cases::{Case, Held, LAYOUTS, Layout, Placed, Value, force};
 use super::numbers::Random;
 use super::tensor_cores;
 use super::{OnDevice, Outcome};
@@ -15,6 +15,8 @@ pub const TRIALS: &[OnDevice] = &[
     ("int8_kernels_give_the_cpus_bits", every_kernel),
     ("int8_kernels_give_the_cpus_real_numbers", real_results),
     ("int8_sums_and_results_reach_the_ends", extremes),
+    ("sources_that_are_quantised_in_the_call_give_the_cpus_bits", dynamic),
+    ("ranges_of_values_that_are_not_finite_are_the_cpus", not_finite),
     ("int8_layers_on_host_arrays_go_through_in_slices", host_arrays),
     ("int8_layers_of_networks_give_the_cpus_bits", networks),
     ("calls_on_int8_are_captured", captured),
@@ -177,6 +179,108 @@ fn real_results(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+/// A layer of f32 sources, in f32 or in the type of its residual.
+fn dynamic_layer(random: &mut Random, case: &Case, per: Per, residual: bool) -> DynamicQuantized {
+    let weight =
+        Array2::from_shape_simple_fn((case.c_out, case.c_in / case.groups), || byte(random) as i8);
+    let scale: Vec<f32> = (0..case.c_out).map(|_| 1e-3 * (0.5 + random.uniform())).collect();
+    let layer = DynamicQuantized::new(weight, scale, per).bias(random.normal(case.c_out));
+    let layer = layer.groups(case.groups).stride(case.stride);
+    if residual { layer.clip(-0.5, 0.9).residual().relu() } else { layer.clip(-1.5, 1.5) }
+}
+
+fn dynamic(device: &CudaDevice) -> Outcome {
+    fn check<O: Value + QuantizedElement>(
+        device: &CudaDevice,
+        random: &mut Random,
+        (case, i): (&Case, usize),
+    ) -> Outcome {
+        let gpu = Device::from(device.clone());
+        let per = [Per::Position, Per::Sample, Per::Tensor][i % 3];
+        let layer = dynamic_layer(random, case, per, i % 2 == 0);
+        let src = random.tensor(case.src_shape());
+        let residual = random.tensor(case.dst_shape()).mapv(O::from_f32);
+        let on_cpu = layer.prepare(&Device::cpu())?;
+        let call = on_cpu.call(&src);
+        let call = if i % 2 == 0 { call.residual(&residual) } else { call };
+        let expected = call.run::<O>()?;
+        let shape = case.dst_shape();
+        for kernel in kernels(&gpu)? {
+            let prepared = layer.prepare_with(&gpu, force(kernel))?;
+            for j in [0, 1, i % 8] {
+                let (from, to) = (LAYOUTS[j], LAYOUTS[(j + i) % 8]);
+                let src = Placed::<f32>::holding(device, src.view(), from);
+                let residual = Placed::holding(device, residual.view(), to);
+                let mut dst = Placed::<O>::blank(device, shape, to);
+                let (src, residual) = (src.view(), residual.view());
+                let call = prepared.call(&src);
+                let call = if i % 2 == 0 { call.residual(&residual) } else { call };
+                call.run_into(&mut dst.view_mut())?;
+                let got = dst.held().into_dyn();
+                let same = got.iter().zip(&expected).all(|(got, &expected)| got.same(expected));
+                assert!(same, "{kernel}, {case:?}, {per:?}, {from:?} to {to:?}");
+            }
+        }
+        // Host arrays in slices: ranges are those of all that they are of.
+        for slice_bytes in [1 << 24, 3000] {
+            let slice_bytes = Some(slice_bytes);
+            let options = PrepareOptions { slice_bytes, ..PrepareOptions::default() };
+            let prepared = layer.prepare_with(&gpu, options)?;
+            let call = prepared.call(&src);
+            let call = if i % 2 == 0 { call.residual(&residual) } else { call };
+            let got = call.run::<O>()?;
+            let same = got.iter().zip(&expected).all(|(got, &expected)| got.same(expected));
+            assert!(same, "{case:?}, {per:?} in slices of {slice_bytes:?} bytes");
+        }
+        Ok(())
+    }
+    let mut random = Random::new(96);
+    for (i, case) in cases().enumerate() {
+        match i % 4 {
+            0 => check::<f16>(device, &mut random, (&case, i))?,
+            1 => check::<bf16>(device, &mut random, (&case, i))?,
+            _ => check::<f32>(device, &mut random, (&case, i))?,
+        }
+    }
+    Ok(())
+}
+
+fn not_finite(device: &CudaDevice) -> Outcome {
+    let gpu = Device::from(device.clone());
+    let mut random = Random::new(97);
+    let case = Case::new(3, 10, 5, [1, 1, 40]);
+    let mut src = random.tensor(case.src_shape());
+    src[[0, 3, 0, 0, 7]] = f32::NAN;
+    src[[1, 4, 0, 0, 9]] = f32::NEG_INFINITY;
+    // Ranges beyond f32, the least one, and none.
+    (src[[2, 0, 0, 0, 1]], src[[2, 1, 0, 0, 1]]) = (3e38, -3e38);
+    for c in 0..10 {
+        (src[[2, c, 0, 0, 2]], src[[2, c, 0, 0, 3]]) = (0.0, if c == 4 { 1e-45 } else { 0.0 });
+        src[[2, c, 0, 0, 4]] = -1.5;
+    }
+    for per in [Per::Position, Per::Sample, Per::Tensor] {
+        let layer = dynamic_layer(&mut random, &case, per, false);
+        let expected = layer.prepare(&Device::cpu())?.forward::<f32, f32, _>(&src)?;
+        let prepared = layer.prepare(&gpu)?;
+        let on_device = CudaTensor::from_host(device, src.view())?;
+        let got = prepared.forward_cuda::<f32, f32>(&on_device)?.to_host()?;
+        let nans = expected.iter().filter(|x| x.is_nan()).count();
+        let positions = if per == Per::Position {
+            2
+        } else if per == Per::Sample {
+            80
+        } else {
+            120
+        };
+        assert_eq!(nans, 5 * positions, "{per:?}");
+        for (got, expected) in got.iter().zip(&expected) {
+            let same = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
+            assert!(same, "{per:?}: {got}, expected {expected}");
+        }
+    }
+    Ok(())
+}
+
 /// Sums as large as an i32 nearly holds, and results far beyond a byte.
 fn extremes(device: &CudaDevice) -> Outcome {
     let gpu = Device::from(device.clone());
@@ -264,6 +368,26 @@ fn captured(device: &CudaDevice) -> Outcome {
     assert!(dst.to_host()?.iter().all(|&x| x == 0), "a capture runs nothing");
     graph.launch().map_err(code)?;
     assert!(dst.to_host()? == expected);
+
+    // What is quantised in the call takes memory nodes.
+    let layer =
+        dynamic_layer(&mut random, &case, Per::Sample, false).prepare(&own.clone().into())?;
+    let src = CudaTensor::from_host(&own, random.tensor(case.src_shape()).view())?;
+    let expected = layer.forward_cuda::<f32, f32>(&src)?.to_host()?;
+    let mut dst = CudaTensor::<f32>::zeros(&own, &case.dst_shape())?;
+    own.stream().begin_capture(mode).map_err(code)?;
+    let queued = layer.forward_into(&src, &mut dst);
+    let graph = own.stream().end_capture(sys::CUgraphInstantiate_flags(0)).map_err(code)?;
+    if !own.stream().context().has_async_alloc() {
+        assert!(matches!(queued, Err(Error::Unsupported { .. })), "{queued:?}");
+        return Ok(());
+    }
+    queued?;
+    let graph = graph.ok_or("nothing was captured")?;
+    for _ in 0..2 {
+        graph.launch().map_err(code)?;
+        assert!(dst.to_host()? == expected);
+    }
     Ok(())
 }
 
