@@ -76,11 +76,12 @@ private:
     // The sums of a row of warps, kWidth neighbours at a time.
     template <int kWidth>
     __device__ void finish(int first_row) const {
-        const int fast_extent = channels_fast ? Tile::kWarpRows : Tile::kPositions;
+        // Both are powers of two.
+        const int vectors = (channels_fast ? Tile::kWarpRows : Tile::kPositions) / kWidth;
+        const int shift = 31 - __clz(vectors);
 #pragma unroll 1
         for (int i = threadIdx.x; i < Tile::kWarpRows * Tile::kPositions / kWidth; i += Tile::kThreads) {
-            const int vectors = fast_extent / kWidth;
-            const int fast = i % vectors * kWidth, slow = i / vectors;
+            const int fast = (i & (vectors - 1)) * kWidth, slow = i >> shift;
             const int row = first_row + (channels_fast ? fast : slow);
             const int position = channels_fast ? slow : fast;
             // Vectors are whole, or of one.

@@ -27,6 +27,8 @@ struct Int8Tile {
     static_assert(kDepth == 64, "a slab is four vectors of 16 bytes deep: two instructions");
     static_assert(kRows % kWarpRows == 0 && kPositions % kWarpPositions == 0, "whole warps");
     static_assert(kWarpRows % 16 == 0 && kWarpPositions % 8 == 0, "whole blocks");
+    static_assert((kWarpRows & (kWarpRows - 1)) == 0 && (kPositions & (kPositions - 1)) == 0,
+                  "the epilogue divides by them");
     static_assert(kRows * 4 % kThreads == 0 && kPositions * 4 % kThreads == 0 && kPositions % 32 == 0,
                   "every thread loads as much");
 
@@ -179,7 +181,7 @@ private:
         switch (source.read) {
             case PW_READ_CHANNELS_VEC4:
             case PW_READ_CHANNELS_VEC8:
-                each_word([&](const Unit& unit, int i) {
+                each_word([&](const Unit& unit, const uint8_t*, int i) {
                     const uint8_t* const from = src + at.src[unit.position + i] + k + unit.k;
                     return __ldg(reinterpret_cast<const uint32_t*>(from));
                 });
@@ -187,13 +189,12 @@ private:
             case PW_READ_POSITIONS_VEC4:
             case PW_READ_POSITIONS_VEC8:
             case PW_READ_POSITIONS_VEC16:
-                each_word([&](const Unit& unit, int i) {
-                    const uint8_t* const from = src + at.src[unit.position] + channel(unit.k + i);
-                    return __ldg(reinterpret_cast<const uint32_t*>(from));
+                each_word([&](const Unit& unit, const uint8_t* first, int i) {
+                    return __ldg(reinterpret_cast<const uint32_t*>(first + channel(unit.k + i)));
                 });
                 break;
             default:
-                each_word([&](const Unit& unit, int i) {
+                each_word([&](const Unit& unit, const uint8_t*, int i) {
                     const bool channels = reads_channels(source);
                     uint32_t word = 0;
 #pragma unroll
@@ -217,12 +218,11 @@ private:
 #pragma unroll
         for (int n = 0; n < kUnits; ++n) {
             const Unit unit = this->unit(n);
+            const bool in = unit.position < valid && k + unit.k < int(p.fprop.depth);
+            // Positions beyond the end have a place in the table.
+            const uint8_t* const first = src + at.src[unit.position];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                // Positions beyond the end have a place in the table.
-                const bool in = unit.position < valid && k + unit.k < int(p.fprop.depth);
-                words[n][i] = in ? read(unit, i) : 0;
-            }
+            for (int i = 0; i < 4; ++i) words[n][i] = in ? read(unit, first, i) : 0;
         }
     }
 };
