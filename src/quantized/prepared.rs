@@ -323,11 +323,11 @@ impl PreparedQuantized {
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn plans(&self, src: &[usize]) -> Result<Vec<Candidate>> {
-        let dst = dst_shape(&self.inner.shape, src, std::iter::empty())?;
+        let dst = dst_shape(&self.inner.shape, src, std::iter::empty());
         Ok(match &self.inner.backend {
-            Backend::Cpu(layer) => layer.plans(),
+            Backend::Cpu(layer) => dst.map(|_| layer.plans())?,
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.plans(&dst),
+            Backend::Cuda(layer) => layer.plans(&dst?),
         })
     }
 
