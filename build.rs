@@ -125,7 +125,7 @@ mod cuda {
     /// The rows of `kernels/kernels.def` as Rust.
     fn kernel_table() -> String {
         let text = read("kernels/kernels.def");
-        let mut rows = String::new();
+        let (mut rows, mut int8) = (String::new(), String::new());
         for line in text.lines().map(str::trim) {
             if line.is_empty() || line.starts_with("//") {
                 continue;
@@ -135,6 +135,17 @@ mod cuda {
             let numbers: Option<Vec<u32>> =
                 list.split(',').map(|number| number.trim().parse().ok()).collect();
             let numbers = numbers.unwrap_or_default();
+            if let ("PW_INT8", &[c, positions, depth, warp_c, warp_positions, _, blocks, shared]) =
+                (family, numbers.as_slice())
+            {
+                let threads = 32 * (c / warp_c) * (positions / warp_positions);
+                int8 += &format!(
+                    "    Int8Kernel {{ name: \"fprop_i8_mma_{c}x{positions}x{depth}\", rows: {c}, \
+                     positions: {positions}, depth: {depth}, threads: {threads}, \
+                     blocks_per_sm: {blocks}, shared_bytes: {shared} }},\n"
+                );
+                continue;
+            }
             // What a name begins with, its family and dtype.
             let simt = |dtype: &str| format!("{}_simt", dtype.to_lowercase());
             let kinds: Vec<(String, &str, &str)> = match family {
@@ -187,7 +198,10 @@ mod cuda {
                 );
             }
         }
-        format!("pub(crate) const KERNELS: &[Kernel] = &[\n{rows}];\n")
+        format!(
+            "pub(crate) const KERNELS: &[Kernel] = &[\n{rows}];\n\
+             pub(crate) const INT8_KERNELS: &[Int8Kernel] = &[\n{int8}];\n"
+        )
     }
 
     /// The newest of the places where people keep it: what `NVCC` names, the toolkit's home, PATH.

@@ -28,6 +28,9 @@ __device__ inline f16 narrow<f16>(float x) { return {ptx::narrow_f16(x)}; }
 template <>
 __device__ inline bf16 narrow<bf16>(float x) { return {ptx::narrow_bf16(x)}; }
 
+// The nearest integer, ties to even, of an f32 that an i16 holds; right modulo 256.
+__device__ inline uint32_t nearest_integer(float x) { return __float_as_uint(__fadd_rn(x, 12582912.f)); }
+
 // Two neighbours in a 32-bit word, the first in its lower half.
 template <class T>
 __device__ T half_of(uint32_t word, int i) {

@@ -54,7 +54,7 @@ struct pw_step {
 };
 
 /* How a source is read into shared memory; the planner promises what the name says. The lowest bit
- * says along which axis. VEC8 is for tensor cores on 16 bits only. */
+ * says along which axis. VEC8 is for tensor cores on 16 bits, VEC16 for those on bytes. */
 enum pw_read {
     PW_READ_POSITIONS,      /* neighbouring threads take neighbouring positions, one element each */
     PW_READ_CHANNELS,       /* neighbouring threads take neighbouring channels, one element each */
@@ -63,7 +63,9 @@ enum pw_read {
     PW_READ_CHANNELS_VEC4,  /* 4 channels at once: channel is 1, 4 divides depth, begin, end and all
                                other strides, data is aligned to 4 elements */
     PW_READ_POSITIONS_VEC8, /* the same with 8 in place of 4 */
-    PW_READ_CHANNELS_VEC8
+    PW_READ_CHANNELS_VEC8,
+    PW_READ_POSITIONS_VEC16,
+    PW_READ_CHANNELS_VEC16
 };
 
 /* Which code finishes a tile. The first two are short cuts for the programs that networks use most:
@@ -80,7 +82,7 @@ enum pw_epilogue {
 enum pw_flags {
     PW_FLAG_DST_VEC4 = 1,
     PW_FLAG_RESIDUAL_VEC4 = 2,
-    PW_FLAG_CHANNELS_FAST = 4, /* for the norm and copy kernels, which have no layout in their name */
+    PW_FLAG_CHANNELS_FAST = 4, /* for kernels which have no layout in their name: norm, copy, int8 */
     PW_FLAG_DST_VEC8 = 8,
     PW_FLAG_RESIDUAL_VEC8 = 16,
     PW_FLAG_DST_F32 = 32 /* dst is f32 whatever the kernel's dtype, for the norm kernel to read */
@@ -124,7 +126,7 @@ enum pw_norm_job {
 
 /* Every kernel of the forward pass takes it; of the groups' weights, the norm kernel knows nothing
  * (it has one group of all rows, and reads f32 from the first source, which may be dst), and the copy
- * kernel copies `rows` channels of the first source. */
+ * kernel copies `rows` channels of the first source; so do those that quantise it. */
 struct pw_fprop {
     struct pw_axis axes[PW_MAX_AXES]; /* innermost first */
     struct pw_source sources[PW_MAX_SOURCES];
@@ -172,6 +174,43 @@ struct pw_merge {
     int64_t values;     /* of a sample */
 };
 #define PW_MERGED 1024
+
+/* Layers of 8-bit integers. */
+
+/* What a tensor holds. */
+enum pw_element { PW_BYTES, PW_F32, PW_F16, PW_BF16 };
+
+/* Scale and zero point of the values at a position. */
+struct pw_quantization {
+    float scale;
+    int32_t zero_point;
+};
+
+/* With bytes of src: x = (sum(w * src) + offset) * scale. With bytes that were real numbers, of which
+ * each position has a quantisation (s, z): x = (sum(w * src) - z * offset) * (s * scale) + shift.
+ * Then clipped to `before`, plus the residual, clipped to [lo, hi]; as a byte, rounded, plus the zero
+ * point. Each operation rounds once.
+ *
+ * Of `fprop`, the tensors, their axes and the letters count; src has one source. Its gate, if there is
+ * one, is the quantisation of each position. */
+struct pw_int8 {
+    struct pw_fprop fprop; /* weight: i8, [groups * rows][depth_pitch], 16-byte aligned, its padding 0 */
+    const int32_t *offset; /* [groups * rows], and so are the next two; 16-byte aligned */
+    const float *scale;
+    const float *shift;
+    enum pw_element dst_type;
+    enum pw_element residual_type;
+    uint32_t depth_pitch; /* depth, padded to a multiple of 16 */
+    uint32_t src_signed;  /* whether bytes of src are i8 */
+    float before_lo;
+    float before_hi;
+    float lo;
+    float hi;
+    int32_t zero_point;          /* of dst's bytes */
+    uint32_t residual_flip;      /* 128 where bytes of the residual are i8: makes them unsigned */
+    int32_t residual_zero_point; /* of the unsigned byte */
+    float residual_scale;
+};
 
 /* Training. Tensors that such a launch reads or writes, of `rows` rows (the channels that a chain of
  * stages stands at) at all positions; positions are numbered sample by sample, and fewer than 2^31. */
@@ -307,6 +346,7 @@ static_assert(sizeof(struct pw_part) == 56, "pw_part is laid out as Rust believe
 static_assert(sizeof(struct pw_stage) == 56, "pw_stage is laid out as Rust believes");
 static_assert(sizeof(struct pw_sweep) <= 4000, "launch parameters have 4 KiB");
 static_assert(sizeof(struct pw_fprop) == 1792, "pw_fprop is laid out as Rust believes");
+static_assert(sizeof(struct pw_int8) == 1864, "pw_int8 is laid out as Rust believes");
 #endif
 
 #endif

@@ -155,4 +155,38 @@ __device__ inline void mma_bf16(float& c0, float& c1, float& c2, float& c3, cons
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// c += a * b, [16, 32] * [32, 8], of i8 and of bytes that are i8 or u8: exact, modulo 2^32. As above with
+// four neighbours along the depth in place of two, a holding (g, 4t), (g + 8, 4t), (g, 4t + 16),
+// (g + 8, 4t + 16). Before sm_80 it takes four instructions of half the rows and half the depth.
+template <bool kSigned>
+__device__ inline void mma_i8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (kSigned) {
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+            "{%8, %9}, {%0, %1, %2, %3};"
+            : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int32_t &first = c[i % 2 * 2], &second = c[i % 2 * 2 + 1];
+        if constexpr (kSigned) {
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(first), "+r"(second)
+                : "r"(a[i]), "r"(b[i / 2]));
+        } else {
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(first), "+r"(second)
+                : "r"(a[i]), "r"(b[i / 2]));
+        }
+    }
+#endif
+}
+
 }  // namespace ptx

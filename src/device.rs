@@ -104,16 +104,16 @@ impl Device {
         self.meter(cpu::Products::of(dtype), bytes)
     }
 
-    /// As [`roof_meter`](Self::roof_meter), for layers of 8-bit integers on the CPU: the multiply-adds
-    /// are the fastest of bytes that it has, those of AVX512-VNNI or of pairs widened to 16 bits.
+    /// As [`roof_meter`](Self::roof_meter), for layers of 8-bit integers: on the CPU the multiply-adds
+    /// are the fastest of bytes that it has, those of AVX512-VNNI or of pairs widened to 16 bits; on CUDA
+    /// those of tensor cores.
     ///
     /// # Errors
-    /// As [`roof_meter`](Self::roof_meter); [`Error::Unsupported`] on CUDA.
+    /// As [`roof_meter`](Self::roof_meter).
     pub fn roof_meter_int8(&self, bytes: usize) -> Result<RoofMeter> {
         #[cfg(feature = "cuda")]
-        if let Kind::Cuda(_) = self.kind()? {
-            let what = "layers of 8-bit integers".into();
-            return Err(Error::Unsupported { device: self.to_string(), what });
+        if let Kind::Cuda(cuda) = self.kind()? {
+            return Ok(RoofMeter::computed(cuda.facts().int8_roof()));
         }
         self.meter(cpu::Products::Int8, bytes)
     }

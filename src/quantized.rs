@@ -14,7 +14,7 @@
 //! parentheses; the bounds of a clip are divided by `dst.scale`. Without a quantisation of its own,
 //! `dst` is the real number, in f32 or rounded once to f16 or bf16, as the call asks: `dst.scale` is
 //! one, and nothing is rounded to integers or saturated. Results are the same bits on every instruction
-//! set and for any number of threads.
+//! set, for any number of threads, and on CUDA.
 //!
 //! [`DynamicQuantized`] takes sources of f32, and finds their scales in each call.
 //!

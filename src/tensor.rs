@@ -269,6 +269,15 @@ impl<'a, T> TensorRef<'a, T> {
         self.stream
     }
 
+    /// The same elements as another type.
+    ///
+    /// # Safety
+    /// It has the same size and alignment, and any bits are valid in it.
+    pub(crate) unsafe fn cast<B>(&self) -> TensorRef<'a, B> {
+        let TensorRef { ptr, place, extents, stream, .. } = *self;
+        TensorRef { ptr: ptr.cast(), place, extents, stream, lifetime: PhantomData }
+    }
+
     pub(crate) fn rank(&self) -> usize {
         self.extents.rank
     }
@@ -396,6 +405,15 @@ impl<'a, T> TensorMut<'a, T> {
     /// The address of element `[0, …, 0]`; a device address where [`place`](Self::place) says so.
     pub fn as_mut_ptr(&mut self) -> *mut T {
         self.view.ptr.cast_mut()
+    }
+
+    /// As [`TensorRef::cast`].
+    ///
+    /// # Safety
+    /// As there.
+    pub(crate) unsafe fn cast<B>(self) -> TensorMut<'a, B> {
+        // SAFETY: the caller's promise.
+        TensorMut { view: unsafe { self.view.cast() }, exclusive: PhantomData }
     }
 
     /// This tensor for a shorter time.

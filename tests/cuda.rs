@@ -20,6 +20,8 @@ mod fixtures;
 mod half;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "cuda/int8.rs"]
+mod int8;
 #[path = "cuda/numbers.rs"]
 mod numbers;
 #[path = "cuda/operator.rs"]
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         operator::TRIALS,
         tensor_cores::TRIALS,
         half::TRIALS,
+        int8::TRIALS,
         train::TRIALS,
         driver::TRIALS,
     ]

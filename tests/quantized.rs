@@ -907,3 +907,17 @@ fn costs_by_hand() {
         assert_eq!((cost.dst_bytes, cost.residual_bytes), (outputs * 4 * 4, outputs * 4 * 4));
     }
 }
+
+#[test]
+fn plans_and_explain_name_the_kernel_that_runs() {
+    let layer = Quantized::new(Array2::ones((3, 2)), vec![1.0; 3], Quantization::u8(1.0, 0));
+    let prepared = layer.prepare(&Device::cpu()).unwrap();
+    let plans = prepared.plans(&[1, 2, 5, 5]).unwrap();
+    assert_eq!(plans[0].kernel, prepared.kernel());
+    assert!(plans[0].verdict.is_ok() && plans.len() > 1, "{plans:?}");
+    let explanation = prepared.explain(&[1, 2, 5, 5]).unwrap();
+    assert_eq!(explanation.kernel, prepared.kernel());
+    assert_eq!(explanation.cost, prepared.cost(&[1, 2, 5, 5]).unwrap());
+    assert!(explanation.to_string().contains("1x2x5x5 -> 1x3x5x5 on cpu"), "{explanation}");
+    assert!(prepared.plans(&[1, 3, 5, 5]).is_err() && prepared.explain(&[1, 3, 5, 5]).is_err());
+}

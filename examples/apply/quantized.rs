@@ -53,7 +53,8 @@ fn apply<T: QuantizedElement, O: QuantizedElement + Value>(
     }
     let time = start.elapsed();
     npy::write(&options.output, &dst)?;
-    let (src, kernel, device) = (src.shape(), layer.kernel(), layer.device());
+    let kernel = layer.plans(logical.shape())?[0].kernel;
+    let (src, device) = (src.shape(), layer.device());
     writeln!(io::stdout(), "{src:?} -> {dst_shape:?}, {kernel} on {device}, {time:.1?}")?;
     Ok(())
 }

@@ -14,6 +14,10 @@ use crate::verify;
 
 impl Bench {
     pub fn contenders_of_integers(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
+        if self.device().to_string().starts_with("cuda") {
+            // Its tensors are on the host, and would be timed on their way.
+            Err("int8 is timed on the CPU only")?;
+        }
         let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
         let k = c_in / groups;
         // Results spread over the bytes, and past both of their ends.

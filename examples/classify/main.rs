@@ -36,8 +36,8 @@ struct Args {
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// What the tensors of pointwise layers hold, weights included: f32, f16, bf16 or int8 (on the
-    /// CPU). Everything else stays f32, and is rounded at their edges. The ranges of int8 are those of
+    /// What the tensors of pointwise layers hold, weights included: f32, f16, bf16 or int8.
+    /// Everything else stays f32, and is rounded at their edges. The ranges of int8 are those of
     /// the bundled pictures
     #[arg(long, default_value = "f32", value_parser = parse_numbers)]
     dtype: Numbers,

@@ -32,7 +32,7 @@ use crate::cpu::plan::{Run, even, pieces_of, vectors_and_tail};
 use crate::cpu::threads::{CpuDevice, with_scratch};
 use crate::dtype::{bf16, f16};
 use crate::error::{Error, Result};
-use crate::plan::forced_kernel;
+use crate::plan::{Candidate, forced_kernel};
 use crate::problem::{DstShape, LayerShape, Positions};
 use crate::quantized::Per;
 use crate::tensor::{MAX_RANK, TensorMut, TensorRef};
@@ -170,6 +170,20 @@ impl Layer {
     /// The kernel that runs it.
     pub(crate) fn kernel(&self) -> &'static str {
         self.kernel.name
+    }
+
+    /// Every kernel, the one that runs it first.
+    pub(crate) fn plans(&self) -> Vec<Candidate> {
+        let mut kernels: Vec<_> = KERNELS.iter().collect();
+        kernels.sort_by_key(|kernel| kernel.name != self.kernel.name);
+        let candidate = |kernel: &Kernel| Candidate {
+            kernel: kernel.name,
+            verdict: match kernel.supported() {
+                true => Ok("any layer".into()),
+                false => Err("this CPU does not have its instructions".into()),
+            },
+        };
+        kernels.into_iter().map(|kernel| candidate(kernel)).collect()
     }
 
     /// Which values of a source share a quantisation that a call finds, if one does.

@@ -77,7 +77,7 @@ pub(crate) fn run<'l, T: Element>(
             // Of one layer at a time.
             let bytes_beside = layers.clone().map(|(layer, _)| layer.bytes_beside()).max();
             let bytes_beside = bytes_beside.unwrap_or(0);
-            let host = HostCall {
+            let host = HostCall::<T> {
                 sources: &[source],
                 residual: None,
                 gate: None,

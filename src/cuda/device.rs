@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::{Family, Helper, KERNELS, Kernel, Terms, Training};
+use super::plan::{Family, Helper, INT8_KERNELS, KERNELS, Kernel, Terms, Training};
 use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
@@ -51,7 +51,8 @@ pub(crate) struct Facts {
 /// What is loaded once per context.
 struct Context {
     context: Arc<CudaContext>,
-    /// In the order of [`KERNELS`], then of [`Helper`], then of [`Training`]; `None` is for other chips.
+    /// In the order of [`KERNELS`], then of [`Helper`], of [`Training`] and of [`INT8_KERNELS`]; `None`
+    /// is for other chips.
     functions: Vec<Option<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
@@ -623,8 +624,7 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
             function => function?,
         };
         if kernel.shared_bytes > 0 {
-            let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(most, kernel.shared_bytes as i32).map_err(code)?;
+            allow_shared(&function, kernel.shared_bytes).map_err(code)?;
         }
         later |= kernel.family == Family::Pairs;
         Ok(Some(function))
@@ -632,7 +632,18 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
     let helpers =
         Helper::ALL.map(Helper::name).into_iter().chain(Training::ALL.map(Training::name));
     let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
-    KERNELS.iter().map(function).chain(helpers).collect()
+    let int8 = INT8_KERNELS.iter().map(|kernel| {
+        let function = module.load_function(kernel.name).map_err(code)?;
+        allow_shared(&function, kernel.shared_bytes).map_err(code)?;
+        Ok(Some(function))
+    });
+    KERNELS.iter().map(function).chain(helpers).chain(int8).collect()
+}
+
+/// Lets launches of a function bring so much shared memory.
+fn allow_shared(function: &CudaFunction, bytes: u32) -> Result<(), result::DriverError> {
+    let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    function.set_attribute(most, bytes as i32)
 }
 
 fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {
@@ -656,6 +667,17 @@ impl Facts {
             DType::F16 => self.sm80 || self.sm75,
             DType::Bf16 => self.sm80,
         }
+    }
+
+    /// The ceilings of products of bytes on tensor cores: those of f32 as many times as data sheets say.
+    pub(crate) fn int8_roof(&self) -> Roof {
+        let times = match self.compute_capability {
+            (7, _) => 16.0,
+            (8, 0) => 32.0,
+            (8, _) => 8.0,
+            _ => 32.0,
+        };
+        Roof { flops_per_second: times * self.roof.flops_per_second, ..self.roof }
     }
 
     fn of(context: &Arc<CudaContext>) -> Result<Facts> {
@@ -838,6 +860,8 @@ pub(super) unsafe trait Plain: Copy + Send + Sync + 'static {}
 
 // SAFETY: plain numbers.
 unsafe impl Plain for u8 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for i8 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for f32 {}
 // SAFETY: plain numbers.

@@ -6,10 +6,10 @@ use cudarc::driver::result;
 
 use super::device::{Buffer, CudaDevice};
 use super::params::{
-    PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_merge, pw_norm_job,
-    pw_read, pw_source,
+    PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_int8, pw_merge,
+    pw_norm_job, pw_read, pw_source,
 };
-use super::plan::{Choice, Helper, KERNELS, Kernel, Letters, Training};
+use super::plan::{Choice, Helper, INT8_KERNELS, Int8Kernel, KERNELS, Kernel, Letters, Training};
 use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -223,21 +223,22 @@ impl Axes {
             && strides.iter().all(|stride| stride % vector.width == 0)
     }
 
-    /// How a source of a dtype is read, at most so many elements at once; `channels` are those
+    /// How a source of elements of this size is read, at most so many at once; `channels` are those
     /// within which vectors of channels must lie: its own and its groups'.
     fn read(
         &self,
         tensor: usize,
         source: &Tensor,
-        (dtype, most): (DType, i64),
+        (size, most): (usize, i64),
         channels: [u32; 3],
     ) -> pw_read {
         let widths = [
+            (16, pw_read::PW_READ_CHANNELS_VEC16, pw_read::PW_READ_POSITIONS_VEC16),
             (8, pw_read::PW_READ_CHANNELS_VEC8, pw_read::PW_READ_POSITIONS_VEC8),
             (4, pw_read::PW_READ_CHANNELS_VEC4, pw_read::PW_READ_POSITIONS_VEC4),
         ];
         for (width, of_channels, of_positions) in widths {
-            let vector = Vector { width, dtype };
+            let vector = Vector { width, size };
             if width > most {
                 continue;
             }
@@ -262,12 +263,13 @@ impl Axes {
 #[derive(Clone, Copy)]
 struct Vector {
     width: i64,
-    dtype: DType,
+    /// Bytes of one.
+    size: usize,
 }
 
 impl Vector {
     fn aligned(self, tensor: &Tensor) -> bool {
-        tensor.address.is_multiple_of(self.width as u64 * self.dtype.size() as u64)
+        tensor.address.is_multiple_of(self.width as u64 * self.size as u64)
     }
 }
 
@@ -301,13 +303,13 @@ impl Call {
     }
 
     /// Fills in what depends on this call's tensors; the rest is the layer's (see
-    /// [`super::layer::Weights`]). `reads` is what the sources hold, and the most elements that the
-    /// kernel reads at once.
+    /// [`super::layer::Weights`]). `reads` is the size of the sources' elements, and the most of them
+    /// that the kernel reads at once.
     fn describe(
         &self,
         params: &mut pw_fprop,
         sources: &Sources,
-        reads: (DType, i64),
+        reads: (usize, i64),
         moments: [i64; MAX_AXES],
     ) -> Axes {
         let residual = self.residual.unwrap_or_default();
@@ -351,10 +353,10 @@ impl Call {
     /// The parameters of the convolution itself, to a dst of this dtype.
     fn convolution(&self, kernel: &Kernel, dst_dtype: DType, params: &mut pw_fprop) {
         let most = if kernel.reads_eight() { 8 } else { 4 };
-        let axes = self.describe(params, &self.sources, (kernel.dtype, most), [0; MAX_AXES]);
+        let axes = self.describe(params, &self.sources, (kernel.dtype.size(), most), [0; MAX_AXES]);
         (params.groups, params.rows, params.depth) = (self.groups, self.rows, self.depth);
         let along = (kernel.channels_fast, i64::from(kernel.vector));
-        self.set_vectors(&axes, along, (dst_dtype, kernel.dtype), params);
+        self.set_vectors(&axes, along, (dst_dtype.size(), kernel.dtype.size()), params);
         if dst_dtype != kernel.dtype {
             params.flags |= pw_flags::PW_FLAG_DST_F32.0;
             params.epilogue = pw_epilogue::PW_EPILOGUE_STEPS;
@@ -368,6 +370,18 @@ impl Call {
         }
     }
 
+    /// The same of bytes, to a dst and with a residual of elements of these sizes.
+    pub(super) fn convolution_of_bytes(&self, sizes: (usize, usize), params: &mut pw_fprop) {
+        let axes = self.describe(params, &self.sources, (1, 16), [0; MAX_AXES]);
+        (params.groups, params.rows, params.depth) = (self.groups, self.rows, self.depth);
+        params.splits = 1;
+        let channels_fast = self.letters().channels_fast;
+        self.set_vectors(&axes, (channels_fast, 4), sizes, params);
+        if channels_fast {
+            params.flags |= pw_flags::PW_FLAG_CHANNELS_FAST.0;
+        }
+    }
+
     /// The parameters of the normalisation of what the convolution has left in `sums`, to dst.
     fn normalisation(
         &self,
@@ -378,10 +392,10 @@ impl Call {
     ) {
         let rows = self.groups * self.rows;
         let source = Sources::one(sums, rows);
-        let axes = self.describe(params, &source, (DType::F32, 4), moments.axes);
+        let axes = self.describe(params, &source, (size_of::<f32>(), 4), moments.axes);
         (params.groups, params.rows) = (1, rows);
         // The kernel goes along channels, to those of dst.
-        let vector = Vector { width: 4, dtype: DType::F32 };
+        let vector = Vector { width: 4, size: size_of::<f32>() };
         let vectors = params.dst_map.is_null()
             && rows.is_multiple_of(4)
             && axes.vectors_along_channels(SOURCE, &sums, vector);
@@ -397,19 +411,19 @@ impl Call {
         };
         params.norm.values = positions as f64 * f64::from(params.rows);
         let channels_fast = self.letters().channels_fast;
-        self.set_vectors(&axes, (true, 4), (dtype, dtype), params);
+        self.set_vectors(&axes, (true, 4), (dtype.size(), dtype.size()), params);
         if channels_fast {
             params.flags |= pw_flags::PW_FLAG_CHANNELS_FAST.0;
         }
     }
 
-    /// Which of dst and residual, of these dtypes, are accessed in vectors along the fast axis, of
-    /// at most so many elements.
+    /// Which of dst and residual, whose elements have these sizes, are accessed in vectors along the
+    /// fast axis, of at most so many.
     fn set_vectors(
         &self,
         axes: &Axes,
         (channels_fast, most): (bool, i64),
-        (of_dst, of_residual): (DType, DType),
+        (of_dst, of_residual): (usize, usize),
         params: &mut pw_fprop,
     ) {
         let rows = params.rows;
@@ -430,7 +444,7 @@ impl Call {
             if width > most {
                 continue;
             }
-            let vector = |dtype| Vector { width, dtype };
+            let vector = |size| Vector { width, size };
             if vectors(DST, &self.dst, params.dst_map, vector(of_dst)) {
                 params.flags |= dst.0;
             }
@@ -672,7 +686,7 @@ pub(super) unsafe fn copy(
         return Ok(());
     }
     let mut params = pw_fprop::default();
-    call.describe(&mut params, &call.sources, (dtype, 4), [0; MAX_AXES]);
+    call.describe(&mut params, &call.sources, (dtype.size(), 4), [0; MAX_AXES]);
     (params.groups, params.rows) = (1, channels);
     if letters.channels_fast {
         params.flags = pw_flags::PW_FLAG_CHANNELS_FAST.0;
@@ -713,6 +727,12 @@ impl Launch {
         Launch { function, name: helper.name(), threads: Helper::THREADS, shared_bytes: 0 }
     }
 
+    fn int8(kernel: usize) -> Launch {
+        let function = KERNELS.len() + Helper::ALL.len() + Training::ALL.len() + kernel;
+        let Int8Kernel { name, threads, shared_bytes, .. } = INT8_KERNELS[kernel];
+        Launch { function, name, threads, shared_bytes }
+    }
+
     fn training(kernel: Training) -> Launch {
         let function = KERNELS.len() + Helper::ALL.len() + kernel as usize;
         Launch { function, name: kernel.name(), threads: Helper::THREADS, shared_bytes: 0 }
@@ -732,6 +752,45 @@ pub(super) unsafe fn start_training<P>(
     let _bound = device.bind()?;
     // SAFETY: the caller's promise.
     unsafe { start(device, Launch::training(kernel), (blocks, 1), params) }
+}
+
+/// Queues [`Helper::Reach`] or [`Helper::Quantize`] on the f32 source of a call, which has so many
+/// channels; what the call's tensors are, `kernels/quantize.cuh` says.
+///
+/// # Safety
+/// As [`launch`]; the residual is written to as well, and the gate.
+pub(super) unsafe fn start_quantization(
+    device: &CudaDevice,
+    helper: Helper,
+    call: &Call,
+) -> Result<()> {
+    let mut params = pw_fprop::default();
+    call.describe(&mut params, &call.sources, (size_of::<f32>(), 1), [0; MAX_AXES]);
+    (params.groups, params.rows) = (1, call.rows);
+    let letters = call.letters();
+    let grid = Kernel::grid(letters.positions.div_ceil(helper.positions()));
+    let grid = grid.ok_or_else(|| too_large(&letters))?;
+    let _bound = device.bind()?;
+    // SAFETY: the caller's promise.
+    unsafe { start(device, Launch::helper(helper), grid, &mut params) }
+}
+
+/// Queues a convolution of bytes by a kernel of [`INT8_KERNELS`].
+///
+/// # Safety
+/// As [`launch`], for what the parameters point to.
+pub(super) unsafe fn start_int8(
+    device: &CudaDevice,
+    kernel: usize,
+    call: &Call,
+    params: &mut pw_int8,
+) -> Result<()> {
+    let letters = call.letters();
+    let tiles = INT8_KERNELS[kernel].tiles(&letters);
+    let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
+    let _bound = device.bind()?;
+    // SAFETY: the caller's promise.
+    unsafe { start(device, Launch::int8(kernel), grid, params) }
 }
 
 /// Queues the merge of the moments of so many samples, each of at most `PW_MERGED` items.

@@ -76,6 +76,8 @@ impl pw_read {
     pub const PW_READ_CHANNELS_VEC4: pw_read = pw_read(3);
     pub const PW_READ_POSITIONS_VEC8: pw_read = pw_read(4);
     pub const PW_READ_CHANNELS_VEC8: pw_read = pw_read(5);
+    pub const PW_READ_POSITIONS_VEC16: pw_read = pw_read(6);
+    pub const PW_READ_CHANNELS_VEC16: pw_read = pw_read(7);
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
@@ -313,6 +315,89 @@ const _: () = {
     ["Offset of field: pw_merge::values"][::core::mem::offset_of!(pw_merge, values) - 32usize];
 };
 impl Default for pw_merge {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+impl pw_element {
+    pub const PW_BYTES: pw_element = pw_element(0);
+    pub const PW_F32: pw_element = pw_element(1);
+    pub const PW_F16: pw_element = pw_element(2);
+    pub const PW_BF16: pw_element = pw_element(3);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct pw_element(pub ::core::ffi::c_uint);
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct pw_quantization {
+    pub scale: f32,
+    pub zero_point: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_quantization"][::core::mem::size_of::<pw_quantization>() - 8usize];
+    ["Alignment of pw_quantization"][::core::mem::align_of::<pw_quantization>() - 4usize];
+    ["Offset of field: pw_quantization::scale"]
+        [::core::mem::offset_of!(pw_quantization, scale) - 0usize];
+    ["Offset of field: pw_quantization::zero_point"]
+        [::core::mem::offset_of!(pw_quantization, zero_point) - 4usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct pw_int8 {
+    pub fprop: pw_fprop,
+    pub offset: *const i32,
+    pub scale: *const f32,
+    pub shift: *const f32,
+    pub dst_type: pw_element,
+    pub residual_type: pw_element,
+    pub depth_pitch: u32,
+    pub src_signed: u32,
+    pub before_lo: f32,
+    pub before_hi: f32,
+    pub lo: f32,
+    pub hi: f32,
+    pub zero_point: i32,
+    pub residual_flip: u32,
+    pub residual_zero_point: i32,
+    pub residual_scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of pw_int8"][::core::mem::size_of::<pw_int8>() - 1864usize];
+    ["Alignment of pw_int8"][::core::mem::align_of::<pw_int8>() - 8usize];
+    ["Offset of field: pw_int8::fprop"][::core::mem::offset_of!(pw_int8, fprop) - 0usize];
+    ["Offset of field: pw_int8::offset"][::core::mem::offset_of!(pw_int8, offset) - 1792usize];
+    ["Offset of field: pw_int8::scale"][::core::mem::offset_of!(pw_int8, scale) - 1800usize];
+    ["Offset of field: pw_int8::shift"][::core::mem::offset_of!(pw_int8, shift) - 1808usize];
+    ["Offset of field: pw_int8::dst_type"][::core::mem::offset_of!(pw_int8, dst_type) - 1816usize];
+    ["Offset of field: pw_int8::residual_type"]
+        [::core::mem::offset_of!(pw_int8, residual_type) - 1820usize];
+    ["Offset of field: pw_int8::depth_pitch"]
+        [::core::mem::offset_of!(pw_int8, depth_pitch) - 1824usize];
+    ["Offset of field: pw_int8::src_signed"]
+        [::core::mem::offset_of!(pw_int8, src_signed) - 1828usize];
+    ["Offset of field: pw_int8::before_lo"]
+        [::core::mem::offset_of!(pw_int8, before_lo) - 1832usize];
+    ["Offset of field: pw_int8::before_hi"]
+        [::core::mem::offset_of!(pw_int8, before_hi) - 1836usize];
+    ["Offset of field: pw_int8::lo"][::core::mem::offset_of!(pw_int8, lo) - 1840usize];
+    ["Offset of field: pw_int8::hi"][::core::mem::offset_of!(pw_int8, hi) - 1844usize];
+    ["Offset of field: pw_int8::zero_point"]
+        [::core::mem::offset_of!(pw_int8, zero_point) - 1848usize];
+    ["Offset of field: pw_int8::residual_flip"]
+        [::core::mem::offset_of!(pw_int8, residual_flip) - 1852usize];
+    ["Offset of field: pw_int8::residual_zero_point"]
+        [::core::mem::offset_of!(pw_int8, residual_zero_point) - 1856usize];
+    ["Offset of field: pw_int8::residual_scale"]
+        [::core::mem::offset_of!(pw_int8, residual_scale) - 1860usize];
+};
+impl Default for pw_int8 {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {

@@ -55,6 +55,19 @@ pub(crate) struct Kernel {
     pub channels_fast: bool,
 }
 
+/// A kernel for layers of 8-bit integers, likewise; for dst in either layout, on every chip.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Int8Kernel {
+    /// `fprop_i8_mma_{rows}x{positions}x{depth}`, also its symbol.
+    pub name: &'static str,
+    pub rows: u32,
+    pub positions: u32,
+    pub depth: u32,
+    pub threads: u32,
+    pub blocks_per_sm: u32,
+    pub shared_bytes: u32,
+}
+
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// The kernels that go before or after those of [`KERNELS`].
@@ -70,16 +83,22 @@ pub(super) enum Helper {
     NormBf16,
     /// Moments of neighbours as one.
     Merge,
+    /// How far values reach that share a quantisation.
+    Reach,
+    /// Bytes of values.
+    Quantize,
 }
 
 impl Helper {
-    pub(super) const ALL: [Helper; 6] = [
+    pub(super) const ALL: [Helper; 8] = [
         Helper::Copy,
         Helper::CopyHalf,
         Helper::Norm,
         Helper::NormF16,
         Helper::NormBf16,
         Helper::Merge,
+        Helper::Reach,
+        Helper::Quantize,
     ];
     pub(super) const THREADS: u32 = 256;
     /// Channels of a block of [`Helper::Copy`].
@@ -109,6 +128,8 @@ impl Helper {
             Helper::NormF16 => "norm_f16_8x32",
             Helper::NormBf16 => "norm_bf16_8x32",
             Helper::Merge => "norm_merge_f64_1024",
+            Helper::Reach => "reach_f32_8x32",
+            Helper::Quantize => "quantize_f32_8x32",
         }
     }
 
@@ -117,6 +138,7 @@ impl Helper {
         match self {
             Helper::Copy | Helper::CopyHalf => 64,
             Helper::Norm | Helper::NormF16 | Helper::NormBf16 => 32,
+            Helper::Reach | Helper::Quantize => 32,
             Helper::Merge => 1024,
         }
     }
@@ -390,6 +412,38 @@ impl Kernel {
         // The first of equals.
         costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
     }
+}
+
+impl Int8Kernel {
+    /// As [`Kernel::tiles`].
+    pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
+        let rows = u64::from(problem.rows.div_ceil(self.rows));
+        let positions = problem.positions.div_ceil(u64::from(self.positions));
+        rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
+    }
+
+    /// As [`Kernel::estimate`], with weights computed from data sheets: operands are a quarter of
+    /// f32's.
+    fn estimate(&self, problem: &Letters, facts: &Facts) -> f64 {
+        let tiles = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
+        let at_once = u64::from(self.blocks_per_sm);
+        let last = match tiles % at_once {
+            0 => 0.0,
+            tiles => (tiles as f64).max(0.3 * at_once as f64),
+        };
+        let tiles = (tiles / at_once * at_once) as f64 + last;
+        let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
+        let product = 0.05 + 4.0 * (1.0 / rows + 1.0 / positions);
+        let depth = f64::from(problem.depth.next_multiple_of(self.depth));
+        tiles * rows * positions * (depth * product + 72.0)
+    }
+}
+
+/// The kernel of [`INT8_KERNELS`] with the least estimate.
+pub(crate) fn choose_int8(problem: &Letters, facts: &Facts) -> usize {
+    let costs = INT8_KERNELS.iter().map(|kernel| kernel.estimate(problem, facts));
+    // The first of equals.
+    costs.enumerate().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(index, _)| index)
 }
 
 /// How a problem runs: on the forced kernel, or on the one with the least estimate.

@@ -6,7 +6,6 @@ use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use super::device::{Buffer, CudaDevice, Event};
 use super::launch::Tensor;
-use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::problem::Operand;
 use crate::tensor::{MAX_RANK, MAX_SPATIAL};
@@ -18,15 +17,19 @@ pub(super) const SLICE_BYTES: usize = 16 << 20;
 /// Every tensor of a slice begins at a multiple of this.
 pub(super) const ALIGNMENT: usize = 256;
 
-/// A call's tensors in host memory.
+/// Elements of tensors, which are copied by several threads.
+pub(super) trait Moved: Copy + Send + Sync {}
+impl<T: Copy + Send + Sync> Moved for T {}
+
+/// A call's tensors in host memory: sources and gate of `T`.
 #[derive(Clone, Copy)]
-pub(super) struct HostCall<'a, T> {
+pub(super) struct HostCall<'a, T, R = T, O = T> {
     /// They stand for their concatenation, which a slice has in one piece.
     pub sources: &'a [Operand<T>],
     /// Read beside them.
-    pub residual: Option<&'a Operand<T>>,
+    pub residual: Option<&'a Operand<R>>,
     pub gate: Option<&'a Operand<T>>,
-    pub dst: &'a Operand<T>,
+    pub dst: &'a Operand<O>,
     /// Whether nobody wants what is in dst.
     pub discard: bool,
     /// Channels of the largest tensor that is computed on the way.
@@ -54,7 +57,7 @@ pub(super) struct Slice {
     pub between: [u64; 2],
 }
 
-impl<T: Element> HostCall<'_, T> {
+impl<T: Moved, R: Moved, O: Moved> HostCall<'_, T, R, O> {
     /// The call in one slice, at no address: what a kernel is chosen by, so that the choice and
     /// with it the result do not depend on how the call is cut.
     pub(super) fn undivided(&self) -> Slice {
@@ -77,9 +80,11 @@ impl<T: Element> HostCall<'_, T> {
 
     /// Bytes of all tensors at one position, and of what a layer takes beside them.
     fn position_bytes(&self) -> usize {
-        let residual = self.residual.map_or(0, |residual| residual.channels);
-        let values = self.channels().saturating_add(residual).saturating_add(self.dst.channels);
-        let bytes = values.saturating_add(2 * self.between).saturating_mul(size_of::<T>());
+        let of = |channels: usize, size: usize| channels.saturating_mul(size);
+        let bytes = of(self.channels().saturating_add(2 * self.between), size_of::<T>());
+        let residual = self.residual.map_or(0, |residual| of(residual.channels, size_of::<R>()));
+        let dst = of(self.dst.channels, size_of::<O>());
+        let bytes = bytes.saturating_add(residual).saturating_add(dst);
         let bytes = bytes.saturating_add(self.bytes_beside);
         bytes.saturating_add(self.gate_bytes().div_ceil(self.sample()))
     }
@@ -97,11 +102,12 @@ impl<T: Element> HostCall<'_, T> {
     fn layout(&self, piece: &Piece) -> Layout {
         let src = Dense::of(self.sources, piece);
         let mut read = src.bytes();
-        let beside = [self.residual, self.gate].map(|operand| {
-            let dense = Dense::of(std::slice::from_ref(operand?), piece);
+        let residual = self.residual.map(|r| Dense::of(std::slice::from_ref(r), piece));
+        let gate = self.gate.map(|gate| Dense::of(std::slice::from_ref(gate), piece));
+        let beside = [residual, gate].map(|dense| {
             let at = read.next_multiple_of(ALIGNMENT);
-            read = at + dense.bytes();
-            Some((dense, at))
+            read = at + dense?.bytes();
+            Some((dense?, at))
         });
         let dst = Dense::of(std::slice::from_ref(self.dst), piece);
         let dst_at = read.next_multiple_of(ALIGNMENT);
@@ -123,9 +129,9 @@ impl<T: Element> HostCall<'_, T> {
 /// # Errors
 /// [`Error::Unsupported`] while the stream is captured, [`Error::DeviceMemory`] if not even one
 /// position fits, [`Error::Cuda`], those of `compute`.
-pub(super) unsafe fn run<T: Element>(
+pub(super) unsafe fn run<T: Moved, R: Moved, O: Moved>(
     device: &CudaDevice,
-    call: &HostCall<'_, T>,
+    call: &HostCall<'_, T, R, O>,
     compute: impl FnMut(&Slice) -> Result<()>,
 ) -> Result<()> {
     if device.is_capturing()? {
@@ -165,10 +171,10 @@ impl Staging {
         Ok(Staging { input, output, slots })
     }
 
-    unsafe fn run<T: Element>(
+    unsafe fn run<T: Moved, R: Moved, O: Moved>(
         &mut self,
         device: &CudaDevice,
-        call: &HostCall<'_, T>,
+        call: &HostCall<'_, T, R, O>,
         mut compute: impl FnMut(&Slice) -> Result<()>,
     ) -> Result<()> {
         let pieces = self.reserve(call)?;
@@ -194,7 +200,10 @@ impl Staging {
     }
 
     /// Memory for as large slices as the call and the device allow.
-    fn reserve<T: Element>(&mut self, call: &HostCall<'_, T>) -> Result<Pieces> {
+    fn reserve<T: Moved, R: Moved, O: Moved>(
+        &mut self,
+        call: &HostCall<'_, T, R, O>,
+    ) -> Result<Pieces> {
         // Each of the tensors begins aligned.
         let room = call.slice_bytes.saturating_sub(4 * ALIGNMENT).saturating_sub(call.gate_bytes());
         let mut most = room / call.position_bytes().max(1);
@@ -285,9 +294,9 @@ impl Slot {
     }
 
     /// Queues a slice on streams that copy in, compute and copy out.
-    unsafe fn start<T: Element>(
+    unsafe fn start<T: Moved, R: Moved, O: Moved>(
         &mut self,
-        call: &HostCall<'_, T>,
+        call: &HostCall<'_, T, R, O>,
         piece: Piece,
         [input, device, output]: [&CudaDevice; 3],
         compute: &mut impl FnMut(&Slice) -> Result<()>,
@@ -302,10 +311,12 @@ impl Slot {
                 layout.src.copy_in(source, &piece, channel, host);
                 channel += source.channels;
             }
-            for (part, operand) in layout.beside.iter().zip([call.residual, call.gate]) {
-                if let (Some((dense, at)), Some(operand)) = (part, operand) {
-                    dense.copy_in(operand, &piece, 0, host.byte_add(*at));
-                }
+            let [residual, gate] = layout.beside;
+            if let (Some((dense, at)), Some(operand)) = (residual, call.residual) {
+                dense.copy_in(operand, &piece, 0, host.byte_add(at).cast::<R>());
+            }
+            if let (Some((dense, at)), Some(operand)) = (gate, call.gate) {
+                dense.copy_in(operand, &piece, 0, host.byte_add(at));
             }
         }
         let _bound = device.bind()?;
@@ -335,7 +346,10 @@ impl Slot {
     }
 
     /// Waits for the slice in flight, if there is one, and hands its result out.
-    unsafe fn finish<T: Element>(&mut self, call: &HostCall<'_, T>) -> Result<()> {
+    unsafe fn finish<T: Moved, R: Moved, O: Moved>(
+        &mut self,
+        call: &HostCall<'_, T, R, O>,
+    ) -> Result<()> {
         let Some(layout) = &self.pending else { return Ok(()) };
         let stream = self.device.device();
         let bound = stream.bind()?;
@@ -345,7 +359,7 @@ impl Slot {
         if !call.discard {
             // SAFETY: the caller vouches for dst; the pinned memory holds the layout.
             unsafe {
-                let from = self.host.values::<T>().byte_add(layout.dst_at);
+                let from = self.host.values::<O>().byte_add(layout.dst_at);
                 layout.dst.copy_out(from, call.dst, &layout.piece);
             }
         }
@@ -593,7 +607,7 @@ impl Dense {
     /// # Safety
     /// Every element of the piece must be readable, and `len` elements from `dense` on writable and
     /// nobody else's.
-    unsafe fn copy_in<T: Element>(
+    unsafe fn copy_in<T: Moved>(
         &self,
         host: &Operand<T>,
         piece: &Piece,
@@ -609,7 +623,7 @@ impl Dense {
 
     /// # Safety
     /// As [`copy_in`](Self::copy_in), the other way round.
-    unsafe fn copy_out<T: Element>(&self, dense: *const T, host: &Operand<T>, piece: &Piece) {
+    unsafe fn copy_out<T: Moved>(&self, dense: *const T, host: &Operand<T>, piece: &Piece) {
         let (axes, count) = merged(self.axes(host).map(|(len, host, dense)| (len, dense, host)));
         let to = host.ptr.cast_mut().wrapping_offset(piece.offset(host));
         // SAFETY: the caller's promise.
@@ -626,7 +640,7 @@ fn host_strides<T>(host: &Operand<T>) -> [isize; MAX_RANK] {
 ///
 /// # Safety
 /// Every element of the one must be readable, of the other writable and nobody else's.
-pub(super) unsafe fn copy_on_host<T: Element>(
+pub(super) unsafe fn copy_on_host<T: Moved>(
     extents: [usize; 1 + MAX_SPATIAL],
     from: &Operand<T>,
     to: &Operand<T>,
@@ -674,7 +688,7 @@ const fn part<T>() -> usize {
 ///
 /// # Safety
 /// As [`copy`].
-unsafe fn copy_in_parts<T: Element>(axes: &[Axis], from: *const T, to: *mut T, part: usize) {
+unsafe fn copy_in_parts<T: Moved>(axes: &[Axis], from: *const T, to: *mut T, part: usize) {
     let len: usize = axes.iter().map(|&(len, ..)| len).product();
     let parts = (len / part).min(rayon::current_num_threads());
     let Some((&(outer, along_from, along_to), inner)) = axes.split_first() else {

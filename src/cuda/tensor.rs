@@ -13,10 +13,13 @@ use crate::tensor::{
     try_zeros,
 };
 
-/// Element types that device tensors hold: `f32`, [`half::f16`], [`half::bf16`].
+/// Element types that device tensors hold: `f32`, [`half::f16`], [`half::bf16`], and `u8` and `i8` of
+/// [quantised layers](crate::quantized).
 #[allow(private_bounds)]
 pub trait DeviceElement: Plain + Default {}
 
+impl DeviceElement for u8 {}
+impl DeviceElement for i8 {}
 impl DeviceElement for f32 {}
 impl DeviceElement for half::f16 {}
 impl DeviceElement for half::bf16 {}
@@ -93,9 +96,9 @@ impl<T: DeviceElement> CudaTensor<T> {
     }
 
     /// A tensor of this shape in the memory order of `like`; its contents are unspecified.
-    pub(super) fn like(
+    pub(crate) fn like<L>(
         device: &CudaDevice,
-        like: &TensorRef<'_, T>,
+        like: &TensorRef<'_, L>,
         shape: &[usize],
     ) -> Result<Self> {
         if shape.len() != like.rank() {

@@ -43,7 +43,8 @@ pub enum Per {
 /// where each operation rounds once to f32, in the order of the parentheses. A scale below the least
 /// normal f32 is that; where `max − min` overflows, scale is `max / 255 − min / 255`. Results are f32, or
 /// rounded once to f16 or bf16, as the call asks. A value that is infinite or NaN makes NaN of all results
-/// whose range it is in; `scale · weight_scale[c]` beyond f32 is infinite, and makes NaN of a sum of zero. Results are the same bits on every instruction set and for any number of threads.
+/// whose range it is in; `scale · weight_scale[c]` beyond f32 is infinite, and makes NaN of a sum of zero. Results are the same bits on every instruction set, for any number of threads, and on CUDA (of a NaN,
+/// the bits are the device's).
 ///
 /// ```
 /// use ndarray::{Array2, array};

@@ -8,9 +8,12 @@ use super::{DynamicQuantized, ElementType, Int8, Per, Quantized, QuantizedElemen
 use crate::alias::share_memory;
 use crate::cost::Cost;
 use crate::cpu::int8::{self, Added, Call, Clip, Lowered, Output, Scaling};
+#[cfg(feature = "cuda")]
+use crate::cuda::{self, CudaTensor, DeviceElement};
 use crate::device::{Device, Kind};
 use crate::dtype::{DType, bf16, f16};
 use crate::error::{Error, Result};
+use crate::plan::{Candidate, Explanation};
 use crate::prepared::PrepareOptions;
 use crate::problem::{DstShape, LayerShape, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Place, TensorMut, TensorRef, allocate_like};
@@ -43,21 +46,28 @@ struct Inner {
     /// Of integers; real numbers are of dst's type.
     residual: Option<Int8>,
     device: Device,
-    layer: int8::Layer,
+    backend: Backend,
+}
+
+#[derive(Debug)]
+enum Backend {
+    Cpu(int8::Layer),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::int8::Layer),
 }
 
 impl Quantized {
     /// Checks the description and packs it, once.
     ///
     /// # Errors
-    /// As [`check`](Self::check); [`Error::Unsupported`] for a CUDA device;
-    /// [`Error::Environment`] for an instruction set that is forced and unknown, or not there;
-    /// [`Error::Kernel`] likewise for `POINTWISE_KERNEL`.
+    /// As [`check`](Self::check); [`Error::Environment`] for an instruction set that is forced and
+    /// unknown, or not there; [`Error::Kernel`] likewise for `POINTWISE_KERNEL`; on CUDA
+    /// [`Error::TooLarge`] and those of the device.
     pub fn prepare(&self, device: &Device) -> Result<PreparedQuantized> {
         self.prepare_with(device, PrepareOptions::default())
     }
 
-    /// As [`prepare`](Self::prepare); of the options, `kernel` matters.
+    /// As [`prepare`](Self::prepare); of the options, `kernel` matters, and on CUDA `slice_bytes`.
     ///
     /// # Errors
     /// As [`prepare`](Self::prepare), and [`Error::Kernel`] for the option too.
@@ -154,18 +164,17 @@ impl PreparedQuantized {
         residual: Option<Int8>,
     ) -> Result<Self> {
         let shape = lowered.shape.clone();
-        let layer = match device.kind()? {
-            Kind::Cpu(cpu) => int8::Layer::new(cpu, options.kernel.as_deref(), lowered)?,
-            #[cfg(feature = "cuda")]
-            Kind::Cuda(_) => {
-                let what = "layers of 8-bit integers".into();
-                return Err(Error::Unsupported { device: device.to_string(), what });
+        let backend = match device.kind()? {
+            Kind::Cpu(cpu) => {
+                Backend::Cpu(int8::Layer::new(cpu, options.kernel.as_deref(), lowered)?)
             }
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => Backend::Cuda(cuda::int8::Layer::new(cuda, options, lowered)?),
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
         let device = device.clone();
         Ok(PreparedQuantized {
-            inner: Arc::new(Inner { shape, src, dst, residual, device, layer }),
+            inner: Arc::new(Inner { shape, src, dst, residual, device, backend }),
         })
     }
 
@@ -185,6 +194,27 @@ impl PreparedQuantized {
     ) -> Result<Array<O, D>> {
         let shape = dst_shape(&self.inner.shape, src.shape(), std::iter::empty())?;
         let mut dst: Array<O, D> = allocate_like(src.as_tensor()?, shape.as_slice())?;
+        self.forward_into(src, &mut dst)?;
+        Ok(dst)
+    }
+
+    /// Runs the layer on a device tensor: the result is on the same device and stream, and nothing
+    /// waits for it.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::WrongDevice`] if the layer is not on the tensor's
+    /// device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn forward_cuda<
+        T: QuantizedElement + DeviceElement,
+        O: QuantizedElement + DeviceElement,
+    >(
+        &self,
+        src: &CudaTensor<T>,
+    ) -> Result<CudaTensor<O>> {
+        let shape = dst_shape(&self.inner.shape, src.shape(), std::iter::empty())?;
+        let mut dst = CudaTensor::like(src.device(), &src.view()?, shape.as_slice())?;
         self.forward_into(src, &mut dst)?;
         Ok(dst)
     }
@@ -228,7 +258,7 @@ impl PreparedQuantized {
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn cost(&self, src: &[usize]) -> Result<Cost> {
-        let Inner { shape, src: element, dst, residual, layer, .. } = &*self.inner;
+        let Inner { shape, src: element, dst, residual, backend, .. } = &*self.inner;
         let dst_shape = dst_shape(shape, src, std::iter::empty())?;
         let all = |shape: &[usize]| shape[2..].iter().fold(shape[0], |n, &s| n.saturating_mul(s));
         let positions = all(dst_shape.as_slice());
@@ -237,7 +267,12 @@ impl PreparedQuantized {
         };
         let size = |element: &Option<Int8>| if element.is_some() { 1 } else { size_of::<f32>() };
         // A range of a sample or a tensor is that of its positions which the stride skips, too.
-        let read = match layer.per() {
+        let per = match backend {
+            Backend::Cpu(layer) => layer.per(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.per(),
+        };
+        let read = match per {
             Some(Per::Tensor | Per::Sample) => all(src),
             Some(Per::Position) | None => positions,
         };
@@ -257,14 +292,59 @@ impl PreparedQuantized {
         })
     }
 
+    /// The kernel that would run a source of this shape, what that costs, and the ceilings that
+    /// [`Device::roof_meter_int8`] gives, on the CPU measured.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn explain(&self, src: &[usize]) -> Result<Explanation> {
+        let Inner { shape, device, backend, .. } = &*self.inner;
+        let (cost, dst) = (self.cost(src)?, dst_shape(shape, src, std::iter::empty())?);
+        let roof = device.roof_meter_int8(cost.bytes())?.sample();
+        let (kernel, reason) = match backend {
+            Backend::Cpu(layer) => {
+                (layer.kernel(), "the strongest instruction set, or the forced one".into())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.explain(&dst),
+        };
+        let words = |shape: &[usize]| {
+            let lengths: Vec<_> = shape.iter().map(usize::to_string).collect();
+            lengths.join("x")
+        };
+        let groups =
+            if shape.groups > 1 { format!(", {} groups", shape.groups) } else { "".into() };
+        let problem = format!("{} -> {}{groups}", words(src), words(dst.as_slice()));
+        Ok(Explanation { device: device.to_string(), problem, kernel, reason, cost, roof })
+    }
+
+    /// Every kernel of the device, and what it says to a source of this shape; the one that would run
+    /// comes first.
+    ///
+    /// # Errors
+    /// If the shape does not fit the layer.
+    pub fn plans(&self, src: &[usize]) -> Result<Vec<Candidate>> {
+        let dst = dst_shape(&self.inner.shape, src, std::iter::empty());
+        Ok(match &self.inner.backend {
+            Backend::Cpu(layer) => dst.map(|_| layer.plans())?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.plans(&dst?),
+        })
+    }
+
     /// The device that the layer was prepared for.
     pub fn device(&self) -> &Device {
         &self.inner.device
     }
 
-    /// The kernel that runs the layer.
+    /// The kernel that runs the layer; on CUDA that of sources with many positions, as it depends on
+    /// them ([`explain`](Self::explain)).
     pub fn kernel(&self) -> &'static str {
-        self.inner.layer.kernel()
+        match &self.inner.backend {
+            Backend::Cpu(layer) => layer.kernel(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.kernel_for(u64::MAX >> 16),
+        }
     }
 }
 
@@ -328,16 +408,21 @@ impl<'a> QuantizedCall<'a> {
             }
             (false, None) => {}
         }
-        same_place("dst", Place::Host, dst.place())?;
+        let place = match &inner.backend {
+            Backend::Cpu(_) => Place::Host,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => src.place(),
+        };
+        same_place("dst", place, dst.place())?;
         let read = [("src", Some(&src)), ("residual", residual.as_ref())];
         for (tensor, read) in read {
             let Some(read) = read else { continue };
-            same_place(tensor, Place::Host, read.place())?;
+            same_place(tensor, place, read.place())?;
             if read.shares_memory(dst.view()) {
                 return Err(Error::Aliased { tensor });
             }
         }
-        let layer = &inner.layer;
+        let layer = &inner.backend;
         // SAFETY: src and residual are as they were erased, and u8 and i8 are both bytes.
         unsafe {
             match (inner.src, O::TYPE) {
@@ -367,22 +452,22 @@ impl<'a> QuantizedCall<'a> {
 /// # Safety
 /// `O` is as large and aligned as `T`, the residual's elements as `R`, those of src as `R::Source`; any
 /// bits are valid in each.
-unsafe fn run<O, T: Output<R>, R: Added>(
-    layer: &int8::Layer,
+unsafe fn run<O, T: Output<R> + QuantizedElement, R: Added + QuantizedElement>(
+    backend: &Backend,
     shape: DstShape,
     src: &Erased<'_>,
     residual: &Option<Erased<'_>>,
-    mut dst: TensorMut<'_, O>,
+    dst: TensorMut<'_, O>,
 ) -> Result<()> {
-    let (ptr, place) = (dst.as_mut_ptr().cast::<T>(), dst.place());
-    // SAFETY: the caller's promise; `dst` is given up.
+    // SAFETY: the caller's promise.
     unsafe {
-        let dst = TensorMut::from_raw_parts(ptr, place, dst.shape(), dst.strides())?;
-        let residual = match residual {
-            Some(residual) => Some(residual.typed()?),
-            None => None,
-        };
-        layer.run::<T, R>(&Call { shape, src: src.typed()?, residual, dst });
+        let residual = residual.as_ref().map(|residual| residual.typed());
+        let call = Call { shape, src: src.typed(), residual, dst: dst.cast() };
+        match backend {
+            Backend::Cpu(layer) => layer.run::<T, R>(&call),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.run::<T, R>(&call)?,
+        }
     }
     Ok(())
 }
@@ -409,10 +494,10 @@ impl<'a> Erased<'a> {
         // SAFETY: only one type has each `TYPE`, and i8 are bytes as well.
         unsafe {
             Ok(match T::TYPE {
-                ElementType::Int8(int8) => Erased::Bytes(int8, cast(&view)?),
-                ElementType::Real(DType::F32) => Erased::F32(cast(&view)?),
-                ElementType::Real(DType::F16) => Erased::F16(cast(&view)?),
-                ElementType::Real(DType::Bf16) => Erased::Bf16(cast(&view)?),
+                ElementType::Int8(int8) => Erased::Bytes(int8, view.cast()),
+                ElementType::Real(DType::F32) => Erased::F32(view.cast()),
+                ElementType::Real(DType::F16) => Erased::F16(view.cast()),
+                ElementType::Real(DType::Bf16) => Erased::Bf16(view.cast()),
             })
         }
     }
@@ -440,18 +525,8 @@ impl<'a> Erased<'a> {
 
     /// # Safety
     /// It holds `T`.
-    unsafe fn typed<T>(&self) -> Result<TensorRef<'a, T>> {
+    unsafe fn typed<T>(&self) -> TensorRef<'a, T> {
         // SAFETY: the caller's promise.
-        each!(self, view => unsafe { cast(view) })
+        each!(self, view => unsafe { view.cast() })
     }
-}
-
-/// The same elements as another type.
-///
-/// # Safety
-/// It has the same size and alignment, and any bits are valid in it.
-unsafe fn cast<'a, A, B>(view: &TensorRef<'a, A>) -> Result<TensorRef<'a, B>> {
-    let (shape, strides) = (view.shape(), view.strides());
-    // SAFETY: the caller's promise; the elements are borrowed for as long.
-    unsafe { TensorRef::from_raw_parts(view.as_ptr().cast(), view.place(), shape, strides) }
 }

@@ -126,28 +126,48 @@ impl Layout {
 }
 
 /// What tensors of tests hold.
-pub trait Value: Element + DeviceElement {
-    /// A NaN that no result is: where nothing may be written, it must stay.
+pub trait Held: DeviceElement {
+    /// Where nothing may be written, it must stay: a NaN that no result is, or some byte.
     const CANARY: Self;
 
-    fn is_canary(self) -> bool;
+    fn same(self, other: Self) -> bool;
 }
+
+/// Real numbers.
+pub trait Value: Element + Held {}
 
 macro_rules! value {
     ($type:ident, $canary:literal) => {
-        impl Value for $type {
+        impl Held for $type {
             const CANARY: Self = $type::from_bits($canary);
 
-            fn is_canary(self) -> bool {
-                self.to_bits() == $canary
+            fn same(self, other: Self) -> bool {
+                self.to_bits() == other.to_bits()
             }
         }
+
+        impl Value for $type {}
     };
 }
 
 value!(f32, 0x7FC0_BEEF);
 value!(f16, 0x7EEF);
 value!(bf16, 0x7FEF);
+
+macro_rules! byte {
+    ($type:ident, $canary:literal) => {
+        impl Held for $type {
+            const CANARY: Self = $canary;
+
+            fn same(self, other: Self) -> bool {
+                self == other
+            }
+        }
+    };
+}
+
+byte!(u8, 0xA5);
+byte!(i8, 0x5A);
 
 /// The nearest values that tensors of `T` hold.
 pub fn rounded<T: Value>(values: &Array5<f32>) -> Array5<f32> {
@@ -162,7 +182,7 @@ pub struct Placed<T = f32> {
     offset: usize,
 }
 
-impl<T: Value> Placed<T> {
+impl<T: Held> Placed<T> {
     /// Canaries everywhere.
     pub fn blank(device: &CudaDevice, shape: [usize; 5], layout: Layout) -> Self {
         let (strides, offset, len) = layout.of(shape);
@@ -171,13 +191,13 @@ impl<T: Value> Placed<T> {
         Placed { memory, shape, strides, offset }
     }
 
-    /// The values, rounded to the nearest.
-    pub fn filled(device: &CudaDevice, values: ArrayView5<'_, f32>, layout: Layout) -> Self {
+    /// These values, canaries around them.
+    pub fn holding(device: &CudaDevice, values: ArrayView5<'_, T>, layout: Layout) -> Self {
         let shape = values.shape().try_into().unwrap();
         let (strides, offset, len) = layout.of(shape);
         let mut host = Array1::from_elem(len, T::CANARY);
         for (index, &value) in values.indexed_iter() {
-            host[offset.wrapping_add_signed(at(index, &strides))] = T::from_f32(value);
+            host[offset.wrapping_add_signed(at(index, &strides))] = value;
         }
         let memory = CudaTensor::from_host(device, host.view()).unwrap();
         Placed { memory, shape, strides, offset }
@@ -204,16 +224,28 @@ impl<T: Value> Placed<T> {
     }
 
     /// The values, after a check that nothing around them has changed.
-    pub fn read(&self) -> Array5<f32> {
+    pub fn held(&self) -> Array5<T> {
         let mut host = self.memory.to_host().unwrap();
-        let mut values = Array5::zeros(self.shape);
+        let mut values = Array5::from_elem(self.shape, T::CANARY);
         for (index, value) in values.indexed_iter_mut() {
             let slot = &mut host[self.offset.wrapping_add_signed(at(index, &self.strides))];
-            *value = std::mem::replace(slot, T::CANARY).to_f32();
+            *value = std::mem::replace(slot, T::CANARY);
         }
-        let touched = host.iter().filter(|value| !value.is_canary()).count();
+        let touched = host.iter().filter(|value| !value.same(T::CANARY)).count();
         assert_eq!(touched, 0, "{touched} elements around the result were written");
         values
+    }
+}
+
+impl<T: Value> Placed<T> {
+    /// The values, rounded to the nearest.
+    pub fn filled(device: &CudaDevice, values: ArrayView5<'_, f32>, layout: Layout) -> Self {
+        Placed::holding(device, values.mapv(T::from_f32).view(), layout)
+    }
+
+    /// As [`held`](Self::held), in f32.
+    pub fn read(&self) -> Array5<f32> {
+        self.held().mapv(T::to_f32)
     }
 }
 

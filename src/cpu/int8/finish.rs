@@ -87,7 +87,7 @@ pub(crate) struct Finish<'a, T, R> {
 }
 
 /// A result's element: a byte of either sign, or a real number.
-pub(crate) trait Stored: Copy + Sync + 'static {
+pub(crate) trait Stored: Copy + Send + Sync + 'static {
     /// Whether it is a byte.
     const BYTE: bool = false;
 
@@ -107,7 +107,7 @@ impl Stored for u8 {
 
 /// What a layer adds: bytes with a scale beside sources of bytes, real numbers of dst's type beside
 /// real ones.
-pub(crate) trait Added: Copy + Default + Sync + 'static {
+pub(crate) trait Added: Copy + Default + Send + Sync + 'static {
     /// What src holds beside it.
     type Source: quantize::Element;
     /// Whether it is real, and so is src, whose positions then have quantisations of their own.

@@ -78,7 +78,7 @@ impl Reach {
 }
 
 /// What src holds: bytes of either sign, or f32.
-pub(crate) trait Element: Copy + Sync + 'static {
+pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// What makes unsigned bytes of a position's values.
     type Quantizer: Copy;
 

@@ -191,6 +191,78 @@ fn matrix_products_of_every_type() {
     mma(&name("m16n8k16", "s32.s8.s8.s32"), 16, 4, &bytes, "s32");
 }
 
+/// Products of bytes whose signs are those of the types, with sums that leave an i32. The fragments are
+/// those of the ISA's figures, written down per element: registers of A hold 8 rows of 16 columns, those
+/// of B 16 rows, of C and D 8 rows in pairs of columns.
+fn mma_of_bytes(target: u32, (rows, depth): (usize, usize), types: &str, saturate: bool) {
+    let [_, a_ty, b_ty, _] = types.split('.').collect::<Vec<_>>()[..] else { panic!("{types}") };
+    let byte = |matrix: usize, row: usize, column: usize| {
+        (matrix * 101 + row * 83 + column * 59 + row * column * 7) as u8
+    };
+    let value = |ty: &str, byte: u8| match ty {
+        "s8" => i64::from(byte as i8),
+        _ => i64::from(byte),
+    };
+    let start = |row: usize, column: usize| match (row + column) % 3 {
+        0 => i32::MAX - 1000,
+        1 => i32::MIN + 1000,
+        _ => (row * 8 + column) as i32,
+    };
+    let (na, nb, nc) = (rows / 8 * (depth / 16), depth / 16, rows / 4);
+    let input = |lane: u32, i: u32| {
+        let (group, inner, i) = ((lane / 4) as usize, (lane % 4) as usize, i as usize);
+        let word = |f: &dyn Fn(usize) -> u8| u32::from_le_bytes([0, 1, 2, 3].map(f));
+        if i < na {
+            let (row, column) = (group + i % (rows / 8) * 8, i / (rows / 8) * 16 + inner * 4);
+            word(&|e| byte(0, row, column + e))
+        } else if i < na + nb {
+            word(&|e| byte(1, (i - na) * 16 + inner * 4 + e, group))
+        } else if i < na + nb + nc {
+            let i = i - na - nb;
+            start(group + i / 2 * 8, inner * 2 + i % 2) as u32
+        } else {
+            0
+        }
+    };
+    let list = |name: &str, from: usize, n: usize| {
+        (from..from + n).map(|i| format!("{name}{i}")).collect::<Vec<_>>().join(", ")
+    };
+    let loads: String =
+        (0..na + nb + nc).map(|i| format!("ld.global.b32 r{i}, [in+{}];\n", i * 4)).collect();
+    let stores: String =
+        (0..nc).map(|i| format!("st.global.b32 [out+{}], q{i};\n", i * 4)).collect();
+    let satfinite = if saturate { ".satfinite" } else { "" };
+    let name = format!("mma.sync.aligned.m{rows}n8k{depth}.row.col{satfinite}.{types}");
+    let body = format!(
+        "{loads}{{ .reg .b32 q<4>; {name} {{{}}}, {{{}}}, {{{}}}, {{{}}};\n{stores} }}",
+        list("q", 0, nc),
+        list("r", 0, na),
+        list("r", na, nb),
+        list("r", na + nb, nc)
+    );
+    for (lane, row) in run(target, &body, 32, &input).into_iter().enumerate() {
+        for (i, &found) in row[..nc].iter().enumerate() {
+            let (r, c) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
+            let product = |k| value(a_ty, byte(0, r, k)) * value(b_ty, byte(1, k, c));
+            let sum = (0..depth).map(product).sum::<i64>() + i64::from(start(r, c));
+            let ends = (i64::from(i32::MIN), i64::from(i32::MAX));
+            let want = if saturate { sum.clamp(ends.0, ends.1) as i32 } else { sum as i32 };
+            assert_eq!(found as i32, want, "{name}: row {r}, column {c}");
+        }
+    }
+}
+
+#[test]
+fn products_of_bytes_have_the_signs_of_their_types_and_wrap() {
+    for types in ["s32.s8.s8.s32", "s32.s8.u8.s32", "s32.u8.s8.s32", "s32.u8.u8.s32"] {
+        for saturate in [false, true] {
+            mma_of_bytes(75, (8, 16), types, saturate);
+            mma_of_bytes(80, (16, 16), types, saturate);
+            mma_of_bytes(80, (16, 32), types, saturate);
+        }
+    }
+}
+
 #[test]
 fn ldmatrix_spreads_rows_over_lanes() {
     // Sixteen rows of eight 16-bit numbers: row * 16 + column.

@@ -1,0 +1,456 @@
+//! Layers of 8-bit integers on a CUDA device: the weight as it is packed, and calls.
+//!
+//! Sums are exact, and what becomes of them is rounded as on the CPU: results are the same bits.
+
+use std::sync::Arc;
+
+use super::device::{Buffer, CudaDevice};
+use super::launch::{Call, Moments, Sources, Tensor, start_int8, start_quantization};
+use super::layer::{channels_of, on_device};
+use super::params::{pw_element, pw_int8, pw_quantization};
+use super::plan::{Helper, INT8_KERNELS, Letters, choose_int8};
+use super::staging::{self, HostCall, Slice};
+use crate::cpu::int8::{Added, Call as Tensors, Lowered, Output, Scaling};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::plan::{Candidate, forced_kernel};
+use crate::prepared::PrepareOptions;
+use crate::problem::{DstShape, Operand};
+use crate::quantized::{ElementType, Per, QuantizedElement};
+use crate::tensor::{Place, TensorRef, checked_product};
+
+/// The weight's rows begin at multiples of so many bytes: the kernels copy as many at once.
+const DEPTH_ALIGN: usize = 16;
+
+/// A layer on one stream of a device.
+#[derive(Clone)]
+pub(crate) struct Layer {
+    device: CudaDevice,
+    weights: Arc<Weights>,
+    /// Of [`INT8_KERNELS`].
+    forced: Option<usize>,
+    /// The most that a slice of a call on host tensors may take on the device.
+    slice_bytes: usize,
+}
+
+/// What a layer keeps on the device.
+struct Weights {
+    /// Holds everything that `params` points to.
+    memory: Buffer,
+    /// The launches' parameters, the call's part still empty.
+    params: pw_int8,
+    groups: u32,
+    rows: u32,
+    depth: u32,
+    stride: usize,
+    /// What shares a quantisation, where src is f32.
+    per: Option<Per>,
+}
+
+// SAFETY: the pointers in `params` are device addresses; nothing is dereferenced on the host.
+unsafe impl Send for Weights {}
+// SAFETY: as above, and nothing is changed after the upload.
+unsafe impl Sync for Weights {}
+
+impl Weights {
+    fn upload(device: &CudaDevice, lowered: Lowered<'_>) -> Result<Self> {
+        let Lowered { shape, weight, offset, scale, shift, per, scaling, src_flip } = lowered;
+        let k = shape.k();
+        let pitch = k.next_multiple_of(DEPTH_ALIGN);
+        let what = "a layer's weights";
+        let mut bytes = vec![0u8; checked_product(what, &[shape.c_out, pitch])?];
+        for (row, packed) in weight.chunks_exact(k).zip(bytes.chunks_exact_mut(pitch)) {
+            packed.iter_mut().zip(row).for_each(|(packed, &w)| *packed = w as u8);
+        }
+        // The kernels multiply bytes of either sign as they are, where the offset is for those that
+        // were made unsigned: all of them by so much larger.
+        let unsigned = |(row, offset): (&[i8], i32)| {
+            let sum: i64 = row.iter().map(|&w| i64::from(w)).sum();
+            (i64::from(offset) + i64::from(src_flip) * sum) as i32
+        };
+        let offset = weight.chunks_exact(k).zip(offset).map(unsigned);
+        let offset_at = behind(&mut bytes, offset.map(i32::to_ne_bytes));
+        let scale_at = behind(&mut bytes, scale.into_iter().map(f32::to_ne_bytes));
+        let shift_at = behind(&mut bytes, shift.into_iter().map(f32::to_ne_bytes));
+
+        let mut memory = Buffer::new(device, what, bytes.len())?;
+        memory.upload(&bytes)?;
+        let at = |offset: usize| memory.address() + offset as u64;
+        let Scaling { before, clip, zero_point, residual_flip, .. } = scaling;
+        let mut params = pw_int8 {
+            offset: at(offset_at) as *const i32,
+            scale: at(scale_at) as *const f32,
+            shift: at(shift_at) as *const f32,
+            depth_pitch: channels_of(pitch)?,
+            src_signed: u32::from(src_flip != 0),
+            before_lo: before.lo,
+            before_hi: before.hi,
+            lo: clip.lo,
+            hi: clip.hi,
+            zero_point,
+            residual_flip: residual_flip.into(),
+            residual_zero_point: scaling.residual_zero_point,
+            residual_scale: scaling.residual_scale,
+            ..pw_int8::default()
+        };
+        params.fprop.weight = at(0) as *const _;
+        let count = |what: &'static str, n: usize| {
+            // Sums of a tile and its padding stay within 31 bits too.
+            let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
+            fits.ok_or(Error::TooLarge { what, sizes: vec![n] })
+        };
+        count("output channels", shape.c_out)?;
+        count("input channels", shape.c_in)?;
+        Ok(Weights {
+            groups: count("groups", shape.groups)?,
+            rows: count("output channels per group", shape.c_out / shape.groups)?,
+            depth: count("input channels per group", k)?,
+            stride: shape.stride,
+            per,
+            memory,
+            params,
+        })
+    }
+}
+
+/// Appends words, from a multiple of 16 bytes on, and gives where.
+fn behind(bytes: &mut Vec<u8>, words: impl Iterator<Item = [u8; 4]>) -> usize {
+    let at = bytes.len().next_multiple_of(16);
+    bytes.resize(at, 0);
+    bytes.extend(words.flatten());
+    at
+}
+
+impl Layer {
+    /// Packs and uploads; the device is ready to run when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] for a forced kernel that does not exist, [`Error::TooLarge`],
+    /// [`Error::Cuda`].
+    pub(crate) fn new(
+        device: &CudaDevice,
+        options: &PrepareOptions,
+        lowered: Lowered<'_>,
+    ) -> Result<Self> {
+        let names: Vec<_> = INT8_KERNELS.iter().map(|kernel| kernel.name).collect();
+        let forced = forced_kernel(options.kernel.as_deref(), &names)?;
+        let forced = forced.and_then(|name| names.iter().position(|known| *known == name));
+        let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
+        let weights = Arc::new(Weights::upload(device, lowered)?);
+        Ok(Layer { device: device.clone(), weights, forced, slice_bytes })
+    }
+
+    /// Which values of a source share a quantisation that a call finds, if one does.
+    pub(crate) fn per(&self) -> Option<Per> {
+        self.weights.per
+    }
+
+    /// The kernel that runs calls of so many positions.
+    pub(crate) fn kernel_for(&self, positions: u64) -> &'static str {
+        INT8_KERNELS[self.choose(positions)].name
+    }
+
+    /// The kernel that would run a call with a dst of this shape, and how.
+    pub(crate) fn explain(&self, dst: &DstShape) -> (&'static str, String) {
+        let kernel = self.choose(positions(dst));
+        let forced = if self.forced.is_some() { "forced; " } else { "" };
+        (INT8_KERNELS[kernel].name, format!("{forced}{}", self.describe(kernel, dst)))
+    }
+
+    /// Every kernel and what it says to such a call, the one that would run first.
+    pub(crate) fn plans(&self, dst: &DstShape) -> Vec<Candidate> {
+        let first = self.choose(positions(dst));
+        let mut order: Vec<usize> = (0..INT8_KERNELS.len()).collect();
+        order.sort_by_key(|&kernel| kernel != first);
+        let candidate = |kernel: usize| Candidate {
+            kernel: INT8_KERNELS[kernel].name,
+            verdict: Ok(self.describe(kernel, dst)),
+        };
+        order.into_iter().map(candidate).collect()
+    }
+
+    fn describe(&self, kernel: usize, dst: &DstShape) -> String {
+        let kernel = &INT8_KERNELS[kernel];
+        format!(
+            "{} tiles of {} channels x {} positions on {} multiprocessors",
+            kernel.tiles(&self.letters(positions(dst))),
+            kernel.rows,
+            kernel.positions,
+            self.device.facts().multiprocessors,
+        )
+    }
+
+    fn letters(&self, positions: u64) -> Letters {
+        let Weights { groups, rows, depth, .. } = *self.weights;
+        Letters { groups, rows, depth, positions, channels_fast: false }
+    }
+
+    /// Of [`INT8_KERNELS`].
+    fn choose(&self, positions: u64) -> usize {
+        let chosen = || choose_int8(&self.letters(positions), self.device.facts());
+        self.forced.unwrap_or_else(chosen)
+    }
+
+    /// Runs a call whose tensors have been checked against the layer and each other: on device
+    /// tensors it is queued, on host tensors it is done when this returns.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`], [`Error::DeviceMemory`], [`Error::Unsupported`] for what cannot be
+    /// captured, [`Error::Cuda`].
+    pub(crate) fn run<T: Output<R> + QuantizedElement, R: Added + QuantizedElement>(
+        &self,
+        tensors: &Tensors<'_, T, R>,
+    ) -> Result<()> {
+        let (place, here) = (tensors.src.place(), Place::Cuda(self.device.ordinal()));
+        if place != Place::Host && place != here {
+            let (expected, got) = (here.to_string(), place.to_string());
+            return Err(Error::WrongDevice { tensor: "src", expected, got });
+        }
+        let shape = &tensors.shape;
+        let [d, h, w] = shape.spatial();
+        let extents = [shape.as_slice()[0], d, h, w];
+        if extents.contains(&0) {
+            return Ok(());
+        }
+        let whole = Operand::new(&tensors.src);
+        let (src, dst) = (whole.subsampled(self.weights.stride), Operand::new(tensors.dst.view()));
+        let residual = tensors.residual.as_ref().map(Operand::new);
+        // Sums are exact, so that the result does not depend on the kernel.
+        let kernel = self.choose(positions(shape));
+        let all = extents_of(tensors.src.shape());
+        if place != Place::Host {
+            let streams = [tensors.src.stream(), tensors.dst.view().stream()];
+            let residual_stream = tensors.residual.as_ref().map(TensorRef::stream);
+            return self.device.ordered(
+                streams.into_iter().chain(residual_stream).flatten(),
+                || {
+                    let reaches = self.reaches(extents[0])?;
+                    if let Some(reaches) = &reaches {
+                        let call =
+                            self.call(all.map(|n| n as u64), on_device(&whole), Tensor::default());
+                        self.find_reaches(&call, reaches.pairs)?;
+                    }
+                    let call = Call {
+                        residual: residual.as_ref().map(on_device),
+                        ..self.call(extents.map(|n| n as u64), on_device(&src), on_device(&dst))
+                    };
+                    self.launch::<T, R>(
+                        kernel,
+                        &call,
+                        reaches.as_ref().map(|reaches| reaches.pairs),
+                    )
+                },
+            );
+        }
+        let host = HostCall {
+            sources: std::slice::from_ref(&src),
+            residual: residual.as_ref(),
+            gate: None,
+            dst: &dst,
+            discard: false,
+            between: 0,
+            bytes_beside: self.weights.per.map_or(0, |_| self.quantized_bytes()),
+            extents,
+            slice_bytes: self.slice_bytes,
+            whole_samples: false,
+        };
+        let reaches = self.reaches(extents[0])?;
+        // Those that a slice's samples belong to.
+        let of = |slice: &Slice| {
+            let pairs = reaches.as_ref()?.pairs;
+            let first = slice.start[0] as i64 * pairs.axes[0];
+            Some(Tensor { address: pairs.address.wrapping_add_signed(PAIR * first), ..pairs })
+        };
+        if reaches.is_some() {
+            // The same memory, of no channels.
+            let nothing = Operand { channels: 0, ..dst };
+            let host = HostCall {
+                sources: std::slice::from_ref(&whole),
+                residual: None,
+                dst: &nothing,
+                discard: true,
+                bytes_beside: 0,
+                extents: all,
+                ..host
+            };
+            let find = |slice: &Slice| {
+                let call = self.call(slice.extents, slice.src, Tensor::default());
+                self.find_reaches(&call, of(slice).unwrap_or_default())
+            };
+            // SAFETY: the call's views vouch for the host tensors.
+            unsafe { staging::run(&self.device, &host, find)? };
+        }
+        let compute = |slice: &Slice| {
+            let &Slice { extents, src, residual, dst, .. } = slice;
+            let call = Call { residual, ..self.call(extents, src, dst) };
+            self.launch::<T, R>(kernel, &call, of(slice))
+        };
+        // SAFETY: as above.
+        unsafe { staging::run(&self.device, &host, compute) }
+    }
+
+    /// Bytes of a position that are quantised in a call, and of their quantisation.
+    fn quantized_bytes(&self) -> usize {
+        self.pitch() + size_of::<pw_quantization>()
+    }
+
+    /// From position to position of bytes that a call makes.
+    fn pitch(&self) -> usize {
+        let Weights { groups, depth, .. } = *self.weights;
+        (groups as usize * depth as usize).next_multiple_of(DEPTH_ALIGN)
+    }
+
+    /// Room for the reaches of a call of so many samples, all zero, where more than a position's
+    /// values share a quantisation.
+    fn reaches(&self, samples: usize) -> Result<Option<Reaches>> {
+        let (count, stride) = match self.weights.per {
+            Some(Per::Tensor) => (1, 0),
+            Some(Per::Sample) => (samples, 1),
+            Some(Per::Position) | None => return Ok(None),
+        };
+        self.check_capture()?;
+        let bytes = checked_product("ranges of a source", &[count, PAIR as usize])?;
+        let mut memory = Buffer::new(&self.device, "the ranges of a source", bytes)?;
+        memory.fill(0)?;
+        let pairs = Tensor { address: memory.address(), channel: 0, axes: [stride, 0, 0, 0] };
+        Ok(Some(Reaches { pairs, _memory: memory }))
+    }
+
+    fn check_capture(&self) -> Result<()> {
+        if self.device.is_capturing()? && !self.device.has_pools() {
+            return Err(Error::Unsupported {
+                device: self.device.to_string(),
+                what: "capturing a layer that quantises its source in a graph: the device has no \
+                       memory pools, from which the graph would take the bytes"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Widens reaches by those of a source.
+    fn find_reaches(&self, call: &Call, reaches: Tensor) -> Result<()> {
+        let rows = call.groups * call.depth;
+        let call = Call { rows, residual: Some(reaches), ..*call };
+        // SAFETY: the call's views vouch for src, `reaches` for its memory.
+        unsafe { start_quantization(&self.device, Helper::Reach, &call) }
+    }
+
+    /// A call without residual.
+    fn call(&self, extents: [u64; 4], src: Tensor, dst: Tensor) -> Call {
+        let Weights { groups, rows, depth, .. } = *self.weights;
+        Call {
+            groups,
+            rows,
+            depth,
+            extents,
+            sources: Sources::one(src, groups * depth),
+            dst,
+            residual: None,
+            gate: None,
+            moments: Moments::Scratch,
+            scratch: None,
+        }
+    }
+
+    /// Queues a call, after the quantisation of its source if that is f32.
+    fn launch<T: QuantizedElement, R: QuantizedElement>(
+        &self,
+        kernel: usize,
+        call: &Call,
+        reaches: Option<Tensor>,
+    ) -> Result<()> {
+        if self.weights.per.is_none() {
+            return self.multiply::<T, R>(kernel, call);
+        }
+        self.check_capture()?;
+        let Call { groups, depth, extents: [n, d, h, w], .. } = *call;
+        let what = "bytes of a source";
+        let sizes = [n, d, h, w].map(|len| len as usize);
+        let positions = checked_product(what, &sizes)?;
+        let bytes = checked_product(what, &[positions, self.quantized_bytes()])?;
+        // Freed in stream order.
+        let memory = Buffer::new(&self.device, "the bytes of a source", bytes)?;
+        let [d, h, w] = [d, h, w].map(|len| len as i64);
+        let axes = [d * h * w, h * w, w, 1];
+        let pitch = self.pitch();
+        let src = Tensor {
+            address: memory.address(),
+            channel: 1,
+            axes: axes.map(|stride| stride * pitch as i64),
+        };
+        let address = memory.address() + (positions * pitch) as u64;
+        let gate = Some(Tensor { address, channel: 0, axes });
+        let rows = groups * depth;
+        let quantize = Call { rows, dst: src, residual: reaches, gate, ..*call };
+        // SAFETY: the call's views vouch for its tensors; the memory is for all bytes and quantisations.
+        unsafe { start_quantization(&self.device, Helper::Quantize, &quantize)? };
+        self.multiply::<T, R>(kernel, &Call { sources: Sources::one(src, rows), gate, ..*call })
+    }
+
+    fn multiply<T: QuantizedElement, R: QuantizedElement>(
+        &self,
+        kernel: usize,
+        call: &Call,
+    ) -> Result<()> {
+        let mut params = self.weights.params;
+        (params.dst_type, params.residual_type) = (element(T::TYPE), element(R::TYPE));
+        call.convolution_of_bytes((size_of::<T>(), size_of::<R>()), &mut params.fprop);
+        // SAFETY: the call's views vouch for its tensors, `Weights` for what the parameters point to,
+        // and both live until the launch is queued; what frees them is queued later.
+        unsafe { start_int8(&self.device, kernel, call, &mut params) }
+    }
+}
+
+/// Where the reaches of a source are: pairs of i32, of the whole of it or of each sample.
+struct Reaches {
+    pairs: Tensor,
+    /// Freed in stream order.
+    _memory: Buffer,
+}
+
+/// Bytes of one.
+const PAIR: i64 = 8;
+
+/// Batch and the three spatial axes of a tensor.
+fn extents_of(shape: &[usize]) -> [usize; 4] {
+    let mut extents = [1; 4];
+    extents[0] = shape[0];
+    let spatial = &shape[2..];
+    extents[4 - spatial.len()..].copy_from_slice(spatial);
+    extents
+}
+
+/// Of all samples.
+fn positions(dst: &DstShape) -> u64 {
+    let [n, _, spatial @ ..] = dst.padded();
+    spatial.iter().fold(n as u64, |all, &len| all.saturating_mul(len as u64))
+}
+
+fn element(element: ElementType) -> pw_element {
+    match element {
+        ElementType::Int8(_) => pw_element::PW_BYTES,
+        ElementType::Real(DType::F32) => pw_element::PW_F32,
+        ElementType::Real(DType::F16) => pw_element::PW_F16,
+        ElementType::Real(DType::Bf16) => pw_element::PW_BF16,
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        // The weights are freed on the stream that uploaded them, after what this one still runs.
+        let home = self.weights.memory.device().stream().cu_stream().addr();
+        // SAFETY: the weights keep their stream alive.
+        if unsafe { self.device.make_wait(home) }.is_err() {
+            // Nothing orders the two, so this stream must be done.
+            let _ = self.device.synchronize();
+        }
+    }
+}
+
+impl std::fmt::Debug for Layer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Weights { groups, rows, depth, .. } = *self.weights;
+        write!(f, "cuda::int8::Layer({groups} x [{rows}, {depth}], on {:?})", self.device)
+    }
+}
