@@ -51,7 +51,6 @@ __device__ void copy_channels(const pw_fprop& p, CopyShared<T>& shared, int64_t 
     });
     __syncthreads();
     walk_tile(p.flags & PW_FLAG_CHANNELS_FAST, channels, columns, [&](int c, int column) {
-        to[(channel + c) * p.dst_channel + shared.at.dst[shared.at.slot(column)]] =
-            shared.values[c][column];
+        to[(channel + c) * p.dst_channel + shared.at.dst[column]] = shared.values[c][column];
     });
 }

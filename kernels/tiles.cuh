@@ -8,19 +8,27 @@
 // everything after looks them up.
 template <int kPositions>
 struct PositionTable {
-    int64_t src[kPositions];  // in the source that is being read
-    int64_t dst[kPositions];  // of position i at slot(i), and so of the residual
-    int64_t residual[kPositions];
-    int64_t gate[kPositions];
+    // Those that the lanes of an epilogue look up, every fourth or eighth: they are in different banks.
+    class Spread {
+    public:
+        __device__ int64_t operator[](int i) const { return offsets[slot(i)]; }
+        __device__ int64_t& operator[](int i) { return offsets[slot(i)]; }
 
-    // Lanes of an epilogue look up every fourth or eighth position: theirs are in different banks.
-    static __device__ int slot(int i) { return i ^ (i >> 4 & 3); }
+    private:
+        static __device__ int slot(int i) { return i ^ (i >> 4 & 3); }
+        int64_t offsets[kPositions];
+    };
+
+    int64_t src[kPositions];  // in the source that is being read
+    Spread dst;
+    Spread residual;
+    int64_t gate[kPositions];
 };
 
 // Whether neighbouring threads take neighbouring channels of a source.
 __device__ inline bool reads_channels(const pw_source& source) {
     static_assert(PW_READ_CHANNELS % 2 == 1 && PW_READ_CHANNELS_VEC4 % 2 == 1 &&
-                      PW_READ_CHANNELS_VEC8 % 2 == 1,
+                      PW_READ_CHANNELS_VEC8 % 2 == 1 && PW_READ_CHANNELS_VEC16 % 2 == 1,
                   "the lowest bit says so");
     return source.read % 2 == 1;
 }
@@ -128,8 +136,8 @@ __device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop&
         });
         table.src[i] = src;
         if (kAll) {
-            table.dst[table.slot(i)] = dst;
-            table.residual[table.slot(i)] = residual;
+            table.dst[i] = dst;
+            table.residual[i] = residual;
             table.gate[i] = gate;
         }
     }

@@ -150,7 +150,8 @@ private:
         }
     }
 
-    __device__ int64_t offset(const int64_t* at, int64_t stride, int row, int position) const {
+    template <class Positions>
+    __device__ int64_t offset(const Positions& at, int64_t stride, int row, int position) const {
         return at[position] + (first_channel + row) * stride;
     }
 

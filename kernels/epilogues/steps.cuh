@@ -189,10 +189,11 @@ private:
     }
 
     // Where element i of a part lies in a tensor.
-    __device__ int64_t offset(const Part& here, int i, const int64_t* position, int64_t stride,
+    template <class Positions>
+    __device__ int64_t offset(const Part& here, int i, const Positions& position, int64_t stride,
                               const uint32_t* map) const {
-        return Tile::kChannelsFast ? position[at.slot(here.slow)] + channel(here.fast + i, map) * stride
-                                   : position[at.slot(here.fast + i)] + channel(here.slow, map) * stride;
+        return Tile::kChannelsFast ? position[here.slow] + channel(here.fast + i, map) * stride
+                                   : position[here.fast + i] + channel(here.slow, map) * stride;
     }
 
     // The residual is read once: nothing is gained by the read-only cache.
