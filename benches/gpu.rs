@@ -4,10 +4,12 @@
 //! `cargo bench --features cuda --bench gpu -- [--batch N] [--only TEXT] [--chosen] [--tf32]
 //! [--dtype f32|f16|bf16]`.
 //! Each kernel's result is verified against the CPU's before it is timed; `--chosen` times only the
-//! kernel that the planner takes, `--tf32` allows those on tensor cores for tensors of f32, and `--dtype` says what tensors hold. Times are the GPU's own, between events, and L2 is flushed before each call.
+//! kernel that the planner takes, `--tf32` allows those on tensor cores for tensors of f32, and `--dtype` says
+//! what tensors hold. Times are the GPU's own, between events, and L2 is flushed before each call.
 
 use std::error::Error;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use ndarray::{Array4, ArrayD};
 use pointwise::cudarc::driver::{CudaEvent, DriverError, result, sys};
@@ -54,7 +56,12 @@ fn run() -> Outcome<bool> {
         _ => layer::<f32>,
     };
     let timer = Timer::new(&CudaDevice::open(0)?)?;
-    eprintln!("{}, an empty call takes {:.2} us", timer.device, timer.time(|| Ok(()))?.0);
+    eprintln!(
+        "{}, an empty call takes {:.2} us, and queueing a layer the host's thread {:.2} us",
+        timer.device,
+        timer.time(|| Ok(()))?.0,
+        host_time(&timer.device)?
+    );
 
     println!(
         "model,layer,n,cin,cout,h,w,stride,groups,act,layout,contender,kernel,median_us,min_us,gflops"
@@ -140,6 +147,28 @@ fn layer<T: Element + DeviceElement>(
         }
     }
     Ok(())
+}
+
+/// What a call on device tensors takes of the thread that makes it, in microseconds: queued, not run.
+fn host_time(device: &CudaDevice) -> Outcome<f64> {
+    /// Fewer than wait in a stream before a call blocks.
+    const CALLS: usize = 100;
+    let layer = Pointwise::new(Init::pytorch_default().weight(64, 64, 1)?).relu();
+    let layer = layer.prepare(&device.clone().into())?;
+    let src = CudaTensor::<f32>::zeros(device, &[1, 64, 7, 7])?;
+    let mut dst = layer.forward(&src)?;
+    let mut times = Vec::new();
+    for _ in 0..10 {
+        device.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..CALLS {
+            layer.forward_into(&src, &mut dst)?;
+        }
+        times.push(start.elapsed().as_secs_f64() * 1e6 / CALLS as f64);
+    }
+    device.synchronize()?;
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
 }
 
 fn verify(

@@ -914,7 +914,9 @@ fn plans_and_explain_name_the_kernel_that_runs() {
     let prepared = layer.prepare(&Device::cpu()).unwrap();
     let plans = prepared.plans(&[1, 2, 5, 5]).unwrap();
     assert_eq!(plans[0].kernel, prepared.kernel());
-    assert!(plans[0].verdict.is_ok() && plans.len() > 1, "{plans:?}");
+    assert!(plans[0].verdict.is_ok(), "{plans:?}");
+    // Every kernel is listed, those too that this CPU cannot run.
+    assert!(plans.len() >= if cfg!(target_arch = "x86_64") { 4 } else { 1 }, "{plans:?}");
     let explanation = prepared.explain(&[1, 2, 5, 5]).unwrap();
     assert_eq!(explanation.kernel, prepared.kernel());
     assert_eq!(explanation.cost, prepared.cost(&[1, 2, 5, 5]).unwrap());

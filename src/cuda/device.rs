@@ -674,7 +674,7 @@ impl Facts {
         let times = match self.compute_capability {
             (7, _) => 16.0,
             (8, 0) => 32.0,
-            (8, _) => 8.0,
+            (8, _) | (12, _) => 8.0,
             _ => 32.0,
         };
         Roof { flops_per_second: times * self.roof.flops_per_second, ..self.roof }

@@ -15,7 +15,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::plan::{Candidate, forced_kernel};
 use crate::prepared::PrepareOptions;
-use crate::problem::{DstShape, Operand};
+use crate::problem::{DstShape, Operand, same_place};
 use crate::quantized::{ElementType, Per, QuantizedElement};
 use crate::tensor::{Place, TensorRef, checked_product};
 
@@ -23,7 +23,6 @@ use crate::tensor::{Place, TensorRef, checked_product};
 const DEPTH_ALIGN: usize = 16;
 
 /// A layer on one stream of a device.
-#[derive(Clone)]
 pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
@@ -138,6 +137,16 @@ impl Layer {
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
         let weights = Arc::new(Weights::upload(device, lowered)?);
         Ok(Layer { device: device.clone(), weights, forced, slice_bytes })
+    }
+
+    /// The same layer on another stream of the same device.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if it is another device.
+    pub(crate) fn on(&self, device: &CudaDevice) -> Result<Self> {
+        let place = |device: &CudaDevice| Place::Cuda(device.ordinal());
+        same_place("the layer's weight", place(device), place(&self.device))?;
+        Ok(Layer { device: device.clone(), weights: self.weights.clone(), ..*self })
     }
 
     /// Which values of a source share a quantisation that a call finds, if one does.

@@ -220,7 +220,8 @@ impl PreparedQuantized {
     }
 
     /// Runs the layer, into any non-overlapping strides. Allocates nothing once a thread has run a
-    /// problem of this size.
+    /// problem of this size, except on CUDA where a [`DynamicQuantized`](super::DynamicQuantized)
+    /// quantises its source: into memory of the device's pool, given back in stream order.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
@@ -258,8 +259,12 @@ impl PreparedQuantized {
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn cost(&self, src: &[usize]) -> Result<Cost> {
+        let dst = dst_shape(&self.inner.shape, src, std::iter::empty())?;
+        Ok(self.cost_of(src, &dst))
+    }
+
+    fn cost_of(&self, src: &[usize], dst_shape: &DstShape) -> Cost {
         let Inner { shape, src: element, dst, residual, backend, .. } = &*self.inner;
-        let dst_shape = dst_shape(shape, src, std::iter::empty())?;
         let all = |shape: &[usize]| shape[2..].iter().fold(shape[0], |n, &s| n.saturating_mul(s));
         let positions = all(dst_shape.as_slice());
         let of = |positions: usize, channels: usize, size: usize| {
@@ -282,14 +287,33 @@ impl PreparedQuantized {
             ElementType::Real(dtype) => (dtype.size(), 3),
         };
         let (c_out, weights) = (shape.c_out, shape.c_out * shape.k());
-        Ok(Cost {
+        Cost {
             parameters: weights + 2 * c_out,
             macs: of(positions, c_out, shape.k()),
             src_bytes: of(read, shape.c_in, src_size),
             weight_bytes: weights + vectors * size_of::<f32>() * c_out,
             dst_bytes: of(positions, c_out, size(dst)),
             residual_bytes: if shape.residual { of(positions, c_out, size(residual)) } else { 0 },
-        })
+        }
+    }
+
+    /// The kernel of a call, why it is that one, and the call in words.
+    fn describe(&self, src: &[usize], dst: &DstShape) -> (&'static str, String, String) {
+        let Inner { shape, backend, .. } = &*self.inner;
+        let (kernel, reason) = match backend {
+            Backend::Cpu(layer) => {
+                (layer.kernel(), "the strongest instruction set, or the forced one".into())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => layer.explain(dst),
+        };
+        let words = |shape: &[usize]| {
+            let lengths: Vec<_> = shape.iter().map(usize::to_string).collect();
+            lengths.join("x")
+        };
+        let groups =
+            if shape.groups > 1 { format!(", {} groups", shape.groups) } else { "".into() };
+        (kernel, reason, format!("{} -> {}{groups}", words(src), words(dst.as_slice())))
     }
 
     /// The kernel that would run a source of this shape, what that costs, and the ceilings that
@@ -298,23 +322,11 @@ impl PreparedQuantized {
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn explain(&self, src: &[usize]) -> Result<Explanation> {
-        let Inner { shape, device, backend, .. } = &*self.inner;
-        let (cost, dst) = (self.cost(src)?, dst_shape(shape, src, std::iter::empty())?);
+        let Inner { shape, device, .. } = &*self.inner;
+        let dst = dst_shape(shape, src, std::iter::empty())?;
+        let cost = self.cost_of(src, &dst);
         let roof = device.roof_meter_int8(cost.bytes())?.sample();
-        let (kernel, reason) = match backend {
-            Backend::Cpu(layer) => {
-                (layer.kernel(), "the strongest instruction set, or the forced one".into())
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.explain(&dst),
-        };
-        let words = |shape: &[usize]| {
-            let lengths: Vec<_> = shape.iter().map(usize::to_string).collect();
-            lengths.join("x")
-        };
-        let groups =
-            if shape.groups > 1 { format!(", {} groups", shape.groups) } else { "".into() };
-        let problem = format!("{} -> {}{groups}", words(src), words(dst.as_slice()));
+        let (kernel, reason, problem) = self.describe(src, &dst);
         Ok(Explanation { device: device.to_string(), problem, kernel, reason, cost, roof })
     }
 
@@ -335,6 +347,28 @@ impl PreparedQuantized {
     /// The device that the layer was prepared for.
     pub fn device(&self) -> &Device {
         &self.inner.device
+    }
+
+    /// This layer on another stream of its CUDA device, its weights shared: as
+    /// [`Prepared::on`](crate::Prepared::on).
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] if the layer was prepared for another device.
+    #[cfg(feature = "cuda")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn on(&self, device: &cuda::CudaDevice) -> Result<Self> {
+        let Inner { shape, src, dst, residual, device: own, backend } = &*self.inner;
+        let Backend::Cuda(layer) = backend else {
+            return Err(Error::WrongDevice {
+                tensor: "the layer's weight",
+                expected: device.to_string(),
+                got: own.to_string(),
+            });
+        };
+        let backend = Backend::Cuda(layer.on(device)?);
+        let (shape, device) = (shape.clone(), device.clone().into());
+        let inner = Inner { shape, src: *src, dst: *dst, residual: *residual, device, backend };
+        Ok(PreparedQuantized { inner: Arc::new(inner) })
     }
 
     /// The kernel that runs the layer; on CUDA that of sources with many positions, as it depends on
@@ -413,15 +447,25 @@ impl<'a> QuantizedCall<'a> {
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => src.place(),
         };
-        same_place("dst", place, dst.place())?;
-        let read = [("src", Some(&src)), ("residual", residual.as_ref())];
-        for (tensor, read) in read {
-            let Some(read) = read else { continue };
+        let read = || {
+            let read = [("src", Some(&src)), ("residual", residual.as_ref())];
+            read.into_iter().filter_map(|(tensor, read)| Some((tensor, read?)))
+        };
+        for (tensor, read) in read() {
             same_place(tensor, place, read.place())?;
+        }
+        same_place("dst", place, dst.place())?;
+        for (tensor, read) in read() {
             if read.shares_memory(dst.view()) {
                 return Err(Error::Aliased { tensor });
             }
         }
+        #[cfg(any(feature = "tracing", feature = "nvtx"))]
+        let _watched = crate::trace::enter(|| {
+            let (kernel, _, problem) = self.layer.describe(src.shape(), &shape);
+            let cost = self.layer.cost_of(src.shape(), &shape);
+            crate::trace::Told { kernel, problem, cost }
+        });
         let layer = &inner.backend;
         // SAFETY: src and residual are as they were erased, and u8 and i8 are both bytes.
         unsafe {

@@ -101,9 +101,15 @@ fn in_layouts<S: Byte, R: Byte, O: Held + QuantizedElement>(
 ) -> Outcome {
     let (first, last) = (Layout::First, Layout::Last);
     let other = (LAYOUTS[at % 8], LAYOUTS[(3 * at + 1) % 8]);
-    for (from, to) in [(first, first), (last, last), (first, last), (last, first), other] {
+    for (i, (from, to)) in
+        [(first, first), (last, last), (first, last), (last, first), other, other]
+            .into_iter()
+            .enumerate()
+    {
         let src = Placed::holding(device, src.view(), from);
-        let residual = residual.map(|residual| Placed::holding(device, residual.view(), to));
+        // At last one that does not lie as dst does.
+        let beside = if i < 5 { to } else { LAYOUTS[(5 * at + 2) % 8] };
+        let residual = residual.map(|residual| Placed::holding(device, residual.view(), beside));
         let shape = expected.shape().try_into().unwrap();
         let mut dst = Placed::<O>::blank(device, shape, to);
         let (src, residual) = (src.view(), residual.as_ref().map(Placed::view));
@@ -431,8 +437,15 @@ fn bad_calls(device: &CudaDevice) -> Outcome {
     let signed = CudaTensor::<i8>::zeros(device, &[1, 2, 3, 3])?;
     let error = prepared.forward_cuda::<i8, f32>(&signed).unwrap_err();
     assert!(matches!(error, Error::ElementType { tensor: "src", .. }), "{error}");
-    let error = layer.prepare(&Device::cpu())?.forward_cuda::<u8, f32>(&on_device).unwrap_err();
-    assert!(matches!(error, Error::WrongDevice { tensor: "dst", .. }), "{error}");
+    let on_cpu = layer.prepare(&Device::cpu())?;
+    let error = on_cpu.forward_cuda::<u8, f32>(&on_device).unwrap_err();
+    assert!(matches!(error, Error::WrongDevice { tensor: "src", .. }), "{error}");
+    assert!(matches!(on_cpu.on(device).unwrap_err(), Error::WrongDevice { .. }));
+    // On a stream of its own, which outlives the layer that it is of.
+    let beside = layer.prepare(&gpu)?.on(&device.with_new_stream()?)?;
+    let ones = CudaTensor::from_host(device, Array4::<u8>::ones((1, 2, 3, 3)).view())?;
+    let sums = beside.forward_cuda::<u8, f32>(&ones)?.to_host()?;
+    assert!(sums.iter().all(|&x| x == 2.0), "{sums}");
     // Nothing to do.
     let none = prepared.forward::<u8, f32, _>(&Array4::zeros((0, 2, 3, 3)))?;
     assert_eq!(none.shape(), [0, 3, 3, 3]);

@@ -173,7 +173,7 @@ pub(super) unsafe fn ranges<S: Element>(source: &Source<'_, S>, ranges: &mut [Re
             }
             return;
         }
-        let dense = positions.windows(2).all(|pair| pair[1] == pair[0].wrapping_add(1));
+        let dense = super::adjacent(positions);
         for c in 0..k as isize {
             let row = ptr.wrapping_offset(c * channel);
             if dense && !positions.is_empty() {
