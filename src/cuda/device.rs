@@ -867,6 +867,8 @@ unsafe impl Plain for f32 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for f64 {}
 // SAFETY: plain numbers.
+unsafe impl Plain for u64 {}
+// SAFETY: plain numbers.
 unsafe impl Plain for half::f16 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for half::bf16 {}

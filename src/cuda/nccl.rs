@@ -7,7 +7,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::fmt;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{CUstream, cuStreamQuery, cudaError_enum};
@@ -162,8 +162,9 @@ impl fmt::Debug for NcclId {
 /// Values come from the host and go back there, in pieces through memory of the device. Sums are taken in
 /// NCCL's order, which depends on the group and its machines, and are the same on every worker.
 ///
-/// A worker that is gone, brings another number of values, or does not come within the timeout is an
-/// error to the others, and so is every sum after that.
+/// Before each sum the workers compare, by a small one of its own, how many values of which type they
+/// bring. A worker that is gone, brings others, fails on its device, or does not come within the timeout
+/// is an error to all, and so is every sum after that.
 ///
 /// ```no_run
 /// use std::sync::Arc;
@@ -186,20 +187,7 @@ impl fmt::Debug for NcclId {
 pub struct NcclWorker {
     rank: usize,
     workers: usize,
-    state: Mutex<State>,
-}
-
-struct State {
-    /// Dropped first: it uses what follows.
-    communicator: Communicator,
-    memory: Option<Buffer>,
-    device: CudaDevice,
-}
-
-impl fmt::Debug for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} on {}", self.communicator, self.device)
-    }
+    group: Mutex<Group<OnDevice>>,
 }
 
 impl NcclWorker {
@@ -223,8 +211,8 @@ impl NcclWorker {
             let _bound = device.bind()?;
             Communicator::new(functions, id, rank, workers, timeout)?
         };
-        let state = State { communicator, memory: None, device };
-        Ok(NcclWorker { rank, workers, state: Mutex::new(state) })
+        let group = Group { communicator, values: OnDevice { memory: None, device } };
+        Ok(NcclWorker { rank, workers, group: Mutex::new(group) })
     }
 
     /// Joins the group of all processes of a launch, whose worker 0 hands out the id. Both may take as long
@@ -250,19 +238,39 @@ impl NcclWorker {
         self.workers
     }
 
-    fn sum<T: Plain>(&self, values: &mut [T], dtype: ncclDataType_t) -> Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        for piece in values.chunks_mut(PIECE / size_of::<T>()) {
-            state.sum(piece, dtype)?;
-        }
-        Ok(())
+    fn group(&self) -> MutexGuard<'_, Group<OnDevice>> {
+        self.group.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
-    fn sum<T: Plain>(&mut self, values: &mut [T], dtype: ncclDataType_t) -> Result<()> {
-        let State { communicator, memory, device } = self;
-        communicator.usable()?;
+/// Where NCCL finds values.
+trait Values {
+    /// Copies values there; their address.
+    fn upload<T: Plain>(&mut self, values: &[T]) -> Result<u64>;
+    /// Makes the device current that they are on, until the result is dropped.
+    fn bind(&self) -> Result<impl Sized>;
+    /// The stream on which NCCL reads and writes them.
+    fn stream(&self) -> CUstream;
+    /// Whether all is done that was queued on the stream.
+    fn done(&self) -> Result<bool>;
+    /// Copies back what was uploaded last.
+    fn download<T: Plain>(&self, values: &mut [T]) -> Result<()>;
+}
+
+struct OnDevice {
+    memory: Option<Buffer>,
+    device: CudaDevice,
+}
+
+impl fmt::Debug for OnDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.device)
+    }
+}
+
+impl Values for OnDevice {
+    fn upload<T: Plain>(&mut self, values: &[T]) -> Result<u64> {
+        let OnDevice { memory, device } = self;
         let bytes = size_of_val(values);
         let buffer = match memory {
             Some(buffer) if buffer.bytes() >= bytes => buffer,
@@ -271,27 +279,120 @@ impl State {
             }
         };
         buffer.upload(values)?;
-        let _bound = device.bind()?;
-        let stream = device.stream().cu_stream();
-        communicator.all_reduce(buffer.address(), values.len(), dtype, stream, || {
-            // SAFETY: the device keeps its stream alive.
-            match unsafe { cuStreamQuery(stream) } {
-                cudaError_enum::CUDA_SUCCESS => Ok(true),
-                cudaError_enum::CUDA_ERROR_NOT_READY => Ok(false),
-                code => Err(device.failed("cuStreamQuery")(cudarc::driver::DriverError(code))),
-            }
-        })?;
-        buffer.download(values)
+        Ok(buffer.address())
+    }
+
+    fn bind(&self) -> Result<impl Sized> {
+        self.device.bind()
+    }
+
+    fn stream(&self) -> CUstream {
+        self.device.stream().cu_stream()
+    }
+
+    fn done(&self) -> Result<bool> {
+        // SAFETY: the device keeps its stream alive.
+        match unsafe { cuStreamQuery(self.stream()) } {
+            cudaError_enum::CUDA_SUCCESS => Ok(true),
+            cudaError_enum::CUDA_ERROR_NOT_READY => Ok(false),
+            code => Err(self.device.failed("cuStreamQuery")(cudarc::driver::DriverError(code))),
+        }
+    }
+
+    fn download<T: Plain>(&self, values: &mut [T]) -> Result<()> {
+        self.memory.as_ref().map_or(Ok(()), |buffer| buffer.download(values))
+    }
+}
+
+/// A worker's part of a group.
+#[derive(Debug)]
+struct Group<V> {
+    /// Dropped first: it uses what follows.
+    communicator: Communicator,
+    values: V,
+}
+
+impl<V: Values> Group<V> {
+    /// Replaces values of `dtype` by their sums over the group. After an error there are no more: the next
+    /// sum would meet what the others have begun.
+    fn sum<T: Plain>(&mut self, values: &mut [T], dtype: ncclDataType_t) -> Result<()> {
+        self.communicator.usable()?;
+        let double = dtype == ncclDataType_t::ncclFloat64;
+        self.agree(Brought { count: values.len(), double })?;
+        let mut pieces = values.chunks_mut(PIECE / size_of::<T>());
+        pieces.try_for_each(|piece| self.reduce(piece, dtype, ncclRedOp_t::ncclSum))
+    }
+
+    /// That all workers bring the same: of the least and the most, each knows both.
+    fn agree(&mut self, own: Brought) -> Result<()> {
+        let number = own.number();
+        // The complement of the largest complement is the least.
+        let mut numbers = [number, !number];
+        self.reduce(&mut numbers, ncclDataType_t::ncclUint64, ncclRedOp_t::ncclMax)?;
+        let (least, most) = (!numbers[1], numbers[0]);
+        if (least, most) == (number, number) {
+            return Ok(());
+        }
+        let [least, most] = [least, most].map(Brought::of_number);
+        let reason = format!(
+            "workers bring different values to a sum: this one {own}, all of them from {least} to {most}"
+        );
+        // Not aborted: all of them are to read the numbers, and begin nothing more.
+        self.communicator.broken = Some(reason.clone());
+        Err(Error::AllReduce { reason })
+    }
+
+    /// Replaces values by what they are reduced to over the group; aborts if that fails.
+    fn reduce<T: Plain>(
+        &mut self,
+        values: &mut [T],
+        dtype: ncclDataType_t,
+        op: ncclRedOp_t,
+    ) -> Result<()> {
+        let Group { communicator, values: on } = self;
+        let mut reduce = || {
+            let address = on.upload(values)?;
+            let _bound = on.bind()?;
+            let of = (values.len(), dtype, op);
+            communicator.all_reduce(address, of, on.stream(), || on.done())?;
+            on.download(values)
+        };
+        reduce().inspect_err(|error| communicator.give_up(error))
+    }
+}
+
+/// What a worker brings to a sum.
+#[derive(Clone, Copy)]
+struct Brought {
+    count: usize,
+    /// Values of f64, not f32.
+    double: bool,
+}
+
+impl Brought {
+    /// No slice has so many values that this overflows.
+    fn number(self) -> u64 {
+        2 * self.count as u64 + u64::from(self.double)
+    }
+
+    fn of_number(number: u64) -> Self {
+        Brought { count: (number / 2) as usize, double: number % 2 == 1 }
+    }
+}
+
+impl fmt::Display for Brought {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.count, if self.double { "f64" } else { "f32" })
     }
 }
 
 impl AllReduce for NcclWorker {
     fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
-        self.sum(values, ncclDataType_t::ncclFloat64)
+        self.group().sum(values, ncclDataType_t::ncclFloat64)
     }
 
     fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
-        self.sum(values, ncclDataType_t::ncclFloat32)
+        self.group().sum(values, ncclDataType_t::ncclFloat32)
     }
 }
 
@@ -346,22 +447,21 @@ impl Communicator {
         }
     }
 
-    /// Sums values in memory of the device; done when this returns, as `done` tells.
+    /// Reduces so many values in memory of the device; done when this returns, as `done` tells.
     fn all_reduce(
         &mut self,
         address: u64,
-        count: usize,
-        dtype: ncclDataType_t,
+        (count, dtype, op): (usize, ncclDataType_t, ncclRedOp_t),
         stream: CUstream,
         done: impl FnMut() -> Result<bool>,
     ) -> Result<()> {
         self.usable()?;
         let memory: *mut c_void = std::ptr::without_provenance_mut(address as usize);
-        let (dtype, sum) = (dtype as c_int, ncclRedOp_t::ncclSum as c_int);
+        let (dtype, op) = (dtype as c_int, op as c_int);
         // SAFETY: the caller's memory has so many values, and lives until `done` says so or the
         // communicator is aborted.
         let code = unsafe {
-            (self.functions.all_reduce)(memory, memory, count, dtype, sum, self.comm, stream)
+            (self.functions.all_reduce)(memory, memory, count, dtype, op, self.comm, stream)
         };
         self.wait("ncclAllReduce", code, done)
     }
@@ -407,16 +507,15 @@ impl Communicator {
                 }
             }
         };
-        poll().inspect_err(|error| {
-            self.broken = Some(match error {
-                Error::AllReduce { reason } => reason.clone(),
-                other => other.to_string(),
-            });
-            self.abort();
-        })
+        poll().inspect_err(|error| self.give_up(error))
     }
 
-    fn abort(&mut self) {
+    /// Aborts after a failure, the first of which is why there are no more sums.
+    fn give_up(&mut self, error: &Error) {
+        self.broken.get_or_insert_with(|| match error {
+            Error::AllReduce { reason } => reason.clone(),
+            other => other.to_string(),
+        });
         let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
         if !comm.is_null() {
             // SAFETY: nobody uses it any more. A failure has nobody to tell.
@@ -459,7 +558,7 @@ fn check(call: &'static str, code: c_int) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
 
     use super::*;
 
@@ -468,9 +567,13 @@ mod tests {
         static BUSY: Cell<(u32, c_int)> = const { Cell::new((0, SUCCESS)) };
         static ABORTED: Cell<u32> = const { Cell::new(0) };
         static DESTROYED: Cell<u32> = const { Cell::new(0) };
+        /// What the other worker of a group of two brings, if not the same as this one.
+        static OTHER: Cell<Option<Brought>> = const { Cell::new(None) };
+        /// The type and the number of values of every reduction.
+        static REDUCED: RefCell<Vec<(c_int, usize)>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// An NCCL that does nothing, after a while.
+    /// An NCCL of two workers with the same values, done after a while.
     const STAND_IN: Functions = Functions {
         get_unique_id: {
             unsafe extern "C" fn get(id: *mut ncclUniqueId) -> c_int {
@@ -508,20 +611,42 @@ mod tests {
             ask
         },
         all_reduce: {
-            unsafe extern "C" fn sum(
+            unsafe extern "C" fn reduce(
                 _: *const c_void,
-                _: *mut c_void,
-                _: usize,
+                values: *mut c_void,
+                count: usize,
                 dtype: c_int,
                 op: c_int,
                 _: ncclComm_t,
                 _: CUstream,
             ) -> c_int {
-                // nccl.h's numbers of f32 and of sums.
-                assert_eq!((dtype, op), (7, 0));
+                REDUCED.with_borrow_mut(|reduced| reduced.push((dtype, count)));
+                if values.is_null() {
+                    return IN_PROGRESS;
+                }
+                let values: *mut c_void = std::ptr::with_exposed_provenance_mut(values.addr());
+                // nccl.h's numbers of types, of sums (0) and of maxima (2).
+                // SAFETY: so many values of the type, as for NCCL.
+                unsafe {
+                    match (dtype, op) {
+                        (7, 0) => std::slice::from_raw_parts_mut(values.cast::<f32>(), count)
+                            .iter_mut()
+                            .for_each(|x| *x *= 2.0),
+                        (8, 0) => std::slice::from_raw_parts_mut(values.cast::<f64>(), count)
+                            .iter_mut()
+                            .for_each(|x| *x *= 2.0),
+                        (5, 2) => {
+                            let own = std::slice::from_raw_parts_mut(values.cast::<u64>(), count);
+                            let other = OTHER.get().map_or(own[0], Brought::number);
+                            own[0] = own[0].max(other);
+                            own[1] = own[1].max(!other);
+                        }
+                        other => panic!("{other:?} is none of this crate's reductions"),
+                    }
+                }
                 IN_PROGRESS
             }
-            sum
+            reduce
         },
         finalize: {
             unsafe extern "C" fn finalize(_: ncclComm_t) -> c_int {
@@ -550,6 +675,69 @@ mod tests {
         BUSY.set((busy, SUCCESS));
         ABORTED.set(0);
         DESTROYED.set(0);
+        OTHER.set(None);
+        REDUCED.take();
+    }
+
+    /// Values where they are, and the step that fails, if one does, when it is its turn.
+    #[derive(Default)]
+    struct OnHost {
+        memory: Vec<u64>,
+        fails: Option<(&'static str, u32)>,
+        steps: RefCell<Vec<&'static str>>,
+    }
+
+    impl OnHost {
+        fn step(&self, step: &'static str) -> Result<()> {
+            let mut steps = self.steps.borrow_mut();
+            steps.push(step);
+            let times = steps.iter().filter(|&&s| s == step).count() as u32;
+            match self.fails == Some((step, times)) {
+                true => Err(Error::NoDevice { device: "cuda:9".into(), reason: step.into() }),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl Values for OnHost {
+        fn upload<T: Plain>(&mut self, values: &[T]) -> Result<u64> {
+            self.step("upload")?;
+            self.memory = vec![0; size_of_val(values).div_ceil(8).max(1)];
+            // SAFETY: as many bytes, which any type may be copied to.
+            unsafe {
+                let to = self.memory.as_mut_ptr().cast();
+                std::ptr::copy_nonoverlapping(values.as_ptr(), to, values.len());
+            }
+            Ok(self.memory.as_mut_ptr().expose_provenance() as u64)
+        }
+
+        fn bind(&self) -> Result<impl Sized> {
+            self.step("bind")
+        }
+
+        fn stream(&self) -> CUstream {
+            std::ptr::null_mut()
+        }
+
+        fn done(&self) -> Result<bool> {
+            self.step("done").map(|()| true)
+        }
+
+        fn download<T: Plain>(&self, values: &mut [T]) -> Result<()> {
+            self.step("download")?;
+            // SAFETY: as many values were uploaded, of which any bits are one.
+            unsafe {
+                let from = self.memory.as_ptr().cast();
+                std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), values.len());
+            }
+            Ok(())
+        }
+    }
+
+    fn group(fails: Option<(&'static str, u32)>) -> Group<OnHost> {
+        reset(0);
+        let communicator = open(Duration::from_secs(60)).unwrap();
+        Group { communicator, values: OnHost { fails, ..OnHost::default() } }
     }
 
     fn open(timeout: Duration) -> Result<Communicator> {
@@ -559,7 +747,8 @@ mod tests {
     }
 
     fn sum(communicator: &mut Communicator, done: impl FnMut() -> Result<bool>) -> Result<()> {
-        communicator.all_reduce(0, 4, ncclDataType_t::ncclFloat32, std::ptr::null_mut(), done)
+        let of = (4, ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclSum);
+        communicator.all_reduce(0, of, std::ptr::null_mut(), done)
     }
 
     fn says(result: Result<impl fmt::Debug>, says: &str) {
@@ -604,6 +793,69 @@ mod tests {
         BUSY.set((3, SUCCESS));
         drop(communicator);
         assert_eq!((BUSY.get().0, DESTROYED.get(), ABORTED.get()), (0, 1, 0));
+    }
+
+    #[test]
+    fn workers_that_bring_the_same_sum_it_in_pieces() {
+        const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
+        let mut group = group(None);
+        let most = PIECE / 4;
+        let mut values: Vec<f32> = (0..most + 3).map(|i| i as f32).collect();
+        group.sum(&mut values, F32).unwrap();
+        assert!(values.iter().enumerate().all(|(i, &x)| x == 2.0 * i as f32));
+        assert_eq!(REDUCED.take(), [(5, 2), (7, most), (7, 3)]);
+        let mut values = [1.5, -0.25];
+        group.sum(&mut values, ncclDataType_t::ncclFloat64).unwrap();
+        assert_eq!(values, [3.0, -0.5]);
+        assert_eq!(REDUCED.take(), [(5, 2), (8, 2)]);
+        // Nothing is something that workers may differ in.
+        group.sum::<f32>(&mut [], F32).unwrap();
+        assert_eq!(REDUCED.take(), [(5, 2)]);
+        drop(group);
+        assert_eq!((ABORTED.get(), DESTROYED.get()), (0, 1));
+    }
+
+    #[test]
+    fn workers_that_bring_different_values_are_told_and_sum_no_more() {
+        const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
+        for (count, double, range) in [
+            (3, false, "from 3 of f32 to 4 of f32"),
+            (5, false, "from 4 of f32 to 5 of f32"),
+            (0, false, "from 0 of f32 to 4 of f32"),
+            (4, true, "from 4 of f32 to 4 of f64"),
+            (usize::MAX / 8, true, "from 4 of f32 to 2305843009213693951 of f64"),
+        ] {
+            let mut group = group(None);
+            OTHER.set(Some(Brought { count, double }));
+            let mut values = [1.0f32, 2.0, 3.0, 4.0];
+            let says_so = format!("this one 4 of f32, all of them {range}");
+            says(group.sum(&mut values, F32), &says_so);
+            assert_eq!(values, [1.0, 2.0, 3.0, 4.0]);
+            assert_eq!(REDUCED.take(), [(5, 2)], "nothing more is begun");
+            OTHER.set(None);
+            says(group.sum(&mut values, F32), &says_so);
+            assert_eq!(REDUCED.take(), []);
+            drop(group);
+            assert_eq!((ABORTED.get(), DESTROYED.get()), (0, 1), "the others may still read");
+        }
+    }
+
+    #[test]
+    fn after_any_failure_of_the_device_there_are_no_more_sums() {
+        for step in ["upload", "bind", "done", "download"] {
+            for turn in 1..3 {
+                let mut group = group(Some((step, turn)));
+                let mut sum = || group.sum(&mut [1.0f32], ncclDataType_t::ncclFloat32);
+                let error = sum().unwrap_err();
+                assert!(matches!(error, Error::NoDevice { .. }), "{step} {turn}: {error:?}");
+                assert_eq!(ABORTED.get(), 1, "{step} {turn}");
+                REDUCED.take();
+                says(sum(), step);
+                assert_eq!(REDUCED.take(), [], "{step} {turn}");
+                drop(group);
+                assert_eq!((ABORTED.get(), DESTROYED.get()), (1, 0), "{step} {turn}");
+            }
+        }
     }
 
     #[test]

@@ -84,8 +84,8 @@ impl Branches {
     /// # Errors
     /// As [`Params::workspace_bytes`].
     pub fn workspace_bytes(&self, src: &[usize]) -> Result<usize> {
-        let bytes = self.layers.iter().map(|layer| layer.workspace_bytes(src));
-        bytes.sum()
+        let mut bytes = self.layers.iter().map(|layer| layer.workspace_bytes(src));
+        bytes.try_fold(0usize, |sum, bytes| Ok(sum.saturating_add(bytes?)))
     }
 
     /// The forward pass of every layer on `src`; results and workspaces in the layers' order, each as
@@ -395,4 +395,24 @@ fn check_apart(written: &[Vec<TensorRef<'_>>], read: &[Vec<TensorRef<'_>>]) -> R
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+    use crate::{BatchNorm, Device, Pointwise};
+
+    #[test]
+    fn bytes_beyond_what_a_number_holds_are_the_largest_number() {
+        let layer =
+            Pointwise::new(Array2::ones((1, 1))).batch_norm(BatchNorm::new(vec![0.0], vec![1.0]));
+        let layers = (0..8).map(|_| Params::new(&layer, &Device::cpu()));
+        let branches = Branches::new(layers.collect::<Result<_>>().unwrap()).unwrap();
+        let src = [1 << 59, 1];
+        let one = branches.layers()[0].workspace_bytes(&src).unwrap();
+        assert!(one < usize::MAX && one.checked_mul(8).is_none(), "{one}");
+        assert_eq!(branches.workspace_bytes(&src).unwrap(), usize::MAX);
+    }
 }

@@ -204,7 +204,7 @@ pub fn error_of(
     let frozen = with_statistics(layer, &want);
     let uncancelled = reference::backward(&frozen, &inputs, Statistics::Frozen, d_dst.view())?;
     let positions = got.dst.len() / got.dst.shape()[1].max(1);
-    let terms = terms(layer, got);
+    let terms = terms(layer, got.dst.shape());
     // One channel has no deviation: its layer norm divides by the root of eps.
     let alone = layer.c_out() == 1
         && layer.stages().iter().any(|stage| matches!(stage, Stage::LayerNorm(_)));
@@ -236,8 +236,8 @@ pub fn error_of(
 }
 
 /// Products that the sums of a layer's passes have in all.
-fn terms(layer: &Pointwise, got: &Got) -> usize {
-    layer.c_in() + layer.c_out() + got.dst.len() / got.dst.shape()[1].max(1)
+fn terms(layer: &Pointwise, dst: &[usize]) -> usize {
+    layer.c_in() + layer.c_out() + dst.iter().product::<usize>() / dst[1].max(1)
 }
 
 /// Layers for one source of 20 channels, of every kind of gradient by src: straight to where it belongs,
@@ -334,6 +334,41 @@ pub fn run_branches(
     Ok(Together { d_src, of_layers: of_layers.collect() })
 }
 
+/// The reference's gradient by the source of branches, and how far rounding may be off.
+pub struct SumOfBranches {
+    d_src: ArrayD<f64>,
+    tolerance: f64,
+}
+
+impl SumOfBranches {
+    pub fn of(layers: &[Pointwise], tensors: &[Tensors]) -> pointwise::Result<Self> {
+        let mut d_src = ArrayD::zeros(tensors[0].sources[0].raw_dim());
+        let mut tolerance = 0.0;
+        for (layer, tensors) in layers.iter().zip(tensors) {
+            let inputs = tensors.inputs();
+            let dst = layer.prepare(&Device::cpu())?.dst_shape(tensors.sources[0].shape())?;
+            let d = d_dst(&dst);
+            let want = reference::backward(layer, &inputs, Statistics::Batch, d.view())?;
+            let frozen = with_statistics(layer, &want);
+            let terms_of = reference::backward(&frozen, &inputs, Statistics::Frozen, d.view())?;
+            let scale = largest(&want.d_sources[0]).max(largest(&terms_of.d_sources[0]));
+            tolerance += f64::from(f32::EPSILON) * terms(layer, &dst) as f64 * scale;
+            d_src += &want.d_sources[0];
+        }
+        Ok(SumOfBranches { d_src, tolerance })
+    }
+
+    /// That a gradient is this one, so many times.
+    pub fn check(&self, what: &str, d_src: &ArrayD<f32>, times: f64) {
+        assert_eq!(d_src.shape(), self.d_src.shape(), "{what}");
+        for ((at, &want), &got) in self.d_src.indexed_iter().zip(d_src) {
+            let err = (f64::from(got) - times * want).abs();
+            let most = times * self.tolerance;
+            assert!(err <= most, "{what}{:?}: {got}, {}", at.slice(), times * want);
+        }
+    }
+}
+
 /// Checks branches against each layer run for itself, whose gradients by src are then added, and that
 /// sum against the reference's.
 pub fn check_branches(tensors: &[Tensors], device: &Device) -> pointwise::Result<()> {
@@ -341,8 +376,6 @@ pub fn check_branches(tensors: &[Tensors], device: &Device) -> pointwise::Result
     let more = run_branches(tensors, device, Some(&got))?;
     let again = run_branches(tensors, device, None)?;
     let twice = |t: &Option<ArrayD<f32>>| t.as_ref().map(|t| t.mapv(|x| 2.0 * x));
-    let mut sum = ArrayD::<f64>::zeros(got.d_src.raw_dim());
-    let mut tolerance = 0.0;
     for (i, layer) in branches().iter().enumerate() {
         let (of_layer, more) = (&got.of_layers[i], &more.of_layers[i]);
         let alone = run(layer, &tensors[i], Options::default(), device)?;
@@ -362,21 +395,10 @@ pub fn check_branches(tensors: &[Tensors], device: &Device) -> pointwise::Result
 
         let (err, at) = error_of(&alone, layer, &tensors[i], Statistics::Batch, device)?;
         assert!(err <= 1.0, "branch {i}: {err}: {at}");
-        let inputs = tensors[i].inputs();
-        let d = d_dst(alone.dst.shape());
-        let want = reference::backward(layer, &inputs, Statistics::Batch, d.view())?;
-        let frozen = with_statistics(layer, &want);
-        let terms_of = reference::backward(&frozen, &inputs, Statistics::Frozen, d.view())?;
-        let scale = largest(&want.d_sources[0]).max(largest(&terms_of.d_sources[0]));
-        tolerance += f64::from(f32::EPSILON) * terms(layer, &alone) as f64 * scale;
-        sum += &want.d_sources[0];
     }
-    for (what, d_src, times) in [("d_src", &got.d_src, 1.0), ("d_src added", &more.d_src, 2.0)] {
-        for ((at, &want), &got) in sum.indexed_iter().zip(d_src) {
-            let err = (f64::from(got) - times * want).abs();
-            assert!(err <= times * tolerance, "{what}{:?}: {got}, {}", at.slice(), times * want);
-        }
-    }
+    let want = SumOfBranches::of(&branches(), tensors)?;
+    want.check("d_src", &got.d_src, 1.0);
+    want.check("d_src added", &more.d_src, 2.0);
     assert!(again.d_src == got.d_src, "the same bits from run to run");
     Ok(())
 }
