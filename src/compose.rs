@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::prepared::run_chain;
 use crate::prepared::{Extra, Prepared, run_together};
-use crate::problem::Operands;
+use crate::problem::{Operands, expect_shape};
 #[cfg(feature = "cuda")]
 use crate::tensor::Place;
 use crate::tensor::{
@@ -78,7 +78,7 @@ impl<T: Element> Branches<T> {
 
     /// Starts a call that takes residuals or gates, or writes to given tensors.
     pub fn call<'a, S: AsTensor<T> + ?Sized>(&'a self, src: &'a S) -> BranchesCall<'a, S, T> {
-        let extras = self.layers.iter().map(|_| Extra::default()).collect();
+        let extras = Extras::of(self.layers.len());
         BranchesCall { branches: self, src, extras }
     }
 }
@@ -100,42 +100,63 @@ fn composable<T: Element>(layers: &[Prepared<T>]) -> Result<()> {
     Ok(())
 }
 
+/// What each of several layers takes beside the source.
+pub(crate) struct Extras<'a, T = f32>(Vec<Extra<'a, T>>);
+
+impl<'a, T> Extras<'a, T> {
+    pub(crate) fn of(layers: usize) -> Self {
+        Extras((0..layers).map(|_| Extra::default()).collect())
+    }
+
+    /// A layer's; the first one's, which then has an error, for a number that is no layer's.
+    pub(crate) fn at(&mut self, branch: usize) -> &mut Extra<'a, T> {
+        let layers = self.0.len();
+        if branch < layers {
+            return &mut self.0[branch];
+        }
+        self.0[0].error.get_or_insert(Error::ParameterValue {
+            parameter: "branch".into(),
+            value: format!("{branch} of {layers}"),
+            expected: "the number of a layer",
+        });
+        &mut self.0[0]
+    }
+
+    /// The first error, if there is one.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        self.0.iter_mut().find_map(|extra| extra.error.take()).map_or(Ok(()), Err)
+    }
+
+    /// What the layers read.
+    pub(crate) fn operands(self, src: TensorRef<'a, T>) -> Result<Vec<Operands<'a, T>>> {
+        let of_layer = |Extra { residual, gate, error, .. }: Extra<'a, T>| {
+            error.map_or(Ok(Operands { src, more: &[], residual, gate }), Err)
+        };
+        self.0.into_iter().map(of_layer).collect()
+    }
+}
+
 /// One call of [`Branches`].
 #[must_use = "a call does nothing until it is run"]
 pub struct BranchesCall<'a, S: ?Sized, T = f32> {
     branches: &'a Branches<T>,
     src: &'a S,
-    extras: Vec<Extra<'a, T>>,
+    extras: Extras<'a, T>,
 }
 
 impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
     /// The tensor that the residual stage of layer `branch` adds; its dst's shape. A number that
     /// is no layer's is reported when the call runs.
     pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
-        match self.extras.get_mut(branch) {
-            Some(extra) => extra.set_residual(residual),
-            None => self.no_such_layer(branch),
-        }
+        self.extras.at(branch).set_residual(residual);
         self
     }
 
     /// The tensor that the gate of layer `branch` multiplies by; `[n, c_in]`. A number that is no
     /// layer's is reported when the call runs.
     pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
-        match self.extras.get_mut(branch) {
-            Some(extra) => extra.set_gate(gate),
-            None => self.no_such_layer(branch),
-        }
+        self.extras.at(branch).set_gate(gate);
         self
-    }
-
-    fn no_such_layer(&mut self, branch: usize) {
-        let error = Error::ParameterValue {
-            parameter: "branch".into(),
-            value: format!("{branch} of {}", self.branches.layers.len()),
-            expected: "the number of a layer",
-        };
-        self.extras[0].error.get_or_insert(error);
     }
 
     /// Runs into one tensor per layer, in the layers' order; they must not share memory.
@@ -145,24 +166,11 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
     /// not as many tensors as layers.
     pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut<T>]) -> Result<()> {
         let layers = &self.branches.layers;
-        if dsts.len() != layers.len() {
-            return Err(Error::Shape {
-                tensor: "the list of dsts",
-                expected: vec![layers.len()],
-                got: vec![dsts.len()],
-            });
-        }
+        expect_shape("the list of dsts", &[dsts.len()], &[layers.len()])?;
         let mut dsts =
             dsts.iter_mut().map(|dst| dst.as_tensor_mut()).collect::<Result<Vec<_>>>()?;
         let src = self.src.as_tensor()?;
-        let operands = self
-            .extras
-            .into_iter()
-            .map(|extra| {
-                let Extra { residual, gate, error, .. } = extra;
-                error.map_or(Ok(Operands { src, more: &[], residual, gate }), Err)
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let operands = self.extras.operands(src)?;
         // Each call is checked by itself; here, that no branch writes what another one uses.
         for (i, dst) in dsts.iter().enumerate() {
             for (j, other) in dsts.iter().enumerate() {
@@ -185,9 +193,7 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
         S: Source<T>,
     {
         let shape = self.src.as_tensor()?.shape().to_vec();
-        if let Some(error) = self.extras.iter_mut().find_map(|extra| extra.error.take()) {
-            return Err(error);
-        }
+        self.extras.check()?;
         let mut dsts = self
             .branches
             .layers

@@ -719,7 +719,7 @@ impl<T: Output<R>, R: Added> Area<'_, T, R> {
                     positions: to.positions,
                     bytes,
                 };
-                // SAFETY: as below.
+                // SAFETY: as below; lanes of dst are adjacent, and its elements are bytes.
                 return unsafe { (layer.kernel.strip)(&strip) };
             }
         }

@@ -755,6 +755,17 @@ impl Buffer {
         &self.device
     }
 
+    /// Puts what frees it, on the stream that it is of, behind what `user`'s stream still runs.
+    pub(super) fn outlive(&self, user: &CudaDevice) {
+        let home = self.device.stream().cu_stream().addr();
+        // SAFETY: this handle keeps its stream alive.
+        if unsafe { user.make_wait(home) }.is_err() {
+            // Nothing orders the two, so the user's stream must be done. An error of this, too, is the
+            // echo of an earlier one.
+            let _ = user.synchronize();
+        }
+    }
+
     /// Copies from the host and waits for it, so that `from` may go at once.
     pub(super) fn upload<T: Plain>(&mut self, from: &[T]) -> Result<()> {
         assert!(size_of_val(from) <= self.bytes, "a copy stays within its allocation");

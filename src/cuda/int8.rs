@@ -447,13 +447,7 @@ fn element(element: ElementType) -> pw_element {
 
 impl Drop for Layer {
     fn drop(&mut self) {
-        // The weights are freed on the stream that uploaded them, after what this one still runs.
-        let home = self.weights.memory.device().stream().cu_stream().addr();
-        // SAFETY: the weights keep their stream alive.
-        if unsafe { self.device.make_wait(home) }.is_err() {
-            // Nothing orders the two, so this stream must be done.
-            let _ = self.device.synchronize();
-        }
+        self.weights.memory.outlive(&self.device);
     }
 }
 

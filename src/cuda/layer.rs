@@ -414,14 +414,7 @@ impl Layer {
 
 impl Drop for Layer {
     fn drop(&mut self) {
-        // The weights are freed on the stream that uploaded them, after what this one still runs.
-        let home = self.weights.memory.device().stream().cu_stream().addr();
-        // SAFETY: the weights keep their stream alive.
-        if unsafe { self.device.make_wait(home) }.is_err() {
-            // Nothing orders the two, so this stream must be done. An error of this, too, is the
-            // echo of an earlier one.
-            let _ = self.device.synchronize();
-        }
+        self.weights.memory.outlive(&self.device);
     }
 }
 

@@ -1,10 +1,9 @@
 //! Several layers that read one source, trained together.
 
 use crate::alias::share_memory;
-use crate::compose;
+use crate::compose::{self, Extras};
 use crate::error::{Error, Result};
-use crate::prepared::Extra;
-use crate::problem::{Operands, dst_shape};
+use crate::problem::{dst_shape, expect_shape};
 use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};
 use crate::train::{Accumulate, Grads, Outputs, Params, Workspace};
 
@@ -102,7 +101,7 @@ impl Branches {
 
     /// Starts a forward pass that takes residuals or gates, or writes to given tensors.
     pub fn call<'a, S: AsTensor + ?Sized>(&'a mut self, src: &'a S) -> BranchesCall<'a, S> {
-        let extras = Extras::of(&self.layers);
+        let extras = Extras::of(self.layers.len());
         BranchesCall { branches: self, src, extras }
     }
 
@@ -140,7 +139,7 @@ impl Branches {
         BranchesBackwardCall {
             branches: self,
             src: src.as_tensor(),
-            extras: Extras::of(&self.layers),
+            extras: Extras::of(self.layers.len()),
             workspaces,
             d_dsts: d_dsts.iter().map(|d| (**d).as_tensor()).collect(),
             d_src: None,
@@ -148,36 +147,6 @@ impl Branches {
             accumulate: Accumulate::Set,
             accumulate_inputs: Accumulate::Set,
         }
-    }
-}
-
-/// What each layer takes beside the source.
-struct Extras<'a>(Vec<Extra<'a>>);
-
-impl<'a> Extras<'a> {
-    fn of(layers: &[Params]) -> Self {
-        Extras(layers.iter().map(|_| Extra::default()).collect())
-    }
-
-    /// A layer's; the first one's, which then has an error, for a number that is no layer's.
-    fn at(&mut self, branch: usize) -> &mut Extra<'a> {
-        let layers = self.0.len();
-        if branch < layers {
-            return &mut self.0[branch];
-        }
-        self.0[0].error.get_or_insert(Error::ParameterValue {
-            parameter: "branch".into(),
-            value: format!("{branch} of {layers}"),
-            expected: "the number of a layer",
-        });
-        &mut self.0[0]
-    }
-
-    fn operands(self, src: TensorRef<'a>) -> Result<Vec<Operands<'a>>> {
-        let of_layer = |Extra { residual, gate, error, .. }: Extra<'a>| {
-            error.map_or(Ok(Operands { src, more: &[], residual, gate }), Err)
-        };
-        self.0.into_iter().map(of_layer).collect()
     }
 }
 
@@ -211,7 +180,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
     /// [`Error::Aliased`] if a `dst` shares memory with another tensor of the call.
     pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut]) -> Result<Vec<Workspace>> {
         let layers = &mut self.branches.layers;
-        expect_count("the list of dsts", layers.len(), dsts.len())?;
+        expect_shape("the list of dsts", &[dsts.len()], &[layers.len()])?;
         let dsts = dsts.iter_mut().map(|dst| dst.as_tensor_mut());
         let mut dsts = dsts.collect::<Result<Vec<_>>>()?;
         let operands = self.extras.operands(self.src.as_tensor()?)?;
@@ -239,9 +208,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
         S: Source,
     {
         let shape = self.src.as_tensor()?.shape().to_vec();
-        if let Some(error) = self.extras.0.iter_mut().find_map(|extra| extra.error.take()) {
-            return Err(error);
-        }
+        self.extras.check()?;
         let layers = self.branches.layers.iter();
         let shapes = layers.map(|layer| dst_shape(&layer.shape, &shape, std::iter::empty()));
         let dsts = shapes.map(|shape| self.src.allocate(shape?.as_slice()));
@@ -331,9 +298,9 @@ impl<'a> BranchesBackwardCall<'a> {
     pub fn run(mut self, grads: &mut [Grads]) -> Result<()> {
         let layers = &self.branches.layers;
         let d_dsts = self.d_dsts?;
-        expect_count("the list of workspaces", layers.len(), self.workspaces.len())?;
-        expect_count("the list of d_dsts", layers.len(), d_dsts.len())?;
-        expect_count("the list of grads", layers.len(), grads.len())?;
+        expect_shape("the list of workspaces", &[self.workspaces.len()], &[layers.len()])?;
+        expect_shape("the list of d_dsts", &[d_dsts.len()], &[layers.len()])?;
+        expect_shape("the list of grads", &[grads.len()], &[layers.len()])?;
         let operands = self.extras.operands(self.src?)?;
 
         let written = self.d_seconds.iter().map(|d| d.iter().flatten().map(|d| *d.view()));
@@ -374,13 +341,6 @@ fn outputs<'o>(
         d_gate,
         accumulate_sources: if i == 0 { accumulate } else { Accumulate::Add },
         accumulate,
-    }
-}
-
-fn expect_count(tensor: &'static str, expected: usize, got: usize) -> Result<()> {
-    match expected == got {
-        true => Ok(()),
-        false => Err(Error::Shape { tensor, expected: vec![expected], got: vec![got] }),
     }
 }
 
