@@ -67,7 +67,7 @@ struct Int8Shared {
         Int8Slabs<Tile> slabs;
         Int8Sums<Tile> sums;
     };
-    PositionTable<Tile::kPositions> at;
+    SourcePositionTable<Tile::kPositions> at;
     TileAt tile;
 };
 
@@ -81,7 +81,7 @@ class ByteCopier {
 
     const pw_int8& p;
     const pw_source& source;
-    const PositionTable<Tile::kPositions>& at;
+    const SourcePositionTable<Tile::kPositions>& at;
     const uint8_t* weight;  // of the tile's first row
     const uint8_t* src;     // of the group's first channel
     int rows, valid;        // rows and positions of the tile that exist
@@ -91,7 +91,7 @@ class ByteCopier {
 
 public:
     __device__ ByteCopier(const pw_int8& p, const TileAt& tile,
-                          const PositionTable<Tile::kPositions>& at)
+                          const SourcePositionTable<Tile::kPositions>& at)
         : p(p), source(p.fprop.sources[0]), at(at) {
         const pw_fprop& f = p.fprop;
         const int64_t first = int64_t(tile.group) * f.rows + tile.row;
@@ -121,7 +121,7 @@ public:
     __device__ void store(uint4* src_slab) const {
         if (asynchronous() || k >= int(p.fprop.depth)) return;
         uint32_t* const slab = reinterpret_cast<uint32_t*>(src_slab);
-        const bool channels = reads_channels(source);
+        const bool channels = reads_channels(source.read);
 #pragma unroll
         for (int n = 0; n < kUnits; ++n) {
             const Unit unit = this->unit(n);
@@ -150,7 +150,7 @@ private:
     };
     __device__ Unit unit(int n) const {
         const int i = int(threadIdx.x) + n * kThreads;
-        if (reads_channels(source)) return {i / 16 * 4, i % 16 * 4};
+        if (reads_channels(source.read)) return {i / 16 * 4, i % 16 * 4};
         constexpr int kAcross = Tile::kPositions / 32;
         const int warp = i / 32;
         return {(warp % kAcross * 8 + i % 8) * 4, (warp / kAcross * 4 + i % 32 / 8) * 4};
@@ -195,7 +195,7 @@ private:
                 break;
             default:
                 each_word([&](const Unit& unit, const uint8_t*, int i) {
-                    const bool channels = reads_channels(source);
+                    const bool channels = reads_channels(source.read);
                     uint32_t word = 0;
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {

@@ -328,8 +328,8 @@ impl CudaDevice {
         &self.shared.facts
     }
 
-    /// The function of a row of [`KERNELS`], or behind them of a [`Helper`], if it runs on this
-    /// device.
+    /// The function of a row of [`KERNELS`], or behind them of a [`Helper`], of training, of a row
+    /// of [`INT8_KERNELS`], or the plain one of a row of [`KERNELS`], if it runs on this device.
     pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
         self.shared.functions.get(kernel)?.as_ref()
     }
@@ -637,7 +637,20 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
         allow_shared(&function, kernel.shared_bytes).map_err(code)?;
         Ok(Some(function))
     });
-    KERNELS.iter().map(function).chain(helpers).chain(int8).collect()
+    let functions: Result<Vec<_>, u32> =
+        KERNELS.iter().map(function).chain(helpers).chain(int8).collect();
+    let mut functions = functions?;
+    for (kernel, at) in KERNELS.iter().zip(0..) {
+        functions.push(match kernel.plain_name() {
+            Some(name) if functions[at].is_some() => {
+                let function = module.load_function(&name).map_err(code)?;
+                allow_shared(&function, kernel.shared_bytes).map_err(code)?;
+                Some(function)
+            }
+            _ => None,
+        });
+    }
+    Ok(functions)
 }
 
 /// Lets launches of a function bring so much shared memory.

@@ -9,7 +9,9 @@ use super::params::{
     PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_int8, pw_merge,
     pw_norm_job, pw_read, pw_source,
 };
-use super::plan::{Choice, Helper, INT8_KERNELS, Int8Kernel, KERNELS, Kernel, Letters, Training};
+use super::plan::{
+    Choice, Family, Helper, INT8_KERNELS, Int8Kernel, KERNELS, Kernel, Letters, Training,
+};
 use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -488,12 +490,15 @@ pub(super) unsafe fn launch(
         params.splits = splits;
         params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
         params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
-        let blocks = kernel.tiles(&letters).saturating_mul(u64::from(splits));
+        let tiles = kernel.tiles(&letters).saturating_mul(u64::from(splits));
+        // The kernel counts its tiles as it would its blocks.
+        Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
+        let blocks = kernel.blocks(tiles, device.facts());
         let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
         // SAFETY: the caller's promises; `describe` keeps those of params.h. The sums of splits are
         // read before what comes next in stream order writes moments in their place.
         unsafe {
-            start(device, Launch::fprop(choice.kernel), grid, &mut params)?;
+            start(device, Launch::fprop(choice.kernel, &params), grid, &mut params)?;
             normalise(device, call, program, sums, scratch)
         }
     };
@@ -717,9 +722,19 @@ struct Launch {
 }
 
 impl Launch {
-    fn fprop(kernel: usize) -> Launch {
-        let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
-        Launch { function: kernel, name, threads, shared_bytes }
+    fn fprop(kernel: usize, params: &pw_fprop) -> Launch {
+        let Kernel { name, threads, shared_bytes, family, .. } = KERNELS[kernel];
+        let single = |source: &pw_source| {
+            matches!(source.read, pw_read::PW_READ_POSITIONS | pw_read::PW_READ_CHANNELS)
+        };
+        let sources = &params.sources[..params.source_count as usize];
+        let plain = family != Family::Simt
+            && params.epilogue != pw_epilogue::PW_EPILOGUE_STEPS
+            && params.source_step_count == 0
+            && !sources.iter().any(single);
+        let behind = KERNELS.len() + Helper::ALL.len() + Training::ALL.len() + INT8_KERNELS.len();
+        let function = if plain { behind + kernel } else { kernel };
+        Launch { function, name, threads, shared_bytes }
     }
 
     fn helper(helper: Helper) -> Launch {

@@ -265,6 +265,24 @@ pub(crate) struct Choice {
 }
 
 impl Kernel {
+    /// Whether a block takes one tile after another, and the kernel has a plain one beside it.
+    fn streams(&self) -> bool {
+        self.family != Family::Simt
+    }
+
+    /// The symbol of the kernel for what most layers are (`kernels/fprop.cu`), if there is one.
+    pub(super) fn plain_name(&self) -> Option<String> {
+        self.streams().then(|| format!("{}_plain", self.name))
+    }
+
+    /// How many blocks a launch has that takes so many tiles.
+    pub(super) fn blocks(&self, tiles: u64, facts: &Facts) -> u64 {
+        match self.streams() {
+            true => tiles.min(u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm)),
+            false => tiles,
+        }
+    }
+
     /// Tiles that cover a problem; saturates, which the grid then refuses.
     pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
         let rows = u64::from(problem.rows.div_ceil(self.rows));
