@@ -293,7 +293,8 @@ def roofs(dtype: str, timer: Timer) -> str:
             call, suffix = partial(torch.matmul, a, b.T), precision.suffix or "_f32"
         times = timer(call)
         write(PRODUCT, "nhwc", f"roof{suffix}", times, PRODUCT.flops)
-        said += f", a product of {side}^3 in {suffix[1:]} does {PRODUCT.flops / times[0] / 1e6:.0f} T op/s"
+        rate = PRODUCT.flops / times[0] / 1e6
+        said += f", a product of {side}^3 in {suffix[1:]} does {rate:.0f} T op/s"
     return said
 
 
