@@ -1,10 +1,12 @@
-//! The table of layers.
+//! The table of layers, and what each is to the crate.
 
 use std::fmt;
 use std::path::Path;
 
 use csv::{ReaderBuilder, StringRecord, Trim};
-use pointwise::Activation;
+use ndarray::Array2;
+use pointwise::init::{self, Init};
+use pointwise::{Activation, BatchNorm, Element, Pointwise, Quantization, Quantized};
 
 use crate::Result;
 
@@ -54,6 +56,51 @@ impl Layer {
     /// The activation's name.
     pub fn act(&self) -> &'static str {
         self.activation.map_or("none", Activation::name)
+    }
+
+    /// Convolution, bias, activation; weights are what a type holds.
+    pub fn description<T: Element>(&self) -> Result<Pointwise> {
+        let k = self.c_in / self.groups;
+        let rounded = |x: f32| T::from_f32(x).to_f32();
+        let weight = Init::pytorch_default().weight(self.c_out, k, 1)?.mapv(rounded);
+        Ok(self.activated(self.convolution(weight).bias(init::bias(self.c_out, k, 2)?)))
+    }
+
+    /// Convolution, batch norm, activation.
+    pub fn trained(&self, beta: Vec<f32>) -> Result<Pointwise> {
+        let weight = Init::pytorch_default().weight(self.c_out, self.c_in / self.groups, 1)?;
+        let ones = vec![1.0; self.c_out];
+        let norm = BatchNorm::new(vec![0.0; self.c_out], ones.clone()).affine(ones, beta);
+        Ok(self.activated(self.convolution(weight).batch_norm(norm)))
+    }
+
+    fn convolution(&self, weight: Array2<f32>) -> Pointwise {
+        Pointwise::new(weight).groups(self.groups).stride(self.stride)
+    }
+
+    fn activated(&self, description: Pointwise) -> Pointwise {
+        match self.activation {
+            Some(activation) => description.activation(activation),
+            None => description,
+        }
+    }
+
+    /// Convolution, bias, activation of u8 to u8, for any weights and values of src: results spread over
+    /// the bytes, and past both of their ends.
+    pub fn quantized(&self, weight: Array2<i8>) -> Result<Quantized> {
+        let scale = 0.02 * (weight.ncols() as f32).sqrt();
+        let description =
+            Quantized::new(weight, vec![0.01; self.c_out], Quantization::u8(0.02, 128))
+                .bias(vec![100; self.c_out])
+                .dst(Quantization::u8(scale, 100))
+                .groups(self.groups)
+                .stride(self.stride);
+        Ok(match self.activation {
+            None => description,
+            Some(Activation::Relu) => description.relu(),
+            Some(Activation::Relu6) => description.relu6(),
+            Some(other) => Err(format!("no {} in 8-bit integers", other.name()))?,
+        })
     }
 }
 

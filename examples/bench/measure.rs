@@ -6,11 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ndarray::{Array4, ArrayD, ArrayView4, Axis};
-use pointwise::init::{self, Init};
 use pointwise::reference::{self, Inputs};
-use pointwise::{
-    Cost, DType, Device, Element, Layout, Pointwise, PrepareOptions, Prepared, Roof, bf16, f16,
-};
+use pointwise::{Cost, DType, Device, Element, Layout, PrepareOptions, Prepared, Roof, bf16, f16};
 #[cfg(feature = "cuda")]
 use pointwise::{CudaDevice, CudaTensor, DeviceElement};
 
@@ -198,15 +195,10 @@ impl Bench {
     }
 
     fn contenders_as<T: Value>(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
-        let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
+        let Layer { n, c_in, h, w, .. } = *layer;
         // What the type holds, so that the reference computes with the same.
         let rounded = |x: f32| T::from_f32(x).to_f32();
-        let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?.mapv(rounded);
-        let bias = init::bias(c_out, c_in / groups, 2)?;
-        let mut description = Pointwise::new(weight).groups(groups).stride(stride).bias(bias);
-        if let Some(activation) = layer.activation {
-            description = description.activation(activation);
-        }
+        let description = layer.description::<T>()?;
         let distinct = values(n.min(DISTINCT), c_in, h, w).mapv(rounded);
         let inputs = Inputs { sources: vec![distinct.view().into_dyn()], ..Inputs::default() };
         let expected = Rc::new(reference::forward(&description, &inputs)?);

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use ndarray::{Array2, Array4, ArrayD, Axis};
 use pointwise::quantized::PreparedQuantized;
-use pointwise::{Activation, PrepareOptions, Quantization, Quantized, reference};
+use pointwise::{PrepareOptions, reference};
 
 use crate::Result;
 use crate::layers::Layer;
@@ -18,24 +18,12 @@ impl Bench {
             // Its tensors are on the host, and would be timed on their way.
             Err("int8 is timed on the CPU only")?;
         }
-        let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
+        let Layer { n, c_in, c_out, h, w, groups, .. } = *layer;
         let k = c_in / groups;
-        // Results spread over the bytes, and past both of their ends.
         let bytes = |x: f32| (x * 128.0).floor() as i8;
         let weight =
             Array2::from_shape_vec((c_out, k), values(1, 1, c_out, k).into_raw_vec_and_offset().0)?;
-        let mut description =
-            Quantized::new(weight.mapv(bytes), vec![0.01; c_out], Quantization::u8(0.02, 128))
-                .bias(vec![100; c_out])
-                .dst(Quantization::u8(0.02 * (k as f32).sqrt(), 100))
-                .groups(groups)
-                .stride(stride);
-        description = match layer.activation {
-            None => description,
-            Some(Activation::Relu) => description.relu(),
-            Some(Activation::Relu6) => description.relu6(),
-            Some(other) => Err(format!("no {} in 8-bit integers", other.name()))?,
-        };
+        let description = layer.quantized(weight.mapv(bytes))?;
         let distinct = values(n.min(DISTINCT), c_in, h, w).mapv(|x| bytes(x) as u8 ^ 0x80);
         let integers = distinct.mapv(i32::from).into_dyn();
         let expected = Rc::new(reference::forward_quantized(&description, integers.view(), None)?);

@@ -5,10 +5,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use ndarray::{Array4, ArrayView4, Axis};
-use pointwise::init::Init;
+use pointwise::Cost;
 use pointwise::reference::{self, Gradients, Inputs};
 use pointwise::train::{Accumulate, Grads, Params, Statistics, name};
-use pointwise::{BatchNorm, Cost, Pointwise};
 
 use crate::Result;
 use crate::layers::Layer;
@@ -31,14 +30,8 @@ struct Contender {
 impl Bench {
     /// As [`measure`](Self::measure), for a training step.
     pub fn measure_step(&self, layer: &Layer) -> Result<Outcome> {
-        let Layer { n, c_in, c_out, h, w, stride, groups, .. } = *layer;
-        let weight = Init::pytorch_default().weight(c_out, c_in / groups, 1)?;
-        let norm = BatchNorm::new(vec![0.0; c_out], vec![1.0; c_out])
-            .affine(vec![1.0; c_out], vec![0.1; c_out]);
-        let mut description = Pointwise::new(weight).groups(groups).stride(stride).batch_norm(norm);
-        if let Some(activation) = layer.activation {
-            description = description.activation(activation);
-        }
+        let Layer { n, c_in, c_out, h, w, stride, .. } = *layer;
+        let description = layer.trained(vec![0.1; c_out])?;
         // Samples repeat, as often each, so that the batch's statistics are those of a few.
         let distinct = if n.is_multiple_of(2) { 2 } else { n };
         let few = values(distinct, c_in, h, w);
