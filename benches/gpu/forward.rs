@@ -1,11 +1,14 @@
 //! Layers of real numbers, as in inference.
 
 use ndarray::Array4;
-use pointwise::{CudaTensor, DType, Device, DeviceElement, Element, Math, PrepareOptions};
+use pointwise::{CudaTensor, DType, Device, DeviceElement, Element, Layout, Math, PrepareOptions};
 
 use crate::layers::Layer;
 use crate::tensors::{compare, random};
 use crate::{LAYOUTS, Options, Result, Timer, print};
+
+/// How many blocks share a sum, where `--splits` asks.
+const SPLITS: [u32; 8] = [1, 2, 3, 4, 6, 8, 12, 16];
 
 pub fn run<T: Element + DeviceElement>(
     layer: &Layer,
@@ -47,9 +50,13 @@ pub fn run<T: Element + DeviceElement>(
         let src = CudaTensor::from_host(&timer.device, src.view())?;
         let plans = planner.plans_in(&shape, layout)?;
         let limit = if options.chosen { 1 } else { plans.len() };
-        for (rank, plan) in plans.iter().take(limit).enumerate() {
+        let ranked = plans.iter().take(limit).map(|plan| plan.kernel.to_string()).enumerate();
+        let along = if layout == Layout::ChannelsLast { "nhwc" } else { "nchw" };
+        let shared = plans.iter().filter(|plan| options.splits && plan.kernel.ends_with(along));
+        let shared = shared.flat_map(|plan| SPLITS.map(|n| format!("{}/{n}", plan.kernel)));
+        for (rank, kernel) in ranked.chain(shared.map(|kernel| (usize::MAX, kernel))) {
             // Some kernels run by name only; others not at all.
-            let prepared = match prepare(Some(plan.kernel.into())) {
+            let prepared = match prepare(Some(kernel.clone())) {
                 Err(pointwise::Error::Kernel { .. }) => continue,
                 prepared => prepared?,
             };
@@ -57,10 +64,10 @@ pub fn run<T: Element + DeviceElement>(
             timer.blank(&mut dst)?;
             prepared.forward_into(&src, &mut dst)?;
             compare(dst.to_host()?.view(), expected.view().into_dyn(), close)
-                .map_err(|why| format!("{}: {why}", plan.kernel))?;
+                .map_err(|why| format!("{kernel}: {why}"))?;
             let times = timer.time(|| Ok(prepared.forward_into(&src, &mut dst)?))?;
             let contender = if rank == 0 { &chosen } else { "pointwise_forced" };
-            print(layer, layout, (contender, plan.kernel), times, flops);
+            print(layer, layout, (contender, &kernel), times, flops);
         }
     }
     Ok(())

@@ -44,6 +44,10 @@ struct Options {
     #[arg(long)]
     chosen: bool,
 
+    /// Kernels whose stores follow the layout, each with its sums shared by several numbers of blocks
+    #[arg(long, conflicts_with = "chosen")]
+    splits: bool,
+
     /// Allows products of f32 on tensor cores
     #[arg(long)]
     tf32: bool,

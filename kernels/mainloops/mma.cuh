@@ -706,6 +706,8 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
                 for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
             }
             fill_positions(positions, p, now.tile.position, Tile::kThreads);
+            // Steps on src look up gates before the first slab's barrier.
+            if (!kPlain && p.source_step_count > 0) __syncthreads();
         }
         if (reads_channels(now.read)) {
             sum_slabs<Tile, true, kPlain>(p, shared, at, positions, acc);
