@@ -727,6 +727,8 @@ pub fn convert(x: u64, imm: u64) -> u64 {
             }
             to.bits_of(float::fma_odd(high, 4_294_967_296.0, low), flags.round)
         }
+        // As an H100 does, which leaves an infinity of a NaN with no other bits.
+        (true, true) if to == Ty::TF32 && from.value(x).is_nan() => x & 0xffff_e000,
         (true, true) => {
             let mut v = from.value(x);
             if flags.ftz && v.abs() < 2_f64.powi(-126) {

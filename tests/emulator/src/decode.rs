@@ -44,6 +44,8 @@ struct Frame {
 }
 
 struct Linker<'m> {
+    /// The device's architecture, as 90.
+    device: u32,
     module: &'m Module,
     globals: &'m dyn Fn(&str) -> Option<u64>,
     kernel: Kernel,
@@ -54,13 +56,16 @@ struct Linker<'m> {
     next_shared: u32,
 }
 
-/// Decodes the kernel `entry` of `module`; `globals` gives the addresses of module variables.
+/// Decodes the kernel `entry` of `module` for a device of architecture `device` (as 90); `globals`
+/// gives the addresses of module variables.
 pub fn link(
+    device: u32,
     module: &Module,
     entry: &Function,
     globals: &dyn Fn(&str) -> Option<u64>,
 ) -> Decode<Kernel> {
     let mut linker = Linker {
+        device,
         module,
         globals,
         kernel: Kernel {
@@ -530,6 +535,11 @@ impl Decoder<'_, '_, '_> {
 
     fn frame(&self) -> &Frame {
         &self.linker.frames[&self.function.name]
+    }
+
+    /// The architecture of the device that is to run it.
+    pub fn device(&self) -> u32 {
+        self.linker.device
     }
 
     /// Fails unless the module targets at least this architecture.

@@ -63,6 +63,11 @@ pub fn fma_odd(a: f64, b: f64, c: f64) -> f64 {
     to_odd(s, e)
 }
 
+/// `2^exponent`, of those that a normal f64 has.
+pub fn power_of_two(exponent: i32) -> f64 {
+    f64::from_bits(((exponent + 1023) as u64) << 52)
+}
+
 /// Rounds `x` to `format` and returns the bits, right-aligned.
 pub fn round_to(x: f64, format: Format, mode: Round) -> u32 {
     let Format { exponent, mantissa } = format;

@@ -1,11 +1,14 @@
 //! `mma.sync`: fragment layouts and products.
 //!
-//! Products of 8- to 19-bit inputs are exact in f64; they are summed there together with the
-//! accumulator and rounded once. Tensor cores lose more: what they lose is not modelled.
+//! Products of 8- to 19-bit inputs are exact in f64. How tensor cores add them is documented nowhere;
+//! on sm_90 this is what an H100 was seen to do (`tests/cuda/golden.rs` compares with it bit by bit):
+//! the products of one instruction and the accumulator are aligned to the largest exponent among
+//! them, cut two bits below an f32's last one there, added exactly, and cut to an f32. For other
+//! devices they are summed in f64 and rounded once.
 
 use crate::alu::{Regs, Row, Ty};
 use crate::decode::Decoder;
-use crate::float::{self, F16, Round};
+use crate::float::{self, F16, F32, Round};
 use crate::parse::Operand;
 
 /// A decoded `mma.sync`.
@@ -18,6 +21,8 @@ pub struct Mma {
     c_ty: Ty,
     d_ty: Ty,
     saturate: bool,
+    /// Whether terms are cut as sm_90 does.
+    cuts: bool,
     d: Vec<u32>,
     a: Vec<u32>,
     b: Vec<u32>,
@@ -95,6 +100,7 @@ impl Mma {
         let halves = rows / 8;
         let results = |ty: Ty| halves * 2 / per_register(ty);
         Ok(Mma {
+            cuts: decoder.device() == 90 && d_ty == Ty::F32,
             rows,
             depth,
             a_ty,
@@ -174,10 +180,14 @@ impl Mma {
                 };
             }
         }
-        for (sums, a) in sums.iter_mut().zip(&a) {
-            for (&a, b) in a[..self.depth].iter().zip(&b) {
-                for (sum, &b) in sums.iter_mut().zip(b) {
-                    *sum = a.mul_add(b, *sum);
+        if self.cuts {
+            self.add_and_cut(&a, &b, &mut sums);
+        } else {
+            for (sums, a) in sums.iter_mut().zip(&a) {
+                for (&a, b) in a[..self.depth].iter().zip(&b) {
+                    for (sum, &b) in sums.iter_mut().zip(b) {
+                        *sum = a.mul_add(b, *sum);
+                    }
                 }
             }
         }
@@ -189,11 +199,41 @@ impl Mma {
                     let [low, high] = pair.map(|x| float::round_to(x, F16, Round::Nearest));
                     regs.w[self.d[half] as usize][lane] = low | high << 16;
                 } else {
+                    let mode = if self.cuts { Round::Zero } else { Round::Nearest };
                     for (i, x) in pair.into_iter().enumerate() {
-                        let bits = if x.is_nan() { 0x7fff_ffff } else { (x as f32).to_bits() };
+                        let bits = float::round_to(x, F32, mode);
                         regs.w[self.d[half * 2 + i] as usize][lane] = bits;
                     }
                 }
+            }
+        }
+    }
+
+    /// sums += a * b as on sm_90.
+    fn add_and_cut(&self, a: &[[f64; 16]; 16], b: &[[f64; 8]; 16], sums: &mut [[f64; 8]; 16]) {
+        // Of operands' exponents: an f16's subnormal numbers have that of the least normal one.
+        let least = if self.a_ty == Ty::F16 { -14 } else { -126 };
+        let exponent = |x: f64, least: i32| match x {
+            0.0 => i32::MIN / 4,
+            _ => (((x.to_bits() >> 52) & 0x7ff) as i32 - 1023).max(least),
+        };
+        let of_b = b.map(|row| row.map(|x| exponent(x, least)));
+        for (sums, a) in sums.iter_mut().zip(a) {
+            let of_a = a.map(|x| exponent(x, least));
+            for (column, sum) in sums.iter_mut().enumerate() {
+                let products = |k: usize| a[k] * b[k][column];
+                let largest = (0..self.depth).map(|k| of_a[k] + of_b[k][column]).max();
+                let largest = largest.unwrap_or(i32::MIN).max(exponent(*sum, -126));
+                let plain = (0..self.depth).map(products).sum::<f64>() + *sum;
+                if !plain.is_finite() || largest < -2000 {
+                    *sum = plain;
+                    continue;
+                }
+                // Whole numbers of what the last bit kept is worth.
+                let scale = float::power_of_two(25 - largest);
+                let whole = (0..self.depth).map(|k| (products(k) * scale) as i64).sum::<i64>()
+                    + (*sum * scale) as i64;
+                *sum = whole as f64 * float::power_of_two(largest - 25);
             }
         }
     }

@@ -663,7 +663,7 @@ impl State {
         }
         let mut kernels = HashMap::new();
         for function in module.functions.iter().filter(|f| f.entry) {
-            match decode::link(&module, function, &address) {
+            match decode::link(config.arch, &module, function, &address) {
                 Ok(kernel) => {
                     kernels.insert(function.name.clone(), Arc::new(kernel));
                 }

@@ -43,7 +43,7 @@ impl Gpu {
             .functions
             .iter()
             .filter(|f| f.entry)
-            .map(|f| decode::link(&module, f, &|name| globals.get(name).copied()))
+            .map(|f| decode::link(90, &module, f, &|name| globals.get(name).copied()))
             .collect::<Result<_, _>>()?;
         Ok(Gpu { memory, kernels, machine: Machine::default(), launches: 0, seconds: 0.0 })
     }
