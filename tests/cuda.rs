@@ -16,6 +16,8 @@ mod driver;
 mod faults;
 #[path = "common/mod.rs"]
 mod fixtures;
+#[path = "cuda/golden.rs"]
+mod golden;
 #[path = "cuda/half.rs"]
 mod half;
 #[path = "cuda/host.rs"]
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         tensor_cores::TRIALS,
         half::TRIALS,
         int8::TRIALS,
+        golden::TRIALS,
         train::TRIALS,
         driver::TRIALS,
     ]

@@ -28,6 +28,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
+    /// Any 32 bits.
+    pub fn word(&mut self) -> u32 {
+        (self.next() >> 32) as u32
+    }
+
     /// In `[0, 1)`.
     pub fn uniform(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 24) as f32
