@@ -35,7 +35,8 @@ __device__ void fprop_simt(const pw_fprop& p, SimtShared<Tile>& shared) {
         if (s > 0) {
             // Nobody reads the slabs and the positions of the source before any more.
             __syncthreads();
-            fill_source(shared.at.src, p, *run.source, shared.tile.position, Tile::kThreads);
+            fill_source(shared.at.src, p, *run.source, shared.tile.position, threadIdx.x,
+                        Tile::kThreads);
             __syncthreads();
         }
         mainloop<Tile>(p, shared.tile, run, shared, acc);
@@ -136,7 +137,8 @@ PW_QUANTIZE(quantize, quantize)
                 channels_fast>;                                                                  \
     PW_MMA_KERNEL(fprop_##name##_##rows##x##positions##x##depth##_##layout, false,               \
                   Tile_##name##_##rows##x##positions##x##depth##_##layout,                       \
-                  32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks, bytes)     \
+                  32 * (rows) / (warp_rows) * (positions) / (warp_positions),                    \
+                  (blocks) > 2 ? (blocks) - 1 : (blocks), bytes)                                 \
     PW_MMA_KERNEL(fprop_##name##_##rows##x##positions##x##depth##_##layout##_plain, true,        \
                   Tile_##name##_##rows##x##positions##x##depth##_##layout,                       \
                   32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks, bytes)

@@ -125,12 +125,13 @@ __device__ void locate(const pw_fprop& p, int64_t position, Put put) {
     }
 }
 
-// The offsets of a tile's positions in one source. Past the end the last position stands in, so that
-// no address is out of bounds.
+// The offsets of a tile's positions in one source, by one of so many threads. Past the end the last
+// position stands in, so that no address is out of bounds.
 template <int kPositions>
 __device__ void fill_source(int64_t (&table)[kPositions], const pw_fprop& p, const pw_source& source,
-                            int64_t first, int threads) {
-    for (int i = threadIdx.x; i < kPositions; i += threads) {
+                            int64_t first, int thread, int threads) {
+#pragma unroll 1
+    for (int i = thread; i < kPositions; i += threads) {
         int64_t src = 0;
         locate(p, min(first + i, p.positions - 1),
                [&](uint32_t axis, int64_t at) { src += at * source.axes[axis]; });
@@ -138,20 +139,20 @@ __device__ void fill_source(int64_t (&table)[kPositions], const pw_fprop& p, con
     }
 }
 
-// And in the other tensors.
+// And in the other tensors, as far as there are any.
 template <int kPositions>
 __device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop& p, int64_t first,
-                               int threads) {
-    for (int i = threadIdx.x; i < kPositions; i += threads) {
+                               int thread, int threads) {
+    const bool more = p.residual != nullptr || p.gate != nullptr;
+#pragma unroll 1
+    for (int i = thread; i < kPositions; i += threads) {
         int64_t dst = 0, residual = 0, gate = 0;
         locate(p, min(first + i, p.positions - 1), [&](uint32_t axis, int64_t at) {
             dst += at * p.axes[axis].dst;
-            residual += at * p.axes[axis].residual;
-            gate += at * p.axes[axis].gate;
+            if (more) residual += at * p.axes[axis].residual, gate += at * p.axes[axis].gate;
         });
         table.dst[i] = dst;
-        table.residual[i] = residual;
-        table.gate[i] = gate;
+        if (more) table.residual[i] = residual, table.gate[i] = gate;
     }
 }
 
@@ -159,6 +160,6 @@ __device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop&
 template <int kPositions>
 __device__ void fill_positions(SourcePositionTable<kPositions>& table, const pw_fprop& p,
                                const pw_source& source, int64_t first, int threads) {
-    fill_source(table.src, p, source, first, threads);
-    fill_positions<kPositions>(table, p, first, threads);
+    fill_source(table.src, p, source, first, threadIdx.x, threads);
+    fill_positions<kPositions>(table, p, first, threadIdx.x, threads);
 }

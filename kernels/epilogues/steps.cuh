@@ -70,6 +70,37 @@ private:
     int64_t packed;         // the tile's first channel in arrays that are packed like the weights
     int64_t first_channel;  // and among the channels of all groups
 
+#if __CUDA_ARCH__ >= 800
+    static constexpr bool kPairs = sizeof(Element) == 2;
+#else
+    static constexpr bool kPairs = false;
+#endif
+    // Of a clip. Two values of 16 bits are clipped at once, after they are rounded, and so are their bounds:
+    // rounding keeps the order.
+    struct Bounds {
+        float lo, hi;
+        uint32_t lo_pair = 0, hi_pair = 0;
+        __device__ Bounds(float lo, float hi) : lo(lo), hi(hi) {
+            if constexpr (kPairs) lo_pair = pair_of<Element>(lo, lo), hi_pair = pair_of<Element>(hi, hi);
+        }
+    };
+    template <int kCount>
+    static __device__ void clip(float (&v)[kCount], const Bounds& bounds, Element* to) {
+        if constexpr (kPairs) {
+            uint32_t words[kCount / 2];
+#pragma unroll
+            for (int i = 0; i < kCount / 2; ++i) {
+                words[i] = ptx::clip_pair<Element::kIsBf16>(pair_of<Element>(v[2 * i], v[2 * i + 1]),
+                                                            bounds.lo_pair, bounds.hi_pair);
+            }
+            store_words(to, words);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) v[i] = activation::clip(v[i], bounds.lo, bounds.hi);
+            store_vector(to, v);
+        }
+    }
+
     // kVector elements of the tile, and how many of them exist.
     struct Part {
         int slow, fast;
@@ -106,6 +137,7 @@ private:
             static_cast<Element*>(p.dst) + (first_channel + first_row) * dst_channel;
         const Element* const residual =
             static_cast<const Element*>(p.residual) + (first_channel + first_row) * residual_channel;
+        const Bounds bounds{p.clip_lo, p.clip_hi};
         float4 biases, scales;
 #pragma unroll
         for (int outer = 0; outer < kOuter; ++outer) {
@@ -157,12 +189,11 @@ private:
                         for (int n = 0; n < kWidth; ++n) v[i + n] += more[n];
                     });
                 }
-                each(v, [this](float x) { return activation::clip(x, p.clip_lo, p.clip_hi); });
                 parts(at.dst, dst_channel, [&](int i, int64_t offset) {
                     float some[kWidth];
 #pragma unroll
                     for (int n = 0; n < kWidth; ++n) some[n] = v[i + n];
-                    store_vector(dst + offset, some);
+                    clip(some, bounds, dst + offset);
                 });
             }
         }

@@ -144,8 +144,7 @@ struct MmaShared {
     }
 };
 
-// Finds the run behind `last`, where a block takes every so manyth tile. Every thread of the block
-// calls it.
+// Finds the run behind `last`, where a block takes every so manyth tile. One warp calls it.
 template <class Tile>
 __device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<Tile>& to) {
     TileAt tile;
@@ -163,7 +162,8 @@ __device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<T
             if (++source == p.source_count) source = 0, block += int64_t(gridDim.y) * gridDim.x;
         } while (run.depth == 0);
     }
-    if (threadIdx.x == 0) {
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) {
         to.exists = exists;
         if (exists) {
             to.tile = tile;
@@ -176,7 +176,7 @@ __device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<T
         to.next_source = source;
         to.next_block = block;
     }
-    if (exists) fill_source(to.src, p, *run.source, tile.position, Tile::kThreads);
+    if (exists) fill_source(to.src, p, *run.source, tile.position, lane, 32);
 }
 
 // Starts the copies of one slab after another: everything beyond the end of an axis arrives as zero.
@@ -346,40 +346,70 @@ private:
         });
     }
 
-    // One element of 16 bits is less than an asynchronous copy takes.
+    // One element of 16 bits is less than an asynchronous copy takes: so many pass through registers
+    // at a time.
     template <int kWidth>
-    __device__ void copy(Element* here, const Element* from, bool in) {
-        constexpr int kBytes = kWidth * sizeof(Element);
-        if constexpr (kBytes >= 4) {
-            ptx::copy_async<kBytes>(here, from, in);
-        } else {
-            *here = in ? load_one(from) : Element{0};
-        }
-    }
+    static constexpr bool kAsync = kWidth * sizeof(Element) >= 4;
+    static constexpr int kAtOnce = 8;
 
     template <int kWidth>
     __device__ void along_positions(Element* slab) {
         constexpr int kStep = kDeeper<kWidth>;
+        const int64_t step = kStep * channel();
+        const auto here = [&](int i) {
+            return slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
+        };
+        if constexpr (kAsync<kWidth>) {
 #pragma unroll
-        for (int i = 0; i < kDepth; i += kStep) {
-            Element* const here = slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
-            copy<kWidth>(here, src, i < src_left);
-            src += kStep * channel();
+            for (int i = 0; i < kDepth; i += kStep) {
+                ptx::copy_async<kWidth * sizeof(Element)>(here(i), src, i < src_left);
+                src += step;
+            }
+        } else {
+            constexpr int kEach = kDepth / kStep < kAtOnce ? kDepth / kStep : kAtOnce;
+#pragma unroll
+            for (int i = 0; i < kDepth; i += kStep * kEach) {
+                Element v[kEach];
+#pragma unroll
+                for (int n = 0; n < kEach; ++n) {
+                    v[n] = i + n * kStep < src_left ? load_one(src) : Element{0};
+                    src += step;
+                }
+#pragma unroll
+                for (int n = 0; n < kEach; ++n) *here(i + n * kStep) = v[n];
+            }
         }
     }
 
     template <int kWidth>
     __device__ void along_channels(Element* slab) {
         constexpr int kStep = kAcross<kWidth>;
-        // Elements of 16 bits pass through registers, of which there are not enough for all.
-        constexpr int kAtOnce = kWidth * sizeof(Element) < 4 ? 8 : Tile::kPositions;
-#pragma unroll kAtOnce
-        for (int i = 0; i < Tile::kPositions; i += kStep) {
-            const bool in = column + i < valid && src_left > 0;
-            Element* const here = slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
-            copy<kWidth>(here, src + shared.run(slot).src[column + i], in);
+        const int64_t step = kDepth * channel();
+        const int64_t* const at = &shared.run(slot).src[column];
+        const auto in = [&](int i) { return column + i < valid && src_left > 0; };
+        const auto here = [&](int i) {
+            return slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
+        };
+        if constexpr (kAsync<kWidth>) {
+#pragma unroll
+            for (int i = 0; i < Tile::kPositions; i += kStep) {
+                ptx::copy_async<kWidth * sizeof(Element)>(here(i), src + at[i], in(i));
+            }
+        } else {
+            constexpr int kLoads = Tile::kPositions / kStep;
+            constexpr int kEach = kLoads < kAtOnce ? kLoads : kAtOnce;
+#pragma unroll 1
+            for (int i = 0; i < Tile::kPositions; i += kStep * kEach) {
+                Element v[kEach];
+#pragma unroll
+                for (int n = 0; n < kEach; ++n) {
+                    v[n] = in(i + n * kStep) ? load_one(src + at[i + n * kStep]) : Element{0};
+                }
+#pragma unroll
+                for (int n = 0; n < kEach; ++n) *here(i + n * kStep) = v[n];
+            }
         }
-        src += kDepth * channel();
+        src += step;
     }
 };
 
@@ -413,9 +443,9 @@ __device__ void read_words(uint32_t (&to)[kCount], const Element* slab, int k, i
 }
 
 // Calls put(s, r, j, x) for a thread's word x of src in group j of eight columns, at step s and in
-// half r of the depth.
+// half r of the depth: of both steps where src lies along channels, else of step `step`.
 template <class Tile, bool kAlongChannels, class Put>
-__device__ void read_columns(const uint4* slab, int thread, Put put) {
+__device__ void read_columns(const uint4* slab, int thread, int step, Put put) {
     constexpr int kCount = Tile::kWarpPositions / 8, kVector = Tile::kPositionVector;
     const int g = Tile::lane_group(thread), t = Tile::lane_thread(thread);
     const int first = Tile::warp_position(thread) + (g & 1) * 4 * kVector + (g >> 1) * kVector;
@@ -431,14 +461,14 @@ __device__ void read_columns(const uint4* slab, int thread, Put put) {
         const auto* const src = reinterpret_cast<const typename Tile::Element*>(slab);
         const int k = Tile::kPer16Bytes * t;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int r = 0; r < 2; ++r) {
 #pragma unroll
             for (int j = 0; j < kCount; j += kVector) {
                 uint32_t words[kVector];
-                read_words<Tile::kPositions>(words, src, k + i * Tile::kPerWord,
+                read_words<Tile::kPositions>(words, src, k + (2 * step + r) * Tile::kPerWord,
                                              (first ^ Tile::src_swizzle(k)) + j * 8);
 #pragma unroll
-                for (int n = 0; n < kVector; ++n) put(i / 2, i % 2, j + n, words[n]);
+                for (int n = 0; n < kVector; ++n) put(step, r, j + n, words[n]);
             }
         }
     }
@@ -475,16 +505,19 @@ __device__ void multiply_whole(const uint4* weight, const uint4* src, int thread
     constexpr int kCount = Tile::kWarpPositions / 8;
     constexpr int kRowVector = Tile::kRowVector, kPositionVector = Tile::kPositionVector;
     uint32_t columns[2][kCount][2];
-    read_columns<Tile, kAlongChannels>(src, thread, [&](int s, int r, int j, uint32_t x) {
-        columns[s][j][r] = x;
-        if (sizeof(Element) == 4) {
-            // Of a NaN, the bits that are left may be those of an infinity.
-            const float value = __uint_as_float(x);
-            columns[s][j][r] = value == value ? ptx::round_tf32(value) : 0x7FFFFFFF;
-        }
-    });
+    const auto read = [&](int step) {
+        read_columns<Tile, kAlongChannels>(src, thread, step, [&](int s, int r, int j, uint32_t x) {
+            columns[s][j][r] = x;
+            if (sizeof(Element) == 4) {
+                // Of a NaN, the bits that are left may be those of an infinity.
+                const float value = __uint_as_float(x);
+                columns[s][j][r] = value == value ? ptx::round_tf32(value) : 0x7FFFFFFF;
+            }
+        });
+    };
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
+        if (s == 0 || !kAlongChannels) read(s);
 #pragma unroll
         for (int block = 0; block < Tile::kWarpRows / (8 * kRowVector); ++block) {
             uint32_t halves[2][kRowVector];
@@ -516,10 +549,12 @@ __device__ void multiply_in_parts(const uint4* weight, const uint4* src, int thr
                                   float (&acc)[Tile::kSlow][Tile::kFast]) {
     constexpr int kCount = Tile::kWarpPositions / 8;
     uint32_t high[2][kCount][2], low[2][kCount][2];
-    read_columns<Tile, kAlongChannels>(src, thread, [&](int s, int r, int j, uint32_t x) {
+    const auto put = [&](int s, int r, int j, uint32_t x) {
         high[s][j][r] = ptx::round_tf32(__uint_as_float(x));
         low[s][j][r] = ptx::round_tf32(__uint_as_float(x) - __uint_as_float(high[s][j][r]));
-    });
+    };
+    read_columns<Tile, kAlongChannels>(src, thread, 0, put);
+    if (!kAlongChannels) read_columns<Tile, kAlongChannels>(src, thread, 1, put);
 #pragma unroll
     for (int block = 0; block < Tile::kWarpRows / 32; ++block) {
 #pragma unroll
@@ -628,7 +663,7 @@ __device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<T
                           float (&acc)[Tile::kSlow][Tile::kFast]) {
     using Copier = SlabCopier<Tile, kAlongChannels, kPlain>;
     const auto wrap = [](int stage) { return stage < Tile::kStages ? stage : stage - Tile::kStages; };
-    const int thread = threadIdx.x;
+    const int thread = kPlain ? ptx::opaque(threadIdx.x) : int(threadIdx.x);
     const bool begins = at.ahead < 0;
     if (begins) at.ahead = at.copied = 0;
     Copier copier(p, shared, at.run + at.ahead);
@@ -696,7 +731,9 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
         // has one at least.
         const bool early = at.ahead < -1;
         if (early) __syncthreads();
-        find_run(p, shared.run(at.run + kAhead<Tile> - 1), shared.run(at.run + kAhead<Tile>));
+        if (threadIdx.x < 32) {
+            find_run(p, shared.run(at.run + kAhead<Tile> - 1), shared.run(at.run + kAhead<Tile>));
+        }
         if (early) {
             if (++at.ahead == -1) __syncthreads();
             continue;
@@ -710,20 +747,24 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
 #pragma unroll
                 for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
             }
-            fill_positions(positions, p, now.tile.position, Tile::kThreads);
+            fill_positions(positions, p, now.tile.position, threadIdx.x, Tile::kThreads);
             // Steps on src look up gates before the first slab's barrier.
             if (!kPlain && p.source_step_count > 0) __syncthreads();
         }
-        if (reads_channels(now.read)) {
-            sum_slabs<Tile, true, kPlain>(p, shared, at, positions, acc);
+        if constexpr (kPlain) {
+            sum_slabs<Tile, Tile::kChannelsFast, true>(p, shared, at, positions, acc);
+        } else if (reads_channels(now.read)) {
+            sum_slabs<Tile, true, false>(p, shared, at, positions, acc);
         } else {
-            sum_slabs<Tile, false, kPlain>(p, shared, at, positions, acc);
+            sum_slabs<Tile, false, false>(p, shared, at, positions, acc);
         }
         begins = shared.run(at.run).ends;
         if (begins) {
             const TileAt& tile = shared.run(at.run).tile;
             if constexpr (Tile::kParts > 1) repair<Tile>(p, tile, positions, acc);
             finish(tile, positions, acc);
+            // Of the general kernel a block has one tile: for more, ptxas would spill registers.
+            if (!kPlain) return;
             parity ^= 1;
         }
     }

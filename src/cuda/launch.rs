@@ -9,9 +9,7 @@ use super::params::{
     PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_int8, pw_merge,
     pw_norm_job, pw_read, pw_source,
 };
-use super::plan::{
-    Choice, Family, Helper, INT8_KERNELS, Int8Kernel, KERNELS, Kernel, Letters, Training,
-};
+use super::plan::{Choice, Helper, INT8_KERNELS, Int8Kernel, KERNELS, Kernel, Letters, Training};
 use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -491,14 +489,13 @@ pub(super) unsafe fn launch(
         params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
         params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
         let tiles = kernel.tiles(&letters).saturating_mul(u64::from(splits));
-        // The kernel counts its tiles as it would its blocks.
-        Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
-        let blocks = kernel.blocks(tiles, device.facts());
+        let plain = kernel.is_plain(&params);
+        let blocks = if plain { kernel.blocks_at_once(device.facts()).min(tiles) } else { tiles };
         let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
         // SAFETY: the caller's promises; `describe` keeps those of params.h. The sums of splits are
         // read before what comes next in stream order writes moments in their place.
         unsafe {
-            start(device, Launch::fprop(choice.kernel, &params), grid, &mut params)?;
+            start(device, Launch::fprop(choice.kernel, plain), grid, &mut params)?;
             normalise(device, call, program, sums, scratch)
         }
     };
@@ -712,6 +709,21 @@ fn too_large(letters: &Letters) -> Error {
     }
 }
 
+impl Kernel {
+    /// Whether a launch is one for the plain kernel.
+    fn is_plain(&self, params: &pw_fprop) -> bool {
+        let sources = &params.sources[..params.source_count as usize];
+        let vectors = match self.channels_fast {
+            true => [pw_read::PW_READ_CHANNELS_VEC4, pw_read::PW_READ_CHANNELS_VEC8],
+            false => [pw_read::PW_READ_POSITIONS_VEC4, pw_read::PW_READ_POSITIONS_VEC8],
+        };
+        self.has_plain()
+            && params.epilogue != pw_epilogue::PW_EPILOGUE_STEPS
+            && params.source_step_count == 0
+            && sources.iter().all(|source| vectors.contains(&source.read))
+    }
+}
+
 /// A kernel as its launch needs it.
 struct Launch {
     /// Of the device's functions.
@@ -722,16 +734,8 @@ struct Launch {
 }
 
 impl Launch {
-    fn fprop(kernel: usize, params: &pw_fprop) -> Launch {
-        let Kernel { name, threads, shared_bytes, family, .. } = KERNELS[kernel];
-        let single = |source: &pw_source| {
-            matches!(source.read, pw_read::PW_READ_POSITIONS | pw_read::PW_READ_CHANNELS)
-        };
-        let sources = &params.sources[..params.source_count as usize];
-        let plain = family != Family::Simt
-            && params.epilogue != pw_epilogue::PW_EPILOGUE_STEPS
-            && params.source_step_count == 0
-            && !sources.iter().any(single);
+    fn fprop(kernel: usize, plain: bool) -> Launch {
+        let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
         let behind = KERNELS.len() + Helper::ALL.len() + Training::ALL.len() + INT8_KERNELS.len();
         let function = if plain { behind + kernel } else { kernel };
         Launch { function, name, threads, shared_bytes }

@@ -265,22 +265,20 @@ pub(crate) struct Choice {
 }
 
 impl Kernel {
-    /// Whether a block takes one tile after another, and the kernel has a plain one beside it.
-    fn streams(&self) -> bool {
+    /// Whether there is a plain kernel beside it, for what most layers are (`kernels/fprop.cu`), whose
+    /// blocks take one tile after another.
+    pub(super) fn has_plain(&self) -> bool {
         self.family != Family::Simt
     }
 
-    /// The symbol of the kernel for what most layers are (`kernels/fprop.cu`), if there is one.
+    /// The plain kernel's symbol.
     pub(super) fn plain_name(&self) -> Option<String> {
-        self.streams().then(|| format!("{}_plain", self.name))
+        self.has_plain().then(|| format!("{}_plain", self.name))
     }
 
-    /// How many blocks a launch has that takes so many tiles.
-    pub(super) fn blocks(&self, tiles: u64, facts: &Facts) -> u64 {
-        match self.streams() {
-            true => tiles.min(u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm)),
-            false => tiles,
-        }
+    /// Blocks that run at the same time.
+    pub(super) fn blocks_at_once(&self, facts: &Facts) -> u64 {
+        u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm)
     }
 
     /// Tiles that cover a problem; saturates, which the grid then refuses.
@@ -421,7 +419,7 @@ impl Kernel {
         let most = match terms.batch_invariant {
             true => 1,
             false => {
-                let room = u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm);
+                let room = self.blocks_at_once(facts);
                 (room / self.tiles(problem).max(1)).min(self.slabs(problem).into()).max(1)
             }
         };

@@ -82,6 +82,7 @@ impl Mma {
         let [d, a, b, c] = operands else {
             return Err(String::from("4 operands expected"));
         };
+        let cuts = decoder.device() == 90 && d_ty == Ty::F32;
         let mut fragment = |operand: &Operand, count: usize, dst: bool| {
             let items = match operand {
                 Operand::Vector(items) => items.clone(),
@@ -100,7 +101,7 @@ impl Mma {
         let halves = rows / 8;
         let results = |ty: Ty| halves * 2 / per_register(ty);
         Ok(Mma {
-            cuts: decoder.device() == 90 && d_ty == Ty::F32,
+            cuts,
             rows,
             depth,
             a_ty,
@@ -201,6 +202,9 @@ impl Mma {
                 } else {
                     let mode = if self.cuts { Round::Zero } else { Round::Nearest };
                     for (i, x) in pair.into_iter().enumerate() {
+                        // Cut, but not to the largest number.
+                        let beyond = self.cuts && x.abs() >= 2_f64.powi(128);
+                        let x = if beyond { f64::INFINITY.copysign(x) } else { x };
                         let bits = float::round_to(x, F32, mode);
                         regs.w[self.d[half * 2 + i] as usize][lane] = bits;
                     }
