@@ -106,6 +106,9 @@ fn run(options: &Options) -> Result<bool> {
             table
         }
     };
+    if options.tf32 && options.dtype != Numbers::F32 {
+        Err("--tf32 is for f32")?;
+    }
     let measure = match (options.pass, options.dtype) {
         (Pass::Forward, Numbers::F32) => forward::run::<f32>,
         (Pass::Forward, Numbers::F16) => forward::run::<f16>,

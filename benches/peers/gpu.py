@@ -268,7 +268,10 @@ def run_int8(layer: Layer, timer: Timer) -> bool:
         for count in (positions, layer.cout)
     )
     call = partial(torch._int_mm, rows, weight.T)
-    right = torch.equal(call().double(), rows.double() @ weight.double().T)
+    try:
+        right = torch.equal(call().double(), rows.double() @ weight.double().T)
+    except RuntimeError as error:
+        return complain(layer, "nhwc", "torch_int_mm_int8", f"failed: {error}")
     if not right:
         complain(layer, "nhwc", "torch_int_mm_int8", "is off")
     write(layer, "nhwc", "torch_int_mm_int8", timer(call), layer.flops)
