@@ -12,6 +12,8 @@ mod compose;
 mod counting;
 #[path = "cuda/driver.rs"]
 mod driver;
+#[path = "cuda/far.rs"]
+mod far;
 #[path = "cuda/faults.rs"]
 mod faults;
 #[path = "common/mod.rs"]

@@ -2,7 +2,7 @@
 
 use ndarray::{Array1, Array2, Array5, ArrayD, ArrayView5, Axis, IxDyn, ShapeBuilder};
 use pointwise::{
-    Activation, BatchNorm, CudaDevice, CudaTensor, Device, DeviceElement, Element, Error, Place,
+    Activation, BatchNorm, CudaDevice, CudaTensor, Device, DeviceElement, Element, Place,
     Pointwise, PrepareOptions, Prepared, TensorMut, TensorRef, bf16, f16, reference,
 };
 
@@ -433,88 +433,6 @@ fn strides(device: &CudaDevice) -> Outcome {
         }
     }
     Ok(())
-}
-
-/// For a driver whose allocations lie more than 2^31 elements apart: samples, channels or rows of
-/// every tensor in allocations of their own, forwards and backwards.
-pub fn far_apart(device: &CudaDevice) -> Result<String, Error> {
-    let mut random = Random::new(9);
-    let kernels = kernels(device);
-    let mut nearest = usize::MAX;
-    for (i, (axis, backwards)) in
-        [0, 1, 3].into_iter().flat_map(|axis| [(axis, false), (axis, true)]).enumerate()
-    {
-        // Two of everything along the axis.
-        let case = match axis {
-            0 => Case::new(2, 4, 6, [1, 3, 11]),
-            1 => Case::new(3, 2, 2, [1, 3, 11]),
-            _ => Case::new(3, 4, 6, [1, 2, 33]),
-        };
-        let layer = case.layer(random.integers(case.c_out * case.c_in)).residual().relu();
-        let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());
-        let residual = Array5::from_shape_fn(case.dst_shape(), |_| random.integer());
-        let expected = layer.prepare(&Device::cpu())?.call(&src).residual(&residual).run()?;
-
-        let half = |values: &Array5<f32>, index: usize| {
-            CudaTensor::from_host(device, values.slice_axis(Axis(axis), (index..=index).into()))
-        };
-        let halves = |values: &Array5<f32>| Ok::<_, Error>([half(values, 0)?, half(values, 1)?]);
-        let empty = Array5::from_elem(case.dst_shape(), f32::NAN);
-        let mut tensors = [halves(&src)?, halves(&residual)?, halves(&empty)?];
-        let place = Place::Cuda(device.ordinal());
-        let mut parts = Vec::new();
-        for (tensor, shape) in
-            tensors.iter_mut().zip([case.src_shape(), case.dst_shape(), case.dst_shape()])
-        {
-            if backwards {
-                // The first half has the higher address.
-                tensor.reverse();
-            }
-            let [a, b] = [tensor[0].address() as isize, tensor[1].address() as isize];
-            let mut strides: Vec<isize> = tensor[0].strides().to_vec();
-            strides[axis] = (b - a) / size_of::<f32>() as isize;
-            nearest = nearest.min(strides[axis].unsigned_abs());
-            parts.push((a as usize, shape, strides));
-        }
-        // What was reversed is read in that order, too.
-        let in_order = |values: &Array5<f32>| {
-            let mut values = values.clone();
-            if backwards {
-                values.invert_axis(Axis(axis));
-            }
-            values
-        };
-        let expected = if backwards {
-            let (src, residual) = (in_order(&src), in_order(&residual));
-            layer.prepare(&Device::cpu())?.call(&src).residual(&residual).run()?
-        } else {
-            expected
-        };
-        // SAFETY: the strides lead into allocations that live to the end of the turn.
-        let (views, mut dst) = unsafe {
-            let view = |(at, shape, strides): &(usize, [usize; 5], Vec<isize>)| {
-                TensorRef::from_raw_parts(std::ptr::without_provenance(*at), place, shape, strides)
-            };
-            let (at, shape, strides) = &parts[2];
-            let at = std::ptr::without_provenance_mut(*at);
-            (
-                [view(&parts[0])?, view(&parts[1])?],
-                TensorMut::<f32>::from_raw_parts(at, place, shape, strides)?,
-            )
-        };
-        for kernel in [kernels[i % kernels.len()], kernels[(i * 5 + 3) % kernels.len()]] {
-            let prepared = layer.prepare_with(&device.clone().into(), force(kernel))?;
-            prepared.call(&views[0]).residual(&views[1]).run_into(&mut dst)?;
-            let halves = [tensors[2][0].to_host()?, tensors[2][1].to_host()?];
-            for (index, half) in halves.iter().enumerate() {
-                let expected = expected.index_axis(Axis(axis), index);
-                if half.index_axis(Axis(axis), 0) != expected.into_dyn() {
-                    return Ok(format!("{kernel}: wrong along axis {axis}, {backwards}"));
-                }
-            }
-        }
-    }
-    Ok(format!("right, at least 2^{} elements apart", nearest.ilog2()))
 }
 
 fn norm(random: &mut Random, channels: usize) -> BatchNorm {
