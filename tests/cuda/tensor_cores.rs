@@ -84,7 +84,7 @@ fn integers(device: &CudaDevice) -> Outcome {
 }
 
 /// The nearest value with 10 bits of mantissa, ties away from zero.
-fn nearest(x: f32) -> f32 {
+pub fn nearest(x: f32) -> f32 {
     let unit = 2f32.powi(x.abs().log2().floor() as i32 - 10);
     (x / unit).round() * unit
 }
