@@ -24,6 +24,8 @@ mod half;
 mod host;
 #[path = "cuda/int8.rs"]
 mod int8;
+#[path = "cuda/matrix.rs"]
+mod matrix;
 #[path = "cuda/numbers.rs"]
 mod numbers;
 #[path = "cuda/operator.rs"]
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     let anywhere = [
         cases::TRIALS,
+        matrix::TRIALS,
         numbers::TRIALS,
         splits::TRIALS,
         streams::TRIALS,

@@ -4,15 +4,15 @@
 use libtest_mimic::Failed;
 use ndarray::{Array2, ArrayD, ArrayViewD, Axis};
 use pointwise::{
-    CudaDevice, CudaTensor, Device, Error, LayerNorm, Math, Place, Pointwise, PrepareOptions,
-    Quantization, Quantized, TensorMut, TensorRef, bf16, f16, reference,
+    CudaDevice, CudaTensor, Device, Error, LayerNorm, Place, Pointwise, PrepareOptions,
+    Quantization, Quantized, TensorMut, TensorRef, reference,
 };
 
-use super::cases::{Case, Held, Value, close, force, kernels, kernels_of};
+use super::cases::{Case, Held, Value, close, force};
 use super::half::unit;
-use super::int8;
+use super::matrix::{Turn, every_kernel};
 use super::numbers::Random;
-use super::tensor_cores;
+use super::{Outcome, int8};
 
 /// A tensor of two halves along an axis; in one piece, if it has no two there.
 struct Far<T> {
@@ -212,44 +212,41 @@ fn run_int8(
     }
 }
 
+struct Turns<'a> {
+    device: &'a CudaDevice,
+    random: Random,
+    nearest: usize,
+    /// Layers along axes.
+    met: [[bool; WITH.len()]; AXES.len()],
+}
+
+impl Turn for Turns<'_> {
+    fn take<T: Value>(&mut self, i: usize, options: PrepareOptions) -> Outcome {
+        for turn in 0..2 {
+            let (axis, with) = ((i + turn) % AXES.len(), (i + i / 6 + 4 * turn) % WITH.len());
+            self.met[axis][with] = true;
+            let what = (AXES[axis], WITH[with]);
+            let distance = run::<T>(self.device, &mut self.random, options.clone(), what)?;
+            self.nearest = self.nearest.min(distance);
+        }
+        Ok(())
+    }
+}
+
 /// Two turns of every kernel; all together they meet every layer along every axis.
 pub fn far_apart(device: &CudaDevice) -> Result<String, Error> {
-    type Run = fn(
-        &CudaDevice,
-        &mut Random,
-        PrepareOptions,
-        ((usize, bool), With),
-    ) -> Result<usize, Failed>;
-    let named = |kernel: &'static str, math, run: Run| {
-        (kernel, PrepareOptions { math, ..force(kernel) }, run)
-    };
-    let f32s = kernels(device).into_iter().map(|kernel| (kernel, Math::F32));
-    let f32s = f32s.chain(tensor_cores::all(device));
-    let f32s = f32s.map(|(kernel, math)| named(kernel, math, run::<f32>));
-    let f16s = kernels_of::<f16>(device).into_iter();
-    let bf16s = kernels_of::<bf16>(device).into_iter();
-    let all = f32s
-        .chain(f16s.map(|kernel| named(kernel, Math::F32, run::<f16>)))
-        .chain(bf16s.map(|kernel| named(kernel, Math::F32, run::<bf16>)));
-    let mut random = Random::new(9);
-    let mut nearest = usize::MAX;
-    let mut met = [[false; 6]; 6];
-    for (i, (kernel, options, run)) in all.enumerate() {
-        for turn in 0..2 {
-            let (axis, with) = ((i + turn) % 6, (i + i / 6 + 4 * turn) % 6);
-            met[axis][with] = true;
-            match run(device, &mut random, options.clone(), (AXES[axis], WITH[with])) {
-                Ok(distance) => nearest = nearest.min(distance),
-                Err(failed) => return Ok(format!("{kernel}: {}", failed.message().unwrap_or(""))),
-            }
-        }
+    let met = [[false; WITH.len()]; AXES.len()];
+    let mut turns = Turns { device, random: Random::new(9), nearest: usize::MAX, met };
+    if let Err(failed) = every_kernel(device, &mut turns) {
+        return Ok(failed.message().unwrap_or_default().into());
     }
+    let Turns { mut random, mut nearest, met, .. } = turns;
     if met.iter().flatten().any(|met| !met) {
         return Ok(format!("not every layer along every axis: {met:?}"));
     }
     for (i, kernel) in int8::kernels(&Device::from(device.clone()))?.into_iter().enumerate() {
         for turn in 0..2 {
-            match run_int8(device, &mut random, kernel, AXES[(i + 3 * turn) % 6]) {
+            match run_int8(device, &mut random, kernel, AXES[(i + 3 * turn) % AXES.len()]) {
                 Ok(distance) => nearest = nearest.min(distance),
                 Err(failed) => return Ok(format!("{kernel}: {}", failed.message().unwrap_or(""))),
             }

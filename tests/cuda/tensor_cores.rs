@@ -31,7 +31,7 @@ fn kernels(device: &CudaDevice) -> Vec<&'static str> {
 }
 
 /// Those that compute in f32, in parts; they run only by name.
-fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
+pub fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
     if device.compute_capability() < (8, 0) {
         return Vec::new();
     }
