@@ -17,7 +17,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("integers_are_exact_in_every_layout", integers_in_every_layout::<f32>),
     ("integers_are_exact_in_every_layout_of_f16", integers_in_every_layout::<f16>),
     ("integers_are_exact_in_every_layout_of_bf16", integers_in_every_layout::<bf16>),
-    ("groups_run_in_one_launch", groups),
+    ("groups_are_convolutions_of_their_own", groups),
     ("strided_convolutions_read_in_place", strides),
     ("steps_in_any_order", steps_in_any_order::<f32>),
     ("steps_in_any_order_on_f16", steps_in_any_order::<f16>),
@@ -370,9 +370,14 @@ fn integers_in_every_layout<T: Value>(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
-fn groups(device: &CudaDevice) -> Outcome {
+/// Groups, and the channels in and out of each.
+pub const GROUPS: [(usize, usize, usize); 5] =
+    [(3, 1, 1), (7, 5, 3), (2, 17, 35), (4, 8, 32), (130, 1, 2)];
+
+/// Two calls of each.
+pub fn groups(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(4);
-    for (groups, per_in, per_out) in [(3, 1, 1), (7, 5, 3), (2, 17, 35), (4, 8, 32), (130, 1, 2)] {
+    for (groups, per_in, per_out) in GROUPS {
         for layout in [Layout::First, Layout::Last] {
             let spatial = [1, 3, 5];
             let case = Case { groups, ..Case::new(2, groups * per_in, groups * per_out, spatial) };

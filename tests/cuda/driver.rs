@@ -43,7 +43,7 @@ pub fn child(what: &str) -> ExitCode {
         }),
         "current" => current_contexts(&layer, &src),
         "far" => CudaDevice::open(0).and_then(|device| far::far_apart(&device)),
-        "counted kernels" | "counted layers" => {
+        "counted kernels" | "counted layers" | "counted groups" => {
             CudaDevice::open(0).and_then(|device| traffic::child(what, &device))
         }
         "planted" => CudaDevice::open(0).and_then(|device| planted::child(&device)),
