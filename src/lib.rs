@@ -41,7 +41,7 @@
 //! | `serde` | descriptions as data |
 //! | `cuda` | NVIDIA GPUs; needs nvcc to build, nothing to run |
 //! | `nccl` | training on the GPUs of several processes; needs `cuda`, and NCCL 2.14 or later to run |
-//! | `tracing` | a span per call of a [`Prepared`], [`Branches`] or [`PreparedQuantized`](quantized::PreparedQuantized), level `DEBUG`, target `pointwise`, with `kernel`, `problem`, `macs` and `bytes` |
+//! | `tracing` | a span per call of a layer ([`Prepared`], [`PreparedQuantized`](quantized::PreparedQuantized), each of those in [`Branches`] or a [`Sequence`]) and per pass of [training](train), whose `kernel` is `forward` or `backward`; level `DEBUG`, target `pointwise`, with `kernel`, `problem`, `macs` and `bytes` |
 //! | `nvtx` | a range per such call for Nsight and other NVTX tools, domain `pointwise`, whose message says the same; needs libclang and a C compiler to build, nothing to run, and without a tool a call asks one pointer |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -67,7 +67,6 @@ pub mod quantized;
 pub mod reference;
 mod stages;
 mod tensor;
-#[cfg(any(feature = "tracing", feature = "nvtx"))]
 mod trace;
 pub mod train;
 mod tuning;

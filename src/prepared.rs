@@ -19,6 +19,7 @@ use crate::tensor::{
     AsTensor, AsTensorMut, MAX_RANK, Place, Source, TensorMut, TensorRef, checked_product,
     strides_like,
 };
+use crate::trace::{self, Told};
 use crate::tuning::Tuning;
 
 /// The arithmetic that f32 layers may use.
@@ -429,7 +430,14 @@ impl<T: Element> Prepared<T> {
                 Backend::Cuda(layer) => layer.get().roof(),
             };
             let device = self.inner.device.to_string();
-            Ok(Explanation { device, problem: problem.to_string(), kernel, reason, cost, roof })
+            Ok(Explanation {
+                device,
+                problem: problem.work().to_string(),
+                kernel,
+                reason,
+                cost,
+                roof,
+            })
         })
     }
 
@@ -623,7 +631,6 @@ impl<T: Element> Prepared<T> {
             on_host(&operands.src)?;
         }
         let problem = Problem::new(&self.inner.shape, operands, dst)?;
-        #[cfg(any(feature = "tracing", feature = "nvtx"))]
         let _span = self.span(&problem);
         match &self.inner.backend {
             Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
@@ -633,15 +640,14 @@ impl<T: Element> Prepared<T> {
         Ok(())
     }
 
-    #[cfg(any(feature = "tracing", feature = "nvtx"))]
-    fn span(&self, problem: &Problem<'_, T>) -> Option<crate::trace::Watched> {
-        crate::trace::enter(|| {
+    fn span(&self, problem: &Problem<'_, T>) -> Option<trace::Watched> {
+        trace::enter(|| {
             let kernel = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem).0,
                 #[cfg(feature = "cuda")]
                 Backend::Cuda(layer) => layer.get().explain(problem).0,
             };
-            crate::trace::Told { kernel, problem: problem.to_string(), cost: self.cost_of(problem) }
+            Told::of(kernel, &problem.work(), size_of::<T>())
         })
     }
 }
@@ -659,19 +665,18 @@ pub(crate) fn run_together<T: Element>(
         }
         problems.push(Problem::new(&layer.inner.shape, operands, dst)?);
     }
-    // The layers run as one pass: a span in a span.
-    #[cfg(any(feature = "tracing", feature = "nvtx"))]
-    let _spans: Vec<_> = layers.iter().zip(&problems).map(|(l, problem)| l.span(problem)).collect();
     let mut held = Vec::with_capacity(layers.len());
     for (layer, problem) in layers.iter().zip(&problems) {
+        let span = layer.span(problem);
         match &layer.inner.backend {
-            Backend::Cpu(cpu) => held.push((cpu.get(), problem)),
+            // They run as one pass: a span in a span.
+            Backend::Cpu(cpu) => held.push((cpu.get(), problem, span)),
             // One after another; the second level cache has what it holds of the source.
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.get().run(problem, None)?,
         }
     }
-    let calls: Vec<_> = held.iter().map(|(layer, problem)| (&**layer, *problem)).collect();
+    let calls: Vec<_> = held.iter().map(|(layer, problem, _)| (&**layer, *problem)).collect();
     cpu::run(&calls);
     Ok(())
 }

@@ -56,6 +56,82 @@ impl LayerShape {
     }
 }
 
+/// What a call computes, wherever its tensors lie.
+pub(crate) struct Work {
+    n: usize,
+    c_in: usize,
+    c_out: usize,
+    groups: usize,
+    spatial: [usize; MAX_SPATIAL],
+    /// Channels that a partial convolution passes through.
+    passed: usize,
+    residual: bool,
+    gate: bool,
+}
+
+impl Work {
+    /// Of a call on a source of that many channels, whose result has these positions.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn new(
+        layer: &LayerShape,
+        n: usize,
+        src_channels: usize,
+        spatial: [usize; MAX_SPATIAL],
+    ) -> Self {
+        let &LayerShape { c_in, c_out, groups, residual, gate, .. } = layer;
+        let passed = match &layer.partial {
+            Some(range) => src_channels - range.len(),
+            None => 0,
+        };
+        Work { n, c_in, c_out, groups, spatial, passed, residual, gate }
+    }
+
+    fn k(&self) -> usize {
+        self.c_in / self.groups
+    }
+
+    /// Multiply-accumulates of the convolution.
+    pub(crate) fn macs(&self) -> usize {
+        let sizes = self.spatial.iter().chain([&self.c_out]);
+        sizes.fold(self.n.saturating_mul(self.k()), |product, &size| product.saturating_mul(size))
+    }
+
+    /// What must be done and moved, for a layer with that many parameters, of elements of this size.
+    pub(crate) fn cost(&self, parameters: usize, size: usize) -> Cost {
+        let outputs = self.spatial.iter().fold(self.n, |n, &len| n.saturating_mul(len));
+        let bytes = |channels: usize| outputs.saturating_mul(channels).saturating_mul(size);
+        let gate = self.n.saturating_mul(self.c_in).saturating_mul(size);
+        Cost {
+            parameters,
+            macs: self.macs(),
+            src_bytes: bytes(self.c_in + self.passed).saturating_add(if self.gate {
+                gate
+            } else {
+                0
+            }),
+            weight_bytes: self.c_out * (self.k() * size + size_of::<f32>()),
+            dst_bytes: bytes(self.c_out + self.passed),
+            residual_bytes: if self.residual { bytes(self.c_out) } else { 0 },
+        }
+    }
+}
+
+impl fmt::Display for Work {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [d, h, w] = self.spatial;
+        write!(f, "n {}, {} -> {} channels, ", self.n, self.c_in, self.c_out)?;
+        match (d, h) {
+            (1, 1) => write!(f, "{w} positions")?,
+            (1, _) => write!(f, "{h}x{w} positions")?,
+            _ => write!(f, "{d}x{h}x{w} positions")?,
+        }
+        if self.groups > 1 {
+            write!(f, ", {} groups", self.groups)?;
+        }
+        Ok(())
+    }
+}
+
 /// The tensors of one call.
 pub(crate) struct Operands<'a, T = f32> {
     pub src: TensorRef<'a, T>,
@@ -265,28 +341,25 @@ impl<'a, T: Element> Problem<'a, T> {
 
     /// Multiply-accumulates of the convolution.
     pub(crate) fn macs(&self) -> usize {
-        [self.positions(), self.c_out, self.k()].iter().fold(self.n, |a, &b| a.saturating_mul(b))
+        self.work().macs()
+    }
+
+    pub(crate) fn work(&self) -> Work {
+        Work {
+            n: self.n,
+            c_in: self.c_in,
+            c_out: self.c_out,
+            groups: self.groups,
+            spatial: self.spatial,
+            passed: self.passed_channels(),
+            residual: self.residual.is_some(),
+            gate: self.gate.is_some(),
+        }
     }
 
     /// What the call must do and move, for a layer with that many parameters.
     pub(crate) fn cost(&self, parameters: usize) -> Cost {
-        let size = size_of::<T>();
-        let outputs = self.n.saturating_mul(self.positions());
-        let bytes = |channels: usize| outputs.saturating_mul(channels).saturating_mul(size);
-        let passed = self.passed_channels();
-        let gate = if self.gate.is_some() {
-            self.n.saturating_mul(self.c_in).saturating_mul(size)
-        } else {
-            0
-        };
-        Cost {
-            parameters,
-            macs: self.macs(),
-            src_bytes: bytes(self.c_in + passed).saturating_add(gate),
-            weight_bytes: self.c_out * (self.k() * size + size_of::<f32>()),
-            dst_bytes: bytes(self.c_out + passed),
-            residual_bytes: if self.residual.is_some() { bytes(self.c_out) } else { 0 },
-        }
+        self.work().cost(parameters, size_of::<T>())
     }
 
     /// The sources, subsampled; of a partial convolution only the channels that are convolved.
@@ -355,22 +428,6 @@ impl<'a, T: Element> Problem<'a, T> {
 }
 
 /// `n 1, 64 -> 256 channels, 56x56 positions`, with groups where there are any.
-impl<T> fmt::Display for Problem<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [d, h, w] = self.spatial;
-        write!(f, "n {}, {} -> {} channels, ", self.n, self.c_in, self.c_out)?;
-        match (d, h) {
-            (1, 1) => write!(f, "{w} positions")?,
-            (1, _) => write!(f, "{h}x{w} positions")?,
-            _ => write!(f, "{d}x{h}x{w} positions")?,
-        }
-        if self.groups > 1 {
-            write!(f, ", {} groups", self.groups)?;
-        }
-        Ok(())
-    }
-}
-
 /// `[n, c]` of `[n, c, 1, …]`, the shape that a pooled map has in PyTorch.
 pub(crate) fn without_trailing_ones(shape: &[usize]) -> &[usize] {
     match shape.split_at_checked(2) {

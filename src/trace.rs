@@ -3,13 +3,22 @@
 #[cfg(feature = "tracing")]
 use tracing::{Level, debug_span, enabled, span::EnteredSpan};
 
-use crate::cost::Cost;
+use crate::problem::Work;
 
 /// What is told of a call.
 pub(crate) struct Told {
     pub kernel: &'static str,
     pub problem: String,
-    pub cost: Cost,
+    pub macs: usize,
+    pub bytes: usize,
+}
+
+impl Told {
+    /// Of a layer's call on elements of this size.
+    pub(crate) fn of(kernel: &'static str, work: &Work, size: usize) -> Self {
+        let bytes = work.cost(0, size).bytes();
+        Told { kernel, problem: work.to_string(), macs: work.macs(), bytes }
+    }
 }
 
 /// A call that is watched, until this goes.
@@ -35,8 +44,8 @@ pub(crate) fn enter(tell: impl FnOnce() -> Told) -> Option<Watched> {
     #[cfg(not(feature = "nvtx"))]
     let ranges = false;
     (spans || ranges).then(|| {
-        let Told { kernel, problem, cost } = tell();
-        let (macs, bytes) = (cost.macs, cost.bytes());
+        #[cfg_attr(not(any(feature = "tracing", feature = "nvtx")), expect(unused_variables))]
+        let Told { kernel, problem, macs, bytes } = tell();
         Watched {
             #[cfg(feature = "tracing")]
             _span: spans.then(|| {

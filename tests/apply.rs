@@ -1,21 +1,61 @@
 //! The example `apply` as its users run it: against PyTorch's results, and with bad input.
-#![cfg(feature = "safetensors")]
 
 mod common;
+#[path = "common/trials.rs"]
+mod trials;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, ExitCode, Output};
 
 use common::{Case, Described, Fixtures, difference, to_nhwc};
 use half::{bf16, f16};
+use libtest_mimic::{Arguments, Failed, Trial};
 use ndarray::{ArrayD, IxDyn, ShapeBuilder};
 use ndarray_npy::{ReadNpyExt, WriteNpyExt};
 use pointwise::quantized::Int8;
 use pointwise::{Quantization, Quantized, reference};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use trials::{cuda, trial};
+
+fn main() -> ExitCode {
+    let anywhere: [(_, fn()); 11] = [
+        ("results_are_pytorchs", || results_are_pytorchs("cpu", 1)),
+        ("half_precision_checkpoints_are_read_exactly", half_precision_checkpoints),
+        ("a_dtype_of_16_bits_rounds_the_result", || sixteen_bits("cpu")),
+        ("quantized_layers_are_applied", || quantized_layers("cpu")),
+        ("trailing_ones_of_weight_and_gate_are_accepted", trailing_ones),
+        ("results_do_not_depend_on_threads", threads),
+        ("an_older_result_is_replaced_and_a_pipe_is_not", replaced),
+        ("help_names_everything", help),
+        ("output_folder_missing", output_folder_missing),
+        ("damaged_npy_headers_do_not_crash", damaged_headers),
+        ("training_writes_every_gradient_of_the_reference", training),
+    ];
+    let on_device: [(_, fn()); 3] = [
+        // A process takes a second, most of it the driver's.
+        ("results_are_pytorchs_cuda", || results_are_pytorchs("cuda:0", 41)),
+        ("a_dtype_of_16_bits_rounds_the_result_cuda", || sixteen_bits("cuda:0")),
+        ("quantized_layers_are_applied_cuda", || quantized_layers("cuda:0")),
+    ];
+    let anywhere = anywhere.map(|(name, run)| {
+        Trial::test(name, move || {
+            run();
+            Ok(())
+        })
+    });
+    let on_device = on_device.map(|(name, run)| {
+        trial(name, cuda, move |_| {
+            run();
+            Ok(())
+        })
+    });
+    let refused = REFUSED.iter().map(|row| Trial::test(row.name, || row.run()));
+    let trials = anywhere.into_iter().chain(on_device).chain(refused).collect();
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
 
 /// The example's binary, which cargo builds beside the tests.
 fn binary() -> PathBuf {
@@ -174,10 +214,10 @@ fn fortran(array: &ArrayD<f32>) -> ArrayD<f32> {
     copy
 }
 
-#[test]
-fn results_are_pytorchs() {
-    let (mut said, mut failures) = (0, Vec::new());
-    let folder = Folder::new("fixtures");
+/// On the device, every so many of the runs: of a case in a layout, from files in an order.
+fn results_are_pytorchs(device: &str, every: usize) {
+    let (mut said, mut runs, mut failures) = (0, 0, Vec::new());
+    let folder = Folder::new(&format!("fixtures_{device}"));
     for case in &Fixtures::load().cases() {
         let Some((arguments, tensors)) = command_line(case) else { continue };
         said += 1;
@@ -186,8 +226,13 @@ fn results_are_pytorchs() {
             refused(&folder, &arguments, &[stage, "twice"]);
             continue;
         }
+        let arguments = [&arguments[..], &["--device".into(), device.into()]].concat();
         let tolerance = case.tolerance();
         for (layout, order) in [("nchw", 'C'), ("nchw", 'F'), ("nhwc", 'C'), ("nhwc", 'F')] {
+            runs += 1;
+            if runs % every != 0 {
+                continue;
+            }
             let file = |name: &str, array: &ArrayD<f32>| {
                 let array = if layout == "nhwc" { to_nhwc(array) } else { array.clone() };
                 folder.npy(name, &if order == 'F' { fortran(&array) } else { array });
@@ -206,8 +251,9 @@ fn results_are_pytorchs() {
                 if layout == "nhwc" {
                     (2..got.ndim()).rev().for_each(|axis| got.swap_axes(axis, axis - 1));
                 }
+                let told = text.contains(&shape) && text.contains(&format!(" on {device} ("));
                 difference(got.view(), &case.dst, |_, _| tolerance)
-                    .or_else(|| (!text.contains(&shape)).then(|| format!("no {shape:?}: {text}")))
+                    .or_else(|| (!told).then(|| format!("no {shape:?} on {device}: {text}")))
             } else {
                 Some(format!("{} {text:?} {error:?}", run.status))
             };
@@ -215,13 +261,13 @@ fn results_are_pytorchs() {
         }
     }
     assert!(said > 100, "only {said} cases are expressible");
+    assert!(runs > 10 * every, "only {runs} runs, of which one in {every}");
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
     assert!(folder.files().iter().all(|name| !name.ends_with(".tmp")), "{:?}", folder.files());
 }
 
 /// 16-bit tensors give the very result of the f32 numbers that they stand for.
-#[test]
-fn half_precision_checkpoints_are_read_exactly() {
+fn half_precision_checkpoints() {
     let folder = Folder::new("half");
     folder.npy("x.npy", &source(&[2, 3, 5, 4]));
     let weights = standard();
@@ -257,42 +303,50 @@ fn half_precision_checkpoints_are_read_exactly() {
 }
 
 /// Every value of the result is one of the type, and as near to f32's as its rounding allows.
-#[test]
-fn a_dtype_of_16_bits_rounds_the_result() {
-    let folder = Folder::new("dtypes");
-    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+fn sixteen_bits(device: &str) {
+    let folder = Folder::new(&format!("dtypes_{device}"));
+    folder.npy("nchw.npy", &source(&[2, 3, 5, 4]));
+    folder.npy("nhwc.npy", &to_nhwc(&source(&[2, 3, 5, 4])));
     folder.checkpoint("w.safetensors", &standard());
-    let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+    let arguments = ["--weights", "w.safetensors", "--output", "y.npy", "--device", device];
     let stages = ["--stages", "bias,batch_norm,prelu", "--source-stages", "affine,gate"];
-    let run = |dtype: &str| {
-        let run = folder.apply(&[&arguments[..], &stages, &["--dtype", dtype]].concat());
+    let run = |dtype: &str, layout: &str| {
+        let input = format!("{layout}.npy");
+        let rest = ["--dtype", dtype, "--layout", layout, "--input", &input];
+        let run = folder.apply(&[&arguments[..], &stages, &rest].concat());
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
         let told = String::from_utf8(run.stdout).expect("text");
         assert!(told.contains(&format!("fprop_{dtype}_")), "{told}");
-        folder.read("y.npy")
+        assert!(told.contains(&format!(" on {device} (")), "{told}");
+        let got = folder.read("y.npy");
+        if layout == "nhwc" { got.permuted_axes(IxDyn(&[0, 3, 1, 2])) } else { got }
     };
-    let exact = run("f32");
+    let exact = run("f32", "nchw");
     let largest = exact.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    for (dtype, unit, round) in [
-        ("f16", 2f32.powi(-11), (|x| f16::from_f32(x).to_f32()) as fn(f32) -> f32),
-        ("bf16", 2f32.powi(-8), |x| bf16::from_f32(x).to_f32()),
+    type Round = fn(f32) -> f32;
+    let f16s: Round = |x| f16::from_f32(x).to_f32();
+    let bf16s: Round = |x| bf16::from_f32(x).to_f32();
+    for (dtype, layout, unit, round) in [
+        ("f16", "nchw", 2f32.powi(-11), f16s),
+        ("f16", "nhwc", 2f32.powi(-11), f16s),
+        ("bf16", "nhwc", 2f32.powi(-8), bf16s),
     ] {
-        let got = run(dtype);
+        let got = run(dtype, layout);
         assert!(got.iter().all(|&x| round(x) == x), "{dtype}: {got}");
         assert_ne!(got, exact, "{dtype}");
+        assert_eq!(got.shape(), exact.shape());
         for (got, exact) in got.iter().zip(&exact) {
             // Source, weight and gate are rounded too, and sums have a few terms.
             let error = (got - exact).abs();
             assert!(error <= 16.0 * unit * largest.max(1.0), "{dtype}: {got} for {exact}");
         }
     }
-    let bad = folder.apply(&[&arguments[..], &["--dtype", "f8"]].concat());
+    let bad = folder.apply(&[&arguments[..], &["--input", "nchw.npy", "--dtype", "f8"]].concat());
     assert_eq!(bad.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&bad.stderr).contains("f8"));
 }
 
-#[test]
-fn trailing_ones_of_weight_and_gate_are_accepted() {
+fn trailing_ones() {
     let folder = Folder::new("trailing_ones");
     folder.npy("x.npy", &source(&[2, 3, 5, 4]));
     let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
@@ -311,8 +365,7 @@ fn trailing_ones_of_weight_and_gate_are_accepted() {
     assert_eq!(results[0], results[1]);
 }
 
-#[test]
-fn results_do_not_depend_on_threads() {
+fn threads() {
     let folder = Folder::new("threads");
     folder.npy("x.npy", &source(&[3, 3, 50, 40]));
     folder.checkpoint("w.safetensors", &standard());
@@ -327,8 +380,7 @@ fn results_do_not_depend_on_threads() {
     assert_eq!(results[0], results[2]);
 }
 
-#[test]
-fn an_older_result_is_replaced_and_a_pipe_is_not() {
+fn replaced() {
     let folder = Folder::new("replace");
     folder.npy("x.npy", &source(&[2, 3, 5, 4]));
     folder.checkpoint("w.safetensors", &standard());
@@ -345,8 +397,7 @@ fn an_older_result_is_replaced_and_a_pipe_is_not() {
     assert_eq!(folder.files(), ["w.safetensors", "x.npy", "y.npy"]);
 }
 
-#[test]
-fn help_names_everything() {
+fn help() {
     let folder = Folder::new("help");
     let run = folder.apply(&["--help"]);
     let text = String::from_utf8(run.stdout).expect("text");
@@ -403,33 +454,47 @@ fn refused(folder: &Folder, arguments: &[impl AsRef<std::ffi::OsStr>], expected:
     assert_eq!(folder.files(), before, "{error}");
 }
 
-/// A test per row: the files beside the standard ones (a checkpoint's and a source's), the
+/// Input that is refused: the files beside the standard ones (a checkpoint's and a source's), the
 /// arguments after the standard ones, and what the error must name.
-macro_rules! refused {
-    ($($name:ident: $prepare:expr, [$($argument:expr),*] => [$($word:expr),*];)*) => {$(
-        #[test]
-        fn $name() {
-            let folder = Folder::new(stringify!($name));
-            folder.npy("x.npy", &source(&[2, 3, 5, 4]));
-            folder.npy("r.npy", &source(&[2, 4, 5, 4]));
-            let mut tensors = standard();
-            let prepare: fn(&Folder, &mut Tensors) = $prepare;
-            prepare(&folder, &mut tensors);
-            if !folder.0.join("w.safetensors").exists() {
-                folder.checkpoint("w.safetensors", &tensors);
-            }
-            let mut arguments = vec!["--output", "y.npy"];
-            let given: &[&str] = &[$($argument),*];
-            arguments.extend(given);
-            if !given.contains(&"--weights") {
-                arguments.extend(["--weights", "w.safetensors"]);
-            }
-            if !given.contains(&"--input") {
-                arguments.extend(["--input", "x.npy"]);
-            }
-            refused(&folder, &arguments, &[$($word),*]);
+struct Refused {
+    name: &'static str,
+    prepare: fn(&Folder, &mut Tensors),
+    arguments: &'static [&'static str],
+    words: &'static [&'static str],
+}
+
+impl Refused {
+    fn run(&self) -> Result<(), Failed> {
+        let folder = Folder::new(self.name);
+        folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+        folder.npy("r.npy", &source(&[2, 4, 5, 4]));
+        let mut tensors = standard();
+        (self.prepare)(&folder, &mut tensors);
+        if !folder.0.join("w.safetensors").exists() {
+            folder.checkpoint("w.safetensors", &tensors);
         }
-    )*};
+        let mut arguments = vec!["--output", "y.npy"];
+        arguments.extend(self.arguments);
+        if !self.arguments.contains(&"--weights") {
+            arguments.extend(["--weights", "w.safetensors"]);
+        }
+        if !self.arguments.contains(&"--input") {
+            arguments.extend(["--input", "x.npy"]);
+        }
+        refused(&folder, &arguments, self.words);
+        Ok(())
+    }
+}
+
+macro_rules! refused {
+    ($($name:ident: $prepare:expr, [$($argument:expr),*] => [$($word:expr),*];)*) => {
+        const REFUSED: &[Refused] = &[$(Refused {
+            name: stringify!($name),
+            prepare: $prepare,
+            arguments: &[$($argument),*],
+            words: &[$($word),*],
+        }),*];
+    };
 }
 
 fn nothing(_: &Folder, _: &mut Tensors) {}
@@ -598,7 +663,6 @@ refused! {
     output_given_twice: nothing, ["--output", "absent/z.npy"] => ["--output"];
 }
 
-#[test]
 fn output_folder_missing() {
     let folder = Folder::new("output_folder_missing");
     folder.npy("x.npy", &source(&[2, 3, 5, 4]));
@@ -628,8 +692,7 @@ fn header(shape: &str, version: u8) -> Vec<u8> {
 }
 
 /// A flipped bit gives an error or another result, never a crash.
-#[test]
-fn damaged_npy_headers_do_not_crash() {
+fn damaged_headers() {
     let folder = Folder::new("damaged");
     folder.checkpoint("w.safetensors", &standard());
     let sound = header("(2, 3)", 1);
@@ -651,8 +714,7 @@ fn damaged_npy_headers_do_not_crash() {
     }
 }
 
-#[test]
-fn training_writes_every_gradient_of_the_reference() {
+fn training() {
     use pointwise::reference::{self, Gradients};
     use pointwise::train::{Statistics, name};
 
@@ -752,9 +814,8 @@ fn training_writes_every_gradient_of_the_reference() {
 }
 
 /// A layer of 8-bit integers, in every combination of types and layouts.
-#[test]
-fn quantized_layers_are_applied() {
-    let folder = Folder::new("quantized");
+fn quantized_layers(device: &str) {
+    let folder = Folder::new(&format!("quantized_{device}"));
     let (c_out, groups, stride) = (4usize, 2usize, 2usize);
     let weight: Vec<i8> = (0..12i32).map(|i| (i * 37 % 251 - 120) as i8).collect();
     let scales: Vec<f32> = (0..c_out).map(|c| 0.01 * (c + 1) as f32).collect();
@@ -770,7 +831,7 @@ fn quantized_layers_are_applied() {
     };
     let arguments = |rest: &[&str]| {
         let mut arguments = vec!["--quantized", "q.safetensors", "--input", "x.npy"];
-        arguments.extend(["--output", "y.npy", "--groups", "2"]);
+        arguments.extend(["--output", "y.npy", "--groups", "2", "--device", device]);
         arguments.extend(rest);
         arguments.into_iter().map(String::from).collect::<Vec<_>>()
     };
@@ -823,6 +884,7 @@ fn quantized_layers_are_applied() {
             assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
             let text = String::from_utf8_lossy(&run.stdout).into_owned();
             assert!(text.contains("fprop_i8_") && text.lines().count() == 1, "{text}");
+            assert!(text.contains(&format!(" on {device} (")), "{text}");
             let bytes = fs::read(folder.0.join("y.npy")).unwrap();
             let got = match dst_type {
                 Int8::U8 => ArrayD::<u8>::read_npy(bytes.as_slice()).unwrap().mapv(i32::from),

@@ -7,14 +7,17 @@ mod network;
 mod picture;
 #[path = "../examples/classify/spatial.rs"]
 mod spatial;
+#[path = "common/trials.rs"]
+mod trials;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::{Arguments, Failed};
 use network::{CLASSES, Network, SIZE};
 use pointwise::safetensors::SafeTensors;
 use pointwise::{DType, Device, Error, Layout, checkpoint};
+use trials::{Missing, cuda, trial};
 
 type Result<T = (), E = Failed> = std::result::Result<T, E>;
 
@@ -30,7 +33,8 @@ fn main() -> ExitCode {
     let trials = vec![
         trial("logits_nchw", data, |_| logits(&Device::cpu(), NCHW)),
         trial("logits_nhwc", data, |_| logits(&Device::cpu(), NHWC)),
-        trial("logits_cuda", || data().and(cuda()), |device| logits(&device, NCHW)),
+        trial("logits_cuda_nchw", || data().and(cuda()), |device| logits(&device, NCHW)),
+        trial("logits_cuda_nhwc", || data().and(cuda()), |device| logits(&device, NHWC)),
         trial("logits_do_not_depend_on_threads", data, |_| threads()),
         trial("cat", data, |_| top_5("chelsea.png", CAT)),
         trial("coffee", data, |_| top_5("coffee.png", COFFEE)),
@@ -38,34 +42,22 @@ fn main() -> ExitCode {
         trial("bf16", data, |_| fewer_bits(Some(DType::Bf16), 0.25)),
         trial("int8", data, |_| fewer_bits(None, 0.5)),
         trial("another_network_is_refused", data, |_| another_network()),
-        trial("command_prints_classes_time_and_layers", || data().and(command()), report),
+        trial(
+            "command_prints_classes_time_and_layers",
+            || data().and(command()),
+            |command| {
+                [("nchw", "f32"), ("nhwc", "f32")]
+                    .iter()
+                    .try_for_each(|&(layout, dtype)| report(&command, "cpu", layout, dtype))
+            },
+        ),
+        trial("command_cuda_nchw", on_device, |command| report(&command, "cuda:0", "nchw", "f32")),
+        trial("command_cuda_nhwc", on_device, |command| report(&command, "cuda:0", "nhwc", "f16")),
         trial("command_has_help", command, help),
         trial("command_reports_bad_input_in_one_line", command, bad_input),
         trial("command_reports_bad_weights_in_one_line", || data().and(command()), bad_weights),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-/// What a trial cannot do without: its name in `POINTWISE_REQUIRE`, and why it is not there.
-struct Missing(&'static str, String);
-
-/// A trial that is ignored, with the reason, where `need` has none of what it wants, unless
-/// `POINTWISE_REQUIRE` demands it.
-fn trial<T: 'static>(
-    name: &str,
-    need: impl FnOnce() -> Result<T, Missing> + Send + 'static,
-    run: impl FnOnce(T) -> Result + Send + 'static,
-) -> Trial {
-    Trial::ignorable_test(name, move || match need() {
-        Ok(value) => run(value).map(|()| Completion::Completed),
-        Err(Missing(what, reason)) => {
-            let required = std::env::var("POINTWISE_REQUIRE").unwrap_or_default();
-            if required.split([',', '|', ' ']).any(|required| required == what) {
-                return Err(format!("POINTWISE_REQUIRE={required}, but {reason}").into());
-            }
-            Ok(Completion::ignored_with(reason))
-        }
-    })
 }
 
 fn root(path: &str) -> PathBuf {
@@ -80,10 +72,6 @@ fn data() -> Result<(), Missing> {
     }
 }
 
-fn cuda() -> Result<Device, Missing> {
-    Device::cuda(0).map_err(|error| Missing("cuda", error.to_string()))
-}
-
 /// The example, which `cargo test` builds beside the tests.
 fn command() -> Result<PathBuf, Missing> {
     let test = std::env::current_exe().map_err(|error| Missing("examples", error.to_string()))?;
@@ -94,6 +82,10 @@ fn command() -> Result<PathBuf, Missing> {
     }
     let path = path.display();
     Err(Missing("examples", format!("{path} is not built: cargo test does, without --test")))
+}
+
+fn on_device() -> Result<PathBuf, Missing> {
+    data().and(cuda()).and(command())
 }
 
 fn weights() -> Result<Vec<u8>> {
@@ -242,26 +234,36 @@ fn run(command: &Path, args: &[&str]) -> Result<Output> {
     Ok(Command::new(command).args(args).env_remove("POINTWISE_DEVICE").output()?)
 }
 
-fn report(command: PathBuf) -> Result {
-    for layout in ["nchw", "nhwc"] {
-        let args = ["--runs", "2", "--threads", "2", "--device", "cpu", "--layout", layout];
-        let output = run(&command, &args)?;
-        let stdout = String::from_utf8(output.stdout)?;
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
-        let lines: Vec<_> = stdout.lines().collect();
-        for (i, (line, label)) in lines.iter().zip(CAT.0).enumerate() {
-            let mut fields = line.splitn(3, ' ');
-            assert_eq!(fields.next(), Some(&*(i + 1).to_string()), "{line}");
-            let probability = fields.next().unwrap_or_default();
-            assert_eq!(probability.len(), "0.1234".len(), "{line}");
-            assert!(matches!(probability.parse::<f32>(), Ok(p) if (0.0..=1.0).contains(&p)));
-            assert_eq!(fields.next(), Some(label), "{line}");
-        }
-        assert_eq!(lines[5], "");
-        assert!(lines[6].contains("ms per picture"), "{}", lines[6]);
-        let layers = lines.iter().filter(|line| line.contains("->")).count();
-        assert_eq!(layers, 33, "{stdout}");
+/// What the command prints of the cat: classes, beside f32 what rounding does, time, layers.
+fn report(command: &Path, device: &str, layout: &str, dtype: &str) -> Result {
+    let args = ["--device", device, "--layout", layout, "--dtype", dtype];
+    let output = run(command, &[&args[..], &["--runs", "1", "--threads", "2"]].concat())?;
+    let stdout = String::from_utf8(output.stdout)?;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut lines = stdout.lines();
+    for (i, label) in CAT.0.into_iter().enumerate() {
+        let line = lines.next().unwrap_or_default();
+        let mut fields = line.splitn(3, ' ');
+        assert_eq!(fields.next(), Some(&*(i + 1).to_string()), "{line}");
+        let probability = fields.next().unwrap_or_default();
+        assert_eq!(probability.len(), "0.1234".len(), "{line}");
+        let probability: f32 = probability.parse()?;
+        assert!((0.0..=1.0).contains(&probability), "{line}");
+        assert!(i > 0 || (probability - CAT.1).abs() <= 0.01, "{line}, PyTorch has {}", CAT.1);
+        assert_eq!(fields.next(), Some(label), "{line}");
+    }
+    if dtype != "f32" {
+        let line = lines.next().unwrap_or_default();
+        assert!(line.starts_with(&format!("logits in {dtype} beside f32")), "{line}");
+    }
+    assert_eq!(lines.next(), Some(""));
+    let line = lines.next().unwrap_or_default();
+    assert!(line.contains("ms per picture") && line.contains(&format!(" on {device} (")), "{line}");
+    let layers: Vec<_> = lines.filter(|line| line.contains("->")).collect();
+    assert_eq!(layers.len(), 33, "{stdout}");
+    for line in layers {
+        assert!(line.contains(&format!(" fprop_{dtype}_")), "{line}");
     }
     Ok(())
 }

@@ -12,6 +12,8 @@ mod compose;
 mod counting;
 #[path = "cuda/driver.rs"]
 mod driver;
+#[path = "cuda/far.rs"]
+mod far;
 #[path = "cuda/faults.rs"]
 mod faults;
 #[path = "common/mod.rs"]
@@ -24,6 +26,8 @@ mod half;
 mod host;
 #[path = "cuda/int8.rs"]
 mod int8;
+#[path = "cuda/matrix.rs"]
+mod matrix;
 #[path = "cuda/numbers.rs"]
 mod numbers;
 #[path = "cuda/operator.rs"]
@@ -67,6 +71,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     let anywhere = [
         cases::TRIALS,
+        matrix::TRIALS,
         numbers::TRIALS,
         splits::TRIALS,
         streams::TRIALS,

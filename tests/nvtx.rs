@@ -1,13 +1,19 @@
 //! Feature `nvtx`: a range per call, as a tool that is linked into the process sees it.
 
+#[path = "common/trials.rs"]
+mod trials;
+
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::process::ExitCode;
 use std::sync::Mutex;
 
+use libtest_mimic::{Arguments, Failed};
 use ndarray::{Array2, Array3};
 use nvtx_sys::ffi;
-use pointwise::{Branches, Device, Pointwise};
+use pointwise::{Branches, Device, Pointwise, Sequence};
+use trials::{cuda, trial};
 
-/// What the tool has been told: `[name` of a domain, `(message` of a range that begins, `)` of its end.
+/// What the tool has been told: `(message` of a range that begins, `)` of its end.
 static TOLD: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn told(text: String) {
@@ -47,7 +53,7 @@ extern "C" fn attach(export_table: ExportTable) -> c_int {
 
 extern "C" fn create(name: *const c_char) -> *const c_void {
     // SAFETY: names end with a zero.
-    told(format!("[{}", unsafe { CStr::from_ptr(name) }.to_str().unwrap()));
+    assert_eq!(unsafe { CStr::from_ptr(name) }, c"pointwise");
     (&raw const TOLD).cast()
 }
 
@@ -71,18 +77,38 @@ extern "C" fn pop(domain: *const c_void) -> c_int {
     0
 }
 
-#[test]
-fn a_call_is_a_range_with_kernel_and_cost() {
-    let layer = Pointwise::new(Array2::<f32>::ones((16, 8))).relu();
-    let layer = layer.prepare(&Device::cpu().threads(1)).unwrap();
-    let src = Array3::<f32>::ones((2, 8, 10));
-    layer.forward(&src).unwrap();
-    let explained = layer.explain(&[2, 8, 10]).unwrap();
-    let (kernel, problem, bytes) = (explained.kernel, explained.problem, explained.cost.bytes());
-    let begin = format!("({kernel}: {problem}, {} MACs, {bytes} bytes", 2 * 10 * 16 * 8);
-    assert_eq!(*TOLD.lock().unwrap(), ["[pointwise", &begin, ")"]);
-    TOLD.lock().unwrap().clear();
+fn main() -> ExitCode {
+    let cpu = || Ok(Device::cpu().threads(1));
+    // They have one tool.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    let trials = vec![
+        trial("a_call_is_a_range_with_kernel_and_cost", cpu, |device| ranges(&device, true)),
+        trial("a_call_is_a_range_with_kernel_and_cost_cuda", cuda, |device| ranges(&device, false)),
+    ];
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
 
-    Branches::new(vec![layer.clone(), layer]).unwrap().forward(&src).unwrap();
-    assert_eq!(*TOLD.lock().unwrap(), [&*begin, &begin, ")", ")"]);
+/// Takes what the tool has been told of ranges.
+fn take() -> Vec<String> {
+    std::mem::take(&mut *TOLD.lock().unwrap())
+}
+
+/// Whether branches run as one pass.
+fn ranges(device: &Device, one_pass: bool) -> Result<(), Failed> {
+    let layer = Pointwise::new(Array2::<f32>::ones((8, 8))).relu().prepare(device)?;
+    let src = Array3::<f32>::ones((2, 8, 10));
+    layer.forward(&src)?;
+    let explained = layer.explain(&[2, 8, 10])?;
+    let (kernel, problem, bytes) = (explained.kernel, explained.problem, explained.cost.bytes());
+    let begin = format!("({kernel}: {problem}, {} MACs, {bytes} bytes", 2 * 10 * 8 * 8);
+    assert_eq!(take(), [&*begin, ")"]);
+
+    Branches::new(vec![layer.clone(), layer.clone()])?.forward(&src)?;
+    match one_pass {
+        true => assert_eq!(take(), [&*begin, &begin, ")", ")"]),
+        false => assert_eq!(take(), [&*begin, ")", &begin, ")"]),
+    }
+    Sequence::new(vec![layer.clone(), layer])?.forward(&src)?;
+    assert_eq!(take(), [&*begin, ")", &begin, ")"]);
+    Ok(())
 }

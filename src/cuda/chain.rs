@@ -6,11 +6,15 @@
 use super::device::Buffer;
 use super::launch::{self, Tensor};
 use super::layer::{Layer, channels_of, on_device};
+use super::plan::KERNELS;
 use super::staging::{self, HostCall, Slice};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::problem::{DstShape, LayerShape, Operand, dst_shape, expect_shape, same_place, spatial};
+use crate::problem::{
+    DstShape, LayerShape, Operand, Work, dst_shape, expect_shape, same_place, spatial,
+};
 use crate::tensor::{MAX_SPATIAL, Place, TensorMut, TensorRef, checked_product};
+use crate::trace::{self, Told};
 
 /// Where a chain runs: on whole tensors, or on a slice of them.
 struct At {
@@ -171,6 +175,11 @@ fn queue<'l>(
             layer.part(extents, skip(src), skip(dst))
         };
         let choice = layer.choose(&part(whole_extents, whole_src, whole_dst));
+        let _span = trace::enter(|| {
+            let [n, spatial @ ..] = extents.map(|extent| extent as usize);
+            let work = Work::new(shape, n, channels, spatial);
+            Told::of(KERNELS[choice.kernel].name, &work, dtype.size())
+        });
         layer.launch(choice, &part(extents, src, dst))?;
         for (from, count, to) in
             [(0, range.start, 0), (range.end, channels - range.end, range.start + shape.c_out)]

@@ -200,10 +200,8 @@ impl CudaDevice {
         let context = stream.context();
         let ordinal = context.ordinal();
         one_for_all_threads(ordinal, stream.cu_stream())?;
-        if !context.is_primary() {
-            return Err(not_primary(ordinal, "a stream"));
-        }
         let shared = Context::of(ordinal)?;
+        shared.expect_own(context.cu_ctx(), "a stream")?;
         Ok(CudaDevice::on(shared, stream))
     }
 
@@ -230,9 +228,7 @@ impl CudaDevice {
             .result()
             .map_err(device.failed("cuStreamGetCtx"))?;
         drop(bound);
-        if context != device.shared.context.cu_ctx() {
-            return Err(not_primary(ordinal, "a stream"));
-        }
+        device.shared.expect_own(context, "a stream")?;
         Ok(device)
     }
 
@@ -514,14 +510,13 @@ fn one_for_all_threads(ordinal: usize, stream: CUstream) -> Result<()> {
     })
 }
 
-pub(super) fn not_primary(ordinal: usize, what: &str) -> Error {
-    Error::Unsupported {
-        device: Place::Cuda(ordinal).to_string(),
-        what: format!(
-            "{what} of a context other than the primary one, whose memory and kernels the \
-             device's other handles could not use; take that of `CudaContext::new`"
-        ),
+/// Refuses a context of cudarc's that is not its device's primary one. One that cudarc was given as a
+/// raw handle may be, and does not say so.
+pub(super) fn expect_primary(context: &CudaContext, what: &str) -> Result<()> {
+    if context.is_primary() {
+        return Ok(());
     }
+    Context::of(context.ordinal())?.expect_own(context.cu_ctx(), what)
 }
 
 /// `cuda:0 (NVIDIA H200)`.
@@ -538,6 +533,21 @@ impl fmt::Debug for CudaDevice {
 }
 
 impl Context {
+    /// # Errors
+    /// [`Error::Unsupported`] for another context than this, the primary one.
+    fn expect_own(&self, context: CUcontext, what: &str) -> Result<()> {
+        if context == self.context.cu_ctx() {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            device: Place::Cuda(self.context.ordinal()).to_string(),
+            what: format!(
+                "{what} of a context other than the primary one, whose memory and kernels the \
+                 device's other handles could not use; take that of `CudaContext::new`"
+            ),
+        })
+    }
+
     /// The loaded kernels of a device's primary context.
     ///
     /// They stay loaded until the process ends: unloading would have to wait for every kernel in

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceSlice, SyncOnDrop};
 
-use super::device::{Bound, CudaDevice, not_primary};
+use super::device::{Bound, CudaDevice, expect_primary};
 use super::tensor::{CudaTensor, DeviceElement};
 use crate::error::Result;
 use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
@@ -108,10 +108,8 @@ fn handle(stream: &CudaStream) -> usize {
 
 fn primary<T>(slice: &impl DeviceSlice<T>) -> Result<Place> {
     let context = slice.stream().context();
-    match context.is_primary() {
-        true => Ok(Place::Cuda(context.ordinal())),
-        false => Err(not_primary(context.ordinal(), "memory")),
-    }
+    expect_primary(context, "memory")?;
+    Ok(Place::Cuda(context.ordinal()))
 }
 
 /// An access that cudarc is told the beginning and the end of. It binds the slice's context for

@@ -17,6 +17,7 @@ use crate::plan::{Candidate, Explanation};
 use crate::prepared::PrepareOptions;
 use crate::problem::{DstShape, LayerShape, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Place, TensorMut, TensorRef, allocate_like};
+use crate::trace::{self, Told};
 
 /// The same of whichever view it is.
 macro_rules! each {
@@ -460,11 +461,10 @@ impl<'a> QuantizedCall<'a> {
                 return Err(Error::Aliased { tensor });
             }
         }
-        #[cfg(any(feature = "tracing", feature = "nvtx"))]
-        let _watched = crate::trace::enter(|| {
+        let _span = trace::enter(|| {
             let (kernel, _, problem) = self.layer.describe(src.shape(), &shape);
             let cost = self.layer.cost_of(src.shape(), &shape);
-            crate::trace::Told { kernel, problem, cost }
+            Told { kernel, problem, macs: cost.macs, bytes: cost.bytes() }
         });
         let layer = &inner.backend;
         // SAFETY: src and residual are as they were erased, and u8 and i8 are both bytes.

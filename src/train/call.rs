@@ -10,6 +10,7 @@ use crate::moments::Moments;
 use crate::prepared::{Extra, on_host};
 use crate::problem::{DstShape, Operands, Problem, dst_shape, expect_shape, same_place};
 use crate::tensor::{AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef};
+use crate::trace::{self, Told};
 use crate::train::chain::BatchStatistics;
 use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
@@ -56,6 +57,17 @@ enum Training<'a> {
     Cpu(cpu::train::Training<'a>),
     #[cfg(feature = "cuda")]
     Cuda(cuda::train::Training<'a>),
+}
+
+impl Training<'_> {
+    /// Bytes that the state of a forward pass will hold, beside some per channel.
+    fn bytes(&self, n: usize, positions: usize) -> usize {
+        match self {
+            Training::Cpu(training) => training.bytes(n, positions),
+            #[cfg(feature = "cuda")]
+            Training::Cuda(training) => training.bytes(n, positions),
+        }
+    }
 }
 
 impl Workspace {
@@ -159,13 +171,7 @@ impl Params {
     pub fn workspace_bytes(&self, src: &[usize]) -> Result<usize> {
         let shape = dst_shape(&self.shape, src, std::iter::empty())?;
         let positions = shape.as_slice()[2..].iter().product();
-        self.with_training(|training| {
-            Ok(match training {
-                Training::Cpu(training) => training.bytes(src[0], positions),
-                #[cfg(feature = "cuda")]
-                Training::Cuda(training) => training.bytes(src[0], positions),
-            })
-        })
+        self.with_training(|training| Ok(training.bytes(src[0], positions)))
     }
 }
 
@@ -364,6 +370,14 @@ impl Params {
     ) -> Result<Workspace> {
         self.check_place(&operands.src)?;
         self.check_batch(operands)?;
+        let problem = Problem::new(&self.shape, operands, dst)?;
+        let _span = trace::enter(|| {
+            let kept =
+                self.with_training(|training| Ok(training.bytes(problem.n, problem.positions())));
+            let mut told = Told::of("forward", &problem.work(), size_of::<f32>());
+            told.bytes = told.bytes.saturating_add(kept.unwrap_or(0));
+            told
+        });
         let state = self.with_training(|training| {
             Ok(match training {
                 Training::Cpu(training) => State::Cpu(training.forward(operands, dst)?),
@@ -531,6 +545,8 @@ impl Params {
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
+        let problem = Problem::reading(&self.shape, operands, "d_dst", d_dst)?;
+        let _span = trace::enter(|| self.told_of_backward(&problem, &workspace, outputs));
         let frozen: Vec<_> = self.frozen_values(grads);
         self.with_training(|training| match (training, workspace.state) {
             (Training::Cpu(training), State::Cpu(state)) => {
@@ -551,6 +567,29 @@ impl Params {
             }
         }
         Ok(())
+    }
+
+    /// A product for the gradient by the weight, one for that by src; every tensor that is read or
+    /// written, once.
+    fn told_of_backward(
+        &self,
+        problem: &Problem<'_>,
+        workspace: &Workspace,
+        outputs: &Outputs<'_>,
+    ) -> Told {
+        let mut told = Told::of("backward", &problem.work(), size_of::<f32>());
+        let of_source = |name: &str| name.starts_with("src_") && self.wants(name);
+        let d_src = !outputs.d_sources.is_empty()
+            || outputs.d_gate.is_some()
+            || self.shapes().iter().any(|(name, _)| of_source(name));
+        let d_weight = self.wants(name::WEIGHT);
+        told.macs = told.macs.saturating_mul(usize::from(d_src) + usize::from(d_weight));
+        let written =
+            outputs.all().map(|(_, tensor)| tensor.view().shape().iter().product::<usize>());
+        let written = written.chain(d_weight.then(|| self.shape.c_out * self.shape.k()));
+        let written = written.map(|len| len.saturating_mul(size_of::<f32>()));
+        told.bytes = written.chain([workspace.bytes()]).fold(told.bytes, usize::saturating_add);
+        told
     }
 
     /// The gradients of frozen rows of the weight: where they begin, what they hold.

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
 
-use super::{OnDevice, Outcome, cases, faults, planted, traffic};
+use super::{OnDevice, Outcome, far, faults, planted, traffic};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -42,8 +42,8 @@ pub fn child(what: &str) -> ExitCode {
             Ok(format!("{}; {mixed}; {moved}", result.iter().all(|&x| x == 6.0)))
         }),
         "current" => current_contexts(&layer, &src),
-        "far" => CudaDevice::open(0).and_then(|device| cases::far_apart(&device)),
-        "counted kernels" | "counted layers" => {
+        "far" => CudaDevice::open(0).and_then(|device| far::far_apart(&device)),
+        "counted kernels" | "counted layers" | "counted groups" => {
             CudaDevice::open(0).and_then(|device| traffic::child(what, &device))
         }
         "planted" => CudaDevice::open(0).and_then(|device| planted::child(&device)),

@@ -2,9 +2,11 @@
 //! that end a context. Each in a process of its own.
 
 use ndarray::{Array2, Array3};
-use pointwise::cudarc::driver::{CudaContext, result};
+use pointwise::cudarc::driver::{CudaContext, DevicePtr, result};
+use pointwise::train::{Accumulate, Params};
 use pointwise::{
-    CudaDevice, CudaTensor, Device, Error, Place, Pointwise, PrepareOptions, TensorMut,
+    Branches, CudaDevice, CudaTensor, Device, Error, Place, Pointwise, PrepareOptions,
+    Quantization, Quantized, Sequence, TensorMut, TensorRef,
 };
 
 use super::driver::expect;
@@ -25,7 +27,8 @@ pub fn child(what: &str) -> Result<String, Error> {
         "full" => full(),
         "larger" => larger(),
         "no room" => fill_up(),
-        "fault" => fault(),
+        "fault" => fault(700),
+        "failed launch" => fault(719),
         "foreign" => foreign(),
         other => Err(Error::Checkpoint(format!("no such child: {other}"))),
     }
@@ -123,53 +126,100 @@ fn fill_up() -> Result<String, Error> {
 }
 
 fn lost(_: &CudaDevice) -> Outcome {
-    let parts = [
-        "first: cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)",
-        "forward: cuda:0 (",
-        "is lost to this process since cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)",
-        "6 of 6 say so",
-        "cpu: right",
-        "second: right",
-    ];
-    expect("fault", &[("PW_EMULATOR_DEVICES", "2")], &parts)
+    for (what, code) in [
+        ("fault", "CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        ("failed launch", "CUDA_ERROR_LAUNCH_FAILED (719)"),
+    ] {
+        let parts = [
+            &format!("first: cuStreamSynchronize failed: {code}"),
+            "forward: cuda:0 (",
+            &format!("is lost to this process since cuStreamSynchronize failed: {code}"),
+            "others: []",
+            "cpu: right",
+            "second: right",
+        ];
+        expect(what, &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
+    }
+    Ok(())
 }
 
-fn fault() -> Result<String, Error> {
+/// A fault that ends the context: an access to nothing, or a read of what nobody has written.
+fn fault(code: u32) -> Result<String, Error> {
     let gpu = CudaDevice::open(0)?;
+    let device = Device::from(gpu.clone());
     let second = CudaDevice::open(1)?;
     let layer = Pointwise::new(Array2::from_elem((2, 3), 2.0f32)).relu();
     let src = Array3::<f32>::ones((1, 3, 40));
     let right = |dst: Array3<f32>| if dst.iter().all(|&x| x == 6.0) { "right" } else { "wrong" };
-    let on_first = layer.prepare(&gpu.clone().into())?;
+    let on_first = layer.prepare(&device)?;
     let on_second = layer.prepare(&second.clone().into())?;
     on_first.forward(&src)?;
     let theirs = CudaTensor::from_host(&gpu, src.view())?;
-    // SAFETY: none; nothing is at this address, which is what the test is about.
-    let mut nowhere = unsafe {
-        let address = std::ptr::without_provenance_mut::<f32>(0x1000);
-        TensorMut::from_raw_parts(address, Place::Cuda(0), &[1, 2, 40], &[80, 40, 1])?
-    };
-    on_first.forward_into(&theirs, &mut nowhere)?;
+    let wide = Pointwise::new(Array2::from_elem((3, 2), 1.0f32)).prepare(&device)?;
+    let sequence = Sequence::new(vec![on_first.clone(), wide])?;
+    let branches = Branches::new(vec![on_first.clone(), on_first.clone()])?;
+    let quantized = Quantized::new(Array2::ones((2, 3)), vec![1.0; 2], Quantization::u8(1.0, 0));
+    let quantized = quantized.dst(Quantization::u8(1.0, 0)).prepare(&device)?;
+    let bytes = Array3::<u8>::ones((1, 3, 40));
+    let their_bytes = CudaTensor::from_host(&gpu, bytes.view())?;
+    let mut to_bytes = CudaTensor::<u8>::zeros(&gpu, &[1, 2, 40])?;
+    let mut params = Params::new(&layer, &device)?;
+    let mut grads = params.grads();
+    let (dst, workspace) = params.forward(&src)?;
+    let (their_dst, their_workspace) = params.forward(&theirs)?;
+
+    // SAFETY: none; nothing is at the first address, and at the second nothing has been written,
+    // which is what the test is about.
+    unsafe {
+        let place = Place::Cuda(0);
+        let unwritten = gpu.stream().alloc::<f32>(120).expect("there is memory");
+        if code == 700 {
+            let address = std::ptr::without_provenance_mut::<f32>(0x1000);
+            let mut to = TensorMut::from_raw_parts(address, place, &[1, 2, 40], &[80, 40, 1])?;
+            on_first.forward_into(&theirs, &mut to)?;
+        } else {
+            let mut to = CudaTensor::zeros(&gpu, &[1, 2, 40])?;
+            let (address, _used) = unwritten.device_ptr(gpu.stream());
+            let address = std::ptr::without_provenance::<f32>(address as usize);
+            let from = TensorRef::from_raw_parts(address, place, &[1, 3, 40], &[120, 40, 1])?;
+            on_first.forward_into(&from, &mut to)?;
+        }
+    }
     let first = gpu.synchronize().unwrap_err();
-    let mut dst = Array3::zeros((1, 2, 40));
+    let mut to = Array3::zeros((1, 2, 40));
     let forward = on_first.forward(&src).unwrap_err();
+    let set = Accumulate::Set;
     let later = [
-        gpu.synchronize().unwrap_err(),
-        on_first.forward_into(&src, &mut dst).unwrap_err(),
-        theirs.to_host().unwrap_err(),
-        CudaTensor::<f32>::zeros(&gpu, &[1, 2]).unwrap_err(),
-        layer.prepare(&gpu.clone().into()).unwrap_err(),
-        CudaDevice::open(0).unwrap_err(),
+        ("synchronize", gpu.synchronize().err()),
+        ("forward_into", on_first.forward_into(&src, &mut to).err()),
+        ("forward", on_first.forward(&theirs).err()),
+        ("to_host", theirs.to_host().err()),
+        ("zeros", CudaTensor::<f32>::zeros(&gpu, &[1, 2]).err()),
+        ("prepare", layer.prepare(&device).err()),
+        ("open", CudaDevice::open(0).err()),
+        ("sequence", sequence.forward(&src).err()),
+        ("sequence on the device", sequence.forward(&theirs).err()),
+        ("branches", branches.forward(&src).err()),
+        ("branches on the device", branches.forward(&theirs).err()),
+        ("int8", quantized.call(&bytes).run::<u8>().err()),
+        ("int8 on the device", quantized.call(&their_bytes).run_into(&mut to_bytes).err()),
+        ("backward", params.backward(&src, workspace, &dst, &mut grads, set).err()),
+        (
+            "backward on the device",
+            params.backward(&theirs, their_workspace, &their_dst, &mut grads, set).err(),
+        ),
+        ("train", params.forward(&src).err()),
+        ("train on the device", params.forward(&theirs).err()),
+        ("prepare of trained", params.prepare().err()),
+        ("update", on_first.update(&params).err()),
     ];
-    let lost = later.iter().filter(|error| matches!(error, Error::DeviceLost { code: 700, .. }));
-    let lost = lost.count();
+    let says = |error: &Option<Error>| matches!(error, Some(Error::DeviceLost { code: c, .. }) if *c == code);
+    let others: Vec<_> = later.iter().filter(|(_, error)| !says(error)).collect();
     let cpu = right(layer.prepare(&Device::best())?.forward(&src)?);
     let second = right(on_second.forward(&src)?);
     gpu.trim();
-    drop((theirs, on_first, gpu));
     Ok(format!(
-        "first: {first}; forward: {forward}; {lost} of {} say so; cpu: {cpu}; second: {second}",
-        later.len()
+        "first: {first}; forward: {forward}; others: {others:?}; cpu: {cpu}; second: {second}"
     ))
 }
 

@@ -85,7 +85,7 @@ fn cases() -> impl Iterator<Item = Case> {
     tensor_cores::cases().into_iter().chain(more)
 }
 
-fn kernels(gpu: &Device) -> Result<Vec<&'static str>, Error> {
+pub fn kernels(gpu: &Device) -> Result<Vec<&'static str>, Error> {
     let layer = Quantized::new(Array2::ones((1, 1)), vec![1.0], Quantization::u8(1.0, 0));
     let plans = layer.prepare(gpu)?.plans(&[1, 1])?;
     Ok(plans.into_iter().map(|plan| plan.kernel).collect())

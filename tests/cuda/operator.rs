@@ -279,7 +279,8 @@ fn compare(case: &Fixture, got: &ArrayD<f32>, tolerance: f64, what: &str) -> Out
 }
 
 fn fixtures_on_device(device: &CudaDevice) -> Outcome {
-    let kernels = kernels(device);
+    // Those that compute in f32.
+    let kernels = [kernels(device), tensor_cores::in_parts(device)].concat();
     let mut count = 0;
     for (i, (case, tolerance)) in layers_of_pytorch().enumerate() {
         count += 1;

@@ -1,27 +1,34 @@
-//! Faults planted in the kernels that ship, in what they do with tensors of 16 bits: the stand-in
-//! driver reports each, or numbers are wrong. A slip in the CUDA source is an edit of its PTX here.
+//! Faults planted in the kernels that ship, one of each family and layout: the stand-in driver reports
+//! each, or numbers are wrong. A slip in the CUDA source is an edit of its PTX here.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use ndarray::Array5;
-use pointwise::{CudaDevice, Error, bf16, f16};
+use ndarray::{Array2, Array5, ArrayD};
+use pointwise::{
+    CudaDevice, Device, Error, Math, PrepareOptions, Quantization, Quantized, bf16, f16, reference,
+};
 
 use super::cases::{Case, Layout, Placed, Value, chain, force, kernels_of, rounded};
 use super::driver::{ask, expect};
 use super::numbers::Random;
+use super::tensor_cores::nearest;
 use super::{OnDevice, Outcome};
 
-pub const STAND_IN_TRIALS: &[OnDevice] =
-    &[("faults_planted_in_kernels_of_16_bits_are_found", all_are_found)];
+pub const STAND_IN_TRIALS: &[OnDevice] = &[
+    ("faults_planted_in_kernels_of_16_bits_are_found", in_16_bits),
+    ("faults_planted_in_kernels_of_f32_and_int8_are_found", in_others),
+];
 
-/// Which kernel the started processes run, on which dtype and layout.
+/// Which kernel the started processes run: its name says on which dtype and layout.
 const KERNEL: &str = "POINTWISE_TEST_PLANTED";
 
 const FPROP: &str = include_str!("../../kernels/fprop.cu");
 const MMA: &str = include_str!("../../kernels/mainloops/mma.cuh");
 const PTX: &str = include_str!("../../kernels/ptx.cuh");
 const SPLITS: &str = include_str!("../../kernels/splits.cuh");
+const SIMT: &str = include_str!("../../kernels/mainloops/simt.cuh");
+const INT8: &str = include_str!("../../kernels/mainloops/int8.cuh");
 
 struct Plant {
     what: &'static str,
@@ -54,7 +61,11 @@ const PLANTS: &[Plant] = &[
         what: "a wait for one copy too few",
         lines: ("ptx.cuh", PTX, "asm volatile(\"cp.async.wait_group"),
         most: ALL,
-        edit: |line| (line == "cp.async.wait_group 2;").then(|| "cp.async.wait_group 3;".into()),
+        edit: |line| {
+            let pending: u32 =
+                line.strip_prefix("cp.async.wait_group ")?.strip_suffix(';')?.parse().ok()?;
+            Some(format!("cp.async.wait_group {};", pending + 1))
+        },
         found: &["in flight"],
     },
     Plant {
@@ -101,8 +112,10 @@ const PLANTS: &[Plant] = &[
         // The compiler computes the swizzle of reads once, ahead of all else.
         most: 1,
         edit: |line| {
-            let [to, from, "48"] = operands(line, "and.b32")? else { return None };
-            Some(format!("and.b32 {to}, {from}, 16;"))
+            let [to, from, mask] = operands(line, "and.b32")?;
+            // Eight elements a step, of 16 bits; of 32 bits four.
+            let less = ["48", "24"].iter().position(|&whole| whole == mask)?;
+            Some(format!("and.b32 {to}, {from}, {};", [16, 8][less]))
         },
         found: WRONG,
     },
@@ -120,6 +133,56 @@ const PLANTS: &[Plant] = &[
         most: ALL,
         edit: |line| line.starts_with("membar.gl").then(String::new),
         found: &["race: written in this launch by block #"],
+    },
+    Plant {
+        what: "one operand not rounded to TF32",
+        lines: ("ptx.cuh", PTX, "asm(\"cvt.rna.tf32.f32"),
+        // The first is of src along channels; in kernels that compute in parts, of the larger part.
+        most: 1,
+        edit: |line| {
+            let [to, from] = operands(line, "cvt.rna.tf32.f32")?;
+            Some(format!("mov.b32 {to}, {from};"))
+        },
+        found: WRONG,
+    },
+    Plant {
+        what: "no barrier between slabs, without tensor cores",
+        lines: ("simt.cuh", SIMT, "__syncthreads();"),
+        most: ALL,
+        edit: |line| line.starts_with("bar.sync").then(String::new),
+        found: TOO_EARLY,
+    },
+    Plant {
+        what: "elements of a vector swapped",
+        lines: ("simt.cuh", SIMT, "const float4 v = *reinterpret_cast<const float4*>(row"),
+        most: ALL,
+        edit: |line| {
+            let (list, from) = line.strip_prefix("ld.shared.v4.f32 {")?.split_once('}')?;
+            let [a, b, rest @ ..] = &list.split(", ").collect::<Vec<_>>()[..] else { return None };
+            Some(format!("ld.shared.v4.f32 {{{b}, {a}, {}}}{from}", rest.join(", ")))
+        },
+        found: WRONG,
+    },
+    Plant {
+        what: "src stored without its swizzle, without tensor cores",
+        lines: ("simt.cuh", SIMT, "to = "),
+        most: ALL,
+        edit: without_swizzle,
+        found: WRONG,
+    },
+    Plant {
+        what: "no barrier between slabs of bytes",
+        lines: ("int8.cuh", INT8, "__syncthreads();"),
+        most: ALL,
+        edit: |line| line.starts_with("bar.sync").then(String::new),
+        found: TOO_EARLY,
+    },
+    Plant {
+        what: "the first vector of bytes copied without its swizzle",
+        lines: ("int8.cuh", INT8, "return (i ^ (i >> 2 & 1)) * 4"),
+        most: 2,
+        edit: without_swizzle,
+        found: &["wrong", "in flight", "a race: "],
     },
 ];
 
@@ -222,19 +285,27 @@ impl Kernel {
     }
 }
 
-fn all_are_found(device: &CudaDevice) -> Outcome {
+/// Plants every fault in every one of these kernels that has a place for it; all but `nowhere` are
+/// planted somewhere.
+fn all_are_found(
+    device: &CudaDevice,
+    kernels: &[&'static str],
+    nowhere: impl Fn(&str) -> bool,
+) -> Outcome {
     let file = |what: &str| -> PathBuf {
-        std::env::temp_dir().join(format!("pointwise-{what}-{}.ptx", std::process::id()))
+        let of = kernels[0];
+        std::env::temp_dir().join(format!("pointwise-{what}-{of}-{}.ptx", std::process::id()))
     };
     let (whole, edited) = (file("whole"), file("planted"));
     let (whole, edited) = (whole.to_string_lossy(), edited.to_string_lossy());
-    expect("open", &[("PW_EMULATOR_PTX_TO", &whole)], &["cuda:0"])?;
+    let name = device.to_string();
+    expect("open", &[("PW_EMULATOR_PTX_TO", &whole)], &[&name])?;
     let module = std::fs::read_to_string(&*whole)?;
     std::fs::remove_file(&*whole)?;
 
     let mut missed = Vec::new();
     let mut planted = [0; PLANTS.len()];
-    for name in kernels(device) {
+    for &name in kernels {
         let kernel = Kernel::new(&module, name);
         let run = |text: String| {
             std::fs::write(&*edited, text)?;
@@ -260,38 +331,75 @@ fn all_are_found(device: &CudaDevice) -> Outcome {
         }
     }
     std::fs::remove_file(&*edited)?;
-    let none = PLANTS.iter().zip(planted).filter(|(_, planted)| *planted == 0);
-    let none: Vec<_> = none.map(|(plant, _)| plant.what).collect();
-    // Before sm_80 no copy is asynchronous, and src is one register of an `mma`.
-    let expected: &[&str] = match device.compute_capability() {
-        (8.., _) => &[],
-        _ => &["no wait for copies", "a wait for one copy too few", "fragments of src swapped"],
-    };
-    assert_eq!(none, expected, "planted nowhere");
+    for (plant, planted) in PLANTS.iter().zip(planted) {
+        assert_eq!(planted == 0, nowhere(plant.what), "{}: planted {planted} times", plant.what);
+    }
     if missed.is_empty() { Ok(()) } else { Err(missed.join("\n").into()) }
 }
 
 /// Of each dtype and layout of dst, the kernel on tensor cores with the smallest tile.
-fn kernels(device: &CudaDevice) -> Vec<&'static str> {
+fn in_16_bits(device: &CudaDevice) -> Outcome {
     let all = [kernels_of::<f16>(device), kernels_of::<bf16>(device)].concat();
     let all = all.into_iter().filter(|name| name.contains("16_sm") && name.contains("_64x64x"));
     let all: Vec<_> = all.collect();
     assert!(all.len() >= 2, "{all:?}");
-    all
+    all_are_found(device, &all, |what| {
+        // Before sm_80 no copy is asynchronous, and src is one register of an `mma`.
+        let since_80 =
+            ["no wait for copies", "a wait for one copy too few", "fragments of src swapped"];
+        OF_OTHERS.contains(&what)
+            || device.compute_capability() < (8, 0) && since_80.contains(&what)
+    })
+}
+
+/// Faults that kernels of 16 bits have no place for.
+const OF_OTHERS: [&str; 6] = [
+    "one operand not rounded to TF32",
+    "no barrier between slabs, without tensor cores",
+    "elements of a vector swapped",
+    "src stored without its swizzle, without tensor cores",
+    "no barrier between slabs of bytes",
+    "the first vector of bytes copied without its swizzle",
+];
+
+/// TF32 and f32 in parts of TF32, f32 without tensor cores, bytes: one kernel of each that there is.
+fn in_others(device: &CudaDevice) -> Outcome {
+    let mut all = vec!["fprop_f32_simt_32x32x16_nchw"];
+    let tensor_cores = device.compute_capability() >= (8, 0);
+    if tensor_cores {
+        all.extend(["fprop_tf32_sm80_64x64x16_nhwc", "fprop_f32_sm80_64x64x16_nhwc"]);
+        all.push("fprop_i8_mma_64x64x64");
+    }
+    all_are_found(device, &all, |what| {
+        let without_tensor_cores = [
+            "no barrier behind the table of positions",
+            "no fences around the arrival of a block",
+            "no barrier between slabs, without tensor cores",
+            "elements of a vector swapped",
+            "src stored without its swizzle, without tensor cores",
+        ];
+        !tensor_cores && !without_tensor_cores.contains(&what)
+    })
 }
 
 /// What the started processes do.
 pub fn child(device: &CudaDevice) -> Result<String, Error> {
     let kernel = std::env::var(KERNEL).expect("the test says which kernel");
-    match kernel.contains("bf16") {
-        true => of::<bf16>(device, &kernel),
-        false => of::<f16>(device, &kernel),
+    match kernel.split('_').nth(1) {
+        Some("bf16") => of::<bf16>(device, &kernel),
+        Some("f16") => of::<f16>(device, &kernel),
+        Some("i8") => of_bytes(device, &kernel),
+        _ => of_f32(device, &kernel),
     }
+}
+
+fn layout_of(kernel: &str) -> Layout {
+    if kernel.ends_with("nhwc") { Layout::Last } else { Layout::First }
 }
 
 /// Eight slabs of aligned tensors, which blocks share, and of others.
 fn of<T: Value>(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
-    let layout = if kernel.ends_with("nhwc") { Layout::Last } else { Layout::First };
+    let layout = layout_of(kernel);
     let mut random = Random::new(83);
     for (width, splits) in [(16, 1), (16, 2), (15, 1)] {
         let case = Case::new(1, 256, 64, [1, 4, width]);
@@ -309,6 +417,62 @@ fn of<T: Value>(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
         let dst = dst.read();
         if !dst.iter().zip(&expected).all(|(got, expected)| got == expected) {
             return Ok(format!("wrong: width {width}, {splits} splits"));
+        }
+    }
+    Ok("right".into())
+}
+
+/// As [`of`], of numbers that take rounding to be TF32.
+fn of_f32(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
+    let layout = layout_of(kernel);
+    let tf32 = kernel.contains("_tf32_");
+    let math = if tf32 { Math::Tf32 } else { Math::F32 };
+    let mut random = Random::new(84);
+    for (width, splits) in [(16, 1), (16, 2), (15, 1)] {
+        let case = Case::new(1, 128, 64, [1, 4, width]);
+        let weight = random.normal(case.c_out * case.c_in);
+        let src = random.tensor(case.src_shape());
+        let as_used = |x: f32| if tf32 { nearest(x) } else { x };
+        let rounded = src.mapv(as_used).into_dyn();
+        let inputs = reference::Inputs { sources: vec![rounded.view()], ..Default::default() };
+        let of_rounded = case.layer(weight.iter().map(|&x| as_used(x)).collect());
+        let expected = reference::forward(&of_rounded, &inputs)?;
+        let options = PrepareOptions { math, ..force(&format!("{kernel}/{splits}")) };
+        let layer = case.layer(weight).prepare_with(&Device::from(device.clone()), options)?;
+        let src = Placed::<f32>::filled(device, src.view(), layout);
+        let mut dst = Placed::<f32>::blank(device, case.dst_shape(), layout);
+        layer.forward_into(&src.view(), &mut dst.view_mut())?;
+        device.synchronize()?;
+        // An operand that is not rounded is off by up to 5e-4 of itself.
+        let near = |(&got, &expected): (&f32, &f64)| {
+            (f64::from(got) - expected).abs() <= 2e-5 * expected.abs().max(1.0)
+        };
+        if !dst.read().iter().zip(&expected).all(near) {
+            return Ok(format!("wrong: width {width}, {splits} splits"));
+        }
+    }
+    Ok("right".into())
+}
+
+/// Four slabs of bytes of either sign, in either layout: the CPU's bytes.
+fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
+    let mut random = Random::new(85);
+    for layout in [Layout::First, Layout::Last] {
+        let case = Case::new(1, 256, 64, [1, 4, 16]);
+        let weight = Array2::from_shape_simple_fn((64, 256), || random.integer() as i8);
+        let quantization = Quantization::u8(0.05, 128);
+        let layer =
+            Quantized::new(weight, vec![0.02; 64], quantization).dst(Quantization::u8(0.1, 99));
+        let src =
+            Array5::from_shape_simple_fn(case.src_shape(), || (random.uniform() * 256.0) as u8);
+        let expected: ArrayD<u8> = layer.prepare(&Device::cpu())?.call(&src).run()?.into_dyn();
+        let layer = layer.prepare_with(&Device::from(device.clone()), force(kernel))?;
+        let src = Placed::holding(device, src.view(), layout);
+        let mut dst = Placed::<u8>::blank(device, case.dst_shape(), layout);
+        layer.call(&src.view()).run_into(&mut dst.view_mut())?;
+        device.synchronize()?;
+        if dst.held().into_dyn() != expected {
+            return Ok(format!("wrong: {layout:?}"));
         }
     }
     Ok("right".into())

@@ -18,6 +18,7 @@ pub const TRIALS: &[OnDevice] = &[
     ("slices_of_the_per_thread_stream_are_read_in_its_order", per_thread_slices),
     ("the_memory_pool_keeps_what_it_is_told_to", kept_memory),
     ("streams_that_would_mix_are_refused", refused_streams),
+    ("a_raw_handle_of_the_primary_context_is_the_primary_context", raw_context),
     ("a_call_can_be_captured_in_a_graph", graph),
     ("layers_write_into_channel_ranges", channel_ranges),
     ("plans_name_every_kernel_and_explain_the_first", plans),
@@ -216,14 +217,42 @@ fn refused_streams(device: &CudaDevice) -> Outcome {
     let layer = Pointwise::new(Array2::from_elem((3, 2), 1.0f32)).prepare(&legacy.into())?;
     assert!(layer.forward(&src)?.iter().all(|&x| x == 2.0));
 
-    // A context object that does not say that it is the primary one.
-    let number = context.cu_device();
-    // SAFETY: alive; never destroyed, as the next line sees to.
-    let foreign = unsafe { CudaContext::from_raw_context(ordinal, number, context.cu_ctx()) }
-        .map_err(|e| format!("{:?}", e.0))?;
-    std::mem::forget(foreign.clone());
+    // No context at all is another than the primary one, and one that every driver knows.
+    let none = std::ptr::null_mut();
+    // SAFETY: nothing is done in it.
+    let foreign = unsafe { CudaContext::from_raw_context(ordinal, context.cu_device(), none) };
+    let foreign = foreign.map_err(|e| format!("{:?}", e.0))?;
     let error = CudaDevice::from_stream(foreign.default_stream()).unwrap_err().to_string();
-    assert!(error.contains("primary"), "{error}");
+    assert!(error.contains("a stream of a context other than the primary one"), "{error}");
+    Ok(())
+}
+
+/// A context that a program brings as a raw handle is what it is, not what its object says.
+fn raw_context(device: &CudaDevice) -> Outcome {
+    let code = |error: pointwise::cudarc::driver::DriverError| format!("{:?}", error.0);
+    let ordinal = device.ordinal();
+    let primary = CudaContext::new(ordinal).map_err(code)?;
+    let number = primary.cu_device();
+    // SAFETY: alive; this object, which would destroy it, stays.
+    let theirs = unsafe { CudaContext::from_raw_context(ordinal, number, primary.cu_ctx()) };
+    let theirs = theirs.map_err(code)?;
+    std::mem::forget(theirs.clone());
+    assert!(!theirs.is_primary());
+
+    let stream = theirs.new_stream().map_err(code)?;
+    let src = stream.clone_htod(&[1.0f32; 20]).map_err(code)?;
+    let mut dst = stream.alloc_zeros::<f32>(30).map_err(code)?;
+    let gpu = CudaDevice::from_stream(stream.clone())?;
+    let layer = Pointwise::new(Array2::from_elem((3, 2), 1.0f32)).prepare(&gpu.into())?;
+    let from = CudaSliceRef::new(src.as_view(), 0, &[2, 2, 5], &[10, 5, 1])?;
+    let mut to = CudaSliceMut::new(dst.as_view_mut(), 0, &[2, 3, 5], &[15, 5, 1])?;
+    layer.forward_into(&from, &mut to)?;
+    drop(to);
+    assert_eq!(
+        layer.forward(&from)?.to_host()?,
+        Array3::<f32>::from_elem((2, 3, 5), 2.0).into_dyn()
+    );
+    assert_eq!(stream.clone_dtoh(&dst).map_err(code)?, [2.0; 30]);
     Ok(())
 }
 

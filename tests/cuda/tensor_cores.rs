@@ -31,7 +31,7 @@ fn kernels(device: &CudaDevice) -> Vec<&'static str> {
 }
 
 /// Those that compute in f32, in parts; they run only by name.
-fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
+pub fn in_parts(device: &CudaDevice) -> Vec<&'static str> {
     if device.compute_capability() < (8, 0) {
         return Vec::new();
     }
@@ -84,7 +84,7 @@ fn integers(device: &CudaDevice) -> Outcome {
 }
 
 /// The nearest value with 10 bits of mantissa, ties away from zero.
-fn nearest(x: f32) -> f32 {
+pub fn nearest(x: f32) -> f32 {
     let unit = 2f32.powi(x.abs().log2().floor() as i32 - 10);
     (x / unit).round() * unit
 }

@@ -1,13 +1,14 @@
 //! What the kernels move, beside what they must, as the stand-in driver counts it: sectors as they
 //! leave a warp, before any cache, and wavefronts of shared memory.
 
+use libtest_mimic::Failed;
 use ndarray::{Array2, Array5};
 use pointwise::{
     CudaDevice, DType, Error, LayerNorm, Layout as Order, Math, Pointwise, PrepareOptions,
     SourceStage, bf16, f16,
 };
 
-use super::cases::{Case, Layout, Placed, Value, kernels, kernels_of};
+use super::cases::{Case, GROUPS, Layout, Placed, Value, groups, kernels, kernels_of};
 use super::driver::expect;
 use super::tensor_cores;
 use super::{OnDevice, Outcome};
@@ -15,6 +16,7 @@ use super::{OnDevice, Outcome};
 pub const STAND_IN_TRIALS: &[OnDevice] = &[
     ("every_kernel_moves_little_more_than_it_must", of_every_kernel),
     ("large_layers_of_networks_move_little_more_than_they_must", of_layers),
+    ("groups_run_in_one_launch", of_groups),
 ];
 
 /// The positions that are interpreted; the channels are the layers' own.
@@ -198,7 +200,14 @@ fn chosen<T: Value>(
 
 /// What the started processes do.
 pub fn child(what: &str, device: &CudaDevice) -> Result<String, Error> {
-    let all = if what == "counted kernels" { every_kernel(device) } else { layers(device) };
+    let all = match what {
+        "counted groups" => match groups(device) {
+            Ok(()) => return Ok(format!("{} calls", 2 * GROUPS.len())),
+            Err(failed) => return Ok(failed.message().unwrap_or("failed").into()),
+        },
+        "counted kernels" => every_kernel(device),
+        _ => layers(device),
+    };
     all.iter().try_for_each(|counted| counted.run(device))?;
     Ok(format!("{} calls", all.len()))
 }
@@ -213,6 +222,25 @@ fn of_layers(device: &CudaDevice) -> Outcome {
     compare("counted layers", &all, (0.03, 0.06))
 }
 
+fn of_groups(_: &CudaDevice) -> Outcome {
+    let calls = 2 * GROUPS.len();
+    let launches = report_of("counted groups", calls)?;
+    assert_eq!(launches.lines().count(), calls, "{launches}");
+    Ok(())
+}
+
+/// What the driver counts of the launches of a started process that makes so many calls.
+fn report_of(what: &str, calls: usize) -> Result<String, Failed> {
+    let file = format!("pointwise-{}-{}.txt", what.replace(' ', "-"), std::process::id());
+    let report = std::env::temp_dir().join(file);
+    let path = report.to_string_lossy().into_owned();
+    let variables = [("PW_EMULATOR_REPORT", &*path), ("PW_EMULATOR_CHECKS", "0")];
+    expect(what, &variables, &[&format!("{calls} calls")])?;
+    let text = std::fs::read_to_string(&report)?;
+    std::fs::remove_file(&report)?;
+    Ok(text)
+}
+
 /// The last are what launches without stages of src and norms may have of bank conflicts, by
 /// wavefront.
 fn compare(
@@ -220,13 +248,7 @@ fn compare(
     all: &[Counted],
     (conflicts_of_f32, conflicts_of_16_bits): (f64, f64),
 ) -> Outcome {
-    let file = format!("pointwise-{}-{}.txt", what.replace(' ', "-"), std::process::id());
-    let report = std::env::temp_dir().join(file);
-    let path = report.to_string_lossy().into_owned();
-    let variables = [("PW_EMULATOR_REPORT", &*path), ("PW_EMULATOR_CHECKS", "0")];
-    expect(what, &variables, &[&format!("{} calls", all.len())])?;
-    let text = std::fs::read_to_string(&report)?;
-    std::fs::remove_file(&report)?;
+    let text = report_of(what, all.len())?;
     let mut lines = text.lines();
     let mut wrong = Vec::new();
     for counted in all {
