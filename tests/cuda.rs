@@ -16,6 +16,8 @@ mod driver;
 mod faults;
 #[path = "common/mod.rs"]
 mod fixtures;
+#[path = "cuda/fp8.rs"]
+mod fp8;
 #[path = "cuda/half.rs"]
 mod half;
 #[path = "cuda/host.rs"]
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         tensor_cores::TRIALS,
         half::TRIALS,
         int8::TRIALS,
+        fp8::TRIALS,
         train::TRIALS,
         driver::TRIALS,
     ]
