@@ -274,7 +274,8 @@ impl PreparedQuantized {
 
     /// Runs the layer, into any non-overlapping strides. Allocates nothing once a thread has run a
     /// problem of this size, except on CUDA where a [`DynamicQuantized`](super::DynamicQuantized)
-    /// quantises its source: into memory of the device's pool, given back in stream order.
+    /// quantises its source, into memory of the device's pool, given back in stream order; and on the CPU
+    /// where a [`QuantizedFp8`](super::QuantizedFp8) takes memory for source and result in f32.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
