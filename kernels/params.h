@@ -198,7 +198,7 @@ struct pw_quantization {
  * one, is the quantisation of each position. */
 struct pw_bytes {
     struct pw_fprop fprop; /* weight: [groups * rows][depth_pitch], 16-byte aligned, its padding 0 */
-    const int32_t *offset; /* [groups * rows], and so are the next two; 16-byte aligned; null with floats */
+    const int32_t *offset; /* [groups * rows], and so are the next two; 16-byte aligned; not read with floats */
     const float *scale;
     const float *shift;
     enum pw_element dst_type;

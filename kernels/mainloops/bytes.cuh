@@ -255,8 +255,8 @@ __device__ void add_products(int32_t (&sum)[4], const uint32_t (&rows)[2][4], co
     ptx::mma_i8<kOperands == PW_I8_I8>(sum, rows[0], {v.x, v.y});
     ptx::mma_i8<kOperands == PW_I8_I8>(sum, rows[1], {v.z, v.w});
 }
-// Tensor cores keep as few as 14 bits of a sum of such products (of a few chips, it is known): they sum a
-// slab and no more.
+// Some tensor cores keep 14 bits of a sum of such products (the DeepSeek-V3 report says so of H800): they
+// sum a slab and no more.
 template <pw_operands kOperands>
 __device__ void add_products(float (&sum)[4], const uint32_t (&rows)[2][4], const uint4& v) {
     float slab[4] = {};

@@ -170,8 +170,8 @@ impl DynamicQuantized {
     ///
     /// # Errors
     /// The first thing that does not fit, with its values: shapes; scales that are not finite and
-    /// positive; a bias that is not finite; bounds of a clip; [`Error::SumOverflow`] where a source could
-    /// take a sum beyond an i32.
+    /// positive; a bias that is not finite; bounds of a clip;
+    /// [`Error::SumOverflow`](crate::Error::SumOverflow) where a source could take a sum beyond an i32.
     pub fn check(&self) -> Result<()> {
         let DynamicQuantized { weight, weight_scale, groups, stride, .. } = self;
         let bias = self.bias.as_ref().map(|bias| bias.len());
