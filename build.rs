@@ -1,12 +1,12 @@
 //! With the feature `cuda`: makes the parameter structs of `kernels/params.h`, the planner's table
-//! of `kernels/kernels.def`, and one fatbin of `kernels/*.cu`. Without it: nothing.
+//! of `kernels/kernels.def`, and a fatbin of each of `kernels/*.cu`. Without it: nothing.
 //!
 //! | variable | meaning |
 //! | --- | --- |
 //! | `NVCC` | the CUDA compiler; else `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` are searched |
 //! | `POINTWISE_CUDA_ARCHS` | chips, as `80,90+ptx`; `+ptx` adds PTX for later chips, `compute_90` is PTX alone, which takes a fraction of the time |
 //! | `CUDA_COMPUTE_CAP` | one chip, as other crates read it |
-//! | `POINTWISE_FATBIN` | a fatbin made elsewhere, taken where there is no nvcc |
+//! | `POINTWISE_FATBIN` | a fatbin made elsewhere, taken where there is no nvcc; with fp8's beside it, `-fp8` behind its name, if there is one |
 //! | `POINTWISE_STRICT_PTXAS` | `1`: spilled registers are an error |
 
 fn main() {
@@ -26,6 +26,9 @@ mod cuda {
     const DEFAULT_ARCHS: &str = "75+ptx,80+ptx,90";
     const CHECKED_IN_PARAMS: &str = "src/cuda/params_generated.rs";
     const OLDEST_NVCC: (u32, u32) = (12, 0);
+    /// The first that knows products of fp8 (PTX 8.4), and the first chip that has them.
+    const FP8_NVCC: (u32, u32) = (12, 4);
+    const FP8_ARCH: u32 = 89;
     const HELP: &str = "scripts/cuda-toolchain.sh installs nvcc and prints the variables to \
                         export; or set NVCC or CUDA_HOME, or POINTWISE_FATBIN to a prebuilt image";
 
@@ -52,21 +55,31 @@ mod cuda {
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
         write(&out.join("kernels.rs"), kernel_table().as_bytes());
 
-        let fatbin = out.join("pointwise.fatbin");
+        let [fatbin, fp8] = ["pointwise.fatbin", "pointwise-fp8.fatbin"].map(|name| out.join(name));
         if env::var_os("DOCS_RS").is_some() {
             // The documentation host has neither compiler nor network.
             copy(Path::new(CHECKED_IN_PARAMS), &out.join("params.rs"));
             write(&fatbin, b"");
+            write(&fp8, b"");
             describe("none", "none");
             return;
         }
         params(&out.join("params.rs"));
         match find_nvcc() {
-            Some(nvcc) => compile(&nvcc, &fatbin),
+            Some(nvcc) => compile(&nvcc, &fatbin, &fp8),
             None => match env::var_os("POINTWISE_FATBIN") {
                 Some(prebuilt) => {
-                    println!("cargo::rerun-if-changed={}", Path::new(&prebuilt).display());
-                    copy(Path::new(&prebuilt), &fatbin);
+                    let prebuilt = Path::new(&prebuilt);
+                    println!("cargo::rerun-if-changed={}", prebuilt.display());
+                    copy(prebuilt, &fatbin);
+                    let stem = prebuilt.file_stem().unwrap_or_default().to_string_lossy();
+                    let beside = prebuilt.with_file_name(format!("{stem}-fp8.fatbin"));
+                    println!("cargo::rerun-if-changed={}", beside.display());
+                    if beside.is_file() {
+                        copy(&beside, &fp8)
+                    } else {
+                        write(&fp8, b"")
+                    }
                     describe("unknown", "those of POINTWISE_FATBIN");
                 }
                 None => fail(&format!("the feature `cuda` needs nvcc, and none was found\n{HELP}")),
@@ -125,7 +138,7 @@ mod cuda {
     /// The rows of `kernels/kernels.def` as Rust.
     fn kernel_table() -> String {
         let text = read("kernels/kernels.def");
-        let (mut rows, mut int8) = (String::new(), String::new());
+        let (mut rows, mut int8, mut fp8) = (String::new(), String::new(), String::new());
         for line in text.lines().map(str::trim) {
             if line.is_empty() || line.starts_with("//") {
                 continue;
@@ -135,12 +148,19 @@ mod cuda {
             let numbers: Option<Vec<u32>> =
                 list.split(',').map(|number| number.trim().parse().ok()).collect();
             let numbers = numbers.unwrap_or_default();
-            if let ("PW_INT8", &[c, positions, depth, warp_c, warp_positions, _, blocks, shared]) =
-                (family, numbers.as_slice())
+            let bytes = match family {
+                "PW_INT8" => Some(("i8_mma", &mut int8)),
+                "PW_FP8" => Some(("fp8_sm89", &mut fp8)),
+                _ => None,
+            };
+            if let (
+                Some((name, table)),
+                &[c, positions, depth, warp_c, warp_positions, _, blocks, shared],
+            ) = (bytes, numbers.as_slice())
             {
                 let threads = 32 * (c / warp_c) * (positions / warp_positions);
-                int8 += &format!(
-                    "    Int8Kernel {{ name: \"fprop_i8_mma_{c}x{positions}x{depth}\", rows: {c}, \
+                *table += &format!(
+                    "    ByteKernel {{ name: \"fprop_{name}_{c}x{positions}x{depth}\", rows: {c}, \
                      positions: {positions}, depth: {depth}, threads: {threads}, \
                      blocks_per_sm: {blocks}, shared_bytes: {shared} }},\n"
                 );
@@ -200,7 +220,8 @@ mod cuda {
         }
         format!(
             "pub(crate) const KERNELS: &[Kernel] = &[\n{rows}];\n\
-             pub(crate) const INT8_KERNELS: &[Int8Kernel] = &[\n{int8}];\n"
+             pub(crate) const INT8_KERNELS: &[ByteKernel] = &[\n{int8}];\n\
+             pub(crate) const FP8_KERNELS: &[ByteKernel] = &[\n{fp8}];\n"
         )
     }
 
@@ -225,7 +246,9 @@ mod cuda {
             .find(|nvcc| nvcc.is_file())
     }
 
-    fn compile(nvcc: &Path, fatbin: &Path) {
+    /// Compiles the kernels, those of fp8 into an image of their own: the others gain nothing from being
+    /// compiled for their chips again.
+    fn compile(nvcc: &Path, fatbin: &Path, fp8: &Path) {
         let version = nvcc_version(nvcc);
         if version < OLDEST_NVCC {
             fail(&format!(
@@ -255,21 +278,32 @@ mod cuda {
             .warnings(false)
             .try_get_compiler()
             .unwrap_or_else(|error| fail(&format!("no C++ compiler for nvcc: {error}")));
-        let mut command = compiler.to_command();
-        command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]);
-        command.args(["-Xptxas", "-v", "-Xfatbin", "-compress=false", "-Ikernels"]);
-        command.args(gencode(&archs));
-        command.arg("-o").arg(fatbin).arg("kernels/fprop.cu");
-        let output = command
-            .output()
-            .unwrap_or_else(|error| fail(&format!("{} does not run: {error}", nvcc.display())));
-        let log = String::from_utf8_lossy(&output.stderr).into_owned()
-            + &String::from_utf8_lossy(&output.stdout);
-        write(&fatbin.with_file_name("ptxas.log"), log.as_bytes());
-        if !output.status.success() {
-            let no_cxx = ["host compiler", "c++: No such file"].iter().any(|t| log.contains(t));
-            let hint = if no_cxx { "\nnvcc needs a C++ compiler (g++), or set CXX" } else { "" };
-            fail(&format!("nvcc failed ({}):\n{}{hint}", output.status, log.trim_end()));
+        let run = |source: &str, gencode: Vec<String>, to: &Path| {
+            let mut command = compiler.to_command();
+            command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]);
+            command.args(["-Xptxas", "-v", "-Xfatbin", "-compress=false", "-Ikernels"]);
+            command.args(gencode);
+            command.arg("-o").arg(to).arg(source);
+            let output = command
+                .output()
+                .unwrap_or_else(|error| fail(&format!("{} does not run: {error}", nvcc.display())));
+            let log = String::from_utf8_lossy(&output.stderr).into_owned()
+                + &String::from_utf8_lossy(&output.stdout);
+            write(&to.with_extension("ptxas.log"), log.as_bytes());
+            if !output.status.success() {
+                let no_cxx = ["host compiler", "c++: No such file"].iter().any(|t| log.contains(t));
+                let hint =
+                    if no_cxx { "\nnvcc needs a C++ compiler (g++), or set CXX" } else { "" };
+                fail(&format!("nvcc failed ({}):\n{}{hint}", output.status, log.trim_end()));
+            }
+            log
+        };
+        let mut log = run("kernels/fprop.cu", gencode(&archs, Arch::front_end), fatbin);
+        let archs: Vec<Arch> = archs.into_iter().filter_map(Arch::with_fp8).collect();
+        if archs.is_empty() || version < FP8_NVCC {
+            write(fp8, b"");
+        } else {
+            log += &run("kernels/fp8.cu", gencode(&archs, Arch::fp8_front_end), fp8);
         }
         if env::var_os("POINTWISE_STRICT_PTXAS").is_some_and(|v| v == "1") {
             let complaints = ptxas_complaints(&log);
@@ -320,9 +354,23 @@ mod cuda {
                 _ => self.name.clone(),
             }
         }
+
+        /// The chip that stands for this one in the image of fp8: 8.9 for 8.0, whose code it runs
+        /// otherwise.
+        fn with_fp8(self) -> Option<Arch> {
+            match self.number {
+                FP8_ARCH.. => Some(self),
+                80.. => Some(Arch { name: FP8_ARCH.to_string(), number: FP8_ARCH, ..self }),
+                _ => None,
+            }
+        }
+
+        fn fp8_front_end(&self) -> String {
+            if self.name.ends_with(['a', 'f']) { self.name.clone() } else { FP8_ARCH.to_string() }
+        }
     }
 
-    fn gencode(archs: &[Arch]) -> Vec<String> {
+    fn gencode(archs: &[Arch], front_end: fn(&Arch) -> String) -> Vec<String> {
         let mut front_ends: Vec<(String, Vec<String>)> = Vec::new();
         // Without PTX nothing would run on later chips, so the newest portable one gives some.
         let implied = (!archs.iter().any(|arch| arch.ptx))
@@ -332,7 +380,7 @@ mod cuda {
             })
             .flatten();
         for arch in archs {
-            let front_end = arch.front_end();
+            let front_end = front_end(arch);
             let mut codes: Vec<_> =
                 arch.code.then(|| format!("sm_{}", arch.name)).into_iter().collect();
             if arch.ptx || implied == Some(arch.number) {

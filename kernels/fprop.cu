@@ -1,9 +1,8 @@
 // The forward pass: fprop_{dtype}_{isa}_{rows}x{positions}x{depth}_{layout of dst}, and what may go
 // before and after it.
 #include "copy.cuh"
-#include "epilogues/int8.cuh"
+#include "epilogues/bytes.cuh"
 #include "epilogues/steps.cuh"
-#include "mainloops/int8.cuh"
 #include "mainloops/mma.cuh"
 #include "mainloops/simt.cuh"
 #include "norms/layer_norm.cuh"
@@ -52,19 +51,6 @@ __device__ void fprop_mma(const pw_fprop& p, MmaShared<Tile>& shared) {
         const TileWriter<Tile> writer(p, tile, positions);
         kPlain ? writer.write_plain(acc) : writer.write_steps(acc);
     });
-}
-
-template <class Tile>
-__device__ void fprop_int8(const pw_int8& p, Int8Shared<Tile>& shared) {
-    const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
-    const TileAt tile = TileAt::of(p.fprop, block, Tile());
-    if (!tile.exists(p.fprop)) return;
-    if (threadIdx.x == 0) shared.tile = tile;
-    fill_positions(shared.at, p.fprop, p.fprop.sources[0], tile.position, Tile::kThreads);
-    __syncthreads();
-    int32_t acc[Tile::kRowBlocks][Tile::kPositionBlocks][4] = {};
-    sum_bytes<Tile>(p, tile, shared, acc);
-    Int8Writer<Tile>(p, shared).write(acc);
 }
 
 #define PW_SIMT(dtype, element, layout, channels_fast, rows, positions, depth, slow, fast, blocks) \
@@ -170,14 +156,8 @@ PW_QUANTIZE(quantize, quantize)
 #define PW_FPROP_F16_MMA_SM75(...) PW_16BIT(f16_sm75, f16, __VA_ARGS__)
 #endif
 
-#define PW_INT8(rows, positions, depth, warp_rows, warp_positions, stages, blocks, bytes)        \
-    extern "C" __global__ void __launch_bounds__(                                                \
-        32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks)                      \
-        fprop_i8_mma_##rows##x##positions##x##depth(const __grid_constant__ pw_int8 p) {         \
-        using Tile = Int8Tile<rows, positions, depth, warp_rows, warp_positions, stages>;        \
-        static_assert(sizeof(Int8Shared<Tile>) == (bytes), "kernels.def says how much a launch brings"); \
-        extern __shared__ float4 brought[];                                                      \
-        fprop_int8<Tile>(p, *reinterpret_cast<Int8Shared<Tile>*>(brought));                      \
-    }
+#define PW_INT8(...) PW_BYTE_KERNEL(i8_mma, false, __VA_ARGS__)
+// Of an image of its own.
+#define PW_FP8(...)
 
 #include "kernels.def"

@@ -82,7 +82,7 @@ enum pw_epilogue {
 enum pw_flags {
     PW_FLAG_DST_VEC4 = 1,
     PW_FLAG_RESIDUAL_VEC4 = 2,
-    PW_FLAG_CHANNELS_FAST = 4, /* for kernels which have no layout in their name: norm, copy, int8 */
+    PW_FLAG_CHANNELS_FAST = 4, /* for kernels which have no layout in their name: norm, copy, bytes */
     PW_FLAG_DST_VEC8 = 8,
     PW_FLAG_RESIDUAL_VEC8 = 16,
     PW_FLAG_DST_F32 = 32 /* dst is f32 whatever the kernel's dtype, for the norm kernel to read */
@@ -175,10 +175,13 @@ struct pw_merge {
 };
 #define PW_MERGED 1024
 
-/* Layers of 8-bit integers. */
+/* Layers of 8-bit integers, and of floats of 8 bits. */
 
-/* What a tensor holds. */
-enum pw_element { PW_BYTES, PW_F32, PW_F16, PW_BF16 };
+/* What a tensor holds; PW_BYTES are integers. */
+enum pw_element { PW_BYTES, PW_F32, PW_F16, PW_BF16, PW_E4M3, PW_E5M2 };
+
+/* What weight and src hold. */
+enum pw_operands { PW_I8_U8, PW_I8_I8, PW_E4M3_E4M3, PW_E4M3_E5M2, PW_E5M2_E4M3, PW_E5M2_E5M2 };
 
 /* Scale and zero point of the values at a position. */
 struct pw_quantization {
@@ -186,22 +189,22 @@ struct pw_quantization {
     int32_t zero_point;
 };
 
-/* With bytes of src: x = (sum(w * src) + offset) * scale. With bytes that were real numbers, of which
- * each position has a quantisation (s, z): x = (sum(w * src) - z * offset) * (s * scale) + shift.
- * Then clipped to `before`, plus the residual, clipped to [lo, hi]; as a byte, rounded, plus the zero
- * point. Each operation rounds once.
+/* With integers of src: x = (sum(w * src) + offset) * scale. With integers that were real numbers, of
+ * which each position has a quantisation (s, z): x = (sum(w * src) - z * offset) * (s * scale) + shift.
+ * With floats: x = sum(w * src) * scale + shift. Then clipped to `before`, plus the residual, clipped to
+ * [lo, hi]; as an integer, rounded, plus the zero point. Each operation rounds once.
  *
  * Of `fprop`, the tensors, their axes and the letters count; src has one source. Its gate, if there is
  * one, is the quantisation of each position. */
-struct pw_int8 {
-    struct pw_fprop fprop; /* weight: i8, [groups * rows][depth_pitch], 16-byte aligned, its padding 0 */
-    const int32_t *offset; /* [groups * rows], and so are the next two; 16-byte aligned */
+struct pw_bytes {
+    struct pw_fprop fprop; /* weight: [groups * rows][depth_pitch], 16-byte aligned, its padding 0 */
+    const int32_t *offset; /* [groups * rows], and so are the next two; 16-byte aligned; not read with floats */
     const float *scale;
     const float *shift;
     enum pw_element dst_type;
     enum pw_element residual_type;
     uint32_t depth_pitch; /* depth, padded to a multiple of 16 */
-    uint32_t src_signed;  /* whether bytes of src are i8 */
+    enum pw_operands operands;
     float before_lo;
     float before_hi;
     float lo;
@@ -346,7 +349,7 @@ static_assert(sizeof(struct pw_part) == 56, "pw_part is laid out as Rust believe
 static_assert(sizeof(struct pw_stage) == 56, "pw_stage is laid out as Rust believes");
 static_assert(sizeof(struct pw_sweep) <= 4000, "launch parameters have 4 KiB");
 static_assert(sizeof(struct pw_fprop) == 1792, "pw_fprop is laid out as Rust believes");
-static_assert(sizeof(struct pw_int8) == 1864, "pw_int8 is laid out as Rust believes");
+static_assert(sizeof(struct pw_bytes) == 1864, "pw_bytes is laid out as Rust believes");
 #endif
 
 #endif

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "params.h"
+
 namespace ptx {
 
 // The same number, of which the compiler knows nothing: what is computed of it stays where it is
@@ -203,6 +205,52 @@ __device__ inline void mma_i8(int32_t (&c)[4], const uint32_t (&a)[4], const uin
         }
     }
 #endif
+}
+
+// The same of floats of 8 bits, which of them the operands' names say, with sums in f32. sm_89.
+template <pw_operands kOperands>
+__device__ inline void mma_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define PW_MMA_FP8(types)                                                                         \
+    asm("mma.sync.aligned.m16n8k32.row.col.f32." types ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+        "{%8, %9}, {%0, %1, %2, %3};"                                                              \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if constexpr (kOperands == PW_E4M3_E4M3) {
+        PW_MMA_FP8("e4m3.e4m3");
+    } else if constexpr (kOperands == PW_E4M3_E5M2) {
+        PW_MMA_FP8("e4m3.e5m2");
+    } else if constexpr (kOperands == PW_E5M2_E4M3) {
+        PW_MMA_FP8("e5m2.e4m3");
+    } else {
+        static_assert(kOperands == PW_E5M2_E5M2, "floats of 8 bits");
+        PW_MMA_FP8("e5m2.e5m2");
+    }
+#undef PW_MMA_FP8
+}
+
+// Two floats of 8 bits, the first in the lower byte: the nearest, ties to even, or the greatest for what
+// is beyond it; a NaN stays one. sm_89.
+__device__ inline uint16_t narrow_e4m3x2(float first, float second) {
+    uint16_t bits;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+__device__ inline uint16_t narrow_e5m2x2(float first, float second) {
+    uint16_t bits;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+
+// Their values, as two f16. sm_89.
+__device__ inline uint32_t widen_e4m3x2(uint16_t bits) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(bits));
+    return halves;
+}
+__device__ inline uint32_t widen_e5m2x2(uint16_t bits) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e5m2x2 %0, %1;" : "=r"(halves) : "h"(bits));
+    return halves;
 }
 
 }  // namespace ptx

@@ -32,7 +32,8 @@
 //! - [`Prepared::call`] takes further tensors: sources of a concatenation, a residual, a gate.
 //! - [`Branches`] and [`Sequence`] compose prepared layers.
 //! - [`train`] has forward and backward passes for training.
-//! - [`Quantized`] describes a layer of 8-bit integers; [`quantized`] says what it computes.
+//! - [`Quantized`] describes a layer of 8-bit integers, [`quantized::QuantizedFp8`] one of 8-bit floats;
+//!   [`quantized`] says what they compute.
 //! - [`reference::forward`] says in f64 what all of this means.
 //!
 //! | feature | |

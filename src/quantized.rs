@@ -1,4 +1,4 @@
-//! Layers of 8-bit integers, as ONNX's `QLinearConv` and PyTorch's quantised convolution define
+//! Layers of 8-bit numbers. First of integers, as ONNX's `QLinearConv` and PyTorch's quantised convolution define
 //! them.
 //!
 //! An integer `q` stands for the real number `scale · (q − zero_point)`. A layer computes
@@ -16,7 +16,8 @@
 //! one, and nothing is rounded to integers or saturated. Results are the same bits on every instruction
 //! set, for any number of threads, and on CUDA.
 //!
-//! [`DynamicQuantized`] takes sources of f32, and finds their scales in each call.
+//! [`DynamicQuantized`] takes sources of f32, and finds their scales in each call. [`QuantizedFp8`] is a
+//! layer of 8-bit floats instead.
 //!
 //! ```
 //! use ndarray::{Array4, array};
@@ -36,14 +37,17 @@
 
 mod calibrate;
 mod dynamic;
+mod fp8;
 mod prepared;
 
 use std::fmt;
 
+pub use float8::{F8E4M3, F8E5M2};
 use ndarray::{Array1, Array2, ArrayView1};
 
 pub use calibrate::{Calibration, Range};
 pub use dynamic::{DynamicQuantized, Per};
+pub use fp8::{Fp8, Fp8Element, Fp8Quantization, QuantizedFp8};
 pub use prepared::{PreparedQuantized, QuantizedCall};
 
 use crate::dtype::{DType, bf16, f16};
@@ -100,16 +104,27 @@ impl fmt::Display for Int8 {
 pub enum ElementType {
     /// Integers, which a [`Quantization`] gives a meaning.
     Int8(Int8),
+    /// Floats, which an [`Fp8Quantization`] gives a meaning.
+    Fp8(Fp8),
     /// Real numbers.
     Real(DType),
 }
 
 impl ElementType {
-    /// `u8`, `i8`, `f32`, `f16` or `bf16`.
+    /// `u8`, `i8`, `e4m3`, `e5m2`, `f32`, `f16` or `bf16`.
     pub const fn name(self) -> &'static str {
         match self {
             ElementType::Int8(int8) => int8.name(),
+            ElementType::Fp8(fp8) => fp8.name(),
             ElementType::Real(dtype) => dtype.name(),
+        }
+    }
+
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            ElementType::Int8(_) | ElementType::Fp8(_) => 1,
+            ElementType::Real(dtype) => dtype.size(),
         }
     }
 }
@@ -118,7 +133,8 @@ mod sealed {
     pub trait Sealed: Copy + Default + Send + Sync + 'static {}
 }
 
-/// An element of such a tensor: `u8`, `i8`, `f32`, [`f16`](struct@f16) or [`bf16`].
+/// An element of such a tensor: `u8`, `i8`, [`F8E4M3`], [`F8E5M2`], `f32`, [`f16`](struct@f16) or
+/// [`bf16`].
 pub trait QuantizedElement: sealed::Sealed {
     /// The type as a value.
     const TYPE: ElementType;
@@ -135,6 +151,8 @@ macro_rules! elements {
 elements! {
     u8: ElementType::Int8(Int8::U8);
     i8: ElementType::Int8(Int8::I8);
+    F8E4M3: ElementType::Fp8(Fp8::E4M3);
+    F8E5M2: ElementType::Fp8(Fp8::E5M2);
     f32: ElementType::Real(DType::F32);
     f16: ElementType::Real(DType::F16);
     bf16: ElementType::Real(DType::Bf16);
@@ -190,6 +208,14 @@ impl Quantization {
             },
         })
     }
+}
+
+fn finite(parameter: impl Fn() -> String, value: f32) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    let (value, expected) = (value.to_string(), "a finite number");
+    Err(Error::ParameterValue { parameter: parameter(), value, expected })
 }
 
 fn check_scale(parameter: impl Fn() -> String, scale: f32) -> Result<()> {
@@ -374,29 +400,18 @@ impl Quantized {
     pub fn check(&self) -> Result<()> {
         let Quantized { weight, weight_scale, groups, stride, .. } = self;
         let bias = self.bias.as_ref().map(|bias| bias.len());
-        check_layer(weight, weight_scale, bias, *groups, *stride, self.clips)?;
+        check_layer(weight.dim(), weight_scale, bias, *groups, *stride, self.clips)?;
         self.src.check("src")?;
         self.dst.map_or(Ok(()), |dst| dst.check("dst"))?;
         self.residual.map_or(Ok(()), |residual| residual.check("residual"))?;
-        let quotient = |parameter: String, value: f32| {
-            if value.is_finite() {
-                return Ok(());
-            }
-            let (value, expected) = (value.to_string(), "a finite number");
-            Err(Error::ParameterValue { parameter, value, expected })
-        };
         // Differences from a zero point are of at most 255.
-        quotient(
-            "255 times the residual's scale over dst's".into(),
-            self.residual_multiplier() * 255.0,
-        )?;
+        let what = || "255 times the residual's scale over dst's".into();
+        finite(what, self.residual_multiplier() * 255.0)?;
         let src = [self.src.int8.min(), self.src.int8.max()];
         let [least, greatest] = src.map(|q| i64::from(q - self.src.zero_point));
         for (channel, row) in self.weight.outer_iter().enumerate() {
-            quotient(
-                format!("src's scale times weight_scale[{channel}] over dst's scale"),
-                self.multiplier(channel),
-            )?;
+            let what = || format!("src's scale times weight_scale[{channel}] over dst's scale");
+            finite(what, self.multiplier(channel))?;
             let bias = self.bias_of(channel);
             check_sums(channel, row, bias, [(least, greatest)])?;
         }
@@ -404,14 +419,14 @@ impl Quantized {
     }
 
     pub(crate) fn shape(&self) -> LayerShape {
-        shape(&self.weight, self.groups, self.stride, self.residual.is_some())
+        shape(self.weight.dim(), self.groups, self.stride, self.residual.is_some())
     }
 }
 
-fn shape(weight: &Array2<i8>, groups: usize, stride: usize, residual: bool) -> LayerShape {
+fn shape((c_out, k): (usize, usize), groups: usize, stride: usize, residual: bool) -> LayerShape {
     LayerShape {
-        c_in: weight.ncols() * groups,
-        c_out: weight.nrows(),
+        c_in: k * groups,
+        c_out,
         groups,
         stride,
         partial: None,
@@ -435,16 +450,15 @@ const UNBOUNDED: [(f32, f32); 2] = [(f32::NEG_INFINITY, f32::INFINITY); 2];
 
 /// What every layer must fulfil, with so many values in its bias.
 fn check_layer(
-    weight: &Array2<i8>,
+    (c_out, k): (usize, usize),
     weight_scale: &Array1<f32>,
     bias: Option<usize>,
     groups: usize,
     stride: usize,
     clips: [(f32, f32); 2],
 ) -> Result<()> {
-    let (c_out, k) = weight.dim();
     if c_out == 0 || k == 0 {
-        let shape = weight.shape().to_vec();
+        let shape = vec![c_out, k];
         return Err(Error::NoChannels { tensor: "weight", shape });
     }
     if groups == 0 || c_out % groups != 0 {

@@ -3,7 +3,8 @@
 //!
 //! It interprets the description as it is written: nothing is folded, merged or reordered.
 
-use std::ops::Range;
+use std::iter::Sum;
+use std::ops::{Mul, Range};
 
 use ndarray::{
     Array2, Array3, ArrayD, ArrayView2, ArrayViewD, ArrayViewMut3, Axis, IxDyn, Slice, concatenate,
@@ -12,7 +13,7 @@ use ndarray::{
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::problem::{LayerShape, dst_shape, expect_shape, without_trailing_ones};
-use crate::quantized::{DynamicQuantized, Per, Quantized};
+use crate::quantized::{DynamicQuantized, Per, Quantized, QuantizedFp8};
 use crate::stages::{Activation, BatchNorm, NormOver, SourceStage, Stage};
 use crate::train::Statistics;
 
@@ -301,7 +302,8 @@ pub fn forward_quantized(
     let got = residual.as_ref().map(|residual| residual.shape());
     check_residual(layer.residual.is_some(), got, shape.as_slice())?;
     let steps = src.mapv(|q| i64::from(q) - i64::from(layer.src.zero_point));
-    let sums = sums(&layer.weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
+    let weight = layer.weight.mapv(i64::from);
+    let sums = sums(&weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
     let scale = f64::from(layer.dst_scale());
     let clip =
         |x: f64, (lo, hi): (f32, f32)| x.max(f64::from(lo) / scale).min(f64::from(hi) / scale);
@@ -332,22 +334,58 @@ fn check_residual(wanted: bool, got: Option<&[usize]>, shape: &[usize]) -> Resul
 }
 
 /// `Σ_k weight[c, k] · steps[k]` at the positions that the stride keeps.
-fn sums(
-    weight: &Array2<i8>,
+fn sums<T: Copy + Mul<Output = T> + Sum>(
+    weight: &Array2<T>,
     groups: usize,
     stride: usize,
-    steps: ArrayViewD<'_, i64>,
+    steps: ArrayViewD<'_, T>,
     shape: &[usize],
-) -> ArrayD<i64> {
+) -> ArrayD<T> {
     let (c_out, k) = weight.dim();
     let (rows, positions) = (c_out / groups, shape[2..].iter().product());
     let steps = kept(steps, stride).to_owned();
     let steps = steps.to_shape((shape[0], k * groups, positions)).expect("axes are kept in order");
     let sums = Array3::from_shape_fn((shape[0], c_out, positions), |(n, row, p)| {
         let first = row / rows * k;
-        (0..k).map(|i| i64::from(weight[[row, i]]) * steps[[n, first + i, p]]).sum()
+        (0..k).map(|i| weight[[row, i]] * steps[[n, first + i, p]]).sum()
     });
     sums.into_shape_with_order(IxDyn(shape)).expect("the same number of elements")
+}
+
+/// Runs a layer of 8-bit floats in f64, with multipliers that are rounded to f32 as the
+/// [specification](QuantizedFp8) says, up to the last step: dst is not yet rounded to fp8, nor saturated.
+///
+/// # Shapes
+/// `src [n, c_in, …spatial]` and `residual`, of the result's shape, hold the numbers of their tensors; the
+/// result `[n, c_out, …ceil(spatial / stride)]` holds what the layer rounds to those of dst, or real
+/// numbers where it has no quantisation for it.
+///
+/// # Errors
+/// As the prepared layer's `forward`; its types are not checked.
+pub fn forward_fp8(
+    layer: &QuantizedFp8,
+    src: ArrayViewD<'_, f64>,
+    residual: Option<ArrayViewD<'_, f64>>,
+) -> Result<ArrayD<f64>> {
+    layer.check()?;
+    let shape = dst_shape(&layer.shape(), src.shape(), std::iter::empty())?;
+    let got = residual.as_ref().map(|residual| residual.shape());
+    check_residual(layer.residual.is_some(), got, shape.as_slice())?;
+    let values = layer.weight_type.values();
+    let weight = layer.weight.mapv(|bits| f64::from(values[usize::from(bits)]));
+    let mut dst = sums(&weight, layer.groups, layer.stride, src, shape.as_slice());
+    let scale = f64::from(layer.dst_scale());
+    let clip = |x: f64, (lo, hi): (f32, f32)| {
+        if x.is_nan() { x } else { x.max(f64::from(lo) / scale).min(f64::from(hi) / scale) }
+    };
+    for (at, x) in dst.indexed_iter_mut() {
+        let (multiplier, shift) = (layer.multiplier(at[1]), layer.shift(at[1]));
+        *x = clip(*x * f64::from(multiplier) + f64::from(shift), layer.clips[0]);
+        if let Some(residual) = &residual {
+            *x = clip(*x + residual[&at] * f64::from(layer.residual_multiplier()), layer.clips[1]);
+        }
+    }
+    Ok(dst)
 }
 
 /// Runs a layer whose sources are quantised in each call: the source's scales, zero points and integers
@@ -402,7 +440,8 @@ pub fn forward_dynamic(
         let q = ((x / scale).round_ties_even() + zero_point).clamp(0.0, 255.0);
         *steps = (q - zero_point) as i64;
     }
-    let sums = sums(&layer.weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
+    let weight = layer.weight.mapv(i64::from);
+    let sums = sums(&weight, layer.groups, layer.stride, steps.view(), shape.as_slice());
     let clip = |x: f64, (lo, hi): (f32, f32)| {
         if x.is_nan() { x } else { x.max(lo.into()).min(hi.into()) }
     };

@@ -18,6 +18,8 @@ mod far;
 mod faults;
 #[path = "common/mod.rs"]
 mod fixtures;
+#[path = "cuda/fp8.rs"]
+mod fp8;
 #[path = "cuda/golden.rs"]
 mod golden;
 #[path = "cuda/half.rs"]
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         tensor_cores::TRIALS,
         half::TRIALS,
         int8::TRIALS,
+        fp8::TRIALS,
         golden::TRIALS,
         train::TRIALS,
         driver::TRIALS,

@@ -12,7 +12,9 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::driver::{self, failed};
-use super::plan::{Family, Helper, INT8_KERNELS, KERNELS, Kernel, Terms, Training};
+use super::plan::{
+    ByteKernel, FP8_KERNELS, Family, Helper, INT8_KERNELS, KERNELS, Kernel, Terms, Training,
+};
 use super::scratch::Scratch;
 use super::staging::Staging;
 use crate::cost::Roof;
@@ -22,6 +24,10 @@ use crate::tensor::Place;
 
 /// The kernels' machine code and PTX, as nvcc made it.
 static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
+/// The kernels of fp8; empty where the build has none.
+static FP8_FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise-fp8.fatbin"));
+/// The first compute capability whose tensor cores multiply fp8.
+const FP8: (u32, u32) = (8, 9);
 
 /// `CUDA_ERROR_INVALID_IMAGE`.
 const INVALID_IMAGE: u32 = 200;
@@ -54,6 +60,8 @@ struct Context {
     /// In the order of [`KERNELS`], then of [`Helper`], of [`Training`] and of [`INT8_KERNELS`]; `None`
     /// is for other chips.
     functions: Vec<Option<CudaFunction>>,
+    /// Of [`FP8_KERNELS`], once they are asked for.
+    fp8: OnceLock<Vec<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
     lane: Arc<Lane>,
@@ -324,10 +332,56 @@ impl CudaDevice {
         &self.shared.facts
     }
 
-    /// The function of a row of [`KERNELS`], or behind them of a [`Helper`], of training, of a row
-    /// of [`INT8_KERNELS`], or the plain one of a row of [`KERNELS`], if it runs on this device.
+    /// The function of a row of [`KERNELS`], or behind them of a [`Helper`] and so on, if it runs on this
+    /// device; behind all others the plain ones of [`KERNELS`], and then those of [`FP8_KERNELS`].
     pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
-        self.shared.functions.get(kernel)?.as_ref()
+        let Context { functions, fp8, .. } = &*self.shared;
+        match kernel.checked_sub(functions.len()) {
+            None => functions[kernel].as_ref(),
+            Some(kernel) => fp8.get()?.get(kernel),
+        }
+    }
+
+    /// Loads the kernels of fp8, unless they are.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason: the chip is too old, the build has none, or the driver does
+    /// not load them.
+    pub(super) fn load_fp8(&self) -> Result<()> {
+        let Context { context, facts, fp8, .. } = &*self.shared;
+        if fp8.get().is_some() {
+            return Ok(());
+        }
+        let unsupported = |reason: String| Error::Unsupported {
+            device: self.to_string(),
+            what: format!("layers of fp8: {reason}"),
+        };
+        let (major, minor) = facts.compute_capability;
+        if facts.compute_capability < FP8 {
+            return Err(unsupported(format!(
+                "it has compute capability {major}.{minor}, tensor cores multiply fp8 from {}.{} on",
+                FP8.0, FP8.1
+            )));
+        }
+        if FP8_FATBIN.is_empty() {
+            return Err(unsupported(format!(
+                "the kernels of this build, by nvcc {} for {}, have none; these take nvcc 12.4 or later \
+                 and a chip from 8.0 on among POINTWISE_CUDA_ARCHS",
+                env!("POINTWISE_BUILT_NVCC"),
+                env!("POINTWISE_BUILT_ARCHS"),
+            )));
+        }
+        let _bound = self.bind()?;
+        let functions = context
+            .load_module(Ptx::from_binary(FP8_FATBIN.to_vec()))
+            .and_then(|module| FP8_KERNELS.iter().map(|k| byte_function(&module, k)).collect())
+            .map_err(|error| match driver::probe() {
+                Ok(driver) => unsupported(cannot_load(&driver, facts, error.0 as u32)),
+                Err(reason) => unsupported(reason.into()),
+            })?;
+        // Another thread may have been faster.
+        let _ = fp8.set(functions);
+        Ok(())
     }
 
     /// Makes this device's context the calling thread's for as long as the result lives. Every
@@ -598,8 +652,8 @@ impl Context {
         let stream = context.new_stream().map_err(failed("cuStreamCreate"))?;
         let lane = Lane::new(&context, stream);
         let event = Mutex::new(Event::new(&context)?);
-        let (fault, staging) = (OnceLock::new(), Mutex::default());
-        let new = Arc::new(Context { context, functions, facts, lane, event, fault, staging });
+        let (fp8, fault, staging) = (OnceLock::new(), OnceLock::new(), Mutex::default());
+        let new = Arc::new(Context { context, functions, fp8, facts, lane, event, fault, staging });
         loaded.push(new.clone());
         Ok(new)
     }
@@ -642,11 +696,8 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
     let helpers =
         Helper::ALL.map(Helper::name).into_iter().chain(Training::ALL.map(Training::name));
     let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
-    let int8 = INT8_KERNELS.iter().map(|kernel| {
-        let function = module.load_function(kernel.name).map_err(code)?;
-        allow_shared(&function, kernel.shared_bytes).map_err(code)?;
-        Ok(Some(function))
-    });
+    let int8 = INT8_KERNELS.iter();
+    let int8 = int8.map(|kernel| byte_function(&module, kernel).map(Some).map_err(code));
     let functions: Result<Vec<_>, u32> =
         KERNELS.iter().map(function).chain(helpers).chain(int8).collect();
     let mut functions = functions?;
@@ -661,6 +712,15 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
         });
     }
     Ok(functions)
+}
+
+fn byte_function(
+    module: &Arc<CudaModule>,
+    kernel: &ByteKernel,
+) -> Result<CudaFunction, result::DriverError> {
+    let function = module.load_function(kernel.name)?;
+    allow_shared(&function, kernel.shared_bytes)?;
+    Ok(function)
 }
 
 /// Lets launches of a function bring so much shared memory.
@@ -906,6 +966,10 @@ unsafe impl Plain for u64 {}
 unsafe impl Plain for half::f16 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for half::bf16 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for float8::F8E4M3 {}
+// SAFETY: plain numbers.
+unsafe impl Plain for float8::F8E5M2 {}
 
 #[cfg(test)]
 mod tests {

@@ -6,10 +6,12 @@ use cudarc::driver::result;
 
 use super::device::{Buffer, CudaDevice};
 use super::params::{
-    PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_epilogue, pw_flags, pw_fprop, pw_int8, pw_merge,
+    PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_bytes, pw_epilogue, pw_flags, pw_fprop, pw_merge,
     pw_norm_job, pw_read, pw_source,
 };
-use super::plan::{Choice, Helper, INT8_KERNELS, Int8Kernel, KERNELS, Kernel, Letters, Training};
+use super::plan::{
+    ByteKernel, Choice, FP8_KERNELS, Helper, INT8_KERNELS, KERNELS, Kernel, Letters, Training,
+};
 use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -736,8 +738,7 @@ struct Launch {
 impl Launch {
     fn fprop(kernel: usize, plain: bool) -> Launch {
         let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
-        let behind = KERNELS.len() + Helper::ALL.len() + Training::ALL.len() + INT8_KERNELS.len();
-        let function = if plain { behind + kernel } else { kernel };
+        let function = if plain { Launch::behind_int8() + kernel } else { kernel };
         Launch { function, name, threads, shared_bytes }
     }
 
@@ -747,8 +748,21 @@ impl Launch {
     }
 
     fn int8(kernel: usize) -> Launch {
-        let function = KERNELS.len() + Helper::ALL.len() + Training::ALL.len() + kernel;
-        let Int8Kernel { name, threads, shared_bytes, .. } = INT8_KERNELS[kernel];
+        let before = KERNELS.len() + Helper::ALL.len() + Training::ALL.len();
+        Launch::bytes(&INT8_KERNELS[kernel], before + kernel)
+    }
+
+    fn behind_int8() -> usize {
+        Launch::int8(0).function + INT8_KERNELS.len()
+    }
+
+    fn fp8(kernel: usize) -> Launch {
+        let before = Launch::behind_int8() + KERNELS.len();
+        Launch::bytes(&FP8_KERNELS[kernel], before + kernel)
+    }
+
+    fn bytes(kernel: &ByteKernel, function: usize) -> Launch {
+        let &ByteKernel { name, threads, shared_bytes, .. } = kernel;
         Launch { function, name, threads, shared_bytes }
     }
 
@@ -794,22 +808,44 @@ pub(super) unsafe fn start_quantization(
     unsafe { start(device, Launch::helper(helper), grid, &mut params) }
 }
 
-/// Queues a convolution of bytes by a kernel of [`INT8_KERNELS`].
+/// The kernels for bytes of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Bytes {
+    /// [`INT8_KERNELS`].
+    Integers,
+    /// [`FP8_KERNELS`].
+    Floats,
+}
+
+impl Bytes {
+    pub(super) fn kernels(self) -> &'static [ByteKernel] {
+        match self {
+            Bytes::Integers => INT8_KERNELS,
+            Bytes::Floats => FP8_KERNELS,
+        }
+    }
+}
+
+/// Queues a convolution of bytes by one of these kernels.
 ///
 /// # Safety
 /// As [`launch`], for what the parameters point to.
-pub(super) unsafe fn start_int8(
+pub(super) unsafe fn start_bytes(
     device: &CudaDevice,
-    kernel: usize,
+    (bytes, kernel): (Bytes, usize),
     call: &Call,
-    params: &mut pw_int8,
+    params: &mut pw_bytes,
 ) -> Result<()> {
     let letters = call.letters();
-    let tiles = INT8_KERNELS[kernel].tiles(&letters);
+    let tiles = bytes.kernels()[kernel].tiles(&letters);
     let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
     let _bound = device.bind()?;
+    let launch = match bytes {
+        Bytes::Integers => Launch::int8(kernel),
+        Bytes::Floats => Launch::fp8(kernel),
+    };
     // SAFETY: the caller's promise.
-    unsafe { start(device, Launch::int8(kernel), grid, params) }
+    unsafe { start(device, launch, grid, params) }
 }
 
 /// Queues the merge of the moments of so many samples, each of at most `PW_MERGED` items.

@@ -2,13 +2,13 @@
 //! kernels and stream, `plan` chooses a kernel, `pack` lays a layer out and uploads it, `layer` runs its
 //! calls, `launch` is the one place where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
 //! memory, `slice` borrows cudarc's, `staging` brings host tensors there and back, `chain` runs
-//! layers one after another, `train` has the passes of training, `nccl` sums over processes, `int8` runs
-//! layers of 8-bit integers.
+//! layers one after another, `train` has the passes of training, `nccl` sums over processes, `bytes` runs
+//! layers of 8-bit integers and of fp8.
 
+pub(crate) mod bytes;
 pub(crate) mod chain;
 mod device;
 mod driver;
-pub(crate) mod int8;
 mod launch;
 mod layer;
 #[cfg(feature = "nccl")]

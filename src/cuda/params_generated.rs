@@ -328,10 +328,23 @@ impl pw_element {
     pub const PW_F32: pw_element = pw_element(1);
     pub const PW_F16: pw_element = pw_element(2);
     pub const PW_BF16: pw_element = pw_element(3);
+    pub const PW_E4M3: pw_element = pw_element(4);
+    pub const PW_E5M2: pw_element = pw_element(5);
 }
 #[repr(transparent)]
 #[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
 pub struct pw_element(pub ::core::ffi::c_uint);
+impl pw_operands {
+    pub const PW_I8_U8: pw_operands = pw_operands(0);
+    pub const PW_I8_I8: pw_operands = pw_operands(1);
+    pub const PW_E4M3_E4M3: pw_operands = pw_operands(2);
+    pub const PW_E4M3_E5M2: pw_operands = pw_operands(3);
+    pub const PW_E5M2_E4M3: pw_operands = pw_operands(4);
+    pub const PW_E5M2_E5M2: pw_operands = pw_operands(5);
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct pw_operands(pub ::core::ffi::c_uint);
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
 pub struct pw_quantization {
@@ -349,7 +362,7 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct pw_int8 {
+pub struct pw_bytes {
     pub fprop: pw_fprop,
     pub offset: *const i32,
     pub scale: *const f32,
@@ -357,7 +370,7 @@ pub struct pw_int8 {
     pub dst_type: pw_element,
     pub residual_type: pw_element,
     pub depth_pitch: u32,
-    pub src_signed: u32,
+    pub operands: pw_operands,
     pub before_lo: f32,
     pub before_hi: f32,
     pub lo: f32,
@@ -369,35 +382,36 @@ pub struct pw_int8 {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_int8"][::core::mem::size_of::<pw_int8>() - 1864usize];
-    ["Alignment of pw_int8"][::core::mem::align_of::<pw_int8>() - 8usize];
-    ["Offset of field: pw_int8::fprop"][::core::mem::offset_of!(pw_int8, fprop) - 0usize];
-    ["Offset of field: pw_int8::offset"][::core::mem::offset_of!(pw_int8, offset) - 1792usize];
-    ["Offset of field: pw_int8::scale"][::core::mem::offset_of!(pw_int8, scale) - 1800usize];
-    ["Offset of field: pw_int8::shift"][::core::mem::offset_of!(pw_int8, shift) - 1808usize];
-    ["Offset of field: pw_int8::dst_type"][::core::mem::offset_of!(pw_int8, dst_type) - 1816usize];
-    ["Offset of field: pw_int8::residual_type"]
-        [::core::mem::offset_of!(pw_int8, residual_type) - 1820usize];
-    ["Offset of field: pw_int8::depth_pitch"]
-        [::core::mem::offset_of!(pw_int8, depth_pitch) - 1824usize];
-    ["Offset of field: pw_int8::src_signed"]
-        [::core::mem::offset_of!(pw_int8, src_signed) - 1828usize];
-    ["Offset of field: pw_int8::before_lo"]
-        [::core::mem::offset_of!(pw_int8, before_lo) - 1832usize];
-    ["Offset of field: pw_int8::before_hi"]
-        [::core::mem::offset_of!(pw_int8, before_hi) - 1836usize];
-    ["Offset of field: pw_int8::lo"][::core::mem::offset_of!(pw_int8, lo) - 1840usize];
-    ["Offset of field: pw_int8::hi"][::core::mem::offset_of!(pw_int8, hi) - 1844usize];
-    ["Offset of field: pw_int8::zero_point"]
-        [::core::mem::offset_of!(pw_int8, zero_point) - 1848usize];
-    ["Offset of field: pw_int8::residual_flip"]
-        [::core::mem::offset_of!(pw_int8, residual_flip) - 1852usize];
-    ["Offset of field: pw_int8::residual_zero_point"]
-        [::core::mem::offset_of!(pw_int8, residual_zero_point) - 1856usize];
-    ["Offset of field: pw_int8::residual_scale"]
-        [::core::mem::offset_of!(pw_int8, residual_scale) - 1860usize];
+    ["Size of pw_bytes"][::core::mem::size_of::<pw_bytes>() - 1864usize];
+    ["Alignment of pw_bytes"][::core::mem::align_of::<pw_bytes>() - 8usize];
+    ["Offset of field: pw_bytes::fprop"][::core::mem::offset_of!(pw_bytes, fprop) - 0usize];
+    ["Offset of field: pw_bytes::offset"][::core::mem::offset_of!(pw_bytes, offset) - 1792usize];
+    ["Offset of field: pw_bytes::scale"][::core::mem::offset_of!(pw_bytes, scale) - 1800usize];
+    ["Offset of field: pw_bytes::shift"][::core::mem::offset_of!(pw_bytes, shift) - 1808usize];
+    ["Offset of field: pw_bytes::dst_type"]
+        [::core::mem::offset_of!(pw_bytes, dst_type) - 1816usize];
+    ["Offset of field: pw_bytes::residual_type"]
+        [::core::mem::offset_of!(pw_bytes, residual_type) - 1820usize];
+    ["Offset of field: pw_bytes::depth_pitch"]
+        [::core::mem::offset_of!(pw_bytes, depth_pitch) - 1824usize];
+    ["Offset of field: pw_bytes::operands"]
+        [::core::mem::offset_of!(pw_bytes, operands) - 1828usize];
+    ["Offset of field: pw_bytes::before_lo"]
+        [::core::mem::offset_of!(pw_bytes, before_lo) - 1832usize];
+    ["Offset of field: pw_bytes::before_hi"]
+        [::core::mem::offset_of!(pw_bytes, before_hi) - 1836usize];
+    ["Offset of field: pw_bytes::lo"][::core::mem::offset_of!(pw_bytes, lo) - 1840usize];
+    ["Offset of field: pw_bytes::hi"][::core::mem::offset_of!(pw_bytes, hi) - 1844usize];
+    ["Offset of field: pw_bytes::zero_point"]
+        [::core::mem::offset_of!(pw_bytes, zero_point) - 1848usize];
+    ["Offset of field: pw_bytes::residual_flip"]
+        [::core::mem::offset_of!(pw_bytes, residual_flip) - 1852usize];
+    ["Offset of field: pw_bytes::residual_zero_point"]
+        [::core::mem::offset_of!(pw_bytes, residual_zero_point) - 1856usize];
+    ["Offset of field: pw_bytes::residual_scale"]
+        [::core::mem::offset_of!(pw_bytes, residual_scale) - 1860usize];
 };
-impl Default for pw_int8 {
+impl Default for pw_bytes {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {

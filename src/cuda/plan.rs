@@ -55,10 +55,10 @@ pub(crate) struct Kernel {
     pub channels_fast: bool,
 }
 
-/// A kernel for layers of 8-bit integers, likewise; for dst in either layout, on every chip.
+/// A kernel for layers of 8-bit integers (on every chip) or of fp8, likewise; for dst in either layout.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Int8Kernel {
-    /// `fprop_i8_mma_{rows}x{positions}x{depth}`, also its symbol.
+pub(crate) struct ByteKernel {
+    /// `fprop_i8_mma_{rows}x{positions}x{depth}` or `fprop_fp8_sm89_…`, also its symbol.
     pub name: &'static str,
     pub rows: u32,
     pub positions: u32,
@@ -430,7 +430,7 @@ impl Kernel {
     }
 }
 
-impl Int8Kernel {
+impl ByteKernel {
     /// As [`Kernel::tiles`].
     pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
         let rows = u64::from(problem.rows.div_ceil(self.rows));
@@ -455,9 +455,9 @@ impl Int8Kernel {
     }
 }
 
-/// The kernel of [`INT8_KERNELS`] with the least estimate.
-pub(crate) fn choose_int8(problem: &Letters, facts: &Facts) -> usize {
-    let costs = INT8_KERNELS.iter().map(|kernel| kernel.estimate(problem, facts));
+/// The kernel with the least estimate.
+pub(crate) fn choose_bytes(kernels: &[ByteKernel], problem: &Letters, facts: &Facts) -> usize {
+    let costs = kernels.iter().map(|kernel| kernel.estimate(problem, facts));
     // The first of equals.
     costs.enumerate().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(index, _)| index)
 }

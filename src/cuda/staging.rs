@@ -18,7 +18,7 @@ pub(super) const SLICE_BYTES: usize = 16 << 20;
 pub(super) const ALIGNMENT: usize = 256;
 
 /// Elements of tensors, which are copied by several threads.
-pub(super) trait Moved: Copy + Send + Sync {}
+pub(crate) trait Moved: Copy + Send + Sync {}
 impl<T: Copy + Send + Sync> Moved for T {}
 
 /// A call's tensors in host memory: sources and gate of `T`.

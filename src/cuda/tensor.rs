@@ -13,8 +13,8 @@ use crate::tensor::{
     try_zeros,
 };
 
-/// Element types that device tensors hold: `f32`, [`half::f16`], [`half::bf16`], and `u8` and `i8` of
-/// [quantised layers](crate::quantized).
+/// Element types that device tensors hold: `f32`, [`half::f16`], [`half::bf16`], and `u8`, `i8`,
+/// [`float8::F8E4M3`] and [`float8::F8E5M2`] of [quantised layers](crate::quantized).
 #[allow(private_bounds)]
 pub trait DeviceElement: Plain + Default {}
 
@@ -23,6 +23,8 @@ impl DeviceElement for i8 {}
 impl DeviceElement for f32 {}
 impl DeviceElement for half::f16 {}
 impl DeviceElement for half::bf16 {}
+impl DeviceElement for float8::F8E4M3 {}
+impl DeviceElement for float8::F8E5M2 {}
 
 /// A tensor in the memory of a CUDA device, owned; `Send + Sync`.
 ///

@@ -3,9 +3,9 @@
 use ndarray::{Array1, Array2};
 
 use super::calibrate::{Int8Weight, Step};
-use super::{UNBOUNDED, check_layer, check_sums, cut, shape};
+use super::{UNBOUNDED, check_layer, check_sums, cut, finite, shape};
 use crate::cpu::int8::{Clip, Lowered, Scaling};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::layer::Pointwise;
 use crate::problem::LayerShape;
 
@@ -170,20 +170,14 @@ impl DynamicQuantized {
     ///
     /// # Errors
     /// The first thing that does not fit, with its values: shapes; scales that are not finite and
-    /// positive; a bias that is not finite; bounds of a clip; [`Error::SumOverflow`] where a source could
-    /// take a sum beyond an i32.
+    /// positive; a bias that is not finite; bounds of a clip;
+    /// [`Error::SumOverflow`](crate::Error::SumOverflow) where a source could take a sum beyond an i32.
     pub fn check(&self) -> Result<()> {
         let DynamicQuantized { weight, weight_scale, groups, stride, .. } = self;
         let bias = self.bias.as_ref().map(|bias| bias.len());
-        check_layer(weight, weight_scale, bias, *groups, *stride, self.clips)?;
+        check_layer(weight.dim(), weight_scale, bias, *groups, *stride, self.clips)?;
         for (channel, value) in self.bias.iter().flatten().enumerate() {
-            if !value.is_finite() {
-                return Err(Error::ParameterValue {
-                    parameter: format!("bias[{channel}]"),
-                    value: value.to_string(),
-                    expected: "a finite number",
-                });
-            }
+            finite(|| format!("bias[{channel}]"), *value)?;
         }
         for (channel, row) in weight.outer_iter().enumerate() {
             // Whatever the zero point: sums are largest where it is at either end.
@@ -193,7 +187,7 @@ impl DynamicQuantized {
     }
 
     pub(crate) fn shape(&self) -> LayerShape {
-        shape(&self.weight, self.groups, self.stride, self.residual)
+        shape(self.weight.dim(), self.groups, self.stride, self.residual)
     }
 
     /// The layer as the backend takes it, for weights in row-major order.

@@ -4,9 +4,13 @@ use std::sync::Arc;
 
 use ndarray::{Array, ArrayD, ArrayRef, Dimension};
 
-use super::{DynamicQuantized, ElementType, Int8, Per, Quantized, QuantizedElement};
+use super::{
+    DynamicQuantized, ElementType, F8E4M3, F8E5M2, Fp8, Int8, Per, Quantized, QuantizedElement,
+    QuantizedFp8,
+};
 use crate::alias::share_memory;
 use crate::cost::Cost;
+use crate::cpu::fp8;
 use crate::cpu::int8::{self, Added, Call, Clip, Lowered, Output, Scaling};
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, CudaTensor, DeviceElement};
@@ -23,7 +27,8 @@ use crate::trace::{self, Told};
 macro_rules! each {
     ($erased:expr, $view:ident => $of:expr) => {
         match $erased {
-            Erased::Bytes(_, $view) => $of,
+            Erased::Int8(_, $view) => $of,
+            Erased::Fp8(_, $view) => $of,
             Erased::F32($view) => $of,
             Erased::F16($view) => $of,
             Erased::Bf16($view) => $of,
@@ -42,10 +47,10 @@ pub struct PreparedQuantized {
 struct Inner {
     shape: LayerShape,
     src: ElementType,
-    /// Of integers; real numbers are those of the call.
-    dst: Option<Int8>,
-    /// Of integers; real numbers are of dst's type.
-    residual: Option<Int8>,
+    /// Of 8 bits; real numbers are those of the call.
+    dst: Option<ElementType>,
+    /// Of 8 bits; real numbers are of dst's type.
+    residual: Option<ElementType>,
     device: Device,
     backend: Backend,
 }
@@ -53,8 +58,9 @@ struct Inner {
 #[derive(Debug)]
 enum Backend {
     Cpu(int8::Layer),
+    CpuFp8(fp8::Layer),
     #[cfg(feature = "cuda")]
-    Cuda(cuda::int8::Layer),
+    Cuda(cuda::bytes::Layer),
 }
 
 impl Quantized {
@@ -80,9 +86,9 @@ impl Quantized {
         self.check()?;
         let weight = self.weight.as_standard_layout();
         let lowered = self.lower(weight.as_slice().unwrap_or_default());
-        let (src, dst) = (ElementType::Int8(self.src.int8), self.dst.map(|dst| dst.int8));
-        let residual = self.residual.map(|residual| residual.int8);
-        PreparedQuantized::new(device, &options, lowered, src, dst, residual)
+        let types = [Some(self.src), self.dst, self.residual]
+            .map(|quantization| Some(ElementType::Int8(quantization?.int8)));
+        PreparedQuantized::of_integers(device, &options, lowered, types)
     }
 
     /// The layer over unsigned bytes, for weights in row-major order.
@@ -149,20 +155,57 @@ impl DynamicQuantized {
         self.check()?;
         let weight = self.weight.as_standard_layout();
         let lowered = self.lower(weight.as_slice().unwrap_or_default());
-        let src = ElementType::Real(DType::F32);
-        PreparedQuantized::new(device, &options, lowered, src, None, None)
+        let types = [Some(ElementType::Real(DType::F32)), None, None];
+        PreparedQuantized::of_integers(device, &options, lowered, types)
+    }
+}
+
+impl QuantizedFp8 {
+    /// Checks the description and packs it, once.
+    ///
+    /// # Errors
+    /// As [`prepare_with`](Self::prepare_with).
+    pub fn prepare(&self, device: &Device) -> Result<PreparedQuantized> {
+        self.prepare_with(device, PrepareOptions::default())
+    }
+
+    /// As [`prepare`](Self::prepare); of the options, `kernel` matters (on the CPU one of f32), and on
+    /// CUDA `slice_bytes`.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); [`Error::Environment`] and [`Error::Kernel`] as
+    /// [`Quantized::prepare_with`]; [`Error::Unsupported`] on a CUDA device that has no kernels for fp8,
+    /// with the reason; [`Error::TooLarge`] and those of the device.
+    pub fn prepare_with(
+        &self,
+        device: &Device,
+        options: PrepareOptions,
+    ) -> Result<PreparedQuantized> {
+        self.check()?;
+        let weight = self.weight.as_standard_layout();
+        let lowered = self.lower(weight.as_slice().unwrap_or_default());
+        let shape = lowered.shape.clone();
+        let backend = match device.kind()? {
+            Kind::Cpu(cpu) => Backend::CpuFp8(fp8::Layer::new(cpu, &options, lowered)?),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(cuda) => {
+                Backend::Cuda(cuda::bytes::Layer::of_floats(cuda, &options, lowered)?)
+            }
+            Kind::Unknown(_) => unreachable!("Device::kind reports it"),
+        };
+        let types = [Some(self.src), self.dst, self.residual]
+            .map(|quantization| Some(ElementType::Fp8(quantization?.fp8)));
+        Ok(PreparedQuantized::new(device, shape, backend, types))
     }
 }
 
 impl PreparedQuantized {
-    /// Packs a layer on a device.
-    fn new(
+    /// Packs a layer on a device; its types are those of src, dst and residual.
+    fn of_integers(
         device: &Device,
         options: &PrepareOptions,
         lowered: Lowered<'_>,
-        src: ElementType,
-        dst: Option<Int8>,
-        residual: Option<Int8>,
+        types: [Option<ElementType>; 3],
     ) -> Result<Self> {
         let shape = lowered.shape.clone();
         let backend = match device.kind()? {
@@ -170,13 +213,23 @@ impl PreparedQuantized {
                 Backend::Cpu(int8::Layer::new(cpu, options.kernel.as_deref(), lowered)?)
             }
             #[cfg(feature = "cuda")]
-            Kind::Cuda(cuda) => Backend::Cuda(cuda::int8::Layer::new(cuda, options, lowered)?),
+            Kind::Cuda(cuda) => {
+                Backend::Cuda(cuda::bytes::Layer::of_integers(cuda, options, lowered)?)
+            }
             Kind::Unknown(_) => unreachable!("Device::kind reports it"),
         };
-        let device = device.clone();
-        Ok(PreparedQuantized {
-            inner: Arc::new(Inner { shape, src, dst, residual, device, backend }),
-        })
+        Ok(PreparedQuantized::new(device, shape, backend, types))
+    }
+
+    fn new(
+        device: &Device,
+        shape: LayerShape,
+        backend: Backend,
+        [src, dst, residual]: [Option<ElementType>; 3],
+    ) -> Self {
+        let (src, device) = (src.expect("every layer has a source"), device.clone());
+        let inner = Inner { shape, src, dst, residual, device, backend };
+        PreparedQuantized { inner: Arc::new(inner) }
     }
 
     /// Runs the layer.
@@ -222,7 +275,8 @@ impl PreparedQuantized {
 
     /// Runs the layer, into any non-overlapping strides. Allocates nothing once a thread has run a
     /// problem of this size, except on CUDA where a [`DynamicQuantized`](super::DynamicQuantized)
-    /// quantises its source: into memory of the device's pool, given back in stream order.
+    /// quantises its source, into memory of the device's pool, given back in stream order; and on the CPU
+    /// where a [`QuantizedFp8`](super::QuantizedFp8) takes memory for source and result in f32.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::Aliased`] if `dst` shares memory with a tensor
@@ -271,10 +325,12 @@ impl PreparedQuantized {
         let of = |positions: usize, channels: usize, size: usize| {
             positions.saturating_mul(channels).saturating_mul(size)
         };
-        let size = |element: &Option<Int8>| if element.is_some() { 1 } else { size_of::<f32>() };
+        let size =
+            |element: &Option<ElementType>| element.map_or(size_of::<f32>(), ElementType::size);
         // A range of a sample or a tensor is that of its positions which the stride skips, too.
         let per = match backend {
             Backend::Cpu(layer) => layer.per(),
+            Backend::CpuFp8(_) => None,
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.per(),
         };
@@ -283,15 +339,12 @@ impl PreparedQuantized {
             Some(Per::Position) | None => positions,
         };
         // Per channel, a scale and an offset, and a bias beside real sources.
-        let (src_size, vectors) = match element {
-            ElementType::Int8(_) => (1, 2),
-            ElementType::Real(dtype) => (dtype.size(), 3),
-        };
+        let vectors = if let ElementType::Real(_) = element { 3 } else { 2 };
         let (c_out, weights) = (shape.c_out, shape.c_out * shape.k());
         Cost {
             parameters: weights + 2 * c_out,
             macs: of(positions, c_out, shape.k()),
-            src_bytes: of(read, shape.c_in, src_size),
+            src_bytes: of(read, shape.c_in, element.size()),
             weight_bytes: weights + vectors * size_of::<f32>() * c_out,
             dst_bytes: of(positions, c_out, size(dst)),
             residual_bytes: if shape.residual { of(positions, c_out, size(residual)) } else { 0 },
@@ -299,12 +352,13 @@ impl PreparedQuantized {
     }
 
     /// The kernel of a call, why it is that one, and the call in words.
-    fn describe(&self, src: &[usize], dst: &DstShape) -> (&'static str, String, String) {
+    fn describe(&self, src: &[usize], dst: &DstShape) -> Result<(&'static str, String, String)> {
         let Inner { shape, backend, .. } = &*self.inner;
         let (kernel, reason) = match backend {
             Backend::Cpu(layer) => {
                 (layer.kernel(), "the strongest instruction set, or the forced one".into())
             }
+            Backend::CpuFp8(layer) => layer.explain(src, dst)?,
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.explain(dst),
         };
@@ -314,20 +368,23 @@ impl PreparedQuantized {
         };
         let groups =
             if shape.groups > 1 { format!(", {} groups", shape.groups) } else { "".into() };
-        (kernel, reason, format!("{} -> {}{groups}", words(src), words(dst.as_slice())))
+        Ok((kernel, reason, format!("{} -> {}{groups}", words(src), words(dst.as_slice()))))
     }
 
     /// The kernel that would run a source of this shape, what that costs, and the ceilings that
-    /// [`Device::roof_meter_int8`] gives, on the CPU measured.
+    /// [`Device::roof_meter_int8`] gives, on the CPU measured; there those of f32 for fp8.
     ///
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn explain(&self, src: &[usize]) -> Result<Explanation> {
-        let Inner { shape, device, .. } = &*self.inner;
+        let Inner { shape, device, backend, .. } = &*self.inner;
         let dst = dst_shape(shape, src, std::iter::empty())?;
         let cost = self.cost_of(src, &dst);
-        let roof = device.roof_meter_int8(cost.bytes())?.sample();
-        let (kernel, reason, problem) = self.describe(src, &dst);
+        let roof = match backend {
+            Backend::CpuFp8(layer) => layer.roof(&cost),
+            _ => device.roof_meter_int8(cost.bytes())?.sample(),
+        };
+        let (kernel, reason, problem) = self.describe(src, &dst)?;
         Ok(Explanation { device: device.to_string(), problem, kernel, reason, cost, roof })
     }
 
@@ -337,11 +394,12 @@ impl PreparedQuantized {
     /// # Errors
     /// If the shape does not fit the layer.
     pub fn plans(&self, src: &[usize]) -> Result<Vec<Candidate>> {
-        let dst = dst_shape(&self.inner.shape, src, std::iter::empty());
+        let dst = dst_shape(&self.inner.shape, src, std::iter::empty())?;
         Ok(match &self.inner.backend {
-            Backend::Cpu(layer) => dst.map(|_| layer.plans())?,
+            Backend::Cpu(layer) => layer.plans(),
+            Backend::CpuFp8(layer) => layer.plans(src, &dst)?,
             #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.plans(&dst?),
+            Backend::Cuda(layer) => layer.plans(&dst),
         })
     }
 
@@ -372,11 +430,12 @@ impl PreparedQuantized {
         Ok(PreparedQuantized { inner: Arc::new(inner) })
     }
 
-    /// The kernel that runs the layer; on CUDA that of sources with many positions, as it depends on
-    /// them ([`explain`](Self::explain)).
+    /// The kernel that runs the layer; on CUDA, and of fp8, that of sources with many positions, as it
+    /// depends on them ([`explain`](Self::explain)).
     pub fn kernel(&self) -> &'static str {
         match &self.inner.backend {
             Backend::Cpu(layer) => layer.kernel(),
+            Backend::CpuFp8(layer) => layer.kernel(),
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.kernel_for(u64::MAX >> 16),
         }
@@ -430,21 +489,21 @@ impl<'a> QuantizedCall<'a> {
         expect_shape("dst", dst.shape(), shape.as_slice())?;
         match (inner.dst, O::TYPE) {
             (None, ElementType::Real(_)) => {}
-            (Some(int8), got) => same_type("dst", ElementType::Int8(int8), got)?,
+            (Some(expected), got) => same_type("dst", expected, got)?,
             (None, got) => same_type("dst", ElementType::Real(DType::F32), got)?,
         }
         match (inner.shape.residual, &residual) {
             (true, None) => return Err(Error::MissingInput { input: "residual" }),
             (false, Some(_)) => return Err(Error::UnexpectedInput { input: "residual" }),
             (true, Some(residual)) => {
-                let expected = inner.residual.map_or(O::TYPE, ElementType::Int8);
+                let expected = inner.residual.unwrap_or(O::TYPE);
                 same_type("residual", expected, residual.element())?;
                 expect_shape("residual", residual.shape(), shape.as_slice())?;
             }
             (false, None) => {}
         }
         let place = match &inner.backend {
-            Backend::Cpu(_) => Place::Host,
+            Backend::Cpu(_) | Backend::CpuFp8(_) => Place::Host,
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => src.place(),
         };
@@ -462,12 +521,14 @@ impl<'a> QuantizedCall<'a> {
             }
         }
         let _span = trace::enter(|| {
-            let (kernel, _, problem) = self.layer.describe(src.shape(), &shape);
+            // The shapes have been checked.
+            let described = self.layer.describe(src.shape(), &shape).unwrap_or_default();
+            let (kernel, _, problem) = described;
             let cost = self.layer.cost_of(src.shape(), &shape);
             Told { kernel, problem, macs: cost.macs, bytes: cost.bytes() }
         });
         let layer = &inner.backend;
-        // SAFETY: src and residual are as they were erased, and u8 and i8 are both bytes.
+        // SAFETY: src and residual are as they were erased, and integers and floats of 8 bits are bytes.
         unsafe {
             match (inner.src, O::TYPE) {
                 (ElementType::Int8(_), ElementType::Int8(_)) => {
@@ -483,8 +544,27 @@ impl<'a> QuantizedCall<'a> {
                     DType::F16 => run::<O, f16, f16>(layer, shape, &src, &residual, dst),
                     DType::Bf16 => run::<O, bf16, bf16>(layer, shape, &src, &residual, dst),
                 },
-                (ElementType::Real(_), ElementType::Int8(_)) => {
-                    unreachable!("dst is real where src is")
+                (ElementType::Fp8(_), out) => match out {
+                    ElementType::Fp8(Fp8::E4M3) => {
+                        run_fp8::<O, F8E4M3>(layer, shape, &src, &residual, dst)
+                    }
+                    ElementType::Fp8(Fp8::E5M2) => {
+                        run_fp8::<O, F8E5M2>(layer, shape, &src, &residual, dst)
+                    }
+                    ElementType::Real(DType::F32) => {
+                        run_fp8::<O, f32>(layer, shape, &src, &residual, dst)
+                    }
+                    ElementType::Real(DType::F16) => {
+                        run_fp8::<O, f16>(layer, shape, &src, &residual, dst)
+                    }
+                    ElementType::Real(DType::Bf16) => {
+                        run_fp8::<O, bf16>(layer, shape, &src, &residual, dst)
+                    }
+                    ElementType::Int8(_) => unreachable!("dst is a float where src is"),
+                },
+                (ElementType::Int8(_) | ElementType::Real(_), ElementType::Fp8(_))
+                | (ElementType::Real(_), ElementType::Int8(_)) => {
+                    unreachable!("dst's type has been checked")
                 }
             }
         }
@@ -504,16 +584,53 @@ unsafe fn run<O, T: Output<R> + QuantizedElement, R: Added + QuantizedElement>(
     dst: TensorMut<'_, O>,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe {
+    let call: Call<'_, T, R> = unsafe {
         let residual = residual.as_ref().map(|residual| residual.typed());
-        let call = Call { shape, src: src.typed(), residual, dst: dst.cast() };
-        match backend {
-            Backend::Cpu(layer) => layer.run::<T, R>(&call),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(layer) => layer.run::<T, R>(&call)?,
-        }
+        Call { shape, src: src.typed(), residual, dst: dst.cast() }
+    };
+    match backend {
+        Backend::Cpu(layer) => layer.run::<T, R>(&call),
+        Backend::CpuFp8(_) => unreachable!("its sources are floats of 8 bits"),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(layer) => layer.run(&cuda::bytes::Tensors {
+            shape: &call.shape,
+            src: &call.src,
+            residual: call.residual.as_ref(),
+            dst: &call.dst,
+            types: (T::TYPE, R::TYPE),
+        })?,
     }
     Ok(())
+}
+
+/// The same of floats of 8 bits.
+///
+/// # Safety
+/// `O` is as large and aligned as `T`; src and residual are bytes; any bits are valid in each.
+unsafe fn run_fp8<O, T: fp8::Narrow + QuantizedElement>(
+    backend: &Backend,
+    shape: DstShape,
+    src: &Erased<'_>,
+    residual: &Option<Erased<'_>>,
+    dst: TensorMut<'_, O>,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    let (src, bytes, dst) = unsafe {
+        let bytes = residual.as_ref().map(|residual| residual.typed::<u8>());
+        (src.typed::<u8>(), bytes, dst.cast::<T>())
+    };
+    match backend {
+        Backend::CpuFp8(layer) => layer.run(&shape, &src, bytes.as_ref(), &dst),
+        Backend::Cpu(_) => unreachable!("its sources are not"),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(layer) => layer.run(&cuda::bytes::Tensors {
+            shape: &shape,
+            src: &src,
+            residual: bytes.as_ref(),
+            dst: &dst,
+            types: (T::TYPE, residual.as_ref().map_or(T::TYPE, Erased::element)),
+        }),
+    }
 }
 
 fn same_type(tensor: &'static str, expected: ElementType, got: ElementType) -> Result<()> {
@@ -526,7 +643,8 @@ fn same_type(tensor: &'static str, expected: ElementType, got: ElementType) -> R
 /// A tensor that is read, whatever it holds: as bytes, or as what it is.
 #[derive(Clone, Copy, Debug)]
 enum Erased<'a> {
-    Bytes(Int8, TensorRef<'a, u8>),
+    Int8(Int8, TensorRef<'a, u8>),
+    Fp8(Fp8, TensorRef<'a, u8>),
     F32(TensorRef<'a, f32>),
     F16(TensorRef<'a, f16>),
     Bf16(TensorRef<'a, bf16>),
@@ -535,10 +653,11 @@ enum Erased<'a> {
 impl<'a> Erased<'a> {
     fn of<T: QuantizedElement>(tensor: &'a (impl AsTensor<T> + ?Sized)) -> Result<Self> {
         let view = tensor.as_tensor()?;
-        // SAFETY: only one type has each `TYPE`, and i8 are bytes as well.
+        // SAFETY: only one type has each `TYPE`, and i8 and floats of 8 bits are bytes as well.
         unsafe {
             Ok(match T::TYPE {
-                ElementType::Int8(int8) => Erased::Bytes(int8, view.cast()),
+                ElementType::Int8(int8) => Erased::Int8(int8, view.cast()),
+                ElementType::Fp8(fp8) => Erased::Fp8(fp8, view.cast()),
                 ElementType::Real(DType::F32) => Erased::F32(view.cast()),
                 ElementType::Real(DType::F16) => Erased::F16(view.cast()),
                 ElementType::Real(DType::Bf16) => Erased::Bf16(view.cast()),
@@ -548,7 +667,8 @@ impl<'a> Erased<'a> {
 
     fn element(&self) -> ElementType {
         match self {
-            Erased::Bytes(int8, _) => ElementType::Int8(*int8),
+            Erased::Int8(int8, _) => ElementType::Int8(*int8),
+            Erased::Fp8(fp8, _) => ElementType::Fp8(*fp8),
             Erased::F32(_) => ElementType::Real(DType::F32),
             Erased::F16(_) => ElementType::Real(DType::F16),
             Erased::Bf16(_) => ElementType::Real(DType::Bf16),

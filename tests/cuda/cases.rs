@@ -1,6 +1,7 @@
 //! Every kernel on every shape, layout and list of steps: exactly, where arithmetic allows it.
 
 use ndarray::{Array1, Array2, Array5, ArrayD, ArrayView5, Axis, IxDyn, ShapeBuilder};
+use pointwise::quantized::{F8E4M3, F8E5M2};
 use pointwise::{
     Activation, BatchNorm, CudaDevice, CudaTensor, Device, DeviceElement, Element, Place,
     Pointwise, PrepareOptions, Prepared, TensorMut, TensorRef, bf16, f16, reference,
@@ -166,6 +167,21 @@ macro_rules! byte {
 
 byte!(u8, 0xA5);
 byte!(i8, 0x5A);
+
+macro_rules! float8 {
+    ($type:ident, $canary:literal) => {
+        impl Held for $type {
+            const CANARY: Self = $type::from_bits($canary);
+
+            fn same(self, other: Self) -> bool {
+                self.to_bits() == other.to_bits()
+            }
+        }
+    };
+}
+
+float8!(F8E4M3, 0xFF);
+float8!(F8E5M2, 0xFD);
 
 /// The nearest values that tensors of `T` hold.
 pub fn rounded<T: Value>(values: &Array5<f32>) -> Array5<f32> {

@@ -27,6 +27,15 @@ pub(crate) struct Clip {
     pub hi: f32,
 }
 
+impl Clip {
+    /// Bounds keep NaN, which only a real src brings.
+    #[inline(always)]
+    pub(crate) fn cut(self, x: f32) -> f32 {
+        let x = if self.lo > x { self.lo } else { x };
+        if self.hi < x { self.hi } else { x }
+    }
+}
+
 /// No bounds.
 impl Default for Clip {
     fn default() -> Self {
@@ -163,13 +172,6 @@ macro_rules! real {
 }
 real!(f32 f16 bf16);
 
-/// Bounds keep NaN, which only a real src brings.
-#[inline(always)]
-fn clip(x: f32, Clip { lo, hi }: Clip) -> f32 {
-    let x = if lo > x { lo } else { x };
-    if hi < x { hi } else { x }
-}
-
 /// Finishes a tile.
 ///
 /// # Safety
@@ -295,10 +297,10 @@ unsafe fn values<V: Simd, T: Stored, R: Added>(
         if let Some(added) = added {
             let added = R::real::<V>(added, scaling);
             for l in 0..CHUNK {
-                values[l] = clip(values[l], scaling.before) + added[l];
+                values[l] = scaling.before.cut(values[l]) + added[l];
             }
         }
-        T::of::<V>(values.map(|value| clip(value, scaling.clip)), scaling.zero_point)
+        T::of::<V>(values.map(|value| scaling.clip.cut(value)), scaling.zero_point)
     }
 }
 

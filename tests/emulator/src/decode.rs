@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use crate::alu::{self, Alu, Approx, Flags, HalfOp, Ty, carry, setp};
-use crate::float::{self, Round};
+use crate::float::{self, F16, Fp8, Round};
 use crate::isa::{
     Access, Address, AtomOp, Atomic, BarKind, Barrier, Base, Call, CpAsync, Inst, Kernel, Kind,
     LOCAL_WINDOW, Matrix, Op, Origin, PARAM_WINDOW, Redux, SHARED_START, SHARED_WINDOW, SharedVar,
@@ -388,6 +388,14 @@ impl<'a> Mods<'a> {
             }
         }
         Err(String::from("a type is missing"))
+    }
+
+    /// Takes the next modifier if `parse` knows it.
+    pub fn take_as<T>(&mut self, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+        let (part, used) = self.parts.iter_mut().find(|(_, used)| !used)?;
+        let parsed = parse(part);
+        *used = parsed.is_some();
+        parsed
     }
 
     fn take_prefix(&mut self, prefix: &str) -> bool {
@@ -1539,10 +1547,17 @@ impl Decoder<'_, '_, '_> {
     fn cvt(&mut self, s: &Statement) -> Decode<Op> {
         let integral = self.mods.one_of(&["rni", "rzi", "rmi", "rpi"]);
         let mut flags = self.float_flags();
+        let pair = |name: &str| Fp8::parse(name.strip_suffix("x2")?);
         if self.mods.take("satfinite") {
-            return Err(String::from(".satfinite is not modelled"));
+            let to =
+                self.mods.take_as(pair).ok_or(".satfinite is modelled to floats of 8 bits only")?;
+            return self.narrow_fp8(s, to, flags);
         }
-        let (to, from) = (self.mods.ty()?, self.mods.ty()?);
+        let to = self.mods.ty()?;
+        if let Some(from) = self.mods.take_as(pair) {
+            return self.widen_fp8(s, (to, from), flags);
+        }
+        let from = self.mods.ty()?;
         if let Some(mode) = integral {
             flags.integral = true;
             flags.round = match mode {
@@ -1629,6 +1644,60 @@ impl Decoder<'_, '_, '_> {
             }
             (_, _, true, true) => alu::l1(alu::convert),
         };
+        Ok(self.alu(Kind::Integer, op))
+    }
+
+    /// Two floats of eight bits, of f32 or of the halves of a word.
+    fn narrow_fp8(&mut self, s: &Statement, to: Fp8, flags: Flags) -> Decode<Op> {
+        self.need(89)?;
+        let from = self.mods.ty()?;
+        if flags != (Flags { relu: flags.relu, ..Flags::PLAIN }) {
+            return Err(String::from("only .rn and .relu are modelled beside .satfinite"));
+        }
+        self.inst.imm = u64::from(to == Fp8::E5M2) | u64::from(flags.relu) << 1;
+        fn pair(upper: f64, lower: f64, imm: u64) -> u32 {
+            let to = if imm & 1 == 0 { Fp8::E4M3 } else { Fp8::E5M2 };
+            let cut = |x: f64| if imm & 2 != 0 && x < 0.0 { 0.0 } else { x };
+            u32::from(to.narrow(cut(upper))) << 8 | u32::from(to.narrow(cut(lower)))
+        }
+        let op = match from {
+            Ty::F32 => {
+                let [d, a, b] = self.operands(s)?;
+                self.inst.d = self.dst(&d, Ty::U(16))?;
+                self.inst.a = self.src(&a, from)?;
+                self.inst.b = self.src(&b, from)?;
+                alu::w2(|a, b, i| pair(f32::from_bits(a).into(), f32::from_bits(b).into(), i))
+            }
+            Ty::F16x2 => {
+                let [d, a] = self.operands(s)?;
+                self.inst.d = self.dst(&d, Ty::U(16))?;
+                self.inst.a = self.src(&a, from)?;
+                alu::w1(|a, i| pair(float::widen(a >> 16, F16), float::widen(a & 0xffff, F16), i))
+            }
+            _ => return Err(format!("unsupported conversion from {from:?} to {to:?}")),
+        };
+        Ok(self.alu(Kind::Integer, op))
+    }
+
+    /// Two halves of two floats of eight bits.
+    fn widen_fp8(&mut self, s: &Statement, (to, from): (Ty, Fp8), flags: Flags) -> Decode<Op> {
+        self.need(89)?;
+        if to != Ty::F16x2 || flags != (Flags { relu: flags.relu, ..Flags::PLAIN }) {
+            return Err(format!("unsupported conversion from {from:?} to {to:?}"));
+        }
+        let [d, a] = self.operands(s)?;
+        self.inst.d = self.dst(&d, to)?;
+        self.inst.a = self.src(&a, Ty::U(16))?;
+        self.inst.imm = u64::from(from == Fp8::E5M2) | u64::from(flags.relu) << 1;
+        let op = alu::w1(|a, imm| {
+            let from = if imm & 1 == 0 { Fp8::E4M3 } else { Fp8::E5M2 };
+            let half = |byte: u32| {
+                let x = from.widen(byte as u8);
+                let x = if imm & 2 != 0 && x < 0.0 { 0.0 } else { x };
+                float::round_to(x, F16, Round::Nearest)
+            };
+            half(a >> 8) << 16 | half(a)
+        });
         Ok(self.alu(Kind::Integer, op))
     }
 

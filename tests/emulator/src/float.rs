@@ -3,6 +3,8 @@
 //! Everything is derived from one routine, [`round_to`], which rounds an exact value given as
 //! the sum of two f64 (a result and its rounding error) to any binary format.
 
+use std::sync::LazyLock;
+
 /// Rounding modes of PTX arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Round {
@@ -138,6 +140,73 @@ pub fn widen(bits: u32, format: Format) -> f64 {
     if negative { -magnitude } else { magnitude }
 }
 
+/// Floats of eight bits, which saturate: of their NaNs, arithmetic makes `0x7f`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fp8 {
+    /// No infinities; all bits but the sign's set are the only NaN. At most 448.
+    E4M3,
+    /// As IEEE formats are. Finite up to 57344.
+    E5M2,
+}
+
+impl Fp8 {
+    /// `e4m3` or `e5m2`.
+    pub fn parse(name: &str) -> Option<Fp8> {
+        match name {
+            "e4m3" => Some(Fp8::E4M3),
+            "e5m2" => Some(Fp8::E5M2),
+            _ => None,
+        }
+    }
+
+    /// Exponent of the least normal number, bits of the mantissa, the greatest number.
+    fn format(self) -> (i32, i32, f64) {
+        match self {
+            Fp8::E4M3 => (-6, 3, 448.0),
+            Fp8::E5M2 => (-14, 2, 57344.0),
+        }
+    }
+
+    /// The value of some bits.
+    pub fn widen(self, bits: u8) -> f64 {
+        let (lowest, mantissa, _) = self.format();
+        let magnitude = i32::from(bits & 0x7f);
+        let (e, m) = (magnitude >> mantissa, magnitude & ((1 << mantissa) - 1));
+        let value = match self {
+            Fp8::E4M3 if magnitude == 0x7f => f64::NAN,
+            Fp8::E5M2 if magnitude == 0x7c => f64::INFINITY,
+            Fp8::E5M2 if magnitude > 0x7c => f64::NAN,
+            _ if e == 0 => f64::from(m) * 2_f64.powi(lowest - mantissa),
+            _ => f64::from(m + (1 << mantissa)) * 2_f64.powi(e - 1 + lowest - mantissa),
+        };
+        if bits > 0x7f { -value } else { value }
+    }
+
+    /// The values of all bits.
+    pub fn values(self) -> &'static [f32; 256] {
+        static VALUES: [LazyLock<[f32; 256]>; 2] = [
+            LazyLock::new(|| std::array::from_fn(|bits| Fp8::E4M3.widen(bits as u8) as f32)),
+            LazyLock::new(|| std::array::from_fn(|bits| Fp8::E5M2.widen(bits as u8) as f32)),
+        ];
+        &VALUES[self as usize]
+    }
+
+    /// The bits of the nearest value, ties to even; what is beyond the greatest becomes that.
+    pub fn narrow(self, x: f64) -> u8 {
+        let (lowest, mantissa, greatest) = self.format();
+        if x.is_nan() {
+            return 0x7f;
+        }
+        let sign = u8::from(x.is_sign_negative()) << 7;
+        let magnitude = x.abs().min(greatest);
+        // f64 subnormals are far below.
+        let e = ((magnitude.to_bits() >> 52) as i32 - 1023).max(lowest);
+        let steps = (magnitude * 2_f64.powi(mantissa - e)).round_ties_even() as i32;
+        // The hidden bit, or a carry, goes into the exponent.
+        sign | (((e - lowest) << mantissa) + steps) as u8
+    }
+}
+
 /// f16 bits to f32.
 #[inline(always)]
 pub fn f16_to_f32(bits: u32) -> f32 {
@@ -225,6 +294,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_float_of_eight_bits_round_trips() {
+        for (fp8, nans) in [(Fp8::E4M3, 2), (Fp8::E5M2, 6)] {
+            let mut found = 0;
+            for bits in 0..=0xff_u8 {
+                let x = fp8.widen(bits);
+                if x.is_nan() {
+                    found += 1;
+                } else if x.is_finite() {
+                    assert_eq!(fp8.narrow(x), bits, "{fp8:?} {bits:#x}");
+                }
+            }
+            assert_eq!(found, nans);
+        }
+        // Of E5M2, the upper half of an f16.
+        for bits in 0..=0xff_u8 {
+            let (x, half) = (Fp8::E5M2.widen(bits), widen(u32::from(bits) << 8, F16));
+            assert!(x == half || x.is_nan() && half.is_nan(), "{bits:#x}");
+        }
+        assert_eq!(
+            [0x7e, 0x38, 0x08, 0x01].map(|bits| Fp8::E4M3.widen(bits)),
+            [448.0, 1.0, 2_f64.powi(-6), 2_f64.powi(-9)]
+        );
     }
 
     #[test]

@@ -4,20 +4,45 @@
 //! on sm_90 this is what an H100 was seen to do (`tests/cuda/golden.rs` compares with it bit by bit):
 //! the products of one instruction and the accumulator are aligned to the largest exponent among
 //! them, cut two bits below an f32's last one there, added exactly, and cut to an f32. For other
-//! devices they are summed in f64 and rounded once.
+//! devices, and for fp8, they are summed in f64 and rounded once.
 
 use crate::alu::{Regs, Row, Ty};
 use crate::decode::Decoder;
-use crate::float::{self, F16, F32, Round};
+use crate::float::{self, F16, F32, Fp8, Round};
 use crate::parse::Operand;
+
+/// What A or B holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Factor {
+    Plain(Ty),
+    Fp8(Fp8),
+}
+
+impl Factor {
+    fn parse(name: &str) -> Option<Factor> {
+        Fp8::parse(name).map(Factor::Fp8).or_else(|| Ty::parse(name).map(Factor::Plain))
+    }
+
+    /// Elements of a 32-bit fragment register.
+    fn per_register(self) -> usize {
+        match self {
+            Factor::Plain(ty) => per_register(ty),
+            Factor::Fp8(_) => 4,
+        }
+    }
+
+    fn is(self, types: &[Ty]) -> bool {
+        matches!(self, Factor::Plain(ty) if types.contains(&ty))
+    }
+}
 
 /// A decoded `mma.sync`.
 #[derive(Clone, Debug)]
 pub struct Mma {
     rows: usize,
     depth: usize,
-    a_ty: Ty,
-    b_ty: Ty,
+    a_ty: Factor,
+    b_ty: Factor,
     c_ty: Ty,
     d_ty: Ty,
     saturate: bool,
@@ -48,7 +73,10 @@ impl Mma {
             return Err(String::from("only .row.col is modelled"));
         }
         let saturate = mods.take("satfinite");
-        let (d_ty, a_ty, b_ty, c_ty) = (mods.ty()?, mods.ty()?, mods.ty()?, mods.ty()?);
+        let d_ty = mods.ty()?;
+        let mut factor = || mods.take_as(Factor::parse).ok_or("a type is missing");
+        let (a_ty, b_ty) = (factor()?, factor()?);
+        let c_ty = mods.ty()?;
         let (rows, depth) = match shape {
             "m16n8k4" => (16, 4),
             "m16n8k8" => (16, 8),
@@ -57,21 +85,23 @@ impl Mma {
             "m8n8k16" => (8, 16),
             _ => (8, 32),
         };
-        let byte = |ty: Ty| matches!(ty, Ty::U(8) | Ty::S(8));
-        let arch = match (shape, a_ty, b_ty) {
-            ("m16n8k8", Ty::F16, Ty::F16) => 75,
-            ("m16n8k16", Ty::F16, Ty::F16) => 80,
-            ("m16n8k8" | "m16n8k16", Ty::BF16, Ty::BF16) => 80,
-            ("m16n8k4" | "m16n8k8", Ty::TF32, Ty::TF32) => 80,
-            ("m8n8k16", a, b) if byte(a) && byte(b) => 75,
-            ("m16n8k16" | "m16n8k32", a, b) if byte(a) && byte(b) => 80,
+        let byte = |ty: Factor| ty.is(&[Ty::U(8), Ty::S(8)]);
+        let both = |ty: Ty| a_ty.is(&[ty]) && b_ty.is(&[ty]);
+        let arch = match shape {
+            "m16n8k8" if both(Ty::F16) => 75,
+            "m16n8k16" if both(Ty::F16) => 80,
+            "m16n8k8" | "m16n8k16" if both(Ty::BF16) => 80,
+            "m16n8k4" | "m16n8k8" if both(Ty::TF32) => 80,
+            "m8n8k16" if byte(a_ty) && byte(b_ty) => 75,
+            "m16n8k16" | "m16n8k32" if byte(a_ty) && byte(b_ty) => 80,
+            "m16n8k32" if matches!((a_ty, b_ty), (Factor::Fp8(_), Factor::Fp8(_))) => 89,
             _ => return Err(format!("{shape} on {a_ty:?} and {b_ty:?} is not modelled")),
         };
         decoder.need(arch)?;
         let integer = byte(a_ty);
         let accumulators = if integer {
             c_ty == Ty::S(32) && d_ty == Ty::S(32)
-        } else if a_ty == Ty::F16 {
+        } else if a_ty.is(&[Ty::F16]) {
             matches!(c_ty, Ty::F16 | Ty::F32) && matches!(d_ty, Ty::F16 | Ty::F32)
         } else {
             c_ty == Ty::F32 && d_ty == Ty::F32
@@ -82,7 +112,8 @@ impl Mma {
         let [d, a, b, c] = operands else {
             return Err(String::from("4 operands expected"));
         };
-        let cuts = decoder.device() == 90 && d_ty == Ty::F32;
+        let fp8 = matches!(a_ty, Factor::Fp8(_));
+        let cuts = decoder.device() == 90 && d_ty == Ty::F32 && !fp8;
         let mut fragment = |operand: &Operand, count: usize, dst: bool| {
             let items = match operand {
                 Operand::Vector(items) => items.clone(),
@@ -97,7 +128,7 @@ impl Mma {
             };
             items.iter().map(one).collect::<Result<Vec<u32>, String>>()
         };
-        let chunks = depth / (4 * per_register(a_ty));
+        let chunks = depth / (4 * a_ty.per_register());
         let halves = rows / 8;
         let results = |ty: Ty| halves * 2 / per_register(ty);
         Ok(Mma {
@@ -136,28 +167,49 @@ impl Mma {
     }
 
     fn float(&self, regs: &mut Regs) {
-        match self.a_ty {
+        match (self.a_ty, self.b_ty) {
+            (Factor::Fp8(a), Factor::Fp8(b)) => {
+                let of = |fp8: Fp8| {
+                    let values = fp8.values();
+                    move |word: u32, part: usize| values[(word >> (8 * part) & 0xff) as usize]
+                };
+                self.product::<4, 32>(regs, of(a), of(b));
+            }
             // The low 13 bits are not looked at.
-            Ty::TF32 => self.product::<1>(regs, |word, _| f32::from_bits(word & !0x1fff)),
-            Ty::BF16 => self.product::<2>(regs, |word, part| {
-                f32::from_bits(if part == 0 { word << 16 } else { word & 0xffff_0000 })
-            }),
-            _ => self
-                .product::<2>(regs, |word, part| float::f16_to_f32(word >> (16 * part) & 0xffff)),
+            (Factor::Plain(Ty::TF32), _) => {
+                let element = |word: u32, _| f32::from_bits(word & !0x1fff);
+                self.product::<1, 16>(regs, element, element);
+            }
+            (Factor::Plain(Ty::BF16), _) => {
+                let element = |word: u32, part| {
+                    f32::from_bits(if part == 0 { word << 16 } else { word & 0xffff_0000 })
+                };
+                self.product::<2, 16>(regs, element, element);
+            }
+            _ => {
+                let element =
+                    |word: u32, part: usize| float::f16_to_f32(word >> (16 * part) & 0xffff);
+                self.product::<2, 16>(regs, element, element);
+            }
         }
     }
 
-    /// The product of fragments with `EACH` elements per register.
+    /// The product of fragments with `EACH` elements per register, at most `DEPTH` deep.
     #[inline(always)]
-    fn product<const EACH: usize>(&self, regs: &mut Regs, element: impl Fn(u32, usize) -> f32) {
-        let mut a = [[0_f64; 16]; 16];
-        let mut b = [[0_f64; 8]; 16];
+    fn product<const EACH: usize, const DEPTH: usize>(
+        &self,
+        regs: &mut Regs,
+        of_a: impl Fn(u32, usize) -> f32,
+        of_b: impl Fn(u32, usize) -> f32,
+    ) {
+        let mut a = [[0_f64; DEPTH]; 16];
+        let mut b = [[0_f64; 8]; DEPTH];
         for (register, &row) in self.a.iter().enumerate() {
             let words = &regs.w[row as usize];
             for lane in 0..32 {
                 for part in 0..EACH {
                     let (row, column) = self.place_a(register, lane, part, EACH);
-                    a[row % 16][column % 16] = element(words[lane], part).into();
+                    a[row % 16][column % DEPTH] = of_a(words[lane], part).into();
                 }
             }
         }
@@ -166,7 +218,7 @@ impl Mma {
             for lane in 0..32 {
                 for part in 0..EACH {
                     let (row, column) = Mma::place_b(register, lane, part, EACH);
-                    b[row % 16][column % 8] = element(words[lane], part).into();
+                    b[row % DEPTH][column % 8] = of_b(words[lane], part).into();
                 }
             }
         }
@@ -214,9 +266,14 @@ impl Mma {
     }
 
     /// sums += a * b as on sm_90.
-    fn add_and_cut(&self, a: &[[f64; 16]; 16], b: &[[f64; 8]; 16], sums: &mut [[f64; 8]; 16]) {
+    fn add_and_cut<const DEPTH: usize>(
+        &self,
+        a: &[[f64; DEPTH]; 16],
+        b: &[[f64; 8]; DEPTH],
+        sums: &mut [[f64; 8]; 16],
+    ) {
         // Of operands' exponents: an f16's subnormal numbers have that of the least normal one.
-        let least = if self.a_ty == Ty::F16 { -14 } else { -126 };
+        let least = if self.a_ty.is(&[Ty::F16]) { -14 } else { -126 };
         let exponent = |x: f64, least: i32| match x {
             0.0 => i32::MIN / 4,
             _ => (((x.to_bits() >> 52) & 0x7ff) as i32 - 1023).max(least),
@@ -243,9 +300,9 @@ impl Mma {
     }
 
     fn integer(&self, regs: &mut Regs) {
-        let element = |word: u32, part: usize, ty: Ty| {
+        let element = |word: u32, part: usize, ty: Factor| {
             let byte = (word >> (8 * part)) as u8;
-            if ty == Ty::S(8) { i64::from(byte as i8) } else { i64::from(byte) }
+            if ty == Factor::Plain(Ty::S(8)) { i64::from(byte as i8) } else { i64::from(byte) }
         };
         let mut a = [[0_i64; 32]; 16];
         let mut b = [[0_i64; 8]; 32];

@@ -537,3 +537,87 @@ fn direct(x: f64, half: impl Fn(u32) -> f64) -> u64 {
     let chosen = if up < down || up == down && low & 1 == 1 { low + 1 } else { low };
     u64::from(chosen) | u64::from(x < 0.0) << 15
 }
+
+#[test]
+fn floats_of_eight_bits() {
+    // Every value from its neighbour: steps double where the exponent grows.
+    let magnitudes = |name: &str| {
+        let (each, least, count) = if name == "e4m3" { (8, -9, 0x7f) } else { (4, -16, 0x7c) };
+        let (mut values, mut step) = (vec![0.0_f64], 2_f64.powi(least));
+        for bits in 1..count {
+            values.push(values[bits - 1] + step);
+            // Subnormal numbers and the first normal ones are as far apart.
+            if bits > each && bits % each == 0 {
+                step *= 2.0;
+            }
+        }
+        values
+    };
+    for (name, greatest) in [("e4m3", 448.0), ("e5m2", 57344.0)] {
+        let values = magnitudes(name);
+        assert_eq!(values.last(), Some(&greatest));
+        let nearest = |x: f64| {
+            if x.is_nan() {
+                return 0x7f;
+            }
+            let distance = |bits: &usize| (values[*bits] - x.abs().min(greatest)).abs();
+            let tie = |a: &usize, b: &usize| (a & 1).cmp(&(b & 1));
+            let best = (0..values.len())
+                .min_by(|a, b| distance(a).total_cmp(&distance(b)).then(tie(a, b)));
+            best.unwrap() as u64 | u64::from(x.is_sign_negative()) << 7
+        };
+        // Values, the middles between them, and what lies beside these; what is beyond the ends.
+        let mut inputs =
+            vec![f32::NAN, f32::INFINITY, f32::MAX, 1e-30, 1e-45, 464.0, 480.0, 61440.0];
+        for pair in values.windows(2) {
+            let middle = ((pair[0] + pair[1]) / 2.0) as f32;
+            inputs.extend([pair[0] as f32, middle, middle.next_down(), middle.next_up()]);
+        }
+        let inputs: Vec<f32> = inputs.iter().flat_map(|&x| [x, -x]).collect();
+        let at = |i: usize| u64::from(inputs[i % inputs.len()].to_bits());
+        let pairs: Vec<[u64; 4]> =
+            (0..inputs.len()).map(|i| [at(i), at(7 * i + 3), 0, 0]).collect();
+        let real = |bits: u64| f64::from(f32::from_bits(bits as u32));
+        // The first is the upper one.
+        check(89, &format!("cvt.rn.satfinite.{name}x2.f32 outh, f0, f1;"), &pairs, |[a, b, ..]| {
+            nearest(real(a)) << 8 | nearest(real(b))
+        });
+        let cut = |x: f64| if x < 0.0 { 0.0 } else { x };
+        let body = format!("cvt.rn.satfinite.relu.{name}x2.f32 outh, f0, f1;");
+        check(90, &body, &pairs, |[a, b, ..]| nearest(cut(real(a))) << 8 | nearest(cut(real(b))));
+
+        let half = |bits: u64| {
+            let (e, m) = (bits >> 10 & 31, (bits & 0x3ff) as f64);
+            let magnitude = match e {
+                0 => m * 2_f64.powi(-24),
+                31 if m == 0.0 => f64::INFINITY,
+                31 => f64::NAN,
+                _ => (1024.0 + m) * 2_f64.powi(e as i32 - 25),
+            };
+            if bits >> 15 & 1 == 1 { -magnitude } else { magnitude }
+        };
+        let halves: Vec<[u64; 4]> =
+            (0..0x10000).step_by(5).map(|i| [i << 16 | (i * 77 + 1) & 0xffff, 0, 0, 0]).collect();
+        check(89, &format!("cvt.rn.satfinite.{name}x2.f16x2 outh, r0;"), &halves, |[a, ..]| {
+            nearest(half(a >> 16)) << 8 | nearest(half(a & 0xffff))
+        });
+        let to_half = |byte: u64| {
+            let x = values.get((byte & 0x7f) as usize).copied();
+            let infinite = name == "e5m2" && byte & 0x7f == 0x7c;
+            let Some(x) = x.or(infinite.then_some(f64::INFINITY)) else { return 0x7fff };
+            let bits = (0..=0x7c00).find(|&bits| half(bits) == x).unwrap();
+            bits | (byte & 0x80) << 8
+        };
+        let bytes: Vec<[u64; 4]> =
+            (0..256).map(|i| [i << 8 | (i * 91 + 5) & 0xff, 0, 0, 0]).collect();
+        check(89, &format!("cvt.rn.f16x2.{name}x2 outr, h0;"), &bytes, |[a, ..]| {
+            to_half(a >> 8 & 0xff) << 16 | to_half(a & 0xff)
+        });
+        let body = format!("cvt.rn.relu.f16x2.{name}x2 outr, h0;");
+        check(89, &body, &bytes, |[a, ..]| {
+            // As a number, minus zero is not below zero.
+            let cut = |half: u64| if half > 0x8000 { 0 } else { half };
+            cut(to_half(a >> 8 & 0xff)) << 16 | cut(to_half(a & 0xff))
+        });
+    }
+}

@@ -263,6 +263,62 @@ fn products_of_bytes_have_the_signs_of_their_types_and_wrap() {
     }
 }
 
+/// Products of floats of eight bits, both types of each operand; their fragments are those of bytes.
+#[test]
+fn products_of_floats_of_eight_bits() {
+    // Powers of two times -3 to 3: sign, exponent and mantissa, and the value.
+    let element = |ty: &str, matrix: usize, row: usize, column: usize| {
+        let seed = matrix * 5 + row * 7 + column * 3 + row * column;
+        let (negative, e, odd) = (seed % 2, seed / 2 % 4, seed / 8 % 2);
+        let value = (1.0 + odd as f64 / 2.0) * 2_f64.powi(e as i32 - 1);
+        let byte = match ty {
+            "e4m3" => negative << 7 | (e + 6) << 3 | odd << 2,
+            _ => negative << 7 | (e + 14) << 2 | odd << 1,
+        };
+        (byte as u8, if negative == 1 { -value } else { value })
+    };
+    for (a_ty, b_ty) in [("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3"), ("e5m2", "e5m2")] {
+        let start = |row: usize, column: usize| (row * 8 + column) as f32 * 0.25 - 7.0;
+        let input = |lane: u32, i: u32| {
+            let (group, inner, i) = ((lane / 4) as usize, (lane % 4) as usize, i as usize);
+            let word = |f: &dyn Fn(usize) -> u8| u32::from_le_bytes([0, 1, 2, 3].map(f));
+            match i {
+                0..4 => {
+                    word(&|e| element(a_ty, 0, group + i % 2 * 8, i / 2 * 16 + inner * 4 + e).0)
+                }
+                4..6 => word(&|e| element(b_ty, 1, (i - 4) * 16 + inner * 4 + e, group).0),
+                6..10 => start(group + (i - 6) / 2 * 8, inner * 2 + i % 2).to_bits(),
+                _ => 0,
+            }
+        };
+        let loads: String =
+            (0..10).map(|i| format!("ld.global.b32 r{i}, [in+{}];\n", i * 4)).collect();
+        let name = format!("mma.sync.aligned.m16n8k32.row.col.f32.{a_ty}.{b_ty}.f32");
+        let body = format!(
+            "{loads}{{ .reg .b32 q<4>; {name} {{q0, q1, q2, q3}}, {{r0, r1, r2, r3}}, {{r4, r5}}, \
+             {{r6, r7, r8, r9}};\nst.global.v4.b32 [out], {{q0, q1, q2, q3}}; }}"
+        );
+        for (lane, row) in run(89, &body, 32, &input).into_iter().enumerate() {
+            for i in 0..4 {
+                let (r, c) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
+                let product = |k| element(a_ty, 0, r, k).1 * element(b_ty, 1, k, c).1;
+                let want = (0..32).map(product).sum::<f64>() + f64::from(start(r, c));
+                assert_eq!(f64::from(f32::from_bits(row[i])), want, "{name}: row {r}, column {c}");
+            }
+        }
+    }
+    // Not a number, and infinities, where they are.
+    let one = |byte: u32| {
+        let body = "mov.b32 r0, 0; mov.b32 r5, 0x00000038; setp.eq.u32 p0, l, 0;\n\
+                    ld.global.b32 r1, [in]; mov.f32 f0, 0f00000000;\n\
+                    mma.sync.aligned.m16n8k32.row.col.f32.e5m2.e4m3.f32 {f0, f1, f2, f3}, \
+                    {r1, r0, r0, r0}, {r5, r0}, {f0, f0, f0, f0};\nst.global.f32 [out], f0;";
+        f32::from_bits(run(89, body, 32, &|lane, _| if lane == 0 { byte } else { 0 })[0][0])
+    };
+    assert_eq!([0x3c, 0x7b, 0x7c, 0xfc].map(one), [1.0, 57344.0, f32::INFINITY, f32::NEG_INFINITY]);
+    assert!(one(0x7d).is_nan() && one(0xff).is_nan());
+}
+
 #[test]
 fn ldmatrix_spreads_rows_over_lanes() {
     // Sixteen rows of eight 16-bit numbers: row * 16 + column.

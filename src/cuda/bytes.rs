@@ -1,23 +1,23 @@
-//! Layers of 8-bit integers on a CUDA device: the weight as it is packed, and calls.
+//! Layers of 8-bit integers and of fp8 on a CUDA device: the weight as it is packed, and calls.
 //!
-//! Sums are exact, and what becomes of them is rounded as on the CPU: results are the same bits.
+//! What becomes of sums is rounded as on the CPU. Those of integers are exact: results are the same bits.
 
 use std::sync::Arc;
 
 use super::device::{Buffer, CudaDevice};
-use super::launch::{Call, Moments, Sources, Tensor, start_int8, start_quantization};
+use super::launch::{Bytes, Call, Moments, Sources, Tensor, start_bytes, start_quantization};
 use super::layer::{channels_of, on_device};
-use super::params::{pw_element, pw_int8, pw_quantization};
-use super::plan::{Helper, INT8_KERNELS, Letters, choose_int8};
-use super::staging::{self, HostCall, Slice};
-use crate::cpu::int8::{Added, Call as Tensors, Lowered, Output, Scaling};
+use super::params::{pw_bytes, pw_element, pw_operands, pw_quantization};
+use super::plan::{ByteKernel, Helper, Letters, choose_bytes};
+use super::staging::{self, HostCall, Moved, Slice};
+use crate::cpu::{fp8, int8};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::plan::{Candidate, forced_kernel};
 use crate::prepared::PrepareOptions;
-use crate::problem::{DstShape, Operand, same_place};
-use crate::quantized::{ElementType, Per, QuantizedElement};
-use crate::tensor::{Place, TensorRef, checked_product};
+use crate::problem::{DstShape, LayerShape, Operand, same_place};
+use crate::quantized::{ElementType, Fp8, Per};
+use crate::tensor::{Place, TensorMut, TensorRef, checked_product};
 
 /// The weight's rows begin at multiples of so many bytes: the kernels copy as many at once.
 const DEPTH_ALIGN: usize = 16;
@@ -26,7 +26,7 @@ const DEPTH_ALIGN: usize = 16;
 pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
-    /// Of [`INT8_KERNELS`].
+    /// One of the [`Bytes`]' kernels.
     forced: Option<usize>,
     /// The most that a slice of a call on host tensors may take on the device.
     slice_bytes: usize,
@@ -37,7 +37,8 @@ struct Weights {
     /// Holds everything that `params` points to.
     memory: Buffer,
     /// The launches' parameters, the call's part still empty.
-    params: pw_int8,
+    params: pw_bytes,
+    bytes: Bytes,
     groups: u32,
     rows: u32,
     depth: u32,
@@ -51,37 +52,34 @@ unsafe impl Send for Weights {}
 // SAFETY: as above, and nothing is changed after the upload.
 unsafe impl Sync for Weights {}
 
+/// A layer as either backend takes it, without its weight.
+struct Parts {
+    shape: LayerShape,
+    bytes: Bytes,
+    /// One per output channel each, or none.
+    offset: Vec<i32>,
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    per: Option<Per>,
+    params: pw_bytes,
+}
+
 impl Weights {
-    fn upload(device: &CudaDevice, lowered: Lowered<'_>) -> Result<Self> {
-        let Lowered { shape, weight, offset, scale, shift, per, scaling, src_flip } = lowered;
-        let k = shape.k();
-        let pitch = k.next_multiple_of(DEPTH_ALIGN);
-        let what = "a layer's weights";
-        let mut bytes = vec![0u8; checked_product(what, &[shape.c_out, pitch])?];
-        for (row, packed) in weight.chunks_exact(k).zip(bytes.chunks_exact_mut(pitch)) {
-            packed.iter_mut().zip(row).for_each(|(packed, &w)| *packed = w as u8);
-        }
+    fn of_integers(device: &CudaDevice, lowered: int8::Lowered<'_>) -> Result<Self> {
+        let int8::Lowered { shape, weight, offset, scale, shift, per, scaling, src_flip } = lowered;
         // The kernels multiply bytes of either sign as they are, where the offset is for those that
         // were made unsigned: all of them by so much larger.
         let unsigned = |(row, offset): (&[i8], i32)| {
             let sum: i64 = row.iter().map(|&w| i64::from(w)).sum();
             (i64::from(offset) + i64::from(src_flip) * sum) as i32
         };
-        let offset = weight.chunks_exact(k).zip(offset).map(unsigned);
-        let offset_at = behind(&mut bytes, offset.map(i32::to_ne_bytes));
-        let scale_at = behind(&mut bytes, scale.into_iter().map(f32::to_ne_bytes));
-        let shift_at = behind(&mut bytes, shift.into_iter().map(f32::to_ne_bytes));
-
-        let mut memory = Buffer::new(device, what, bytes.len())?;
-        memory.upload(&bytes)?;
-        let at = |offset: usize| memory.address() + offset as u64;
-        let Scaling { before, clip, zero_point, residual_flip, .. } = scaling;
-        let mut params = pw_int8 {
-            offset: at(offset_at) as *const i32,
-            scale: at(scale_at) as *const f32,
-            shift: at(shift_at) as *const f32,
-            depth_pitch: channels_of(pitch)?,
-            src_signed: u32::from(src_flip != 0),
+        let offset = weight.chunks_exact(shape.k()).zip(offset).map(unsigned).collect();
+        let int8::Scaling { before, clip, zero_point, residual_flip, .. } = scaling;
+        let params = pw_bytes {
+            operands: match src_flip {
+                0 => pw_operands::PW_I8_U8,
+                _ => pw_operands::PW_I8_I8,
+            },
             before_lo: before.lo,
             before_hi: before.hi,
             lo: clip.lo,
@@ -90,9 +88,61 @@ impl Weights {
             residual_flip: residual_flip.into(),
             residual_zero_point: scaling.residual_zero_point,
             residual_scale: scaling.residual_scale,
-            ..pw_int8::default()
+            ..pw_bytes::default()
         };
+        let bytes = Bytes::Integers;
+        let parts = Parts { shape, bytes, offset, scale, shift, per, params };
+        Weights::upload(device, weight, |w| w as u8, parts)
+    }
+
+    fn of_floats(device: &CudaDevice, lowered: fp8::Lowered<'_>) -> Result<Self> {
+        let fp8::Lowered { shape, weight, weight_type, src, scaling, .. } = lowered;
+        let fp8::Scaling { scale, shift, before, clip, residual_scale } = scaling;
+        let params = pw_bytes {
+            operands: match (weight_type, src) {
+                (Fp8::E4M3, Fp8::E4M3) => pw_operands::PW_E4M3_E4M3,
+                (Fp8::E4M3, Fp8::E5M2) => pw_operands::PW_E4M3_E5M2,
+                (Fp8::E5M2, Fp8::E4M3) => pw_operands::PW_E5M2_E4M3,
+                (Fp8::E5M2, Fp8::E5M2) => pw_operands::PW_E5M2_E5M2,
+            },
+            before_lo: before.lo,
+            before_hi: before.hi,
+            lo: clip.lo,
+            hi: clip.hi,
+            residual_scale,
+            ..pw_bytes::default()
+        };
+        let (bytes, offset, per) = (Bytes::Floats, Vec::new(), None);
+        let parts = Parts { shape, bytes, offset, scale, shift, per, params };
+        Weights::upload(device, weight, |w| w, parts)
+    }
+
+    fn upload<W: Copy>(
+        device: &CudaDevice,
+        weight: &[W],
+        byte: impl Fn(W) -> u8,
+        parts: Parts,
+    ) -> Result<Self> {
+        let Parts { shape, bytes: kind, offset, scale, shift, per, mut params } = parts;
+        let k = shape.k();
+        let pitch = k.next_multiple_of(DEPTH_ALIGN);
+        let what = "a layer's weights";
+        let mut bytes = vec![0u8; checked_product(what, &[shape.c_out, pitch])?];
+        for (row, packed) in weight.chunks_exact(k).zip(bytes.chunks_exact_mut(pitch)) {
+            packed.iter_mut().zip(row).for_each(|(packed, &w)| *packed = byte(w));
+        }
+        let offset_at = behind(&mut bytes, offset.into_iter().map(i32::to_ne_bytes));
+        let scale_at = behind(&mut bytes, scale.into_iter().map(f32::to_ne_bytes));
+        let shift_at = behind(&mut bytes, shift.into_iter().map(f32::to_ne_bytes));
+
+        let mut memory = Buffer::new(device, what, bytes.len())?;
+        memory.upload(&bytes)?;
+        let at = |offset: usize| memory.address() + offset as u64;
         params.fprop.weight = at(0) as *const _;
+        params.offset = at(offset_at) as *const i32;
+        params.scale = at(scale_at) as *const f32;
+        params.shift = at(shift_at) as *const f32;
+        params.depth_pitch = channels_of(pitch)?;
         let count = |what: &'static str, n: usize| {
             // Sums of a tile and its padding stay within 31 bits too.
             let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
@@ -105,11 +155,19 @@ impl Weights {
             rows: count("output channels per group", shape.c_out / shape.groups)?,
             depth: count("input channels per group", k)?,
             stride: shape.stride,
+            bytes: kind,
             per,
             memory,
             params,
         })
     }
+}
+
+/// The kernel that options or the environment force.
+fn forced(options: &PrepareOptions, bytes: Bytes) -> Result<Option<usize>> {
+    let names: Vec<_> = bytes.kernels().iter().map(|kernel| kernel.name).collect();
+    let forced = forced_kernel(options.kernel.as_deref(), &names)?;
+    Ok(forced.and_then(|name| names.iter().position(|known| *known == name)))
 }
 
 /// Appends words, from a multiple of 16 bytes on, and gives where.
@@ -120,23 +178,57 @@ fn behind(bytes: &mut Vec<u8>, words: impl Iterator<Item = [u8; 4]>) -> usize {
     at
 }
 
+/// The tensors of one call, which have been checked against the layer and each other.
+pub(crate) struct Tensors<'a, S, R, T> {
+    pub shape: &'a DstShape,
+    pub src: &'a TensorRef<'a, S>,
+    pub residual: Option<&'a TensorRef<'a, R>>,
+    pub dst: &'a TensorMut<'a, T>,
+    /// Of dst and residual.
+    pub types: (ElementType, ElementType),
+}
+
 impl Layer {
-    /// Packs and uploads; the device is ready to run when this returns.
+    /// Packs and uploads a layer of integers; the device is ready to run when this returns.
     ///
     /// # Errors
     /// [`Error::Kernel`] for a forced kernel that does not exist, [`Error::TooLarge`],
     /// [`Error::Cuda`].
-    pub(crate) fn new(
+    pub(crate) fn of_integers(
         device: &CudaDevice,
         options: &PrepareOptions,
-        lowered: Lowered<'_>,
+        lowered: int8::Lowered<'_>,
     ) -> Result<Self> {
-        let names: Vec<_> = INT8_KERNELS.iter().map(|kernel| kernel.name).collect();
-        let forced = forced_kernel(options.kernel.as_deref(), &names)?;
-        let forced = forced.and_then(|name| names.iter().position(|known| *known == name));
+        let forced = forced(options, Bytes::Integers)?;
+        Ok(Layer::new(device, options, forced, Weights::of_integers(device, lowered)?))
+    }
+
+    /// The same of fp8.
+    ///
+    /// # Errors
+    /// As [`of_integers`](Self::of_integers), and [`Error::Unsupported`] where the device has no kernels.
+    pub(crate) fn of_floats(
+        device: &CudaDevice,
+        options: &PrepareOptions,
+        lowered: fp8::Lowered<'_>,
+    ) -> Result<Self> {
+        device.load_fp8()?;
+        let forced = forced(options, Bytes::Floats)?;
+        Ok(Layer::new(device, options, forced, Weights::of_floats(device, lowered)?))
+    }
+
+    fn new(
+        device: &CudaDevice,
+        options: &PrepareOptions,
+        forced: Option<usize>,
+        weights: Weights,
+    ) -> Self {
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
-        let weights = Arc::new(Weights::upload(device, lowered)?);
-        Ok(Layer { device: device.clone(), weights, forced, slice_bytes })
+        Layer { device: device.clone(), weights: Arc::new(weights), forced, slice_bytes }
+    }
+
+    fn kernels(&self) -> &'static [ByteKernel] {
+        self.weights.bytes.kernels()
     }
 
     /// The same layer on another stream of the same device.
@@ -156,30 +248,30 @@ impl Layer {
 
     /// The kernel that runs calls of so many positions.
     pub(crate) fn kernel_for(&self, positions: u64) -> &'static str {
-        INT8_KERNELS[self.choose(positions)].name
+        self.kernels()[self.choose(positions)].name
     }
 
     /// The kernel that would run a call with a dst of this shape, and how.
     pub(crate) fn explain(&self, dst: &DstShape) -> (&'static str, String) {
         let kernel = self.choose(positions(dst));
         let forced = if self.forced.is_some() { "forced; " } else { "" };
-        (INT8_KERNELS[kernel].name, format!("{forced}{}", self.describe(kernel, dst)))
+        (self.kernels()[kernel].name, format!("{forced}{}", self.describe(kernel, dst)))
     }
 
     /// Every kernel and what it says to such a call, the one that would run first.
     pub(crate) fn plans(&self, dst: &DstShape) -> Vec<Candidate> {
         let first = self.choose(positions(dst));
-        let mut order: Vec<usize> = (0..INT8_KERNELS.len()).collect();
+        let mut order: Vec<usize> = (0..self.kernels().len()).collect();
         order.sort_by_key(|&kernel| kernel != first);
         let candidate = |kernel: usize| Candidate {
-            kernel: INT8_KERNELS[kernel].name,
+            kernel: self.kernels()[kernel].name,
             verdict: Ok(self.describe(kernel, dst)),
         };
         order.into_iter().map(candidate).collect()
     }
 
     fn describe(&self, kernel: usize, dst: &DstShape) -> String {
-        let kernel = &INT8_KERNELS[kernel];
+        let kernel = &self.kernels()[kernel];
         format!(
             "{} tiles of {} channels x {} positions on {} multiprocessors",
             kernel.tiles(&self.letters(positions(dst))),
@@ -194,9 +286,9 @@ impl Layer {
         Letters { groups, rows, depth, positions, channels_fast: false }
     }
 
-    /// Of [`INT8_KERNELS`].
+    /// One of [`kernels`](Self::kernels).
     fn choose(&self, positions: u64) -> usize {
-        let chosen = || choose_int8(&self.letters(positions), self.device.facts());
+        let chosen = || choose_bytes(self.kernels(), &self.letters(positions), self.device.facts());
         self.forced.unwrap_or_else(chosen)
     }
 
@@ -206,50 +298,43 @@ impl Layer {
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::DeviceMemory`], [`Error::Unsupported`] for what cannot be
     /// captured, [`Error::Cuda`].
-    pub(crate) fn run<T: Output<R> + QuantizedElement, R: Added + QuantizedElement>(
+    pub(crate) fn run<S: Moved, R: Moved, T: Moved>(
         &self,
-        tensors: &Tensors<'_, T, R>,
+        tensors: &Tensors<'_, S, R, T>,
     ) -> Result<()> {
-        let (place, here) = (tensors.src.place(), Place::Cuda(self.device.ordinal()));
+        let &Tensors { shape, src, residual, dst, types } = tensors;
+        let (place, here) = (src.place(), Place::Cuda(self.device.ordinal()));
         if place != Place::Host && place != here {
             let (expected, got) = (here.to_string(), place.to_string());
             return Err(Error::WrongDevice { tensor: "src", expected, got });
         }
-        let shape = &tensors.shape;
         let [d, h, w] = shape.spatial();
         let extents = [shape.as_slice()[0], d, h, w];
         if extents.contains(&0) {
             return Ok(());
         }
-        let whole = Operand::new(&tensors.src);
-        let (src, dst) = (whole.subsampled(self.weights.stride), Operand::new(tensors.dst.view()));
-        let residual = tensors.residual.as_ref().map(Operand::new);
-        // Sums are exact, so that the result does not depend on the kernel.
+        let whole = Operand::new(src);
+        let all = extents_of(src.shape());
+        let streams = [src.stream(), dst.view().stream(), residual.and_then(TensorRef::stream)];
+        let (src, dst) = (whole.subsampled(self.weights.stride), Operand::new(dst.view()));
+        let residual = residual.map(Operand::new);
+        // All kernels give the same sums: exact ones, or those of the same slabs in the same order.
         let kernel = self.choose(positions(shape));
-        let all = extents_of(tensors.src.shape());
         if place != Place::Host {
-            let streams = [tensors.src.stream(), tensors.dst.view().stream()];
-            let residual_stream = tensors.residual.as_ref().map(TensorRef::stream);
-            return self.device.ordered(
-                streams.into_iter().chain(residual_stream).flatten(),
-                || {
-                    let reaches = self.reaches(extents[0])?;
-                    if let Some(reaches) = &reaches {
-                        let call =
-                            self.call(all.map(|n| n as u64), on_device(&whole), Tensor::default());
-                        self.find_reaches(&call, reaches.pairs)?;
-                    }
-                    let call = Call {
-                        residual: residual.as_ref().map(on_device),
-                        ..self.call(extents.map(|n| n as u64), on_device(&src), on_device(&dst))
-                    };
-                    self.launch::<T, R>(
-                        kernel,
-                        &call,
-                        reaches.as_ref().map(|reaches| reaches.pairs),
-                    )
-                },
-            );
+            return self.device.ordered(streams.into_iter().flatten(), || {
+                let reaches = self.reaches(extents[0])?;
+                if let Some(reaches) = &reaches {
+                    let call =
+                        self.call(all.map(|n| n as u64), on_device(&whole), Tensor::default());
+                    self.find_reaches(&call, reaches.pairs)?;
+                }
+                let call = Call {
+                    residual: residual.as_ref().map(on_device),
+                    ..self.call(extents.map(|n| n as u64), on_device(&src), on_device(&dst))
+                };
+                let reaches = reaches.as_ref().map(|reaches| reaches.pairs);
+                self.launch(kernel, &call, types, reaches)
+            });
         }
         let host = HostCall {
             sources: std::slice::from_ref(&src),
@@ -292,7 +377,7 @@ impl Layer {
         let compute = |slice: &Slice| {
             let &Slice { extents, src, residual, dst, .. } = slice;
             let call = Call { residual, ..self.call(extents, src, dst) };
-            self.launch::<T, R>(kernel, &call, of(slice))
+            self.launch(kernel, &call, types, of(slice))
         };
         // SAFETY: as above.
         unsafe { staging::run(&self.device, &host, compute) }
@@ -363,14 +448,15 @@ impl Layer {
     }
 
     /// Queues a call, after the quantisation of its source if that is f32.
-    fn launch<T: QuantizedElement, R: QuantizedElement>(
+    fn launch(
         &self,
         kernel: usize,
         call: &Call,
+        types: (ElementType, ElementType),
         reaches: Option<Tensor>,
     ) -> Result<()> {
         if self.weights.per.is_none() {
-            return self.multiply::<T, R>(kernel, call);
+            return self.multiply(kernel, call, types);
         }
         self.check_capture()?;
         let Call { groups, depth, extents: [n, d, h, w], .. } = *call;
@@ -394,20 +480,22 @@ impl Layer {
         let quantize = Call { rows, dst: src, residual: reaches, gate, ..*call };
         // SAFETY: the call's views vouch for its tensors; the memory is for all bytes and quantisations.
         unsafe { start_quantization(&self.device, Helper::Quantize, &quantize)? };
-        self.multiply::<T, R>(kernel, &Call { sources: Sources::one(src, rows), gate, ..*call })
+        let call = Call { sources: Sources::one(src, rows), gate, ..*call };
+        self.multiply(kernel, &call, types)
     }
 
-    fn multiply<T: QuantizedElement, R: QuantizedElement>(
+    fn multiply(
         &self,
         kernel: usize,
         call: &Call,
+        (dst, residual): (ElementType, ElementType),
     ) -> Result<()> {
         let mut params = self.weights.params;
-        (params.dst_type, params.residual_type) = (element(T::TYPE), element(R::TYPE));
-        call.convolution_of_bytes((size_of::<T>(), size_of::<R>()), &mut params.fprop);
+        (params.dst_type, params.residual_type) = (element(dst), element(residual));
+        call.convolution_of_bytes((dst.size(), residual.size()), &mut params.fprop);
         // SAFETY: the call's views vouch for its tensors, `Weights` for what the parameters point to,
         // and both live until the launch is queued; what frees them is queued later.
-        unsafe { start_int8(&self.device, kernel, call, &mut params) }
+        unsafe { start_bytes(&self.device, (self.weights.bytes, kernel), call, &mut params) }
     }
 }
 
@@ -439,6 +527,8 @@ fn positions(dst: &DstShape) -> u64 {
 fn element(element: ElementType) -> pw_element {
     match element {
         ElementType::Int8(_) => pw_element::PW_BYTES,
+        ElementType::Fp8(Fp8::E4M3) => pw_element::PW_E4M3,
+        ElementType::Fp8(Fp8::E5M2) => pw_element::PW_E5M2,
         ElementType::Real(DType::F32) => pw_element::PW_F32,
         ElementType::Real(DType::F16) => pw_element::PW_F16,
         ElementType::Real(DType::Bf16) => pw_element::PW_BF16,
@@ -454,6 +544,6 @@ impl Drop for Layer {
 impl std::fmt::Debug for Layer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Weights { groups, rows, depth, .. } = *self.weights;
-        write!(f, "cuda::int8::Layer({groups} x [{rows}, {depth}], on {:?})", self.device)
+        write!(f, "cuda::bytes::Layer({groups} x [{rows}, {depth}], on {:?})", self.device)
     }
 }

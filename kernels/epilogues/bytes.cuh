@@ -1,10 +1,10 @@
-// From i32 sums to dst: scaled, added to the residual, clipped, rounded and stored, in the order and
-// with the roundings of the CPU, so that results are the same bits. Sums pass through shared memory,
+// From sums to dst: scaled, added to the residual, clipped, rounded and stored, in the order and with the
+// roundings of the CPU, so that results are the same bits where sums are. Sums pass through shared memory,
 // from which threads take neighbours along the axis along which dst is contiguous, whichever it is.
 #pragma once
 
 #include "../elements.cuh"
-#include "../mainloops/int8.cuh"
+#include "../mainloops/bytes.cuh"
 #include "../params.h"
 #include "../tiles.cuh"
 
@@ -15,9 +15,11 @@ __device__ inline float clip_between(float x, float lo, float hi) {
 }
 
 template <class Tile>
-class Int8Writer {
+class ByteWriter {
+    using Sum = typename Tile::Sum;
+
 public:
-    __device__ Int8Writer(const pw_int8& p, Int8Shared<Tile>& shared)
+    __device__ ByteWriter(const pw_bytes& p, ByteShared<Tile>& shared)
         : p(p), f(p.fprop), shared(shared), channels_fast(p.fprop.flags & PW_FLAG_CHANNELS_FAST) {
         const TileAt& tile = shared.tile;
         rows = min(int(f.rows - tile.row), Tile::kRows);
@@ -26,7 +28,7 @@ public:
     }
 
     // One row of warps after another: their sums take the place of slabs.
-    __device__ void write(const int32_t (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) const {
+    __device__ void write(const Sum (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) const {
         const uint32_t vectors =
             f.residual != nullptr ? PW_FLAG_DST_VEC4 | PW_FLAG_RESIDUAL_VEC4 : PW_FLAG_DST_VEC4;
 #pragma unroll 1
@@ -43,14 +45,18 @@ public:
     }
 
 private:
-    const pw_int8& p;
+    const pw_bytes& p;
     const pw_fprop& f;
-    Int8Shared<Tile>& shared;
+    ByteShared<Tile>& shared;
     const bool channels_fast;
     int rows, positions;    // how much of the tile lies within the tensor
     int64_t first_channel;  // the tile's among those of all groups
 
-    __device__ void put(const int32_t (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) const {
+    struct alignas(8) Two {
+        Sum first, second;
+    };
+
+    __device__ void put(const Sum (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) const {
         const int g = Tile::lane_group(), t = Tile::lane_thread();
 #pragma unroll
         for (int i = 0; i < Tile::kRowBlocks; ++i) {
@@ -60,13 +66,12 @@ private:
                 for (int half = 0; half < 2; ++half) {
                     const int row = 16 * i + 8 * half + g;
                     const int position = Tile::warp_position() + 8 * j + 2 * t;
-                    const int32_t first = acc[i][j][2 * half], second = acc[i][j][2 * half + 1];
+                    const Sum first = acc[i][j][2 * half], second = acc[i][j][2 * half + 1];
                     if (channels_fast) {
                         shared.sums.by_position[position][row] = first;
                         shared.sums.by_position[position + 1][row] = second;
                     } else {
-                        *reinterpret_cast<int2*>(&shared.sums.by_row[row][position]) =
-                            make_int2(first, second);
+                        *reinterpret_cast<Two*>(&shared.sums.by_row[row][position]) = {first, second};
                     }
                 }
             }
@@ -86,7 +91,7 @@ private:
             const int position = channels_fast ? slow : fast;
             // Vectors are whole, or of one.
             if (row >= rows || position >= positions) continue;
-            const int32_t* const from = channels_fast ? &shared.sums.by_position[slow][fast]
+            const Sum* const from = channels_fast ? &shared.sums.by_position[slow][fast]
                                                       : &shared.sums.by_row[slow][fast];
             float v[kWidth];
             scaled(v, from, row, position);
@@ -105,34 +110,40 @@ private:
     }
 
     template <int kWidth>
-    __device__ void scaled(float (&v)[kWidth], const int32_t* sums, int row, int position) const {
-        const bool quantized = f.gate != nullptr;
+    __device__ void scaled(float (&v)[kWidth], const Sum* sums, int row, int position) const {
         const int64_t channel = first_channel + row;
-        int32_t sum[kWidth];
+        Sum sum[kWidth];
         neighbours(sum, sums);
-        int32_t offset[kWidth];
         float scale[kWidth], shift[kWidth];
-        per_channel(offset, p.offset + channel);
         per_channel(scale, p.scale + channel);
-        if (quantized) per_channel(shift, p.shift + channel);
+        if constexpr (Tile::kFloats) {
+            per_channel(shift, p.shift + channel);
 #pragma unroll
-        for (int n = 0; n < kWidth; ++n) {
-            if (!quantized) {
-                v[n] = __fmul_rn(__int2float_rn(int32_t(uint32_t(sum[n]) + uint32_t(offset[n]))), scale[n]);
-            } else {
-                const pw_quantization* const q =
-                    static_cast<const pw_quantization*>(f.gate) + shared.at.gate[channels_fast ? position : position + n];
-                const uint32_t beyond = uint32_t(__ldg(&q->zero_point)) * uint32_t(offset[n]);
-                const float x = __int2float_rn(int32_t(uint32_t(sum[n]) - beyond));
-                v[n] = __fadd_rn(__fmul_rn(x, __fmul_rn(__ldg(&q->scale), scale[n])), shift[n]);
+            for (int n = 0; n < kWidth; ++n) v[n] = __fadd_rn(__fmul_rn(sum[n], scale[n]), shift[n]);
+        } else {
+            const bool quantized = f.gate != nullptr;
+            int32_t offset[kWidth];
+            per_channel(offset, p.offset + channel);
+            if (quantized) per_channel(shift, p.shift + channel);
+#pragma unroll
+            for (int n = 0; n < kWidth; ++n) {
+                if (!quantized) {
+                    v[n] = __fmul_rn(__int2float_rn(int32_t(uint32_t(sum[n]) + uint32_t(offset[n]))), scale[n]);
+                } else {
+                    const pw_quantization* const q = static_cast<const pw_quantization*>(f.gate) +
+                                                     shared.at.gate[channels_fast ? position : position + n];
+                    const uint32_t beyond = uint32_t(__ldg(&q->zero_point)) * uint32_t(offset[n]);
+                    const float x = __int2float_rn(int32_t(uint32_t(sum[n]) - beyond));
+                    v[n] = __fadd_rn(__fmul_rn(x, __fmul_rn(__ldg(&q->scale), scale[n])), shift[n]);
+                }
             }
         }
     }
 
-    static __device__ void neighbours(int32_t (&to)[1], const int32_t* from) { to[0] = *from; }
-    static __device__ void neighbours(int32_t (&to)[4], const int32_t* from) {
-        const int4 v = *reinterpret_cast<const int4*>(from);
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    static __device__ void neighbours(Sum (&to)[1], const Sum* from) { to[0] = *from; }
+    static __device__ void neighbours(Sum (&to)[4], const Sum* from) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        memcpy(to, &v, sizeof(v));
     }
 
     // Of the channels of a vector, whose first is at `from`.
@@ -159,7 +170,9 @@ private:
     __device__ void read_residual(float (&to)[kWidth], int row, int position) const {
         const int64_t at = offset(shared.at.residual, f.residual_channel, row, position);
         switch (p.residual_type) {
-            case PW_BYTES: {
+            case PW_BYTES:
+            case PW_E4M3:
+            case PW_E5M2: {
                 uint32_t bytes;
                 const uint8_t* const from = static_cast<const uint8_t*>(f.residual) + at;
                 if constexpr (kWidth == 4) {
@@ -168,15 +181,24 @@ private:
                     bytes = *from;
                 }
 #pragma unroll
-                for (int n = 0; n < kWidth; ++n) {
-                    const int byte = int((bytes >> 8 * n & 0xff) ^ p.residual_flip);
-                    to[n] = __fmul_rn(__int2float_rn(byte - p.residual_zero_point), p.residual_scale);
-                }
+                for (int n = 0; n < kWidth; ++n) to[n] = __fmul_rn(number(bytes, n), p.residual_scale);
                 break;
             }
             case PW_F32: read_real(to, static_cast<const float*>(f.residual) + at); break;
             case PW_F16: read_real(to, static_cast<const f16*>(f.residual) + at); break;
             default: read_real(to, static_cast<const bf16*>(f.residual) + at);
+        }
+    }
+    // What a byte of the residual stands for, in steps of its scale.
+    __device__ float number(uint32_t bytes, int n) const {
+        if constexpr (Tile::kFloats) {
+            const uint16_t pair = uint16_t(bytes >> 16 * (n / 2));
+            const uint32_t halves =
+                p.residual_type == PW_E4M3 ? ptx::widen_e4m3x2(pair) : ptx::widen_e5m2x2(pair);
+            return widen(half_of<f16>(halves, n % 2));
+        } else {
+            const int byte = int((bytes >> 8 * n & 0xff) ^ p.residual_flip);
+            return __int2float_rn(byte - p.residual_zero_point);
         }
     }
     template <class T>
@@ -188,17 +210,15 @@ private:
     __device__ void store(const float (&v)[kWidth], int row, int position) const {
         const int64_t at = offset(shared.at.dst, f.dst_channel, row, position);
         switch (p.dst_type) {
-            case PW_BYTES: {
-                uint32_t bytes[kWidth];
-#pragma unroll
-                for (int n = 0; n < kWidth; ++n) bytes[n] = nearest_integer(v[n]) + uint32_t(p.zero_point);
+            case PW_BYTES:
+            case PW_E4M3:
+            case PW_E5M2: {
                 uint8_t* const to = static_cast<uint8_t*>(f.dst) + at;
                 if constexpr (kWidth == 4) {
                     *reinterpret_cast<uint32_t*>(to) =
-                        ptx::lower_halves(__byte_perm(bytes[0], bytes[1], 0x0040),
-                                          __byte_perm(bytes[2], bytes[3], 0x0040));
+                        ptx::lower_halves(pair(v[0], v[1]), pair(v[2], v[3]));
                 } else {
-                    *to = uint8_t(bytes[0]);
+                    *to = uint8_t(pair(v[0], v[0]));
                 }
                 break;
             }
@@ -207,8 +227,44 @@ private:
             default: store_real(static_cast<bf16*>(f.dst) + at, v);
         }
     }
+    // Two bytes of dst in the lower half of a word.
+    __device__ uint32_t pair(float first, float second) const {
+        if constexpr (Tile::kFloats) {
+            return p.dst_type == PW_E4M3 ? ptx::narrow_e4m3x2(first, second)
+                                         : ptx::narrow_e5m2x2(first, second);
+        } else {
+            const uint32_t zero_point = uint32_t(p.zero_point);
+            return __byte_perm(nearest_integer(first) + zero_point, nearest_integer(second) + zero_point,
+                               0x0040);
+        }
+    }
     template <class T>
     static __device__ void store_real(T* to, const float (&v)[1]) { *to = narrow<T>(v[0]); }
     template <class T>
     static __device__ void store_real(T* to, const float (&v)[4]) { store_vector(to, v); }
 };
+
+// A tile from its first byte to its last.
+template <class Tile>
+__device__ void fprop_bytes(const pw_bytes& p, ByteShared<Tile>& shared) {
+    const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+    const TileAt tile = TileAt::of(p.fprop, block, Tile());
+    if (!tile.exists(p.fprop)) return;
+    if (threadIdx.x == 0) shared.tile = tile;
+    fill_positions(shared.at, p.fprop, p.fprop.sources[0], tile.position, Tile::kThreads);
+    __syncthreads();
+    typename Tile::Sum acc[Tile::kRowBlocks][Tile::kPositionBlocks][4] = {};
+    sum_bytes<Tile>(p, tile, shared, acc);
+    ByteWriter<Tile>(p, shared).write(acc);
+}
+
+#define PW_BYTE_KERNEL(name, floats, rows, positions, depth, warp_rows, warp_positions, stages, blocks, bytes) \
+    extern "C" __global__ void __launch_bounds__(                                                \
+        32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks)                      \
+        fprop_##name##_##rows##x##positions##x##depth(const __grid_constant__ pw_bytes p) {      \
+        using Tile =                                                                             \
+            ByteTile<floats, rows, positions, depth, warp_rows, warp_positions, stages>;         \
+        static_assert(sizeof(ByteShared<Tile>) == (bytes), "kernels.def says how much a launch brings"); \
+        extern __shared__ float4 brought[];                                                      \
+        fprop_bytes<Tile>(p, *reinterpret_cast<ByteShared<Tile>*>(brought));                     \
+    }

@@ -1,4 +1,5 @@
-// Products of bytes on tensor cores, with exact sums in i32. Slabs of weight and src lie along the
+// Products of bytes on tensor cores: of integers, with exact sums in i32, or of floats, with sums in f32.
+// Slabs of weight and src lie along the
 // depth, four channels to a word, as the instructions take them: weights and channels-last sources
 // arrive by asynchronous copies, several slabs ahead; others pass through registers, where words of
 // four positions become words of four channels.
@@ -9,10 +10,23 @@
 #include "../ptx.cuh"
 #include "../tiles.cuh"
 
+// What products of bytes are summed in: an i32, or an f32 where the bytes are floats.
+template <bool kFloats>
+struct SumOf {
+    using Type = int32_t;
+};
+template <>
+struct SumOf<true> {
+    using Type = float;
+};
+
 // A tile of kRows output channels x kPositions positions, of which a warp has kWarpRows x
 // kWarpPositions in blocks of 16 x 8.
-template <int kRows_, int kPositions_, int kDepth_, int kWarpRows_, int kWarpPositions_, int kStages_>
-struct Int8Tile {
+template <bool kFloats_, int kRows_, int kPositions_, int kDepth_, int kWarpRows_, int kWarpPositions_,
+          int kStages_>
+struct ByteTile {
+    static constexpr bool kFloats = kFloats_;
+    using Sum = typename SumOf<kFloats>::Type;
     static constexpr int kRows = kRows_;
     static constexpr int kPositions = kPositions_;
     static constexpr int kDepth = kDepth_;
@@ -47,7 +61,7 @@ struct Int8Tile {
 };
 
 template <class Tile>
-struct Int8Slabs {
+struct ByteSlabs {
     uint4 weight[Tile::kStages][Tile::kRows * 4];
     uint4 src[Tile::kStages][Tile::kPositions * 4];
 };
@@ -55,31 +69,31 @@ struct Int8Slabs {
 // A warp row's sums, the slower of both axes in rows of whole vectors; the padding lets the lanes of
 // an instruction's results meet all banks.
 template <class Tile>
-union Int8Sums {
-    int32_t by_row[Tile::kWarpRows][Tile::kPositions + 8];
-    int32_t by_position[Tile::kPositions][Tile::kWarpRows + 4];
+union ByteSums {
+    typename Tile::Sum by_row[Tile::kWarpRows][Tile::kPositions + 8];
+    typename Tile::Sum by_position[Tile::kPositions][Tile::kWarpRows + 4];
 };
 
 template <class Tile>
-struct Int8Shared {
+struct ByteShared {
     // Sums take the place of slabs that nobody reads any more.
     union {
-        Int8Slabs<Tile> slabs;
-        Int8Sums<Tile> sums;
+        ByteSlabs<Tile> slabs;
+        ByteSums<Tile> sums;
     };
     SourcePositionTable<Tile::kPositions> at;
     TileAt tile;
 };
 
 // Brings one slab after another: everything beyond the end of an axis is zero, in the weight; in src,
-// any channel will do beyond the last, as it meets a zero.
+// any integer will do beyond the last channel, as it meets a zero; not any float, as it may be infinite.
 template <class Tile>
 class ByteCopier {
     static constexpr int kThreads = Tile::kThreads;
     // Words of four channels x four positions that pass through a thread's registers, per slab.
     static constexpr int kUnits = Tile::kPositions * 4 / kThreads;
 
-    const pw_int8& p;
+    const pw_bytes& p;
     const pw_source& source;
     const SourcePositionTable<Tile::kPositions>& at;
     const uint8_t* weight;  // of the tile's first row
@@ -90,7 +104,7 @@ class ByteCopier {
     uint32_t words[kUnits][4];
 
 public:
-    __device__ ByteCopier(const pw_int8& p, const TileAt& tile,
+    __device__ ByteCopier(const pw_bytes& p, const TileAt& tile,
                           const SourcePositionTable<Tile::kPositions>& at)
         : p(p), source(p.fprop.sources[0]), at(at) {
         const pw_fprop& f = p.fprop;
@@ -189,7 +203,8 @@ private:
             case PW_READ_POSITIONS_VEC4:
             case PW_READ_POSITIONS_VEC8:
             case PW_READ_POSITIONS_VEC16:
-                each_word([&](const Unit& unit, const uint8_t* first, int i) {
+                each_word([&](const Unit& unit, const uint8_t* first, int i) -> uint32_t {
+                    if (leaves_out(unit.k + i)) return 0;
                     return __ldg(reinterpret_cast<const uint32_t*>(first + channel(unit.k + i)));
                 });
                 break;
@@ -200,12 +215,19 @@ private:
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         const int position = unit.position + (channels ? i : j);
-                        const int64_t offset = at.src[position] + channel(unit.k + (channels ? j : i));
+                        const int of_slab = unit.k + (channels ? j : i);
+                        if (leaves_out(of_slab)) continue;
+                        const int64_t offset = at.src[position] + channel(of_slab);
                         word |= uint32_t(__ldg(src + offset)) << 8 * j;
                     }
                     return word;
                 });
         }
+    }
+
+    // Whether a channel of the slab is to be zero.
+    __device__ bool leaves_out(int of_slab) const {
+        return Tile::kFloats && k + of_slab >= int(p.fprop.depth);
     }
 
     // A channel of the slab; the last stands in for those beyond the end.
@@ -227,10 +249,27 @@ private:
     }
 };
 
+// sum += a row of blocks of the weight times one of src, over one slab: two instructions.
+template <pw_operands kOperands>
+__device__ void add_products(int32_t (&sum)[4], const uint32_t (&rows)[2][4], const uint4& v) {
+    ptx::mma_i8<kOperands == PW_I8_I8>(sum, rows[0], {v.x, v.y});
+    ptx::mma_i8<kOperands == PW_I8_I8>(sum, rows[1], {v.z, v.w});
+}
+// Some tensor cores keep 14 bits of a sum of such products (the DeepSeek-V3 report says so of H800): they
+// sum a slab and no more.
+template <pw_operands kOperands>
+__device__ void add_products(float (&sum)[4], const uint32_t (&rows)[2][4], const uint4& v) {
+    float slab[4] = {};
+    ptx::mma_fp8<kOperands>(slab, rows[0], {v.x, v.y});
+    ptx::mma_fp8<kOperands>(slab, rows[1], {v.z, v.w});
+#pragma unroll
+    for (int n = 0; n < 4; ++n) sum[n] += slab[n];
+}
+
 // acc += weight * src over one slab.
-template <class Tile, bool kSigned>
+template <class Tile, pw_operands kOperands>
 __device__ void multiply_bytes(const uint4* weight, const uint4* src,
-                               int32_t (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) {
+                               typename Tile::Sum (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) {
     const int g = Tile::lane_group(), t = Tile::lane_thread();
     uint4 columns[Tile::kPositionBlocks];
 #pragma unroll
@@ -246,19 +285,34 @@ __device__ void multiply_bytes(const uint4* weight, const uint4* src,
                                      {upper.z, lower.z, upper.w, lower.w}};
 #pragma unroll
         for (int j = 0; j < Tile::kPositionBlocks; ++j) {
-            const uint4& v = columns[j];
-            ptx::mma_i8<kSigned>(acc[i][j], rows[0], {v.x, v.y});
-            ptx::mma_i8<kSigned>(acc[i][j], rows[1], {v.z, v.w});
+            add_products<kOperands>(acc[i][j], rows, columns[j]);
         }
+    }
+}
+
+template <class Tile>
+__device__ void multiply_bytes(pw_operands operands, const uint4* weight, const uint4* src,
+                               typename Tile::Sum (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) {
+    if constexpr (Tile::kFloats) {
+        switch (operands) {
+            case PW_E4M3_E4M3: multiply_bytes<Tile, PW_E4M3_E4M3>(weight, src, acc); break;
+            case PW_E4M3_E5M2: multiply_bytes<Tile, PW_E4M3_E5M2>(weight, src, acc); break;
+            case PW_E5M2_E4M3: multiply_bytes<Tile, PW_E5M2_E4M3>(weight, src, acc); break;
+            default: multiply_bytes<Tile, PW_E5M2_E5M2>(weight, src, acc);
+        }
+    } else if (operands == PW_I8_I8) {
+        multiply_bytes<Tile, PW_I8_I8>(weight, src, acc);
+    } else {
+        multiply_bytes<Tile, PW_I8_U8>(weight, src, acc);
     }
 }
 
 // The products of all channels of one tile. Every thread of the block calls it after the position
 // table is filled and visible; nobody reads the slabs any more when it returns.
 template <class Tile>
-__device__ void sum_bytes(const pw_int8& p, const TileAt& tile, Int8Shared<Tile>& shared,
-                          int32_t (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) {
-    Int8Slabs<Tile>& slabs = shared.slabs;
+__device__ void sum_bytes(const pw_bytes& p, const TileAt& tile, ByteShared<Tile>& shared,
+                          typename Tile::Sum (&acc)[Tile::kRowBlocks][Tile::kPositionBlocks][4]) {
+    ByteSlabs<Tile>& slabs = shared.slabs;
     ByteCopier<Tile> copier(p, tile, shared.at);
 #pragma unroll
     for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
@@ -273,11 +327,7 @@ __device__ void sum_bytes(const pw_int8& p, const TileAt& tile, Int8Shared<Tile>
         ptx::wait<Tile::kStages - 2>();
         __syncthreads();
         copier.next(slabs.weight[write], slabs.src[write]);
-        if (p.src_signed) {
-            multiply_bytes<Tile, true>(slabs.weight[read], slabs.src[read], acc);
-        } else {
-            multiply_bytes<Tile, false>(slabs.weight[read], slabs.src[read], acc);
-        }
+        multiply_bytes<Tile>(p.operands, slabs.weight[read], slabs.src[read], acc);
         copier.store(slabs.src[write]);
         write = read;
         read = read + 1 < Tile::kStages ? read + 1 : 0;
