@@ -28,7 +28,7 @@ const MMA: &str = include_str!("../../kernels/mainloops/mma.cuh");
 const PTX: &str = include_str!("../../kernels/ptx.cuh");
 const SPLITS: &str = include_str!("../../kernels/splits.cuh");
 const SIMT: &str = include_str!("../../kernels/mainloops/simt.cuh");
-const INT8: &str = include_str!("../../kernels/mainloops/int8.cuh");
+const BYTES: &str = include_str!("../../kernels/mainloops/bytes.cuh");
 
 struct Plant {
     what: &'static str,
@@ -71,6 +71,13 @@ const PLANTS: &[Plant] = &[
     Plant {
         what: "no barrier between slabs",
         lines: ("mma.cuh", MMA, "__syncthreads();"),
+        most: ALL,
+        edit: |line| line.starts_with("bar.sync").then(String::new),
+        found: TOO_EARLY,
+    },
+    Plant {
+        what: "no barrier behind what is found before the first slab",
+        lines: ("mma.cuh", MMA, "if (++at.ahead == -1) __syncthreads();"),
         most: ALL,
         edit: |line| line.starts_with("bar.sync").then(String::new),
         found: TOO_EARLY,
@@ -172,14 +179,14 @@ const PLANTS: &[Plant] = &[
     },
     Plant {
         what: "no barrier between slabs of bytes",
-        lines: ("int8.cuh", INT8, "__syncthreads();"),
+        lines: ("bytes.cuh", BYTES, "__syncthreads();"),
         most: ALL,
         edit: |line| line.starts_with("bar.sync").then(String::new),
         found: TOO_EARLY,
     },
     Plant {
         what: "the first vector of bytes copied without its swizzle",
-        lines: ("int8.cuh", INT8, "return (i ^ (i >> 2 & 1)) * 4"),
+        lines: ("bytes.cuh", BYTES, "return (i ^ (i >> 2 & 1)) * 4"),
         most: 2,
         edit: without_swizzle,
         found: &["wrong", "in flight", "a race: "],
@@ -213,7 +220,7 @@ fn with_swapped(line: &str, which: usize) -> Option<String> {
     Some(parts.join("{"))
 }
 
-/// The PTX of a module of which only one kernel is left whole.
+/// The PTX of a module of which only one kernel, and the plain one beside it, is left whole.
 struct Kernel {
     before: String,
     body: String,
@@ -231,8 +238,9 @@ impl Kernel {
         let (mut before, mut body, mut after) = (header.to_string(), String::new(), String::new());
         for kernel in kernels.split(entry) {
             let text = if body.is_empty() { &mut before } else { &mut after };
-            if kernel.starts_with(&format!("{name}(")) {
-                body = format!("{entry}{kernel}");
+            let is = |suffix| kernel.starts_with(&format!("{name}{suffix}("));
+            if is("") || is("_plain") {
+                body += &format!("{entry}{kernel}");
             } else {
                 let (signature, _) = kernel.split_once("\n{").expect("a kernel has a body");
                 *text += &format!("{entry}{signature}\n{{\nret;\n}}\n");
@@ -323,7 +331,7 @@ fn all_are_found(
             let (text, log) = run(text)?;
             // A report names what goes on where.
             let found = plant.found.iter().any(|part| {
-                text.contains(part) || log.contains(part) && log.contains(&format!("'{name}'"))
+                text.contains(part) || log.contains(part) && log.contains(&format!("'{name}"))
             });
             if !found {
                 missed.push(format!("{name}, {} ({count} times): {text}; {log}", plant.what));
@@ -353,7 +361,8 @@ fn in_16_bits(device: &CudaDevice) -> Outcome {
 }
 
 /// Faults that kernels of 16 bits have no place for.
-const OF_OTHERS: [&str; 6] = [
+const OF_OTHERS: [&str; 7] = [
+    "no barrier behind the table of positions",
     "one operand not rounded to TF32",
     "no barrier between slabs, without tensor cores",
     "elements of a vector swapped",
