@@ -127,6 +127,8 @@ struct TileRun {
     enum pw_read read;
     bool ends;    // whether it is the tile's last
     bool exists;  // false behind the block's last
+    bool more;    // whether another may be behind it
+    bool odd;     // whether as many runs as are odd come before it
     uint32_t next_source;  // where the run behind it is to be looked for
     int64_t next_block;
     int64_t src[Tile::kPositions];
@@ -144,14 +146,15 @@ struct MmaShared {
     }
 };
 
-// Finds the run behind `last`, where a block takes every so manyth tile. One warp calls it.
+// Finds the run behind `last`, where a block takes every so manyth tile. So many threads call it.
 template <class Tile>
-__device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<Tile>& to) {
+__device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<Tile>& to, int thread,
+                         int threads) {
     TileAt tile;
     Run run = {};
     int64_t block = last.next_block;
     uint32_t source = last.next_source;
-    bool exists = last.exists;
+    bool exists = last.more, more = false;
     if (exists) {
 #pragma unroll 1
         do {
@@ -160,11 +163,13 @@ __device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<T
             if (!exists) break;
             run = tile.run(p, source);
             if (++source == p.source_count) source = 0, block += int64_t(gridDim.y) * gridDim.x;
+            more = source > 0 || block < tile.tiles * p.splits;
         } while (run.depth == 0);
     }
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) {
+    if (thread == 0) {
         to.exists = exists;
+        to.more = more;
+        to.odd = !last.odd;
         if (exists) {
             to.tile = tile;
             to.run = run;
@@ -176,7 +181,7 @@ __device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<T
         to.next_source = source;
         to.next_block = block;
     }
-    if (exists) fill_source(to.src, p, *run.source, tile.position, lane, 32);
+    if (exists) fill_source(to.src, p, *run.source, tile.position, thread, threads);
 }
 
 // Starts the copies of one slab after another: everything beyond the end of an axis arrives as zero.
@@ -251,6 +256,11 @@ public:
     }
 
     __device__ bool done() const { return left <= 0; }
+
+    // How many slabs it has begun to copy.
+    __device__ int copied() const {
+        return (shared.run(slot).run.depth - left + kDepth - 1) / kDepth;
+    }
 
     // Leaves out so many slabs.
     __device__ void skip(int slabs) {
@@ -655,59 +665,58 @@ struct Progress {
     int stage = 0;   // the slab that is multiplied next
 };
 
-// acc += weight * src over one run. Meanwhile copies go on to the next runs, as far as they are read
-// along the same axis.
+// acc += weight * src over one run. Meanwhile a plain kernel's copies go on to the next runs.
 template <class Tile, bool kAlongChannels, bool kPlain>
 __device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<Tile>& at,
                           const PositionTable<Tile::kPositions>& positions,
                           float (&acc)[Tile::kSlow][Tile::kFast]) {
     using Copier = SlabCopier<Tile, kAlongChannels, kPlain>;
     const auto wrap = [](int stage) { return stage < Tile::kStages ? stage : stage - Tile::kStages; };
-    const int thread = kPlain ? ptx::opaque(threadIdx.x) : int(threadIdx.x);
-    const bool begins = at.ahead < 0;
-    if (begins) at.ahead = at.copied = 0;
-    Copier copier(p, shared, at.run + at.ahead);
-    copier.skip(at.copied);
-    const auto copy = [&](int stage) {
-        if (copier.done() && at.ahead < kAhead<Tile>) {
+    const int thread = threadIdx.x;
+    const bool begins = !kPlain || at.ahead < 0;
+    if (kPlain && begins) at.ahead = at.copied = 0;
+    Copier copier(p, shared, kPlain ? at.run + at.ahead : at.run);
+    if (kPlain) copier.skip(at.copied);
+    const int depth = shared.run(at.run).run.depth;
+    int write = wrap(at.stage + (begins ? 0 : kAhead<Tile>));
+    // Where nothing is on its way, copies come first. Not unrolled: their code, a part for each way to
+    // read, is most of a kernel's.
+#pragma unroll 1
+    for (int done = begins ? -kAhead<Tile> * Tile::kDepth : 0; done < depth; done += Tile::kDepth) {
+        const bool multiplies = done >= 0;
+        if (multiplies) {
+            // This slab is there for every thread, and every thread is done with the one before, whose
+            // place the next copies take.
+            ptx::wait<kAhead<Tile> - 1>();
+            if (!kPlain && p.source_step_count > 0) {
+                // As this run was copied, where copies may be ahead by now.
+                Copier(p, shared, at.run)
+                    .transform(positions, shared.src[at.stage], shared.run(at.run).run.input + done,
+                               depth - done);
+            }
+            __syncthreads();
+        }
+        if (kPlain && copier.done() && at.ahead < kAhead<Tile>) {
             const int slot = at.run + at.ahead + 1;
-            if (shared.run(slot).exists && reads_channels(shared.run(slot).read) == kAlongChannels) {
-                ++at.ahead, at.copied = 0;
+            if (shared.run(slot).exists) {
+                ++at.ahead;
                 copier.begin(slot);
             }
         }
-        ++at.copied;
-        copier.next(shared.weight[stage], shared.src[stage]);
-    };
-    if (begins) {
-        // Not unrolled: the copies' code, a part for each way to read, is most of a kernel's.
-#pragma unroll 1
-        for (int i = 0; i < kAhead<Tile>; ++i) copy(wrap(at.stage + i));
-    }
-    const int depth = shared.run(at.run).run.depth;
-#pragma unroll 1
-    for (int done = 0; done < depth; done += Tile::kDepth) {
-        // This slab is there for every thread, and every thread is done with the one before, whose
-        // place the next copies take.
-        ptx::wait<kAhead<Tile> - 1>();
-        if (!kPlain && p.source_step_count > 0) {
-            // As this run was copied, where copies may be ahead by now.
-            Copier(p, shared, at.run)
-                .transform(positions, shared.src[at.stage], shared.run(at.run).run.input + done,
-                           depth - done);
-        }
-        __syncthreads();
-        copy(wrap(at.stage + kAhead<Tile>));
+        copier.next(shared.weight[write], shared.src[write]);
+        write = wrap(write + 1);
+        if (!multiplies) continue;
         if constexpr (Tile::kParts == 1) {
             multiply_whole<Tile, kAlongChannels>(shared.weight[at.stage], shared.src[at.stage], thread,
                                                  acc);
         } else {
-            multiply_in_parts<Tile, kAlongChannels>(shared.weight[at.stage], shared.src[at.stage], thread,
-                                                 acc);
+            multiply_in_parts<Tile, kAlongChannels>(shared.weight[at.stage], shared.src[at.stage],
+                                                    thread, acc);
         }
         at.stage = wrap(at.stage + 1);
     }
-    --at.ahead;
+    // In a general kernel the next run begins anew: of more, ptxas would spill registers.
+    if (kPlain) at.copied = copier.copied(), --at.ahead;
 }
 
 // A block's tiles, one after another. `finish(tile, positions, acc)` is what becomes of a tile's
@@ -716,13 +725,13 @@ template <class Tile, bool kPlain, class Finish>
 __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish finish) {
     if (threadIdx.x == 0) {
         TileRun<Tile>& before = shared.runs[kRuns<Tile> - 1];
-        before.exists = true;
+        before.more = true;
+        before.odd = true;
         before.next_source = 0;
         // The planner spreads more blocks than the x axis holds over y.
         before.next_block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
     }
     Progress<Tile> at;
-    int parity = 0;
     bool begins = true;
     float acc[Tile::kSlow][Tile::kFast];
 #pragma unroll 1
@@ -731,8 +740,11 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
         // has one at least.
         const bool early = at.ahead < -1;
         if (early) __syncthreads();
-        if (threadIdx.x < 32) {
-            find_run(p, shared.run(at.run + kAhead<Tile> - 1), shared.run(at.run + kAhead<Tile>));
+        // All threads at first, as they have nothing else to do.
+        const int finders = early ? Tile::kThreads : 32;
+        if (threadIdx.x < finders) {
+            find_run(p, shared.run(at.run + kAhead<Tile> - 1), shared.run(at.run + kAhead<Tile>),
+                     threadIdx.x, finders);
         }
         if (early) {
             if (++at.ahead == -1) __syncthreads();
@@ -740,8 +752,9 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
         }
         const TileRun<Tile>& now = shared.run(at.run);
         if (!now.exists) return;
-        PositionTable<Tile::kPositions>& positions = shared.at[parity];
-        if (begins) {
+        // A plain kernel's runs are tiles; others have one tile.
+        PositionTable<Tile::kPositions>& positions = shared.at[kPlain && now.odd];
+        if (kPlain || begins) {
 #pragma unroll
             for (int s = 0; s < Tile::kSlow; ++s) {
 #pragma unroll
@@ -758,14 +771,13 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
         } else {
             sum_slabs<Tile, false, false>(p, shared, at, positions, acc);
         }
-        begins = shared.run(at.run).ends;
+        begins = kPlain || shared.run(at.run).ends;
         if (begins) {
             const TileAt& tile = shared.run(at.run).tile;
             if constexpr (Tile::kParts > 1) repair<Tile>(p, tile, positions, acc);
             finish(tile, positions, acc);
             // Of the general kernel a block has one tile: for more, ptxas would spill registers.
             if (!kPlain) return;
-            parity ^= 1;
         }
     }
 }

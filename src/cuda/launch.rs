@@ -722,7 +722,8 @@ impl Kernel {
         self.has_plain()
             && params.epilogue != pw_epilogue::PW_EPILOGUE_STEPS
             && params.source_step_count == 0
-            && sources.iter().all(|source| vectors.contains(&source.read))
+            && sources.len() == 1
+            && vectors.contains(&sources[0].read)
     }
 }
 
