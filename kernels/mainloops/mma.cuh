@@ -672,7 +672,8 @@ __device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<T
                           float (&acc)[Tile::kSlow][Tile::kFast]) {
     using Copier = SlabCopier<Tile, kAlongChannels, kPlain>;
     const auto wrap = [](int stage) { return stage < Tile::kStages ? stage : stage - Tile::kStages; };
-    const int thread = threadIdx.x;
+    // Of a general kernel ptxas would keep, and spill, what depends on it from before the loops on.
+    const int thread = kPlain ? int(threadIdx.x) : ptx::opaque(threadIdx.x);
     const bool begins = !kPlain || at.ahead < 0;
     if (kPlain && begins) at.ahead = at.copied = 0;
     Copier copier(p, shared, kPlain ? at.run + at.ahead : at.run);
