@@ -118,6 +118,12 @@ constexpr int kAhead = Tile::kStages - 1;
 template <class Tile>
 constexpr int kRuns = kAhead<Tile> + 2;
 
+// Whether a block takes one tile after another, copies running ahead from each to the next; a tile then
+// has one run. Where each block has one tile, copies begin anew with each of its sources: for general
+// kernels to do more, ptxas would spill registers, and before sm_80 nothing is copied in the background.
+template <class Tile, bool kPlain>
+constexpr bool streams = kPlain && kAhead<Tile> > 1;
+
 // What one source gives to one tile.
 template <class Tile>
 struct TileRun {
@@ -665,18 +671,20 @@ struct Progress {
     int stage = 0;   // the slab that is multiplied next
 };
 
-// acc += weight * src over one run. Meanwhile a plain kernel's copies go on to the next runs.
+// acc += weight * src over one run. Copies may go on to the next runs meanwhile.
 template <class Tile, bool kAlongChannels, bool kPlain>
 __device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<Tile>& at,
                           const PositionTable<Tile::kPositions>& positions,
                           float (&acc)[Tile::kSlow][Tile::kFast]) {
     using Copier = SlabCopier<Tile, kAlongChannels, kPlain>;
     const auto wrap = [](int stage) { return stage < Tile::kStages ? stage : stage - Tile::kStages; };
-    const int thread = threadIdx.x;
-    const bool begins = !kPlain || at.ahead < 0;
-    if (kPlain && begins) at.ahead = at.copied = 0;
-    Copier copier(p, shared, kPlain ? at.run + at.ahead : at.run);
-    if (kPlain) copier.skip(at.copied);
+    // Of a general kernel ptxas would keep, and spill, what depends on it from before the loops on.
+    const int thread = kPlain ? int(threadIdx.x) : ptx::opaque(threadIdx.x);
+    constexpr bool kStreams = streams<Tile, kPlain>;
+    const bool begins = !kStreams || at.ahead < 0;
+    if (kStreams && begins) at.ahead = at.copied = 0;
+    Copier copier(p, shared, kStreams ? at.run + at.ahead : at.run);
+    if (kStreams) copier.skip(at.copied);
     const int depth = shared.run(at.run).run.depth;
     int write = wrap(at.stage + (begins ? 0 : kAhead<Tile>));
     // Where nothing is on its way, copies come first. Not unrolled: their code, a part for each way to
@@ -696,7 +704,7 @@ __device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<T
             }
             __syncthreads();
         }
-        if (kPlain && copier.done() && at.ahead < kAhead<Tile>) {
+        if (kStreams && copier.done() && at.ahead < kAhead<Tile>) {
             const int slot = at.run + at.ahead + 1;
             if (shared.run(slot).exists) {
                 ++at.ahead;
@@ -715,8 +723,7 @@ __device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<T
         }
         at.stage = wrap(at.stage + 1);
     }
-    // In a general kernel the next run begins anew: of more, ptxas would spill registers.
-    if (kPlain) at.copied = copier.copied(), --at.ahead;
+    if (kStreams) at.copied = copier.copied(), --at.ahead;
 }
 
 // A block's tiles, one after another. `finish(tile, positions, acc)` is what becomes of a tile's
@@ -752,8 +759,7 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
         }
         const TileRun<Tile>& now = shared.run(at.run);
         if (!now.exists) return;
-        // A plain kernel's runs are tiles; others have one tile.
-        PositionTable<Tile::kPositions>& positions = shared.at[kPlain && now.odd];
+        PositionTable<Tile::kPositions>& positions = shared.at[streams<Tile, kPlain> && now.odd];
         if (kPlain || begins) {
 #pragma unroll
             for (int s = 0; s < Tile::kSlow; ++s) {
@@ -776,8 +782,7 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
             const TileAt& tile = shared.run(at.run).tile;
             if constexpr (Tile::kParts > 1) repair<Tile>(p, tile, positions, acc);
             finish(tile, positions, acc);
-            // Of the general kernel a block has one tile: for more, ptxas would spill registers.
-            if (!kPlain) return;
+            if (!streams<Tile, kPlain>) return;
         }
     }
 }

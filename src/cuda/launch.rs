@@ -492,7 +492,11 @@ pub(super) unsafe fn launch(
         params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
         let tiles = kernel.tiles(&letters).saturating_mul(u64::from(splits));
         let plain = kernel.is_plain(&params);
-        let blocks = if plain { kernel.blocks_at_once(device.facts()).min(tiles) } else { tiles };
+        let blocks = if plain && kernel.streams() {
+            kernel.blocks_at_once(device.facts()).min(tiles)
+        } else {
+            tiles
+        };
         let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
         // SAFETY: the caller's promises; `describe` keeps those of params.h. The sums of splits are
         // read before what comes next in stream order writes moments in their place.

@@ -265,10 +265,14 @@ pub(crate) struct Choice {
 }
 
 impl Kernel {
-    /// Whether there is a plain kernel beside it, for what most layers are (`kernels/fprop.cu`), whose
-    /// blocks take one tile after another.
+    /// Whether there is a plain kernel beside it, for what most layers are (`kernels/fprop.cu`).
     pub(super) fn has_plain(&self) -> bool {
         self.family != Family::Simt
+    }
+
+    /// Whether blocks of the plain kernel take one tile after another.
+    pub(super) fn streams(&self) -> bool {
+        self.has_plain() && self.family != Family::PairsSm75
     }
 
     /// The plain kernel's symbol.
