@@ -100,15 +100,12 @@ impl Work {
     pub(crate) fn cost(&self, parameters: usize, size: usize) -> Cost {
         let outputs = self.spatial.iter().fold(self.n, |n, &len| n.saturating_mul(len));
         let bytes = |channels: usize| outputs.saturating_mul(channels).saturating_mul(size);
-        let gate = self.n.saturating_mul(self.c_in).saturating_mul(size);
+        let gated = if self.gate { self.c_in } else { 0 };
+        let gate = self.n.saturating_mul(gated).saturating_mul(size);
         Cost {
             parameters,
             macs: self.macs(),
-            src_bytes: bytes(self.c_in + self.passed).saturating_add(if self.gate {
-                gate
-            } else {
-                0
-            }),
+            src_bytes: bytes(self.c_in + self.passed).saturating_add(gate),
             weight_bytes: self.c_out * (self.k() * size + size_of::<f32>()),
             dst_bytes: bytes(self.c_out + self.passed),
             residual_bytes: if self.residual { bytes(self.c_out) } else { 0 },
