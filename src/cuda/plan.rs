@@ -365,19 +365,18 @@ impl Kernel {
     /// thread reads from shared memory per product; then come its first reads, which nothing hides,
     /// and its stores, which touch a sector per element if they go across the memory order. A
     /// multiprocessor works on `blocks_per_sm` tiles at a time, and a last round of fewer leaves it
-    /// waiting: that takes three quarters of a full one at least (tensor cores' copies run further
-    /// ahead, and hide more). The weights are those that lose
-    /// least over the layers of `benches/layers.csv` on an H100.
+    /// waiting: that takes three quarters of a full one at least. The weights of kernels on the FMA units
+    /// and of 16 bits are those that lose least over the layers of `benches/layers.csv` on an H100.
     ///
     /// Where blocks share a tile, each has its part of the depth, writes its sums, and the last one
-    /// reads them all, after it has waited for memory a few times. These weights, and those of the
-    /// products on tensor cores, are computed from latencies and bandwidths, and not measured.
+    /// reads them all, after it has waited for memory a few times. These weights, and those of TF32, are
+    /// computed from latencies and bandwidths, and not measured.
     fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
         let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
         let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
         let at_once = u64::from(self.blocks_per_sm);
         let least = match self.family {
-            Family::Simt => 0.75,
+            Family::Simt | Family::Pairs => 0.75,
             _ => 0.3,
         };
         let last = match tiles % at_once {
@@ -395,7 +394,7 @@ impl Kernel {
                 let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
                 let (products, traffic) = match family {
                     Family::Tf32x3 => (0.6, 16.0),
-                    Family::Pairs => (0.1, 8.0),
+                    Family::Pairs => (0.0, 24.0),
                     // One product of TF32; or copies that wait.
                     _ => (0.2, 16.0),
                 };
@@ -403,7 +402,12 @@ impl Kernel {
             }
         };
         let depth = f64::from(self.slabs(problem).div_ceil(splits) * self.depth);
-        let ends = if self.channels_fast == problem.channels_fast { 72.0 } else { 128.0 };
+        let ends = match (self.family, self.channels_fast == problem.channels_fast) {
+            (Family::Pairs, true) => 10.0,
+            (Family::Pairs, false) => 40.0,
+            (_, true) => 72.0,
+            (_, false) => 128.0,
+        };
         let (sharing, waiting) = match splits {
             1 => (0.0, 0.0),
             splits => (8.0 + 8.0 * f64::from(splits), 3e5),
