@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks and measures the CUDA path on a machine with a GPU, which needs neither cargo nor network:
 #
-#     scripts/gpu-check.sh prepare FOLDER      # here: builds tests, bench and examples into FOLDER
+#     scripts/gpu-check.sh prepare FOLDER      # here: builds tests, bench and examples into FOLDER,
+#                                              # and packs them into FOLDER.tar.xz
 #     scripts/gpu-check.sh run FOLDER RESULTS  # there, from a copy of this repository
 #
 # run goes through: facts of the GPU; beside one another every test with POINTWISE_REQUIRE=cuda, what
@@ -30,10 +31,14 @@ usage() {
 }
 
 prepare() {
-    local folder=$1 messages paths path name kind
+    local folder=$1 messages paths path name kind tests=()
+    for name in "${TESTS[@]}"; do
+        [[ $name == pointwise ]] || tests+=(--test "$name")
+    done
     mkdir -p "$folder/deps" "$folder/examples"
     messages=$(
-        cargo test --release --features cuda,nccl --no-run --message-format=json &&
+        cargo test --release --features cuda,nccl --lib --examples "${tests[@]}" --no-run \
+            --message-format=json &&
             cargo bench --features cuda,nccl --bench gpu --no-run --message-format=json
     )
     mapfile -t paths < <(grep -o '"executable":"[^"]*"' <<<"$messages" | cut -d'"' -f4 | sort -u)
@@ -49,7 +54,10 @@ prepare() {
     done
     # Tests look for fixtures where they were built.
     pwd >"$folder/root"
-    du -sh "$folder"
+    # Each holds the kernels: most of a file is in the one before.
+    tar -C "$(dirname "$folder")" -c "$(basename "$folder")" |
+        xz --lzma2=preset=1,dict=512MiB >"$folder.tar.xz"
+    du -sh "$folder" "$folder.tar.xz"
 }
 
 # step NAME SECONDS COMMAND…: output goes to the log, the verdict to stdout and the summary.

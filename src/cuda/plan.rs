@@ -329,7 +329,7 @@ impl Kernel {
             }),
             // Tensor cores do not say how they round.
             Family::Tf32x3 if !forced => Some(|_| {
-                "it runs only where its name asks for it, until a GPU has shown its errors".into()
+                "it runs only where its name asks for it: no GPU has shown it to be faster".into()
             }),
             Family::Pairs if !facts.sm80 => Some(|facts| {
                 let (major, minor) = facts.compute_capability;
