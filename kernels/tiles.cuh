@@ -114,10 +114,10 @@ struct TileAt {
     __device__ bool exists(const pw_fprop& p) const { return split < p.splits && index < tiles; }
 };
 
-// Calls put(axis, at) with where a position is along each axis.
-template <class Put>
+// Calls put(axis, at) with where a position is along each axis; kAtOnce of them are unrolled.
+template <int kAtOnce = PW_MAX_AXES, class Put>
 __device__ void locate(const pw_fprop& p, int64_t position, Put put) {
-#pragma unroll 1
+#pragma unroll kAtOnce
     for (uint32_t axis = 0; axis < p.axis_count; ++axis) {
         int64_t at = position;
         if (axis + 1 < p.axis_count) position = divide(position, p.axes[axis].extent, at);
@@ -127,27 +127,27 @@ __device__ void locate(const pw_fprop& p, int64_t position, Put put) {
 
 // The offsets of a tile's positions in one source, by one of so many threads. Past the end the last
 // position stands in, so that no address is out of bounds.
-template <int kPositions>
+template <int kAtOnce = PW_MAX_AXES, int kPositions>
 __device__ void fill_source(int64_t (&table)[kPositions], const pw_fprop& p, const pw_source& source,
                             int64_t first, int thread, int threads) {
 #pragma unroll 1
     for (int i = thread; i < kPositions; i += threads) {
         int64_t src = 0;
-        locate(p, min(first + i, p.positions - 1),
-               [&](uint32_t axis, int64_t at) { src += at * source.axes[axis]; });
+        locate<kAtOnce>(p, min(first + i, p.positions - 1),
+                        [&](uint32_t axis, int64_t at) { src += at * source.axes[axis]; });
         table[i] = src;
     }
 }
 
 // And in the other tensors, as far as there are any.
-template <int kPositions>
+template <int kAtOnce = PW_MAX_AXES, int kPositions>
 __device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop& p, int64_t first,
                                int thread, int threads) {
     const bool more = p.residual != nullptr || p.gate != nullptr;
 #pragma unroll 1
     for (int i = thread; i < kPositions; i += threads) {
         int64_t dst = 0, residual = 0, gate = 0;
-        locate(p, min(first + i, p.positions - 1), [&](uint32_t axis, int64_t at) {
+        locate<kAtOnce>(p, min(first + i, p.positions - 1), [&](uint32_t axis, int64_t at) {
             dst += at * p.axes[axis].dst;
             if (more) residual += at * p.axes[axis].residual, gate += at * p.axes[axis].gate;
         });
@@ -161,5 +161,6 @@ template <int kPositions>
 __device__ void fill_positions(SourcePositionTable<kPositions>& table, const pw_fprop& p,
                                const pw_source& source, int64_t first, int threads) {
     fill_source(table.src, p, source, first, threadIdx.x, threads);
-    fill_positions<kPositions>(table, p, first, threadIdx.x, threads);
+    PositionTable<kPositions>& others = table;
+    fill_positions(others, p, first, threadIdx.x, threads);
 }

@@ -187,7 +187,7 @@ __device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<T
         to.next_source = source;
         to.next_block = block;
     }
-    if (exists) fill_source(to.src, p, *run.source, tile.position, thread, threads);
+    if (exists) fill_source<1>(to.src, p, *run.source, tile.position, thread, threads);
 }
 
 // Starts the copies of one slab after another: everything beyond the end of an axis arrives as zero.
@@ -766,7 +766,7 @@ __device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish fin
 #pragma unroll
                 for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
             }
-            fill_positions(positions, p, now.tile.position, threadIdx.x, Tile::kThreads);
+            fill_positions<1>(positions, p, now.tile.position, threadIdx.x, Tile::kThreads);
             // Steps on src look up gates before the first slab's barrier.
             if (!kPlain && p.source_step_count > 0) __syncthreads();
         }
