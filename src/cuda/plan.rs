@@ -369,8 +369,8 @@ impl Kernel {
     /// and of 16 bits are those that lose least over the layers of `benches/layers.csv` on an H100.
     ///
     /// Where blocks share a tile, each has its part of the depth, writes its sums, and the last one
-    /// reads them all, after it has waited for memory a few times. These weights, and those of TF32, are
-    /// computed from latencies and bandwidths, and not measured.
+    /// reads them all, after it has waited for memory a few times. These weights, but for 16 bits, and those of
+    /// TF32 are computed from latencies and bandwidths, and not measured.
     fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
         let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
         let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
@@ -394,7 +394,7 @@ impl Kernel {
                 let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
                 let (products, traffic) = match family {
                     Family::Tf32x3 => (0.6, 16.0),
-                    Family::Pairs => (0.0, 24.0),
+                    Family::Pairs => (0.1, 8.0),
                     // One product of TF32; or copies that wait.
                     _ => (0.2, 16.0),
                 };
@@ -410,6 +410,7 @@ impl Kernel {
         };
         let (sharing, waiting) = match splits {
             1 => (0.0, 0.0),
+            splits if self.family == Family::Pairs => (8.0 + 16.0 * f64::from(splits), 3e5),
             splits => (8.0 + 8.0 * f64::from(splits), 3e5),
         };
         let area = f64::from(self.rows * self.positions);
