@@ -13,7 +13,7 @@ template <class T>
 struct CopyShared {
     // One word more per row than there are positions: reads and writes across then meet all banks.
     T values[kCopyChannels][kCopyPositions + 4 / sizeof(T)];
-    SourcePositionTable<kCopyPositions> at;
+    PositionTable<kCopyPositions> at;
 };
 
 // Calls move(channel, column) for this thread's part of a tile; neighbours follow one axis.
@@ -39,13 +39,13 @@ __device__ void copy_channels(const pw_fprop& p, CopyShared<T>& shared, int64_t 
     const int64_t first = block / channel_tiles * kCopyPositions;
     const int64_t channel = block % channel_tiles * kCopyChannels;
     if (first >= p.positions) return;
-    fill_positions(shared.at, p, source, first, kCopyThreads);
+    fill_positions<true>(shared.at, p, source, first, kCopyThreads);
     __syncthreads();
     const int columns = int(min(int64_t(kCopyPositions), p.positions - first));
     const int channels = int(min(int64_t(kCopyChannels), p.rows - channel));
     const T* const from = static_cast<const T*>(source.data);
     T* const to = static_cast<T*>(p.dst);
-    walk_tile(reads_channels(source.read), channels, columns, [&](int c, int column) {
+    walk_tile(reads_channels(source), channels, columns, [&](int c, int column) {
         shared.values[c][column] =
             load_one(from + (channel + c) * source.channel + shared.at.src[column]);
     });

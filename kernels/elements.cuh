@@ -75,27 +75,22 @@ __device__ void load_vector(float (&to)[kCount], const T* from) {
     for (int i = 0; i < kCount; ++i) to[i] = widen(half_of<T>(words[i / 2], i % 2));
 }
 
-// By an intrinsic, as the compiler may take a plain store of a vector apart.
 template <int kCount>
 __device__ void store_vector(float* to, const float (&v)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-        __stwb(reinterpret_cast<float4*>(to) + i / 4, make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]));
-    }
-}
-template <class T, int kCount>
-__device__ void store_words(T* to, const uint32_t (&words)[kCount]) {
-    static_assert(kCount == 2 || kCount == 4, "8 or 16 bytes");
-    if constexpr (kCount == 2) {
-        __stwb(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
-    } else {
-        __stwb(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+        reinterpret_cast<float4*>(to)[i / 4] = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
     }
 }
 template <class T, int kCount>
 __device__ void store_vector(T* to, const float (&v)[kCount]) {
+    static_assert(kCount == 4 || kCount == 8, "8 or 16 bytes");
     uint32_t words[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) words[i] = pair_of<T>(v[2 * i], v[2 * i + 1]);
-    store_words(to, words);
+    if constexpr (kCount == 4) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    } else {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
 }

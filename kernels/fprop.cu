@@ -10,15 +10,15 @@
 #include "splits.cuh"
 #include "train/kernels.cuh"
 
-template <class Tile>
-__device__ void fprop_simt(const pw_fprop& p, SimtShared<Tile>& shared) {
+template <class Tile, class Shared>
+__device__ void fprop(const pw_fprop& p, Shared& shared) {
     // The planner spreads more blocks than the x axis holds over y.
     const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
     const TileAt tile = TileAt::of(p, block, Tile());
     if (!tile.exists(p)) return;
     // What follows the main loop reads this copy, so that the loop's registers need not hold it.
     if (threadIdx.x == 0) shared.tile = tile;
-    fill_positions(shared.at, p, p.sources[0], tile.position, Tile::kThreads);
+    fill_positions<true>(shared.at, p, p.sources[0], tile.position, Tile::kThreads);
     __syncthreads();
     float acc[Tile::kSlow][Tile::kFast];
 #pragma unroll
@@ -34,23 +34,14 @@ __device__ void fprop_simt(const pw_fprop& p, SimtShared<Tile>& shared) {
         if (s > 0) {
             // Nobody reads the slabs and the positions of the source before any more.
             __syncthreads();
-            fill_source(shared.at.src, p, *run.source, shared.tile.position, threadIdx.x,
-                        Tile::kThreads);
+            fill_positions<false>(shared.at, p, *run.source, shared.tile.position, Tile::kThreads);
             __syncthreads();
         }
         mainloop<Tile>(p, shared.tile, run, shared, acc);
     }
+    finish_sums<Tile>(p, shared.tile, shared, acc);
     if (p.splits > 1 && !add_up<Tile>(p, shared.tile, acc)) return;
     TileWriter<Tile>(p, shared.tile, shared.at).write(acc);
-}
-
-template <class Tile, bool kPlain>
-__device__ void fprop_mma(const pw_fprop& p, MmaShared<Tile>& shared) {
-    sum_tiles<Tile, kPlain>(p, shared, [&](const TileAt& tile, const auto& positions, auto& acc) {
-        if (p.splits > 1 && !add_up<Tile>(p, tile, acc)) return;
-        const TileWriter<Tile> writer(p, tile, positions);
-        kPlain ? writer.write_plain(acc) : writer.write_steps(acc);
-    });
 }
 
 #define PW_SIMT(dtype, element, layout, channels_fast, rows, positions, depth, slow, fast, blocks) \
@@ -59,7 +50,7 @@ __device__ void fprop_mma(const pw_fprop& p, MmaShared<Tile>& shared) {
             const __grid_constant__ pw_fprop p) {                                                \
         using Tile = SimtTile<element, rows, positions, depth, slow, fast, channels_fast>;       \
         __shared__ SimtShared<Tile> shared;                                                      \
-        fprop_simt<Tile>(p, shared);                                                                  \
+        fprop<Tile>(p, shared);                                                                  \
     }
 #define PW_FPROP_F32_SIMT(...)                      \
     PW_SIMT(f32, float, nchw, false, __VA_ARGS__)   \
@@ -107,27 +98,18 @@ PW_QUANTIZE(reach, widen)
 PW_QUANTIZE(quantize, quantize)
 
 // More shared memory than a kernel may declare: the launch brings it.
-#define PW_MMA_KERNEL(symbol, plain, Tile, threads, blocks, bytes)                               \
-    extern "C" __global__ void __launch_bounds__(threads, blocks)                                \
-        symbol(const __grid_constant__ pw_fprop p) {                                             \
-        static_assert(sizeof(MmaShared<Tile>) == (bytes), "kernels.def says how much a launch brings"); \
-        extern __shared__ float4 brought[];                                                      \
-        fprop_mma<Tile, plain>(p, *reinterpret_cast<MmaShared<Tile>*>(brought));                 \
-    }
-// Two kernels: `…_plain` is for what most layers of networks are (no steps on src, reads and an epilogue
-// of vectors), in a fraction of the other's code, which takes long to reach a multiprocessor.
 #define PW_MMA(name, element, parts, layout, channels_fast, rows, positions, depth, warp_rows,   \
                warp_positions, stages, blocks, bytes)                                            \
-    using Tile_##name##_##rows##x##positions##x##depth##_##layout =                              \
-        MmaTile<element, parts, rows, positions, depth, warp_rows, warp_positions, stages,       \
-                channels_fast>;                                                                  \
-    PW_MMA_KERNEL(fprop_##name##_##rows##x##positions##x##depth##_##layout, false,               \
-                  Tile_##name##_##rows##x##positions##x##depth##_##layout,                       \
-                  32 * (rows) / (warp_rows) * (positions) / (warp_positions),                    \
-                  (blocks) > 2 ? (blocks) - 1 : (blocks), bytes)                                 \
-    PW_MMA_KERNEL(fprop_##name##_##rows##x##positions##x##depth##_##layout##_plain, true,        \
-                  Tile_##name##_##rows##x##positions##x##depth##_##layout,                       \
-                  32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks, bytes)
+    extern "C" __global__ void __launch_bounds__(                                                \
+        32 * (rows) / (warp_rows) * (positions) / (warp_positions), blocks)                      \
+        fprop_##name##_##rows##x##positions##x##depth##_##layout(                                \
+            const __grid_constant__ pw_fprop p) {                                                \
+        using Tile = MmaTile<element, parts, rows, positions, depth, warp_rows, warp_positions,  \
+                             stages, channels_fast>;                                             \
+        static_assert(sizeof(MmaShared<Tile>) == (bytes), "kernels.def says how much a launch brings"); \
+        extern __shared__ float4 brought[];                                                      \
+        fprop<Tile>(p, *reinterpret_cast<MmaShared<Tile>*>(brought));                            \
+    }
 // A warp's part is longer along the axis of the stores.
 #define PW_16BIT(name, element, rows, positions, depth, warp_slow, warp_fast, ...)               \
     PW_MMA(name, element, 1, nchw, false, rows, positions, depth, warp_slow, warp_fast, __VA_ARGS__) \

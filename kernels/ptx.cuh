@@ -120,22 +120,6 @@ __device__ inline uint32_t narrow_bf16x2(float first, float second) {
 #endif
 }
 
-// Both halves of a word of two f16, or of two bf16, within bounds, of which `lo` and `hi` hold two
-// each; a NaN stays one. sm_80.
-template <bool kBf16>
-__device__ inline uint32_t clip_pair(uint32_t x, uint32_t lo, uint32_t hi) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (kBf16) {
-        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(x), "r"(lo));
-        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(x), "r"(hi));
-    } else {
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(x) : "r"(x), "r"(lo));
-        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(x) : "r"(x), "r"(hi));
-    }
-#endif
-    return x;
-}
-
 // The lower halves of two words, and the upper ones.
 __device__ inline uint32_t lower_halves(uint32_t first, uint32_t second) {
     return __byte_perm(first, second, 0x5410);

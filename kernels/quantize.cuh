@@ -20,7 +20,7 @@ struct Reach {
 };
 
 struct QuantizeShared {
-    SourcePositionTable<kQuantizePositions> at;
+    PositionTable<kQuantizePositions> at;
     Reach reach[kQuantizePositions];
     pw_quantization by[kQuantizePositions];
 };
@@ -56,7 +56,7 @@ class QuantizeBlock {
 public:
     __device__ QuantizeBlock(const pw_fprop& p, QuantizeShared& shared, int64_t block)
         : p(p), source(p.sources[0]), shared(shared), first(block * kQuantizePositions) {
-        fill_positions(shared.at, p, source, first, kQuantizeThreads);
+        fill_positions<true>(shared.at, p, source, first, kQuantizeThreads);
         if (threadIdx.x < kQuantizePositions) shared.reach[threadIdx.x] = {0, 0};
         __syncthreads();
     }
@@ -114,7 +114,7 @@ private:
     // Calls f(position, i) for all of the block's positions and i < count, each once.
     template <class Function>
     __device__ void each(uint32_t count, Function f) const {
-        const bool channels = reads_channels(source.read);
+        const bool channels = reads_channels(source);
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         for (int position = channels ? warp : lane; position < kQuantizePositions;
              position += channels ? kQuantizeThreads / 32 : kQuantizePositions) {

@@ -3,8 +3,8 @@
 
 #include "params.h"
 
-// Offsets in elements of the positions of a tile, relative to each tensor's first element, but for
-// src. A position's address costs divisions by the extents: they are paid once per tile, here, and
+// Offsets in elements of the positions of a tile, relative to each tensor's first element.
+// A position's address costs divisions by the extents: they are paid once per tile, here, and
 // everything after looks them up.
 template <int kPositions>
 struct PositionTable {
@@ -19,23 +19,18 @@ struct PositionTable {
         int64_t offsets[kPositions];
     };
 
+    int64_t src[kPositions];  // in the source that is being read
     Spread dst;
     Spread residual;
     int64_t gate[kPositions];
 };
 
-// With those in the source that is being read.
-template <int kPositions>
-struct SourcePositionTable : PositionTable<kPositions> {
-    int64_t src[kPositions];
-};
-
 // Whether neighbouring threads take neighbouring channels of a source.
-__device__ inline bool reads_channels(pw_read read) {
+__device__ inline bool reads_channels(const pw_source& source) {
     static_assert(PW_READ_CHANNELS % 2 == 1 && PW_READ_CHANNELS_VEC4 % 2 == 1 &&
                       PW_READ_CHANNELS_VEC8 % 2 == 1 && PW_READ_CHANNELS_VEC16 % 2 == 1,
                   "the lowest bit says so");
-    return read % 2 == 1;
+    return source.read % 2 == 1;
 }
 
 // Neighbouring input channels of a tile that one source has.
@@ -45,18 +40,6 @@ struct Run {
     int64_t input;    // and among the channels of all groups, as in the weight's [groups][depth]
     int depth;        // how many
 };
-
-// Quotient and remainder of non-negative numbers; the 32-bit division is several times cheaper.
-__device__ inline int64_t divide(int64_t value, int64_t by, int64_t& remainder) {
-    if (((value | by) >> 32) == 0) {
-        const uint32_t q = uint32_t(value) / uint32_t(by);
-        remainder = uint32_t(value) - q * uint32_t(by);
-        return q;
-    }
-    const int64_t q = value / by;
-    remainder = value - q * by;
-    return q;
-}
 
 // One tile of one group, and the range of input channels that this block sums. Neighbouring blocks
 // share positions and differ in output channels, so that src leaves DRAM once and the (small)
@@ -77,11 +60,11 @@ struct TileAt {
         const int64_t per_column = int64_t(row_tiles) * p.groups;
         TileAt at;
         at.tiles = per_column * ((p.positions + Tile::kPositions - 1) / Tile::kPositions);
-        at.index = block;
-        at.split = p.splits > 1 ? uint32_t(divide(block, at.tiles, at.index)) : 0;
-        int64_t rest;
-        const int64_t column = divide(at.index, per_column, rest);
-        at.group = uint32_t(rest) / row_tiles;
+        at.split = p.splits > 1 ? uint32_t(block / at.tiles) : 0;
+        at.index = block - at.split * at.tiles;
+        const int64_t column = at.index / per_column;
+        const int64_t rest = at.index - column * per_column;
+        at.group = uint32_t(rest / row_tiles);
         at.row = uint32_t(rest - int64_t(at.group) * row_tiles) * Tile::kRows;
         at.position = column * Tile::kPositions;
         at.depth_begin = 0;
@@ -114,10 +97,21 @@ struct TileAt {
     __device__ bool exists(const pw_fprop& p) const { return split < p.splits && index < tiles; }
 };
 
-// Calls put(axis, at) with where a position is along each axis; kAtOnce of them are unrolled.
-template <int kAtOnce = PW_MAX_AXES, class Put>
+// Quotient and remainder of non-negative numbers; the 32-bit division is several times cheaper.
+__device__ inline int64_t divide(int64_t value, int64_t by, int64_t& remainder) {
+    if (((value | by) >> 32) == 0) {
+        const uint32_t q = uint32_t(value) / uint32_t(by);
+        remainder = uint32_t(value) - q * uint32_t(by);
+        return q;
+    }
+    const int64_t q = value / by;
+    remainder = value - q * by;
+    return q;
+}
+
+// Calls put(axis, at) with where a position is along each axis.
+template <class Put>
 __device__ void locate(const pw_fprop& p, int64_t position, Put put) {
-#pragma unroll kAtOnce
     for (uint32_t axis = 0; axis < p.axis_count; ++axis) {
         int64_t at = position;
         if (axis + 1 < p.axis_count) position = divide(position, p.axes[axis].extent, at);
@@ -125,42 +119,26 @@ __device__ void locate(const pw_fprop& p, int64_t position, Put put) {
     }
 }
 
-// The offsets of a tile's positions in one source, by one of so many threads. Past the end the last
-// position stands in, so that no address is out of bounds.
-template <int kAtOnce = PW_MAX_AXES, int kPositions>
-__device__ void fill_source(int64_t (&table)[kPositions], const pw_fprop& p, const pw_source& source,
-                            int64_t first, int thread, int threads) {
-#pragma unroll 1
-    for (int i = thread; i < kPositions; i += threads) {
-        int64_t src = 0;
-        locate<kAtOnce>(p, min(first + i, p.positions - 1),
-                        [&](uint32_t axis, int64_t at) { src += at * source.axes[axis]; });
-        table[i] = src;
-    }
-}
-
-// And in the other tensors, as far as there are any.
-template <int kAtOnce = PW_MAX_AXES, int kPositions>
-__device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop& p, int64_t first,
-                               int thread, int threads) {
-    const bool more = p.residual != nullptr || p.gate != nullptr;
-#pragma unroll 1
-    for (int i = thread; i < kPositions; i += threads) {
-        int64_t dst = 0, residual = 0, gate = 0;
-        locate<kAtOnce>(p, min(first + i, p.positions - 1), [&](uint32_t axis, int64_t at) {
-            dst += at * p.axes[axis].dst;
-            if (more) residual += at * p.axes[axis].residual, gate += at * p.axes[axis].gate;
-        });
-        table.dst[i] = dst;
-        if (more) table.residual[i] = residual, table.gate[i] = gate;
-    }
-}
-
-// In all of them.
-template <int kPositions>
-__device__ void fill_positions(SourcePositionTable<kPositions>& table, const pw_fprop& p,
+// The offsets of a tile's positions in one source; with kAll, in all the other tensors too.
+template <bool kAll, int kPositions>
+__device__ void fill_positions(PositionTable<kPositions>& table, const pw_fprop& p,
                                const pw_source& source, int64_t first, int threads) {
-    fill_source(table.src, p, source, first, threadIdx.x, threads);
-    PositionTable<kPositions>& others = table;
-    fill_positions(others, p, first, threadIdx.x, threads);
+    for (int i = threadIdx.x; i < kPositions; i += threads) {
+        int64_t src = 0, dst = 0, residual = 0, gate = 0;
+        // Past the end the last position stands in, so that no address is out of bounds.
+        locate(p, min(first + i, p.positions - 1), [&](uint32_t axis, int64_t at) {
+            src += at * source.axes[axis];
+            if (kAll) {
+                dst += at * p.axes[axis].dst;
+                residual += at * p.axes[axis].residual;
+                gate += at * p.axes[axis].gate;
+            }
+        });
+        table.src[i] = src;
+        if (kAll) {
+            table.dst[i] = dst;
+            table.residual[i] = residual;
+            table.gate[i] = gate;
+        }
+    }
 }

@@ -251,7 +251,7 @@ __device__ void fprop_bytes(const pw_bytes& p, ByteShared<Tile>& shared) {
     const TileAt tile = TileAt::of(p.fprop, block, Tile());
     if (!tile.exists(p.fprop)) return;
     if (threadIdx.x == 0) shared.tile = tile;
-    fill_positions(shared.at, p.fprop, p.fprop.sources[0], tile.position, Tile::kThreads);
+    fill_positions<true>(shared.at, p.fprop, p.fprop.sources[0], tile.position, Tile::kThreads);
     __syncthreads();
     typename Tile::Sum acc[Tile::kRowBlocks][Tile::kPositionBlocks][4] = {};
     sum_bytes<Tile>(p, tile, shared, acc);

@@ -25,40 +25,10 @@ public:
     }
 
     __device__ void write(float (&acc)[Tile::kSlow][Tile::kFast]) const {
-        p.epilogue == PW_EPILOGUE_STEPS ? write_steps(acc) : write_plain(acc);
-    }
-
-    // By one of the short cuts.
-    __device__ void write_plain(float (&acc)[Tile::kSlow][Tile::kFast]) const {
-        const bool residual = p.epilogue == PW_EPILOGUE_RESIDUAL_CLIP;
-        const uint32_t eight = residual ? PW_FLAG_DST_VEC8 | PW_FLAG_RESIDUAL_VEC8 : PW_FLAG_DST_VEC8;
-        if (kVector == 8 && (p.flags & eight) == eight) {
-            residual ? write_clipped<true, kVector>(acc) : write_clipped<false, kVector>(acc);
-        } else {
-            residual ? write_clipped<true, 4>(acc) : write_clipped<false, 4>(acc);
-        }
-    }
-
-    // The accumulators move up as they are finished, so that the code for every kind of step exists
-    // once per vector instead of once per accumulator, and no register is addressed by a variable.
-    __device__ void write_steps(float (&acc)[Tile::kSlow][Tile::kFast]) const {
-#pragma unroll 1
-        for (int s = 0; s < Tile::kSlow; ++s) {
-#pragma unroll 1
-            for (int f = 0; f < Tile::kFast; f += kVector) {
-                const Part here = part(s, f);
-                float v[kVector];
-#pragma unroll
-                for (int i = 0; i < kVector; ++i) v[i] = acc[0][i];
-                if (here.count > 0) finish(v, here);
-#pragma unroll
-                for (int i = kVector; i < Tile::kFast; ++i) acc[0][i - kVector] = acc[0][i];
-            }
-#pragma unroll
-            for (int next = 1; next < Tile::kSlow; ++next) {
-#pragma unroll
-                for (int f = 0; f < Tile::kFast; ++f) acc[next - 1][f] = acc[next][f];
-            }
+        switch (p.epilogue) {
+            case PW_EPILOGUE_CLIP: write_clipped<false>(acc); break;
+            case PW_EPILOGUE_RESIDUAL_CLIP: write_clipped<true>(acc); break;
+            default: write_steps(acc);
         }
     }
 
@@ -69,37 +39,6 @@ private:
     int rows, positions;    // how much of the tile lies within the tensor
     int64_t packed;         // the tile's first channel in arrays that are packed like the weights
     int64_t first_channel;  // and among the channels of all groups
-
-#if __CUDA_ARCH__ >= 800
-    static constexpr bool kPairs = sizeof(Element) == 2;
-#else
-    static constexpr bool kPairs = false;
-#endif
-    // Of a clip. Two values of 16 bits are clipped at once, after they are rounded, and so are their bounds:
-    // rounding keeps the order.
-    struct Bounds {
-        float lo, hi;
-        uint32_t lo_pair = 0, hi_pair = 0;
-        __device__ Bounds(float lo, float hi) : lo(lo), hi(hi) {
-            if constexpr (kPairs) lo_pair = pair_of<Element>(lo, lo), hi_pair = pair_of<Element>(hi, hi);
-        }
-    };
-    template <int kCount>
-    static __device__ void clip(float (&v)[kCount], const Bounds& bounds, Element* to) {
-        if constexpr (kPairs) {
-            uint32_t words[kCount / 2];
-#pragma unroll
-            for (int i = 0; i < kCount / 2; ++i) {
-                words[i] = ptx::clip_pair<Element::kIsBf16>(pair_of<Element>(v[2 * i], v[2 * i + 1]),
-                                                            bounds.lo_pair, bounds.hi_pair);
-            }
-            store_words(to, words);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) v[i] = activation::clip(v[i], bounds.lo, bounds.hi);
-            store_vector(to, v);
-        }
-    }
 
     // kVector elements of the tile, and how many of them exist.
     struct Part {
@@ -122,38 +61,26 @@ private:
         __device__ void second(float (&to)[kVector]) const { tile.read_residual(to, here); }
     };
 
-    // Along the channels in the outer loop: each channel's bias is read once. kWidth elements are
-    // neighbours in memory.
-    template <bool kResidual, int kWidth>
+    // Along the channels in the outer loop: each channel's bias is read once.
+    template <bool kResidual>
     __device__ void write_clipped(float (&acc)[Tile::kSlow][Tile::kFast]) const {
         constexpr int kOuter = Tile::kChannelsFast ? Tile::kFast / kVector : Tile::kSlow;
         constexpr int kInner = Tile::kChannelsFast ? Tile::kSlow : Tile::kFast / kVector;
-        const int first_row = Tile::kChannelsFast ? fast : slow;
-        const int first_position = Tile::kChannelsFast ? slow : fast;
-        // Vectors along channels are those of neighbours.
-        const int64_t dst_channel = Tile::kChannelsFast ? 1 : p.dst_channel;
-        const int64_t residual_channel = Tile::kChannelsFast ? 1 : p.residual_channel;
-        Element* const dst =
-            static_cast<Element*>(p.dst) + (first_channel + first_row) * dst_channel;
-        const Element* const residual =
-            static_cast<const Element*>(p.residual) + (first_channel + first_row) * residual_channel;
-        const Bounds bounds{p.clip_lo, p.clip_hi};
         float4 biases, scales;
 #pragma unroll
         for (int outer = 0; outer < kOuter; ++outer) {
-            const int row = Tile::kChannelsFast ? Tile::fast_offset(outer * kVector)
-                                                : Tile::slow_offset(outer);
-            if (first_row + row >= rows) continue;
+            const int row = Tile::kChannelsFast ? fast + Tile::fast_offset(outer * kVector)
+                                                : slow + Tile::slow_offset(outer);
+            if (row >= rows) continue;
             float scale[kVector], bias[kVector];
             if (Tile::kChannelsFast) {
-                const Part here{first_row + row, first_row + row, kVector};
-                per_channel(bias, p.bias, here);
-                if (kScaled) per_channel(scale, p.scale, here);
+                per_channel(bias, p.bias, Part{row, row, kVector});
+                if (kScaled) per_channel(scale, p.scale, Part{row, row, kVector});
             } else {
                 // Of four rows, which are neighbours, at once.
                 if (outer % 4 == 0) {
-                    biases = four_channels(p.bias, first_row + row);
-                    if (kScaled) scales = four_channels(p.scale, first_row + row);
+                    biases = four_channels(p.bias, row);
+                    if (kScaled) scales = four_channels(p.scale, row);
                 }
                 each(bias, [&](float) { return element(biases, outer % 4); });
                 if (kScaled) each(scale, [&](float) { return element(scales, outer % 4); });
@@ -162,39 +89,44 @@ private:
             for (int inner = 0; inner < kInner; ++inner) {
                 const int s = Tile::kChannelsFast ? inner : outer;
                 const int f = Tile::kChannelsFast ? outer * kVector : inner * kVector;
-                const int position = first_position + (Tile::kChannelsFast ? Tile::slow_offset(inner)
-                                                                           : Tile::fast_offset(f));
-                if (position >= positions) continue;
+                const Part here = part(s, f);
+                if (here.count <= 0) continue;
                 float v[kVector];
 #pragma unroll
                 for (int i = 0; i < kVector; ++i) {
                     v[i] = kScaled ? fmaf(acc[s][f + i], scale[i], bias[i]) : acc[s][f + i] + bias[i];
                 }
-                // Calls at(i, offset) with where the parts of this vector lie that exist.
-                const auto parts = [&](const auto& table, int64_t channel, auto at) {
-#pragma unroll
-                    for (int i = 0; i < kVector; i += kWidth) {
-                        const bool in = Tile::kChannelsFast ? first_row + row + i < rows
-                                                            : position + i < positions;
-                        if (i > 0 && !in) continue;
-                        at(i, row * channel + (Tile::kChannelsFast ? table[position] + i
-                                                                   : table[position + i]));
-                    }
-                };
                 if (kResidual) {
-                    parts(at.residual, residual_channel, [&](int i, int64_t offset) {
-                        float more[kWidth];
-                        load_vector<false>(more, residual + offset);
+                    float residual[kVector];
+                    read_residual_vectors(residual, here, nullptr);
 #pragma unroll
-                        for (int n = 0; n < kWidth; ++n) v[i + n] += more[n];
-                    });
+                    for (int i = 0; i < kVector; ++i) v[i] += residual[i];
                 }
-                parts(at.dst, dst_channel, [&](int i, int64_t offset) {
-                    float some[kWidth];
+                each(v, [this](float x) { return activation::clip(x, p.clip_lo, p.clip_hi); });
+                store_vectors(static_cast<Element*>(p.dst), v, here, nullptr);
+            }
+        }
+    }
+
+    // The accumulators move up as they are finished, so that the code for every kind of step exists
+    // once per vector instead of once per accumulator, and no register is addressed by a variable.
+    __device__ void write_steps(float (&acc)[Tile::kSlow][Tile::kFast]) const {
+#pragma unroll 1
+        for (int s = 0; s < Tile::kSlow; ++s) {
+#pragma unroll 1
+            for (int f = 0; f < Tile::kFast; f += kVector) {
+                const Part here = part(s, f);
+                float v[kVector];
 #pragma unroll
-                    for (int n = 0; n < kWidth; ++n) some[n] = v[i + n];
-                    clip(some, bounds, dst + offset);
-                });
+                for (int i = 0; i < kVector; ++i) v[i] = acc[0][i];
+                if (here.count > 0) finish(v, here);
+#pragma unroll
+                for (int i = kVector; i < Tile::kFast; ++i) acc[0][i - kVector] = acc[0][i];
+            }
+#pragma unroll
+            for (int next = 1; next < Tile::kSlow; ++next) {
+#pragma unroll
+                for (int f = 0; f < Tile::kFast; ++f) acc[next - 1][f] = acc[next][f];
             }
         }
     }

@@ -81,7 +81,7 @@ struct ByteShared {
         ByteSlabs<Tile> slabs;
         ByteSums<Tile> sums;
     };
-    SourcePositionTable<Tile::kPositions> at;
+    PositionTable<Tile::kPositions> at;
     TileAt tile;
 };
 
@@ -95,7 +95,7 @@ class ByteCopier {
 
     const pw_bytes& p;
     const pw_source& source;
-    const SourcePositionTable<Tile::kPositions>& at;
+    const PositionTable<Tile::kPositions>& at;
     const uint8_t* weight;  // of the tile's first row
     const uint8_t* src;     // of the group's first channel
     int rows, valid;        // rows and positions of the tile that exist
@@ -105,7 +105,7 @@ class ByteCopier {
 
 public:
     __device__ ByteCopier(const pw_bytes& p, const TileAt& tile,
-                          const SourcePositionTable<Tile::kPositions>& at)
+                          const PositionTable<Tile::kPositions>& at)
         : p(p), source(p.fprop.sources[0]), at(at) {
         const pw_fprop& f = p.fprop;
         const int64_t first = int64_t(tile.group) * f.rows + tile.row;
@@ -135,7 +135,7 @@ public:
     __device__ void store(uint4* src_slab) const {
         if (asynchronous() || k >= int(p.fprop.depth)) return;
         uint32_t* const slab = reinterpret_cast<uint32_t*>(src_slab);
-        const bool channels = reads_channels(source.read);
+        const bool channels = reads_channels(source);
 #pragma unroll
         for (int n = 0; n < kUnits; ++n) {
             const Unit unit = this->unit(n);
@@ -164,7 +164,7 @@ private:
     };
     __device__ Unit unit(int n) const {
         const int i = int(threadIdx.x) + n * kThreads;
-        if (reads_channels(source.read)) return {i / 16 * 4, i % 16 * 4};
+        if (reads_channels(source)) return {i / 16 * 4, i % 16 * 4};
         constexpr int kAcross = Tile::kPositions / 32;
         const int warp = i / 32;
         return {(warp % kAcross * 8 + i % 8) * 4, (warp / kAcross * 4 + i % 32 / 8) * 4};
@@ -210,7 +210,7 @@ private:
                 break;
             default:
                 each_word([&](const Unit& unit, const uint8_t*, int i) {
-                    const bool channels = reads_channels(source.read);
+                    const bool channels = reads_channels(source);
                     uint32_t word = 0;
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {

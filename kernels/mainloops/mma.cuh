@@ -60,19 +60,17 @@ struct MmaTile {
     static_assert(kThreads % (kRows / 4) == 0 && kThreads % kPositions == 0 && kThreads >= 128,
                   "a thread keeps its column while it loads");
 
-    static __device__ int lane_group(int thread) { return thread >> 2 & 7; }
-    static __device__ int lane_thread(int thread) { return thread & 3; }
-    static __device__ int warp_row(int thread) { return thread / 32 % kRowWarps * kWarpRows; }
-    static __device__ int warp_position(int thread) {
-        return thread / 32 / kRowWarps * kWarpPositions;
+    static __device__ int lane_group() { return threadIdx.x >> 2 & 7; }
+    static __device__ int lane_thread() { return threadIdx.x & 3; }
+    static __device__ int warp_row() { return int(threadIdx.x) / 32 % kRowWarps * kWarpRows; }
+    static __device__ int warp_position() {
+        return int(threadIdx.x) / 32 / kRowWarps * kWarpPositions;
     }
 
-    // Where a thread's sums lie in the tile.
-    static __device__ int row_begin(int thread = threadIdx.x) {
-        return warp_row(thread) + kRowVector * lane_group(thread);
-    }
-    static __device__ int position_begin(int thread = threadIdx.x) {
-        return warp_position(thread) + kPositionVector * lane_thread(thread);
+    // Where this thread's sums lie in the tile.
+    static __device__ int row_begin() { return warp_row() + kRowVector * lane_group(); }
+    static __device__ int position_begin() {
+        return warp_position() + kPositionVector * lane_thread();
     }
     static __device__ constexpr int row_offset(int i) {
         return i / kRowVector * 8 * kRowVector + i % kRowVector;
@@ -110,89 +108,17 @@ struct MmaTile {
     }
 };
 
-// How many slabs are on their way while one is multiplied.
-template <class Tile>
-constexpr int kAhead = Tile::kStages - 1;
-// How many runs are known: the one that is multiplied, those that slabs may be on their way of (a run is
-// one slab deep at least), and the one before, which stragglers still write.
-template <class Tile>
-constexpr int kRuns = kAhead<Tile> + 2;
-
-// Whether a block takes one tile after another, copies running ahead from each to the next; a tile then
-// has one run. Where each block has one tile, copies begin anew with each of its sources: for general
-// kernels to do more, ptxas would spill registers, and before sm_80 nothing is copied in the background.
-template <class Tile, bool kPlain>
-constexpr bool streams = kPlain && kAhead<Tile> > 1;
-
-// What one source gives to one tile.
-template <class Tile>
-struct TileRun {
-    TileAt tile;
-    Run run;
-    int64_t channel;  // the source's stride of channels
-    enum pw_read read;
-    bool ends;    // whether it is the tile's last
-    bool exists;  // false behind the block's last
-    bool more;    // whether another may be behind it
-    bool odd;     // whether as many runs as are odd come before it
-    uint32_t next_source;  // where the run behind it is to be looked for
-    int64_t next_block;
-    int64_t src[Tile::kPositions];
-};
-
 template <class Tile>
 struct MmaShared {
     uint4 weight[Tile::kStages][Tile::kDepth * Tile::kRows / Tile::kPer16Bytes];
     uint4 src[Tile::kStages][Tile::kDepth * Tile::kPositions / Tile::kPer16Bytes];
-    TileRun<Tile> runs[kRuns<Tile>];
-    PositionTable<Tile::kPositions> at[2];  // of the tile that is summed, and of the one before
-
-    __device__ TileRun<Tile>& run(int slot) {
-        return runs[slot < kRuns<Tile> ? slot : slot - kRuns<Tile>];
-    }
+    PositionTable<Tile::kPositions> at;
+    TileAt tile;
 };
 
-// Finds the run behind `last`, where a block takes every so manyth tile. So many threads call it.
-template <class Tile>
-__device__ void find_run(const pw_fprop& p, const TileRun<Tile>& last, TileRun<Tile>& to, int thread,
-                         int threads) {
-    TileAt tile;
-    Run run = {};
-    int64_t block = last.next_block;
-    uint32_t source = last.next_source;
-    bool exists = last.more, more = false;
-    if (exists) {
-#pragma unroll 1
-        do {
-            tile = TileAt::of(p, block, Tile());
-            exists = tile.exists(p);
-            if (!exists) break;
-            run = tile.run(p, source);
-            if (++source == p.source_count) source = 0, block += int64_t(gridDim.y) * gridDim.x;
-            more = source > 0 || block < tile.tiles * p.splits;
-        } while (run.depth == 0);
-    }
-    if (thread == 0) {
-        to.exists = exists;
-        to.more = more;
-        to.odd = !last.odd;
-        if (exists) {
-            to.tile = tile;
-            to.run = run;
-            to.channel = run.source->channel;
-            to.read = run.source->read;
-            to.ends = run.input + run.depth ==
-                      int64_t(tile.group) * p.depth + tile.depth_begin + tile.depth;
-        }
-        to.next_source = source;
-        to.next_block = block;
-    }
-    if (exists) fill_source<1>(to.src, p, *run.source, tile.position, thread, threads);
-}
-
 // Starts the copies of one slab after another: everything beyond the end of an axis arrives as zero.
-// kAlongChannels is what `reads_channels` says of the source; where kPlain, reads are of vectors.
-template <class Tile, bool kAlongChannels, bool kPlain>
+// kAlongChannels is what `reads_channels` says of the source.
+template <class Tile, bool kAlongChannels>
 class SlabCopier {
     using Element = typename Tile::Element;
     static constexpr int kDepth = Tile::kDepth, kThreads = Tile::kThreads;
@@ -206,8 +132,8 @@ class SlabCopier {
     static constexpr int kAcross = kThreads / (kDepth / kWidth);
 
     const pw_fprop& p;
-    MmaShared<Tile>& shared;
-    int slot;  // of the run
+    const pw_source& source;
+    const PositionTable<Tile::kPositions>& at;
     const Element* weight;
     const Element* src;
     int left;         // depth that has not been asked for
@@ -220,16 +146,9 @@ class SlabCopier {
     int valid;        // positions of the tile that exist
 
 public:
-    __device__ SlabCopier(const pw_fprop& p, MmaShared<Tile>& shared, int slot)
-        : p(p), shared(shared) {
-        begin(slot);
-    }
-
-    __device__ void begin(int of) {
-        slot = of;
-        const TileAt& tile = shared.run(slot).tile;
-        const Run& run = shared.run(slot).run;
-        left = run.depth;
+    __device__ SlabCopier(const pw_fprop& p, const TileAt& tile, const Run& run,
+                          const PositionTable<Tile::kPositions>& at)
+        : p(p), source(*run.source), at(at), left(run.depth) {
         const int t = threadIdx.x;
 
         const int row = t % kWeightVectors * Tile::kPer16Bytes, weight_k = t / kWeightVectors;
@@ -249,36 +168,21 @@ public:
                 column = t % kVectors * kWidth, k = t / kVectors;
             }
         });
-        src = static_cast<const Element*>(run.source->data) + (run.channel + k) * channel();
+        src = static_cast<const Element*>(source.data) + (run.channel + k) * source.channel;
         if (kAlongChannels) {
             src_left = left - k;
             to = (column ^ Tile::position_swizzle(column)) * kDepth + k;
         } else {
             // The last position, which stands in for those past the end, may not be aligned.
-            src += shared.run(slot).src[column < valid ? column : 0];
+            src += at.src[column < valid ? column : 0];
             src_left = column < valid ? left - k : 0;
             to = k * Tile::kPositions + (column ^ Tile::src_swizzle(k));
         }
     }
 
-    __device__ bool done() const { return left <= 0; }
-
-    // How many slabs it has begun to copy.
-    __device__ int copied() const {
-        return (shared.run(slot).run.depth - left + kDepth - 1) / kDepth;
-    }
-
-    // Leaves out so many slabs.
-    __device__ void skip(int slabs) {
-        const int depth = slabs * kDepth;
-        left -= depth, weight_left -= depth, src_left -= depth;
-        weight += int64_t(depth) * p.row_pitch;
-        src += depth * channel();
-    }
-
     // Starts the next slab's copies, if there is one, and closes their group.
     __device__ void next(uint4* weight_slab, uint4* src_slab) {
-        if (!done()) {
+        if (left > 0) {
             copy_weight(reinterpret_cast<Element*>(weight_slab));
             copy_src(reinterpret_cast<Element*>(src_slab));
             left -= kDepth, weight_left -= kDepth, src_left -= kDepth;
@@ -288,8 +192,7 @@ public:
 
     // Runs the steps on this thread's part of a slab that has arrived; `first` is the slab's first
     // channel, `rest` the depth from there on.
-    __device__ void transform(const PositionTable<Tile::kPositions>& at, uint4* src_slab, int64_t first,
-                              int rest) const {
+    __device__ void transform(uint4* src_slab, int64_t first, int rest) {
         Element* const slab = reinterpret_cast<Element*>(src_slab);
         constexpr int kElements = kDepth * Tile::kPositions / kThreads;
         run_source_steps<Element, kElements, 4>(p, at, first, [&](int i) {
@@ -314,8 +217,6 @@ public:
     }
 
 private:
-    __device__ int64_t channel() const { return shared.run(slot).channel; }
-
     template <int kValue>
     struct Constant {
         static constexpr int value = kValue;
@@ -324,20 +225,12 @@ private:
     // Calls f with how many elements a thread takes at once.
     template <class Function>
     __device__ void by_width(Function f) const {
-        // f32 has no reads of eight.
-        switch (shared.run(slot).read) {
+        switch (source.read) {
             case PW_READ_POSITIONS:
-            case PW_READ_CHANNELS:
-                if constexpr (!kPlain) {
-                    f(Constant<1>());
-                    break;
-                }
+            case PW_READ_CHANNELS: f(Constant<1>()); break;
             case PW_READ_POSITIONS_VEC4:
-            case PW_READ_CHANNELS_VEC4:
-                if constexpr (Tile::kPer16Bytes > 4) {
-                    f(Constant<4>());
-                    break;
-                }
+            case PW_READ_CHANNELS_VEC4: f(Constant<4>()); break;
+            // f32 has no such reads.
             default: f(Constant<Tile::kPer16Bytes>());
         }
     }
@@ -362,70 +255,40 @@ private:
         });
     }
 
-    // One element of 16 bits is less than an asynchronous copy takes: so many pass through registers
-    // at a time.
+    // One element of 16 bits is less than an asynchronous copy takes.
     template <int kWidth>
-    static constexpr bool kAsync = kWidth * sizeof(Element) >= 4;
-    static constexpr int kAtOnce = 8;
+    __device__ void copy(Element* here, const Element* from, bool in) {
+        constexpr int kBytes = kWidth * sizeof(Element);
+        if constexpr (kBytes >= 4) {
+            ptx::copy_async<kBytes>(here, from, in);
+        } else {
+            *here = in ? load_one(from) : Element{0};
+        }
+    }
 
     template <int kWidth>
     __device__ void along_positions(Element* slab) {
         constexpr int kStep = kDeeper<kWidth>;
-        const int64_t step = kStep * channel();
-        const auto here = [&](int i) {
-            return slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
-        };
-        if constexpr (kAsync<kWidth>) {
 #pragma unroll
-            for (int i = 0; i < kDepth; i += kStep) {
-                ptx::copy_async<kWidth * sizeof(Element)>(here(i), src, i < src_left);
-                src += step;
-            }
-        } else {
-            constexpr int kEach = kDepth / kStep < kAtOnce ? kDepth / kStep : kAtOnce;
-#pragma unroll
-            for (int i = 0; i < kDepth; i += kStep * kEach) {
-                Element v[kEach];
-#pragma unroll
-                for (int n = 0; n < kEach; ++n) {
-                    v[n] = i + n * kStep < src_left ? load_one(src) : Element{0};
-                    src += step;
-                }
-#pragma unroll
-                for (int n = 0; n < kEach; ++n) *here(i + n * kStep) = v[n];
-            }
+        for (int i = 0; i < kDepth; i += kStep) {
+            Element* const here = slab + (to ^ Tile::src_swizzle(i)) + i * Tile::kPositions;
+            copy<kWidth>(here, src, i < src_left);
+            src += kStep * source.channel;
         }
     }
 
     template <int kWidth>
     __device__ void along_channels(Element* slab) {
         constexpr int kStep = kAcross<kWidth>;
-        const int64_t step = kDepth * channel();
-        const int64_t* const at = &shared.run(slot).src[column];
-        const auto in = [&](int i) { return column + i < valid && src_left > 0; };
-        const auto here = [&](int i) {
-            return slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
-        };
-        if constexpr (kAsync<kWidth>) {
-#pragma unroll
-            for (int i = 0; i < Tile::kPositions; i += kStep) {
-                ptx::copy_async<kWidth * sizeof(Element)>(here(i), src + at[i], in(i));
-            }
-        } else {
-            constexpr int kLoads = Tile::kPositions / kStep;
-            constexpr int kEach = kLoads < kAtOnce ? kLoads : kAtOnce;
-#pragma unroll 1
-            for (int i = 0; i < Tile::kPositions; i += kStep * kEach) {
-                Element v[kEach];
-#pragma unroll
-                for (int n = 0; n < kEach; ++n) {
-                    v[n] = in(i + n * kStep) ? load_one(src + at[i + n * kStep]) : Element{0};
-                }
-#pragma unroll
-                for (int n = 0; n < kEach; ++n) *here(i + n * kStep) = v[n];
-            }
+        // Elements of 16 bits pass through registers, of which there are not enough for all.
+        constexpr int kAtOnce = kWidth * sizeof(Element) < 4 ? 8 : Tile::kPositions;
+#pragma unroll kAtOnce
+        for (int i = 0; i < Tile::kPositions; i += kStep) {
+            const bool in = column + i < valid && src_left > 0;
+            Element* const here = slab + (to ^ Tile::position_swizzle(i) * kDepth) + i * kDepth;
+            copy<kWidth>(here, src + at.src[column + i], in);
         }
-        src += step;
+        src += kDepth * source.channel;
     }
 };
 
@@ -458,13 +321,13 @@ __device__ void read_words(uint32_t (&to)[kCount], const Element* slab, int k, i
     }
 }
 
-// Calls put(s, r, j, x) for a thread's word x of src in group j of eight columns, at step s and in
-// half r of the depth: of both steps where src lies along channels, else of step `step`.
+// Calls put(s, r, j, x) for this lane's word x of src in group j of eight columns, at step s and in
+// half r of the depth.
 template <class Tile, bool kAlongChannels, class Put>
-__device__ void read_columns(const uint4* slab, int thread, int step, Put put) {
+__device__ void read_columns(const uint4* slab, Put put) {
     constexpr int kCount = Tile::kWarpPositions / 8, kVector = Tile::kPositionVector;
-    const int g = Tile::lane_group(thread), t = Tile::lane_thread(thread);
-    const int first = Tile::warp_position(thread) + (g & 1) * 4 * kVector + (g >> 1) * kVector;
+    const int g = Tile::lane_group(), t = Tile::lane_thread();
+    const int first = Tile::warp_position() + (g & 1) * 4 * kVector + (g >> 1) * kVector;
     if (kAlongChannels) {
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
@@ -477,25 +340,24 @@ __device__ void read_columns(const uint4* slab, int thread, int step, Put put) {
         const auto* const src = reinterpret_cast<const typename Tile::Element*>(slab);
         const int k = Tile::kPer16Bytes * t;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int j = 0; j < kCount; j += kVector) {
                 uint32_t words[kVector];
-                read_words<Tile::kPositions>(words, src, k + (2 * step + r) * Tile::kPerWord,
+                read_words<Tile::kPositions>(words, src, k + i * Tile::kPerWord,
                                              (first ^ Tile::src_swizzle(k)) + j * 8);
 #pragma unroll
-                for (int n = 0; n < kVector; ++n) put(step, r, j + n, words[n]);
+                for (int n = 0; n < kVector; ++n) put(i / 2, i % 2, j + n, words[n]);
             }
         }
     }
 }
 
-// A thread's words of the weight at step s and in half r of the depth, of the channels of a block.
+// This lane's words of the weight at step s and in half r of the depth, of the channels of a block.
 template <class Tile>
-__device__ void read_rows(uint32_t (&to)[Tile::kRowVector], const uint4* slab, int thread, int block,
-                          int s, int r) {
-    const int k = Tile::kPer16Bytes * Tile::lane_thread(thread);
-    const int first = Tile::row_begin(thread) ^ Tile::weight_swizzle(k);
+__device__ void read_rows(uint32_t (&to)[Tile::kRowVector], const uint4* slab, int block, int s, int r) {
+    const int k = Tile::kPer16Bytes * Tile::lane_thread();
+    const int first = Tile::row_begin() ^ Tile::weight_swizzle(k);
     read_words<Tile::kRows>(to, reinterpret_cast<const typename Tile::Element*>(slab),
                             k + (2 * s + r) * Tile::kPerWord, first + block * 8 * Tile::kRowVector);
 }
@@ -515,30 +377,27 @@ __device__ void multiply_add(float& c0, float& c1, float& c2, float& c3, const u
 
 // acc += weight * src over one slab, in TF32 or 16 bits. TF32 weights were rounded when they were packed.
 template <class Tile, bool kAlongChannels>
-__device__ void multiply_whole(const uint4* weight, const uint4* src, int thread,
+__device__ void multiply_whole(const uint4* weight, const uint4* src,
                                float (&acc)[Tile::kSlow][Tile::kFast]) {
     using Element = typename Tile::Element;
     constexpr int kCount = Tile::kWarpPositions / 8;
     constexpr int kRowVector = Tile::kRowVector, kPositionVector = Tile::kPositionVector;
     uint32_t columns[2][kCount][2];
-    const auto read = [&](int step) {
-        read_columns<Tile, kAlongChannels>(src, thread, step, [&](int s, int r, int j, uint32_t x) {
-            columns[s][j][r] = x;
-            if (sizeof(Element) == 4) {
-                // Of a NaN, the bits that are left may be those of an infinity.
-                const float value = __uint_as_float(x);
-                columns[s][j][r] = value == value ? ptx::round_tf32(value) : 0x7FFFFFFF;
-            }
-        });
-    };
+    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, uint32_t x) {
+        columns[s][j][r] = x;
+        if (sizeof(Element) == 4) {
+            // Of a NaN, the bits that are left may be those of an infinity.
+            const float value = __uint_as_float(x);
+            columns[s][j][r] = value == value ? ptx::round_tf32(value) : 0x7FFFFFFF;
+        }
+    });
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-        if (s == 0 || !kAlongChannels) read(s);
 #pragma unroll
         for (int block = 0; block < Tile::kWarpRows / (8 * kRowVector); ++block) {
             uint32_t halves[2][kRowVector];
-            read_rows<Tile>(halves[0], weight, thread, block, s, 0);
-            read_rows<Tile>(halves[1], weight, thread, block, s, 1);
+            read_rows<Tile>(halves[0], weight, block, s, 0);
+            read_rows<Tile>(halves[1], weight, block, s, 1);
 #pragma unroll
             for (int i = 0; i < kRowVector; i += 2) {
                 const uint32_t rows[4] = {halves[0][i], halves[0][i + 1], halves[1][i],
@@ -561,16 +420,14 @@ __device__ void multiply_whole(const uint4* weight, const uint4* src, int thread
 // products the smallest is below f32's precision. Tensor cores do not round their sums to the nearest,
 // so these span one slab only and are then added as f32.
 template <class Tile, bool kAlongChannels>
-__device__ void multiply_in_parts(const uint4* weight, const uint4* src, int thread,
+__device__ void multiply_in_parts(const uint4* weight, const uint4* src,
                                   float (&acc)[Tile::kSlow][Tile::kFast]) {
     constexpr int kCount = Tile::kWarpPositions / 8;
     uint32_t high[2][kCount][2], low[2][kCount][2];
-    const auto put = [&](int s, int r, int j, uint32_t x) {
+    read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, uint32_t x) {
         high[s][j][r] = ptx::round_tf32(__uint_as_float(x));
         low[s][j][r] = ptx::round_tf32(__uint_as_float(x) - __uint_as_float(high[s][j][r]));
-    };
-    read_columns<Tile, kAlongChannels>(src, thread, 0, put);
-    if (!kAlongChannels) read_columns<Tile, kAlongChannels>(src, thread, 1, put);
+    });
 #pragma unroll
     for (int block = 0; block < Tile::kWarpRows / 32; ++block) {
 #pragma unroll
@@ -583,8 +440,8 @@ __device__ void multiply_in_parts(const uint4* weight, const uint4* src, int thr
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
                 uint32_t halves[2][4];
-                read_rows<Tile>(halves[0], weight, thread, block, s, 0);
-                read_rows<Tile>(halves[1], weight, thread, block, s, 1);
+                read_rows<Tile>(halves[0], weight, block, s, 0);
+                read_rows<Tile>(halves[1], weight, block, s, 1);
                 uint32_t row_high[4], row_low[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -660,129 +517,51 @@ __device__ void repair(const pw_fprop& p, const TileAt& tile,
     }
 }
 
-// How far a block is.
-template <class Tile>
-struct Progress {
-    int run = kRuns<Tile> - kAhead<Tile>;  // the slot of the run that is multiplied next
-    // By how many runs copies are ahead of it; -1: nothing of it is on its way; below: so many runs
-    // less are known than shall be.
-    int ahead = -1 - kAhead<Tile>;
-    int copied = 0;  // how many slabs of that run copies have begun
-    int stage = 0;   // the slab that is multiplied next
-};
-
-// acc += weight * src over one run. Copies may go on to the next runs meanwhile.
-template <class Tile, bool kAlongChannels, bool kPlain>
-__device__ void sum_slabs(const pw_fprop& p, MmaShared<Tile>& shared, Progress<Tile>& at,
-                          const PositionTable<Tile::kPositions>& positions,
-                          float (&acc)[Tile::kSlow][Tile::kFast]) {
-    using Copier = SlabCopier<Tile, kAlongChannels, kPlain>;
-    const auto wrap = [](int stage) { return stage < Tile::kStages ? stage : stage - Tile::kStages; };
-    // Of a general kernel ptxas would keep, and spill, what depends on it from before the loops on.
-    const int thread = kPlain ? int(threadIdx.x) : ptx::opaque(threadIdx.x);
-    constexpr bool kStreams = streams<Tile, kPlain>;
-    const bool begins = !kStreams || at.ahead < 0;
-    if (kStreams && begins) at.ahead = at.copied = 0;
-    Copier copier(p, shared, kStreams ? at.run + at.ahead : at.run);
-    if (kStreams) copier.skip(at.copied);
-    const int depth = shared.run(at.run).run.depth;
-    int write = wrap(at.stage + (begins ? 0 : kAhead<Tile>));
-    // Where nothing is on its way, copies come first. Not unrolled: their code, a part for each way to
-    // read, is most of a kernel's.
+template <class Tile, bool kAlongChannels>
+__device__ void sum_slabs(const pw_fprop& p, const TileAt& tile, const Run& run,
+                          MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+    SlabCopier<Tile, kAlongChannels> copier(p, tile, run, shared.at);
+    // Not unrolled: the copies' code, a part for each way to read, is most of a kernel's.
 #pragma unroll 1
-    for (int done = begins ? -kAhead<Tile> * Tile::kDepth : 0; done < depth; done += Tile::kDepth) {
-        const bool multiplies = done >= 0;
-        if (multiplies) {
-            // This slab is there for every thread, and every thread is done with the one before, whose
-            // place the next copies take.
-            ptx::wait<kAhead<Tile> - 1>();
-            if (!kPlain && p.source_step_count > 0) {
-                // As this run was copied, where copies may be ahead by now.
-                Copier(p, shared, at.run)
-                    .transform(positions, shared.src[at.stage], shared.run(at.run).run.input + done,
-                               depth - done);
-            }
-            __syncthreads();
-        }
-        if (kStreams && copier.done() && at.ahead < kAhead<Tile>) {
-            const int slot = at.run + at.ahead + 1;
-            if (shared.run(slot).exists) {
-                ++at.ahead;
-                copier.begin(slot);
-            }
-        }
-        copier.next(shared.weight[write], shared.src[write]);
-        write = wrap(write + 1);
-        if (!multiplies) continue;
-        if constexpr (Tile::kParts == 1) {
-            multiply_whole<Tile, kAlongChannels>(shared.weight[at.stage], shared.src[at.stage], thread,
-                                                 acc);
-        } else {
-            multiply_in_parts<Tile, kAlongChannels>(shared.weight[at.stage], shared.src[at.stage],
-                                                    thread, acc);
-        }
-        at.stage = wrap(at.stage + 1);
+    for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
+        copier.next(shared.weight[stage], shared.src[stage]);
     }
-    if (kStreams) at.copied = copier.copied(), --at.ahead;
+    int read = 0, write = Tile::kStages - 1;
+#pragma unroll 1
+    for (int done = 0; done < run.depth; done += Tile::kDepth) {
+        // This slab is there for every thread, and every thread is done with the one before, whose
+        // place the next copies take.
+        ptx::wait<Tile::kStages - 2>();
+        if (p.source_step_count > 0) {
+            copier.transform(shared.src[read], run.input + done, run.depth - done);
+        }
+        __syncthreads();
+        copier.next(shared.weight[write], shared.src[write]);
+        if constexpr (Tile::kParts == 1) {
+            multiply_whole<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
+        } else {
+            multiply_in_parts<Tile, kAlongChannels>(shared.weight[read], shared.src[read], acc);
+        }
+        write = read;
+        read = read + 1 < Tile::kStages ? read + 1 : 0;
+    }
 }
 
-// A block's tiles, one after another. `finish(tile, positions, acc)` is what becomes of a tile's
-// sums; it may change them.
-template <class Tile, bool kPlain, class Finish>
-__device__ void sum_tiles(const pw_fprop& p, MmaShared<Tile>& shared, Finish finish) {
-    if (threadIdx.x == 0) {
-        TileRun<Tile>& before = shared.runs[kRuns<Tile> - 1];
-        before.more = true;
-        before.odd = true;
-        before.next_source = 0;
-        // The planner spreads more blocks than the x axis holds over y.
-        before.next_block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+// Adds the products of some channels of one tile. Every thread of the block calls it after the
+// position table is filled and visible.
+template <class Tile>
+__device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
+                         MmaShared<Tile>& shared, float (&acc)[Tile::kSlow][Tile::kFast]) {
+    if (reads_channels(*run.source)) {
+        sum_slabs<Tile, true>(p, tile, run, shared, acc);
+    } else {
+        sum_slabs<Tile, false>(p, tile, run, shared, acc);
     }
-    Progress<Tile> at;
-    bool begins = true;
-    float acc[Tile::kSlow][Tile::kFast];
-#pragma unroll 1
-    for (;; at.run = at.run + 1 < kRuns<Tile> ? at.run + 1 : 0) {
-        // As far ahead as slabs are copied. Others see what is found behind a barrier, of which each run
-        // has one at least.
-        const bool early = at.ahead < -1;
-        if (early) __syncthreads();
-        // All threads at first, as they have nothing else to do.
-        const int finders = early ? Tile::kThreads : 32;
-        if (threadIdx.x < finders) {
-            find_run(p, shared.run(at.run + kAhead<Tile> - 1), shared.run(at.run + kAhead<Tile>),
-                     threadIdx.x, finders);
-        }
-        if (early) {
-            if (++at.ahead == -1) __syncthreads();
-            continue;
-        }
-        const TileRun<Tile>& now = shared.run(at.run);
-        if (!now.exists) return;
-        PositionTable<Tile::kPositions>& positions = shared.at[streams<Tile, kPlain> && now.odd];
-        if (kPlain || begins) {
-#pragma unroll
-            for (int s = 0; s < Tile::kSlow; ++s) {
-#pragma unroll
-                for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
-            }
-            fill_positions<1>(positions, p, now.tile.position, threadIdx.x, Tile::kThreads);
-            // Steps on src look up gates before the first slab's barrier.
-            if (!kPlain && p.source_step_count > 0) __syncthreads();
-        }
-        if constexpr (kPlain) {
-            sum_slabs<Tile, Tile::kChannelsFast, true>(p, shared, at, positions, acc);
-        } else if (reads_channels(now.read)) {
-            sum_slabs<Tile, true, false>(p, shared, at, positions, acc);
-        } else {
-            sum_slabs<Tile, false, false>(p, shared, at, positions, acc);
-        }
-        begins = kPlain || shared.run(at.run).ends;
-        if (begins) {
-            const TileAt& tile = shared.run(at.run).tile;
-            if constexpr (Tile::kParts > 1) repair<Tile>(p, tile, positions, acc);
-            finish(tile, positions, acc);
-            if (!streams<Tile, kPlain>) return;
-        }
-    }
+}
+
+// What is left to do once the whole depth is summed.
+template <class Tile>
+__device__ void finish_sums(const pw_fprop& p, const TileAt& tile, MmaShared<Tile>& shared,
+                            float (&acc)[Tile::kSlow][Tile::kFast]) {
+    if constexpr (Tile::kParts > 1) repair<Tile>(p, tile, shared.at, acc);
 }

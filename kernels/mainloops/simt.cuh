@@ -64,7 +64,7 @@ template <class Tile>
 struct SimtShared {
     alignas(16) float weight[2][Tile::kDepth][Tile::kRows];
     alignas(16) float src[2][Tile::kDepth][Tile::kPositions];
-    SourcePositionTable<Tile::kPositions> at;
+    PositionTable<Tile::kPositions> at;
     TileAt tile;
 };
 
@@ -137,7 +137,7 @@ struct SrcLoader {
     float stage[Tile::kSrcLoads];
 
     __device__ SrcLoader(const pw_fprop& p, const TileAt& tile, const Run& run,
-                         const SourcePositionTable<Tile::kPositions>& at)
+                         const PositionTable<Tile::kPositions>& at)
         : source(*run.source) {
         const int t = threadIdx.x;
         const int64_t left = p.positions - tile.position;
@@ -156,7 +156,7 @@ struct SrcLoader {
         }
     }
 
-    __device__ void load(const SourcePositionTable<Tile::kPositions>& at, int left) {
+    __device__ void load(const PositionTable<Tile::kPositions>& at, int left) {
         switch (source.read) {
             case PW_READ_POSITIONS_VEC4:
 #pragma unroll
@@ -223,7 +223,7 @@ struct SrcLoader {
     }
 
     // Runs the steps on what was stored; `first` is the slab's first channel.
-    __device__ void transform(const pw_fprop& p, const SourcePositionTable<Tile::kPositions>& at,
+    __device__ void transform(const pw_fprop& p, const PositionTable<Tile::kPositions>& at,
                               float (&slab)[Tile::kDepth][Tile::kPositions], int64_t first,
                               int left) const {
         // More than two at once would not fit into registers beside the largest tile's sums.
@@ -336,3 +336,8 @@ __device__ void mainloop(const pw_fprop& p, const TileAt& tile, const Run& run,
         sum_slabs<Tile, true>(p, tile, run, shared, acc);
     }
 }
+
+// What is left to do once the whole depth is summed: nothing.
+template <class Tile>
+__device__ void finish_sums(const pw_fprop&, const TileAt&, SimtShared<Tile>&,
+                            float (&)[Tile::kSlow][Tile::kFast]) {}

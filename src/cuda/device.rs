@@ -333,7 +333,7 @@ impl CudaDevice {
     }
 
     /// The function of a row of [`KERNELS`], or behind them of a [`Helper`] and so on, if it runs on this
-    /// device; behind all others the plain ones of [`KERNELS`], and then those of [`FP8_KERNELS`].
+    /// device; behind all others, those of [`FP8_KERNELS`].
     pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
         let Context { functions, fp8, .. } = &*self.shared;
         match kernel.checked_sub(functions.len()) {
@@ -698,20 +698,7 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
     let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
     let int8 = INT8_KERNELS.iter();
     let int8 = int8.map(|kernel| byte_function(&module, kernel).map(Some).map_err(code));
-    let functions: Result<Vec<_>, u32> =
-        KERNELS.iter().map(function).chain(helpers).chain(int8).collect();
-    let mut functions = functions?;
-    for (kernel, at) in KERNELS.iter().zip(0..) {
-        functions.push(match kernel.plain_name() {
-            Some(name) if functions[at].is_some() => {
-                let function = module.load_function(&name).map_err(code)?;
-                allow_shared(&function, kernel.shared_bytes).map_err(code)?;
-                Some(function)
-            }
-            _ => None,
-        });
-    }
-    Ok(functions)
+    KERNELS.iter().map(function).chain(helpers).chain(int8).collect()
 }
 
 fn byte_function(

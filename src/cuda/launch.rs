@@ -490,18 +490,12 @@ pub(super) unsafe fn launch(
         params.splits = splits;
         params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
         params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
-        let tiles = kernel.tiles(&letters).saturating_mul(u64::from(splits));
-        let plain = kernel.is_plain(&params);
-        let blocks = if plain && kernel.streams() {
-            kernel.blocks_at_once(device.facts()).min(tiles)
-        } else {
-            tiles
-        };
+        let blocks = kernel.tiles(&letters).saturating_mul(u64::from(splits));
         let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
         // SAFETY: the caller's promises; `describe` keeps those of params.h. The sums of splits are
         // read before what comes next in stream order writes moments in their place.
         unsafe {
-            start(device, Launch::fprop(choice.kernel, plain), grid, &mut params)?;
+            start(device, Launch::fprop(choice.kernel), grid, &mut params)?;
             normalise(device, call, program, sums, scratch)
         }
     };
@@ -715,22 +709,6 @@ fn too_large(letters: &Letters) -> Error {
     }
 }
 
-impl Kernel {
-    /// Whether a launch is one for the plain kernel.
-    fn is_plain(&self, params: &pw_fprop) -> bool {
-        let sources = &params.sources[..params.source_count as usize];
-        let vectors = match self.channels_fast {
-            true => [pw_read::PW_READ_CHANNELS_VEC4, pw_read::PW_READ_CHANNELS_VEC8],
-            false => [pw_read::PW_READ_POSITIONS_VEC4, pw_read::PW_READ_POSITIONS_VEC8],
-        };
-        self.has_plain()
-            && params.epilogue != pw_epilogue::PW_EPILOGUE_STEPS
-            && params.source_step_count == 0
-            && sources.len() == 1
-            && vectors.contains(&sources[0].read)
-    }
-}
-
 /// A kernel as its launch needs it.
 struct Launch {
     /// Of the device's functions.
@@ -741,10 +719,9 @@ struct Launch {
 }
 
 impl Launch {
-    fn fprop(kernel: usize, plain: bool) -> Launch {
+    fn fprop(kernel: usize) -> Launch {
         let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
-        let function = if plain { Launch::behind_int8() + kernel } else { kernel };
-        Launch { function, name, threads, shared_bytes }
+        Launch { function: kernel, name, threads, shared_bytes }
     }
 
     fn helper(helper: Helper) -> Launch {
@@ -757,12 +734,8 @@ impl Launch {
         Launch::bytes(&INT8_KERNELS[kernel], before + kernel)
     }
 
-    fn behind_int8() -> usize {
-        Launch::int8(0).function + INT8_KERNELS.len()
-    }
-
     fn fp8(kernel: usize) -> Launch {
-        let before = Launch::behind_int8() + KERNELS.len();
+        let before = Launch::int8(0).function + INT8_KERNELS.len();
         Launch::bytes(&FP8_KERNELS[kernel], before + kernel)
     }
 

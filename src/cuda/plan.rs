@@ -265,26 +265,6 @@ pub(crate) struct Choice {
 }
 
 impl Kernel {
-    /// Whether there is a plain kernel beside it, for what most layers are (`kernels/fprop.cu`).
-    pub(super) fn has_plain(&self) -> bool {
-        self.family != Family::Simt
-    }
-
-    /// Whether blocks of the plain kernel take one tile after another.
-    pub(super) fn streams(&self) -> bool {
-        self.has_plain() && self.family != Family::PairsSm75
-    }
-
-    /// The plain kernel's symbol.
-    pub(super) fn plain_name(&self) -> Option<String> {
-        self.has_plain().then(|| format!("{}_plain", self.name))
-    }
-
-    /// Blocks that run at the same time.
-    pub(super) fn blocks_at_once(&self, facts: &Facts) -> u64 {
-        u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm)
-    }
-
     /// Tiles that cover a problem; saturates, which the grid then refuses.
     pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
         let rows = u64::from(problem.rows.div_ceil(self.rows));
@@ -428,7 +408,7 @@ impl Kernel {
         let most = match terms.batch_invariant {
             true => 1,
             false => {
-                let room = self.blocks_at_once(facts);
+                let room = u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm);
                 (room / self.tiles(problem).max(1)).min(self.slabs(problem).into()).max(1)
             }
         };

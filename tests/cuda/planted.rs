@@ -76,13 +76,6 @@ const PLANTS: &[Plant] = &[
         found: TOO_EARLY,
     },
     Plant {
-        what: "no barrier behind what is found before the first slab",
-        lines: ("mma.cuh", MMA, "if (++at.ahead == -1) __syncthreads();"),
-        most: ALL,
-        edit: |line| line.starts_with("bar.sync").then(String::new),
-        found: TOO_EARLY,
-    },
-    Plant {
         what: "no barrier behind the table of positions",
         lines: ("fprop.cu", FPROP, "__syncthreads();"),
         most: ALL,
@@ -220,7 +213,7 @@ fn with_swapped(line: &str, which: usize) -> Option<String> {
     Some(parts.join("{"))
 }
 
-/// The PTX of a module of which only one kernel, and the plain one beside it, is left whole.
+/// The PTX of a module of which only one kernel is left whole.
 struct Kernel {
     before: String,
     body: String,
@@ -238,9 +231,8 @@ impl Kernel {
         let (mut before, mut body, mut after) = (header.to_string(), String::new(), String::new());
         for kernel in kernels.split(entry) {
             let text = if body.is_empty() { &mut before } else { &mut after };
-            let is = |suffix| kernel.starts_with(&format!("{name}{suffix}("));
-            if is("") || is("_plain") {
-                body += &format!("{entry}{kernel}");
+            if kernel.starts_with(&format!("{name}(")) {
+                body = format!("{entry}{kernel}");
             } else {
                 let (signature, _) = kernel.split_once("\n{").expect("a kernel has a body");
                 *text += &format!("{entry}{signature}\n{{\nret;\n}}\n");
@@ -331,7 +323,7 @@ fn all_are_found(
             let (text, log) = run(text)?;
             // A report names what goes on where.
             let found = plant.found.iter().any(|part| {
-                text.contains(part) || log.contains(part) && log.contains(&format!("'{name}"))
+                text.contains(part) || log.contains(part) && log.contains(&format!("'{name}'"))
             });
             if !found {
                 missed.push(format!("{name}, {} ({count} times): {text}; {log}", plant.what));
@@ -361,8 +353,7 @@ fn in_16_bits(device: &CudaDevice) -> Outcome {
 }
 
 /// Faults that kernels of 16 bits have no place for.
-const OF_OTHERS: [&str; 7] = [
-    "no barrier behind the table of positions",
+const OF_OTHERS: [&str; 6] = [
     "one operand not rounded to TF32",
     "no barrier between slabs, without tensor cores",
     "elements of a vector swapped",
