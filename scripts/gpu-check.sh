@@ -5,9 +5,8 @@
 #                                              # and packs them into FOLDER.tar.xz
 #     scripts/gpu-check.sh run FOLDER RESULTS  # there, from a copy of this repository
 #
-# run goes through: facts of the GPU; beside one another every test with POINTWISE_REQUIRE=cuda, what
-# instructions return (golden.safetensors), EfficientNet-Lite0, and compute-sanitizer on some tests;
-# then one after another, for each dtype and at batch 32, 128 and 1, the layer bench and PyTorch
+# run goes through: facts of the GPU; what instructions return (golden.safetensors); beside one another every
+# test with POINTWISE_REQUIRE=cuda and EfficientNet-Lite0; likewise compute-sanitizer on some tests; then one after another, for each dtype and at batch 32, 128 and 1, the layer bench and PyTorch
 # (benches/peers/gpu.py), the first bench again, which shows how far figures drift; then ncu. RESULTS
 # gets log, bench.csv, again.csv, golden.safetensors and ncu.txt. A step that fails or outlasts its
 # limit is reported at the end and does not stop the others; one whose tool is missing is skipped and
@@ -23,7 +22,7 @@ cd "$(dirname "$0")/.."
 readonly TESTS=(cuda pointwise classify apply blocks errors)
 # What the sanitizers, which are slow, see of tests/cuda: every kind of kernel.
 readonly SANITIZED=(kernels_round_exact_sums every_kernel_on_tile_edges tf32_kernels_run int8_kernels_give
-    sources_that_are_quantised training_on_several)
+    sources_that_are_quantised fp8_kernels_are_exact training_on_several)
 
 usage() {
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/gpu-check.sh
@@ -114,10 +113,11 @@ run() {
         step "test-$test" 120 "$folder/deps/$test" &
     done
     # What a chip gets that is newer than all the machine code in the image.
-    step test-cuda-ptx 120 env CUDA_FORCE_PTX_JIT=1 "$trials" &
+    step test-cuda-ptx 300 env CUDA_FORCE_PTX_JIT=1 "$trials" &
     for dtype in f32 bf16 f16 int8; do
         step "classify-$dtype" 60 "$folder/examples/classify" --device cuda --runs 40 --dtype $dtype &
     done
+    wait
     for filter in "${SANITIZED[@]}"; do
         for tool in memcheck racecheck synccheck initcheck; do
             # racecheck loses launches of several threads at a time, and then hangs.
@@ -148,6 +148,7 @@ run() {
             step "peers-$dtype-$n" 120 bash -c "into $csv $peers --dtype $dtype --batch $n"
         done
     done
+
     # The clocks stay as they are: the machine may not be ours to set.
     local profile=(ncu --clock-control none --kernel-id ::regex:fprop:1)
     for section in SpeedOfLight LaunchStats Occupancy WarpStateStats MemoryWorkloadAnalysis \
