@@ -37,10 +37,20 @@ const SM_75: [&str; 8] = [
 ];
 const SM_80: [&str; 3] = ["round_tf32", "mma_tf32", "mma_bf16"];
 
-/// As they are compiled from some chip on.
-const IMAGES: [((u32, u32), &str, &[&[&str]]); 2] = [
-    ((7, 5), include_str!("golden/wrappers_75.ptx"), &[&SM_75]),
-    ((8, 0), include_str!("golden/wrappers_80.ptx"), &[&SM_75, &SM_80]),
+/// The wrappers as they are compiled from a chip on.
+struct Image {
+    chip: (u32, u32),
+    ptx: &'static str,
+    wrappers: &'static [&'static [&'static str]],
+}
+
+const IMAGES: [Image; 2] = [
+    Image { chip: (7, 5), ptx: include_str!("golden/wrappers_75.ptx"), wrappers: &[&SM_75] },
+    Image {
+        chip: (8, 0),
+        ptx: include_str!("golden/wrappers_80.ptx"),
+        wrappers: &[&SM_75, &SM_80],
+    },
 ];
 
 const LANES: usize = 32;
@@ -79,7 +89,7 @@ impl Format {
 
 fn golden(device: &CudaDevice) -> Outcome {
     let mut results = BTreeMap::new();
-    for (chip, ptx, wrappers) in IMAGES {
+    for Image { chip, ptx, wrappers } in IMAGES {
         if device.compute_capability() < chip {
             continue;
         }
