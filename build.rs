@@ -281,7 +281,7 @@ mod cuda {
         let run = |source: &str, gencode: Vec<String>, to: &Path| {
             let mut command = compiler.to_command();
             command.args(["-fatbin", "-O3", "-std=c++17", "-lineinfo", "--threads=0"]);
-            command.args(["-Xptxas", "-v", "-Xfatbin", "-compress=false", "-Ikernels"]);
+            command.args(["-Xptxas", "-v", "-Ikernels"]);
             command.args(gencode);
             command.arg("-o").arg(to).arg(source);
             let output = command
