@@ -134,16 +134,6 @@ enum Backend {
     Cuda(Current<cuda::Layer>),
 }
 
-impl Backend {
-    fn cpu(&self) -> Option<Arc<cpu::Layer>> {
-        match self {
-            Backend::Cpu(layer) => Some(layer.get()),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => None,
-        }
-    }
-}
-
 impl Pointwise {
     /// Checks the description, folds, packs and uploads it: once.
     ///
@@ -380,7 +370,8 @@ impl<T: Element> Prepared<T> {
             #[cfg(feature = "cuda")]
             Backend::Cuda(current) => {
                 let old = current.get();
-                current.set(cuda::Layer::new(old.device(), shape, lowered, T::DTYPE, options)?);
+                let new = cuda::Layer::new(old.device(), shape, lowered, T::DTYPE, options)?;
+                current.set(old.choices_for(new));
             }
         }
         Ok(())
@@ -464,12 +455,12 @@ impl<T: Element> Prepared<T> {
         })
     }
 
-    /// Times every kernel that the device has, in every order of its loops, on sources of these
-    /// shapes and memory orders, and says which were the fastest: for
-    /// [`with_tuning`](Self::with_tuning), now or, saved as text, in another process. Without a
-    /// tuning a model chooses.
+    /// Times every kernel that the device has, in every order of its loops (CUDA: with every number of
+    /// blocks that may share a sum), on sources of these shapes and memory orders, and says which were
+    /// the fastest: for [`with_tuning`](Self::with_tuning), now or, saved as text, in another process.
+    /// Without a tuning a model chooses.
     ///
-    /// It runs on the device's threads, on tensors of its own, for some 20 ms a shape, or two
+    /// It runs on the device's threads or stream, on tensors of its own, for some 20 ms a shape, or two
     /// calls of each candidate where they take longer. Times are those of tensors that the caches
     /// hold as far as they can; a busy machine spoils them. Shapes without any positions are left
     /// out.
@@ -489,12 +480,9 @@ impl<T: Element> Prepared<T> {
     ///
     /// # Errors
     /// The first shape that does not fit the layer; [`Error::TooLarge`] if its tensors do not fit
-    /// memory; [`Error::Unsupported`] on CUDA.
+    /// memory; on CUDA [`Error::DeviceMemory`] for that, [`Error::Cuda`], and [`Error::Unsupported`]
+    /// while the layer's stream is captured.
     pub fn tune(&self, shapes: &[(&[usize], Layout)]) -> Result<Tuning> {
-        let layer = self.inner.backend.cpu().ok_or_else(|| Error::Unsupported {
-            device: self.inner.device.to_string(),
-            what: "tune".into(),
-        })?;
         let LayerShape { c_in, residual, gate, .. } = self.inner.shape;
         let mut tuning = Tuning::default();
         for &(src, layout) in shapes {
@@ -502,31 +490,57 @@ impl<T: Element> Prepared<T> {
             if dst.contains(&0) {
                 continue;
             }
-            let mut src_values = ones(src)?;
-            let mut residual_values = ones(if residual { dst.as_slice() } else { &[0] })?;
-            let mut gate_values = ones(&[src[0], if gate { c_in } else { 0 }])?;
-            let mut dst_values = ones(&dst)?;
-            let memory = [&mut src_values, &mut residual_values, &mut gate_values, &mut dst_values]
-                .map(|values| values.as_mut_ptr());
-            self.with_problem_at(memory, src, layout, |problem| {
-                tuning.add(cpu::tune(&layer, problem));
-                Ok(())
-            })?;
+            let of_residual = if residual { dst.as_slice() } else { &[0] };
+            let of_gate = [src[0], if gate { c_in } else { 0 }];
+            let shapes = [src, of_residual, &of_gate, &dst];
+            tuning.add(match &self.inner.backend {
+                Backend::Cpu(layer) => {
+                    let [src_values, residual_values, gate_values, dst_values] = shapes.map(ones);
+                    let mut values = [src_values?, residual_values?, gate_values?, dst_values?];
+                    let memory = values.each_mut().map(|values| values.as_mut_ptr());
+                    self.with_problem_at(memory, src, layout, |problem| {
+                        Ok(cpu::tune(&layer.get(), problem))
+                    })?
+                }
+                #[cfg(feature = "cuda")]
+                Backend::Cuda(layer) => {
+                    let layer = layer.get();
+                    let mut bytes = [0; 4];
+                    for (bytes, shape) in bytes.iter_mut().zip(shapes) {
+                        let len = checked_product("a tensor to tune with", shape)?;
+                        *bytes = checked_product("a tensor to tune with", &[len, size_of::<T>()])?;
+                    }
+                    let room = cuda::Room::new(&layer, bytes)?;
+                    let memory = room.addresses().map(std::ptr::without_provenance_mut);
+                    self.with_problem_at(memory, src, layout, |problem| {
+                        cuda::tune(&layer, problem)
+                    })?
+                }
+            });
         }
         Ok(tuning)
     }
 
     /// This layer, with the kernels that were measured to be the fastest; entries about other
-    /// devices, instruction sets, numbers of threads, layers and kernels are passed over, and so
-    /// are all of them on CUDA. It replaces the tuning that the layer had. Weights are shared, so
-    /// it costs next to nothing. Results are bitwise the same with any tuning.
+    /// devices, instruction sets, numbers of threads, layers and kernels are passed over. It replaces
+    /// the tuning that the layer had. Weights are shared, so it costs next to nothing. On the CPU
+    /// results are bitwise the same with any tuning; on CUDA they are where
+    /// [`PrepareOptions::batch_invariant`] is set, else blocks may share a sum in other parts, and
+    /// tensor cores round other than FMA units.
     ///
     /// A kernel that is forced by [`PrepareOptions::kernel`] or `POINTWISE_KERNEL` goes first.
     #[must_use = "the layer itself stays as it is"]
     pub fn with_tuning(&self, tuning: &Tuning) -> Self {
         let Inner { shape, parameters, device, options, backend } = &*self.inner;
-        let Some(layer) = backend.cpu() else { return self.clone() };
-        let backend = Backend::Cpu(Current::new(layer.with_tuning(shape, tuning)));
+        let backend = match backend {
+            Backend::Cpu(layer) => {
+                Backend::Cpu(Current::new(layer.get().with_tuning(shape, tuning)))
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(layer) => {
+                Backend::Cuda(Current::new(layer.get().with_tuning(shape, tuning)))
+            }
+        };
         let (shape, parameters, device) = (shape.clone(), *parameters, device.clone());
         let options = options.clone();
         Self::new(Inner { shape, parameters, device, options, backend })

@@ -16,7 +16,8 @@ const HEADER: &str = "device\tproblem\tkernel\torder\tns\tplanned_ns";
 /// several together. Where two entries are about the same device and problem, the later one counts.
 ///
 /// An entry counts on the kind of device that it was measured on (CPU model, instruction set and
-/// number of threads) and while the crate has its kernel; elsewhere it is passed over.
+/// number of threads; GPU model and multiprocessors) and while the crate has its kernel; elsewhere it
+/// is passed over.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Tuning {

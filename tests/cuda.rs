@@ -48,6 +48,8 @@ mod traffic;
 mod train;
 #[path = "common/training.rs"]
 mod training;
+#[path = "cuda/tuning.rs"]
+mod tuning;
 
 use fixtures as common;
 
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
         fp8::TRIALS,
         golden::TRIALS,
         train::TRIALS,
+        tuning::TRIALS,
         driver::TRIALS,
     ]
     .concat();

@@ -8,6 +8,7 @@ use super::pack::Weights;
 use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};
 use super::scratch::Given;
 use super::staging::{self, HostCall, Slice};
+use super::tune::Choices;
 use crate::cost::Roof;
 use crate::dtype::{DType, Element};
 use crate::epilogue::Lowered;
@@ -17,6 +18,7 @@ use crate::prepared::{Math, PrepareOptions};
 use crate::problem::{LayerShape, Operand, Problem};
 use crate::stages::NormOver;
 use crate::tensor::{MAX_SPATIAL, Place, TensorMut, checked_product};
+use crate::tuning::Tuning;
 
 /// A layer on one stream of a device.
 #[derive(Clone)]
@@ -24,6 +26,8 @@ pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
     terms: Terms,
+    /// What [`tune`](super::tune) has measured, if anything.
+    choices: Choices,
     /// The most that a slice of a call on host tensors may take on the device.
     slice_bytes: usize,
 }
@@ -62,7 +66,8 @@ impl Layer {
         }
         let weights = Arc::new(Weights::upload(device, shape, lowered, dtype, terms.tf32)?);
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
-        Ok(Layer { device: device.clone(), weights, terms, slice_bytes })
+        let choices = Choices::default();
+        Ok(Layer { device: device.clone(), weights, terms, choices, slice_bytes })
     }
 
     /// The same layer on another stream of the same device.
@@ -77,8 +82,33 @@ impl Layer {
                 got: self.place().to_string(),
             });
         }
-        let weights = self.weights.clone();
-        Ok(Layer { device: device.clone(), weights, ..*self })
+        let mut layer = self.clone();
+        layer.device = device.clone();
+        Ok(layer)
+    }
+
+    /// The same layer with the kernels that a tuning names for its problems.
+    pub(crate) fn with_tuning(&self, shape: &LayerShape, tuning: &Tuning) -> Self {
+        let mut layer = self.clone();
+        layer.choices = Choices::of(self, shape, tuning);
+        layer
+    }
+
+    /// Another layer of the same shape with the choices of this one.
+    pub(crate) fn choices_for(&self, mut other: Layer) -> Self {
+        other.choices = self.choices.clone();
+        other
+    }
+
+    /// The same layer with these choices, and no kernel forced.
+    pub(super) fn with_choices(&self, choices: Choices) -> Self {
+        let mut layer = self.clone();
+        (layer.terms.forced, layer.choices) = (None, choices);
+        layer
+    }
+
+    pub(super) fn terms(&self) -> &Terms {
+        &self.terms
     }
 
     /// Whether its calls run on this handle's stream.
@@ -111,9 +141,10 @@ impl Layer {
 
     /// The kernel that would run a problem, and why.
     pub(crate) fn explain<T: Element>(&self, problem: &Problem<'_, T>) -> (&'static str, String) {
-        let letters = self.call(problem).letters();
-        let choice = plan::choose(&letters, self.device.facts(), &self.terms);
+        let call = self.call(problem);
+        let (letters, choice) = (call.letters(), self.choose(&call));
         let forced = if self.terms.forced.is_some() { "forced; " } else { "" };
+        let tuned = if self.tuned(&call).is_some() { "; tuned" } else { "" };
         let facts = self.device.facts();
         let words = plan::describe(choice, &letters, facts);
         let products = match (self.terms.tf32, KERNELS[choice.kernel].family) {
@@ -122,15 +153,16 @@ impl Layer {
             _ => String::new(),
         };
         let stages = &self.weights.words;
-        (KERNELS[choice.kernel].name, format!("{forced}{words}{stages}{products}"))
+        (KERNELS[choice.kernel].name, format!("{forced}{words}{stages}{products}{tuned}"))
     }
 
     /// Every kernel and what it says to a problem, the one that would run first.
     pub(crate) fn plans<T: Element>(&self, problem: &Problem<'_, T>) -> Vec<Candidate> {
-        let (letters, facts) = (self.call(problem).letters(), self.device.facts());
-        let first = plan::choose(&letters, facts, &self.terms);
+        let (call, facts) = (self.call(problem), self.device.facts());
+        let (letters, first) = (call.letters(), self.choose(&call));
         let mut order = plan::ranked(&letters, facts, &self.terms);
-        order.sort_by_key(|&choice| choice != first);
+        order.retain(|choice| choice.kernel != first.kernel);
+        order.insert(0, first);
         let candidate = |choice: plan::Choice| Candidate {
             kernel: KERNELS[choice.kernel].name,
             verdict: match KERNELS[choice.kernel].refusal(facts, &self.terms) {
@@ -383,7 +415,16 @@ impl Layer {
     }
 
     pub(super) fn choose(&self, call: &Call) -> Choice {
-        plan::choose(&call.letters(), self.device.facts(), &self.terms)
+        let planned = || plan::choose(&call.letters(), self.device.facts(), &self.terms);
+        self.tuned(call).unwrap_or_else(planned)
+    }
+
+    /// What a tuning says of a call.
+    fn tuned(&self, call: &Call) -> Option<Choice> {
+        match self.terms.forced {
+            Some(_) => None,
+            None => self.choices.find(call),
+        }
     }
 
     pub(super) fn launch(&self, choice: Choice, call: &Call) -> Result<()> {
@@ -393,7 +434,7 @@ impl Layer {
     }
 
     /// A problem in the kernels' terms, of the sources as many as a launch takes.
-    fn call<T: Element>(&self, problem: &Problem<'_, T>) -> Call {
+    pub(super) fn call<T: Element>(&self, problem: &Problem<'_, T>) -> Call {
         let mut extents = [1; 1 + MAX_SPATIAL];
         extents[0] = problem.n as u64;
         for (extent, &n) in extents[1..].iter_mut().zip(&problem.spatial) {

@@ -3,7 +3,7 @@
 //! calls, `launch` is the one place where a kernel starts, `scratch` what a stream's launches may use in between, `tensor` owns device
 //! memory, `slice` borrows cudarc's, `staging` brings host tensors there and back, `chain` runs
 //! layers one after another, `train` has the passes of training, `nccl` sums over processes, `bytes` runs
-//! layers of 8-bit integers and of fp8.
+//! layers of 8-bit integers and of fp8, `tune` measures what `plan` only estimates.
 
 pub(crate) mod bytes;
 pub(crate) mod chain;
@@ -20,6 +20,7 @@ mod slice;
 mod staging;
 mod tensor;
 pub(crate) mod train;
+mod tune;
 
 /// What crosses to the kernels, as bindgen makes it of `kernels/params.h`.
 #[allow(
@@ -37,6 +38,7 @@ pub use device::CudaDevice;
 pub(crate) use layer::Layer;
 pub use slice::{CudaSliceMut, CudaSliceRef};
 pub use tensor::{CudaTensor, DeviceElement};
+pub(crate) use tune::{Room, tune};
 
 #[cfg(test)]
 mod tests {

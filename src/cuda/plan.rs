@@ -397,14 +397,13 @@ impl Kernel {
         tiles * area * (depth * product + ends + sharing) + waiting
     }
 
-    /// The number of splits with the least estimate, and that. Blocks share tiles only where all of
-    /// them run at once.
-    fn best_splits(&self, problem: &Letters, facts: &Facts, terms: &Terms) -> (u32, f64) {
-        let forced = terms.forced.filter(|forced| forced.kernel == self.name);
-        if let Some(splits) = forced.and_then(|forced| forced.splits) {
-            let splits = splits.min(self.slabs(problem)).max(1);
-            return (splits, self.estimate(problem, splits, facts));
-        }
+    /// In how many splits it may run a problem. Blocks share tiles only where all of them run at once.
+    fn splits(
+        &self,
+        problem: &Letters,
+        facts: &Facts,
+        terms: &Terms,
+    ) -> impl Iterator<Item = u32> + use<> {
         let most = match terms.batch_invariant {
             true => 1,
             false => {
@@ -412,8 +411,18 @@ impl Kernel {
                 (room / self.tiles(problem).max(1)).min(self.slabs(problem).into()).max(1)
             }
         };
-        let numbers = SPLITS.into_iter().take_while(|&splits| u64::from(splits) <= most);
-        let costs = numbers.map(|splits| (splits, self.estimate(problem, splits, facts)));
+        SPLITS.into_iter().take_while(move |&splits| u64::from(splits) <= most)
+    }
+
+    /// The number of splits with the least estimate, and that.
+    fn best_splits(&self, problem: &Letters, facts: &Facts, terms: &Terms) -> (u32, f64) {
+        let forced = terms.forced.filter(|forced| forced.kernel == self.name);
+        if let Some(splits) = forced.and_then(|forced| forced.splits) {
+            let splits = splits.min(self.slabs(problem)).max(1);
+            return (splits, self.estimate(problem, splits, facts));
+        }
+        let costs = self.splits(problem, facts, terms);
+        let costs = costs.map(|splits| (splits, self.estimate(problem, splits, facts)));
         // The first of equals.
         costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
     }
@@ -471,6 +480,18 @@ pub(crate) fn choose(problem: &Letters, facts: &Facts, terms: &Terms) -> Choice 
         }
     }
     best.0
+}
+
+/// Every way in which a problem may run, but for kernels that refuse it.
+pub(crate) fn allowed(problem: &Letters, facts: &Facts, terms: &Terms) -> Vec<Choice> {
+    let kernels = KERNELS.iter().enumerate();
+    kernels
+        .filter(|(_, kernel)| kernel.refusal(facts, terms).is_none())
+        .flat_map(|(index, kernel)| {
+            let splits = kernel.splits(problem, facts, terms);
+            splits.map(move |splits| Choice { kernel: index, splits })
+        })
+        .collect()
 }
 
 /// All kernels for these tensors, the best first, those that refuse the layer last.
