@@ -11,8 +11,8 @@ use std::time::Duration;
 use ndarray::{Array2, Array4, ArrayD, ArrayView4, ArrayViewMut4, Axis, IxDyn, Slice, s};
 use pointwise::reference::{self, Inputs};
 use pointwise::train::{
-    Accumulate, AllReduce, BUCKET, Branches, Grads, Options, Params, Statistics, ThreadWorker,
-    all_reduce, name,
+    Accumulate, AllReduce, BUCKET, Branches, Grads, Options, Params, Reducer, Statistics,
+    ThreadWorker, all_reduce, name,
 };
 use pointwise::{
     Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, Stage, TensorMut, TensorRef,
@@ -685,6 +685,120 @@ fn gradients_of_many_layers_are_summed_in_buckets() {
     let mut all = of_worker(0);
     let worker = ThreadWorker::group(2, Duration::from_secs(60)).swap_remove(0);
     refused!(all_reduce(&mut all, &worker, BUCKET), Error::AllReduce { .. }, "worker 1 is gone");
+}
+
+/// Gradients of a few layers, which a seed fills.
+fn several_grads(seed: u32) -> Vec<Grads> {
+    let (layer, _) = simple();
+    let mut all: Vec<_> = [layer, Pointwise::new(weight(9, 7)), Pointwise::new(weight(3, 2))]
+        .iter()
+        .map(|layer| params(layer).grads())
+        .collect();
+    for (i, grads) in all.iter_mut().enumerate() {
+        grads.visit_mut(|_, _, values| {
+            let len = values.len();
+            values.copy_from_slice(&vector(len, seed + i as u32));
+        });
+    }
+    all
+}
+
+#[test]
+fn gradients_are_summed_while_others_are_made() {
+    // Smaller than a layer, about one, all of them.
+    for bytes in [0, 100, 4 * 63, BUCKET] {
+        let [ours, theirs] = [(); 2].map(|()| ThreadWorker::group(2, Duration::from_secs(60)));
+        std::thread::scope(|scope| {
+            for (rank, (worker, other)) in ours.into_iter().zip(theirs).enumerate() {
+                scope.spawn(move || {
+                    let reducer = Reducer::new(Arc::new(worker), bytes).unwrap();
+                    assert!(reducer.finish().unwrap().is_empty());
+                    for step in 0..3 {
+                        let mut want = several_grads(100 * step + 10 * rank as u32);
+                        for grads in &want {
+                            reducer.push(grads.clone());
+                            // Sums of another group, as batch norms have them, do not mind.
+                            other.sum_f64(&mut [1.0]).unwrap();
+                        }
+                        all_reduce(&mut want, &other, BUCKET).unwrap();
+                        assert_eq!(reducer.finish().unwrap(), want, "buckets of {bytes} bytes");
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// Tells when a sum begins, and lets it end when it is told to.
+#[derive(Debug)]
+struct Gate(std::sync::Barrier);
+
+impl AllReduce for Gate {
+    fn sum_f64(&self, _: &mut [f64]) -> Result<(), Error> {
+        unreachable!("gradients are f32")
+    }
+
+    fn sum_f32(&self, values: &mut [f32]) -> Result<(), Error> {
+        self.0.wait();
+        self.0.wait();
+        values.iter_mut().for_each(|x| *x *= 2.0);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_full_bucket_is_summed_before_the_last_layer_is_there() {
+    let gate = Arc::new(Gate(std::sync::Barrier::new(2)));
+    // Of one size, so that each is a bucket.
+    let all = [7, 8].map(|seed| several_grads(seed).swap_remove(0));
+    let mut bytes = 0;
+    all[0].visit(|_, _, values| bytes += size_of_val(values));
+    let reducer = Reducer::new(gate.clone(), bytes).unwrap();
+    let [first, second] = all.clone();
+    reducer.push(first);
+    gate.0.wait(); // Its sum has begun, and nobody has asked for it.
+    reducer.push(second);
+    gate.0.wait();
+    std::thread::scope(|scope| {
+        scope.spawn(|| (gate.0.wait(), gate.0.wait()));
+        let sums = reducer.finish().unwrap();
+        let mut want = all.to_vec();
+        want.iter_mut().for_each(|grads| grads.scale(2.0));
+        assert_eq!(sums, want);
+    });
+}
+
+#[derive(Debug)]
+struct Panics;
+
+impl AllReduce for Panics {
+    fn sum_f64(&self, _: &mut [f64]) -> Result<(), Error> {
+        panic!("a worker's own mistake")
+    }
+
+    fn sum_f32(&self, _: &mut [f32]) -> Result<(), Error> {
+        panic!("a worker's own mistake")
+    }
+}
+
+#[test]
+fn a_sum_that_fails_is_an_error_at_its_end() {
+    let mut group = ThreadWorker::group(2, Duration::from_secs(60));
+    let left = group.pop();
+    let reducer = Reducer::new(Arc::new(group.remove(0)), BUCKET).unwrap();
+    several_grads(1).into_iter().for_each(|grads| reducer.push(grads));
+    drop(left);
+    refused!(reducer.finish(), Error::AllReduce { .. }, "worker 1 is gone");
+    assert!(reducer.finish().unwrap().is_empty());
+
+    let late = ThreadWorker::group(2, Duration::from_millis(50));
+    let reducer = Reducer::new(Arc::new(late.into_iter().next().unwrap()), 0).unwrap();
+    several_grads(1).into_iter().for_each(|grads| reducer.push(grads));
+    refused!(reducer.finish(), Error::AllReduce { .. }, "worker 1");
+
+    let reducer = Reducer::new(Arc::new(Panics), 0).unwrap();
+    several_grads(1).into_iter().for_each(|grads| reducer.push(grads));
+    refused!(reducer.finish(), Error::AllReduce { .. }, "panicked");
 }
 
 #[test]

@@ -42,7 +42,7 @@
 //!
 //! Workers that each train on their own samples do what one does on all of them together: through
 //! [`AllReduce`] batch norms take the statistics of all samples ([`Params::set_all_reduce`]), and
-//! gradients are summed ([`all_reduce`]). [`ThreadWorker`] is a thread of one process; with the feature
+//! gradients are summed ([`all_reduce`], or [`Reducer`], while other backward passes run). [`ThreadWorker`] is a thread of one process; with the feature
 //! `nccl`, `NcclWorker` is one of several processes, on one machine or on several, each with a GPU, and
 //! `Launch` is what torchrun, mpirun or srun tell it.
 //!
@@ -61,6 +61,7 @@ mod grads;
 mod launch;
 mod params;
 pub(crate) mod reduce;
+mod reducer;
 
 use std::ops::Range;
 
@@ -78,6 +79,7 @@ pub use grads::Grads;
 pub use launch::Launch;
 pub use params::Params;
 pub use reduce::{AllReduce, BUCKET, ThreadWorker, all_reduce};
+pub use reducer::Reducer;
 
 /// The names of parameters and running statistics.
 pub mod name {
