@@ -19,9 +19,9 @@ use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Sweep};
 use crate::cpu::train::view::{Part, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
-use crate::dtype::DType;
+use crate::dtype::{DType, Element};
 use crate::epilogue::Lowered;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
@@ -146,12 +146,31 @@ impl Training<'_> {
         Isa::detect()
     }
 
+    /// Refuses elements that are not f32.
+    fn check_dtype<T: Element>(&self) -> Result<()> {
+        match T::DTYPE {
+            DType::F32 => Ok(()),
+            dtype => Err(Error::Unsupported {
+                device: self.device.to_string(),
+                what: format!("training on tensors of {dtype}"),
+            }),
+        }
+    }
+
     /// Runs forward into `dst`.
-    pub(crate) fn forward(
+    pub(crate) fn forward<T: Element>(
         &self,
-        operands: &Operands<'_>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'_, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<State> {
+        self.check_dtype::<T>()?;
+        // SAFETY: T is f32.
+        let (more, mut dst) = unsafe { (further(operands), dst.reborrow().cast()) };
+        // SAFETY: as above.
+        self.forward_f32(&unsafe { as_f32(operands, &more) }, &mut dst)
+    }
+
+    fn forward_f32(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<State> {
         let isa = self.isa()?;
         let problem = Problem::new(self.shape, operands, dst)?;
         let (n, positions) = (problem.n, problem.positions());
@@ -220,7 +239,32 @@ impl Training<'_> {
     }
 
     /// Runs backward.
-    pub(crate) fn backward(
+    pub(crate) fn backward<T: Element>(
+        &self,
+        operands: &Operands<'_, T>,
+        state: State,
+        d_dst: &TensorRef<'_, T>,
+        outputs: &mut Outputs<'_, T>,
+        grads: &mut Grads,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        self.check_dtype::<T>()?;
+        // SAFETY: T is f32.
+        unsafe {
+            let more = further(operands);
+            let mut outputs = Outputs {
+                d_sources: outputs.d_sources.iter_mut().map(|d| written(d)).collect(),
+                d_residual: outputs.d_residual.as_mut().map(|d| written(d)),
+                d_gate: outputs.d_gate.as_mut().map(|d| written(d)),
+                accumulate_sources: outputs.accumulate_sources,
+                accumulate: outputs.accumulate,
+            };
+            let (operands, d_dst) = (as_f32(operands, &more), d_dst.cast());
+            self.backward_f32(&operands, state, &d_dst, &mut outputs, grads, accumulate)
+        }
+    }
+
+    fn backward_f32(
         &self,
         operands: &Operands<'_>,
         mut state: State,
@@ -622,6 +666,40 @@ impl Training<'_> {
         let mut sweep = self.sweep(isa, chain_of(to.parts[0].rows), axis, problem, from);
         sweep.forward(Some((&to, accumulate)))?;
         Ok(())
+    }
+}
+
+/// Further sources, of f32.
+///
+/// # Safety
+/// T is f32.
+unsafe fn further<'a, T>(operands: &Operands<'a, T>) -> Vec<TensorRef<'a>> {
+    // SAFETY: the caller's promise.
+    operands.more.iter().map(|source| unsafe { source.cast() }).collect()
+}
+
+/// What a pass writes, of f32.
+///
+/// # Safety
+/// T is f32.
+unsafe fn written<'d, T>(tensor: &'d mut TensorMut<'_, T>) -> TensorMut<'d> {
+    // SAFETY: the caller's promise.
+    unsafe { tensor.reborrow().cast() }
+}
+
+/// What a pass reads, of f32.
+///
+/// # Safety
+/// T is f32.
+unsafe fn as_f32<'a, T>(operands: &Operands<'a, T>, more: &'a [TensorRef<'a>]) -> Operands<'a> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        Operands {
+            src: operands.src.cast(),
+            more,
+            residual: operands.residual.map(|tensor| tensor.cast()),
+            gate: operands.gate.map(|tensor| tensor.cast()),
+        }
     }
 }
 
