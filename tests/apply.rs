@@ -21,7 +21,7 @@ use safetensors::tensor::TensorView;
 use trials::{cuda, trial};
 
 fn main() -> ExitCode {
-    let anywhere: [(_, fn()); 11] = [
+    let anywhere: [(_, fn()); 12] = [
         ("results_are_pytorchs", || results_are_pytorchs("cpu", 1)),
         ("half_precision_checkpoints_are_read_exactly", half_precision_checkpoints),
         ("a_dtype_of_16_bits_rounds_the_result", || sixteen_bits("cpu")),
@@ -822,7 +822,7 @@ fn training_in_16_bits() {
     folder.checkpoint("w.safetensors", &standard());
     let run = |dtype: &str| {
         let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
-        let stages = ["--stages", "bias,batch_norm,prelu", "--source-stages", "affine,gate"];
+        let stages = ["--stages", "batch_norm,bias,prelu", "--source-stages", "affine,gate"];
         let train = ["--train", "--d-output", "dy.npy", "--gradients", "g.safetensors"];
         let run = folder.apply(&[&arguments[..], &stages, &train, &["--dtype", dtype]].concat());
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));

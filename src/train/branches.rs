@@ -112,8 +112,8 @@ impl Branches {
     /// The backward pass of every layer: returns the gradient by src, in the memory order of `src`,
     /// and puts those by the parameters into `grads`, one per layer.
     ///
-    /// The gradient by src is the sum of the layers', taken in their order: bitwise the same from run
-    /// to run.
+    /// The gradient by src is the sum of the layers', taken in their order, and in 16 bits rounded
+    /// after each: bitwise the same from run to run.
     ///
     /// # Errors
     /// As [`Params::backward`], and [`Error::Shape`] if there are not as many workspaces, `d_dsts` or
