@@ -21,7 +21,7 @@ use safetensors::tensor::TensorView;
 use trials::{cuda, trial};
 
 fn main() -> ExitCode {
-    let anywhere: [(_, fn()); 11] = [
+    let anywhere: [(_, fn()); 12] = [
         ("results_are_pytorchs", || results_are_pytorchs("cpu", 1)),
         ("half_precision_checkpoints_are_read_exactly", half_precision_checkpoints),
         ("a_dtype_of_16_bits_rounds_the_result", || sixteen_bits("cpu")),
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         ("output_folder_missing", output_folder_missing),
         ("damaged_npy_headers_do_not_crash", damaged_headers),
         ("training_writes_every_gradient_of_the_reference", training),
+        ("training_in_16_bits_rounds_tensors_and_no_parameters", training_in_16_bits),
     ];
     let on_device: [(_, fn()); 3] = [
         // A process takes a second, most of it the driver's.
@@ -811,6 +812,48 @@ fn training() {
         }
     }
     assert_eq!(run, 40);
+}
+
+/// What is of a tensor is a value of the type; everything is as near to f32's as rounding allows.
+fn training_in_16_bits() {
+    let folder = Folder::new("train_dtypes");
+    folder.npy("x.npy", &source(&[2, 3, 5, 4]));
+    folder.npy("dy.npy", &source(&[2, 4, 5, 4]));
+    folder.checkpoint("w.safetensors", &standard());
+    let run = |dtype: &str| {
+        let arguments = ["--weights", "w.safetensors", "--input", "x.npy", "--output", "y.npy"];
+        let stages = ["--stages", "batch_norm,bias,prelu", "--source-stages", "affine,gate"];
+        let train = ["--train", "--d-output", "dy.npy", "--gradients", "g.safetensors"];
+        let run = folder.apply(&[&arguments[..], &stages, &train, &["--dtype", dtype]].concat());
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let bytes = fs::read(folder.0.join("g.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut all = BTreeMap::from([("y".to_owned(), Vec::from_iter(folder.read("y.npy")))]);
+        for (name, tensor) in file.tensors() {
+            let values = tensor.data().chunks_exact(4);
+            let values = values.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+            all.insert(name, values);
+        }
+        all
+    };
+    let exact = run("f32");
+    type Round = fn(f32) -> f32;
+    let f16s: Round = |x| f16::from_f32(x).to_f32();
+    let bf16s: Round = |x| bf16::from_f32(x).to_f32();
+    for (dtype, unit, round) in [("f16", 2f32.powi(-11), f16s), ("bf16", 2f32.powi(-8), bf16s)] {
+        let got = run(dtype);
+        assert!(got.keys().eq(exact.keys()), "{dtype}: {:?}", got.keys());
+        for (name, got) in &got {
+            let held = got.iter().all(|&x| round(x) == x);
+            assert_eq!(held, ["y", "d_src", "d_gate"].contains(&&name[..]), "{dtype} {name}");
+            let largest = exact[name].iter().fold(1.0f32, |m, x| m.max(x.abs()));
+            for (got, exact) in got.iter().zip(&exact[name]) {
+                // Source, gate and the gradient by the result are rounded, and sums have 40 terms.
+                let error = (got - exact).abs();
+                assert!(error <= 64.0 * unit * largest, "{dtype} {name}: {got} for {exact}");
+            }
+        }
+    }
 }
 
 /// A layer of 8-bit integers, in every combination of types and layouts.

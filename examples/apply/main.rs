@@ -63,13 +63,13 @@ fn run(options: &Options) -> Result<()> {
     let layer = layer::read(options, &file)?;
     let gate = layer::gate(options, &file)?;
 
-    if options.train {
-        return run_training(options, &device, &layer, gate);
-    }
-    let run = match options.dtype {
-        DType::F16 => run_as::<f16>,
-        DType::Bf16 => run_as::<bf16>,
-        _ => run_as::<f32>,
+    let run = match (options.train, options.dtype) {
+        (false, DType::F16) => run_as::<f16>,
+        (false, DType::Bf16) => run_as::<bf16>,
+        (false, _) => run_as::<f32>,
+        (true, DType::F16) => run_training::<f16>,
+        (true, DType::Bf16) => run_training::<bf16>,
+        (true, _) => run_training::<f32>,
     };
     run(options, &device, &layer, gate)
 }
@@ -129,8 +129,9 @@ fn run_as<T: Element>(
     Ok(())
 }
 
-/// Runs the layer and its gradients with batch statistics.
-fn run_training(
+/// Runs the layer and its gradients with batch statistics on tensors of a type, to which the files'
+/// values are rounded.
+fn run_training<T: Element>(
     options: &Options,
     device: &Device,
     layer: &Pointwise,
@@ -140,18 +141,20 @@ fn run_training(
         return Err("--train takes --d-output and --gradients".into());
     };
     let last = options.layout == Layout::ChannelsLast;
-    let inputs = options.input.iter().map(|path| npy::read(path)).collect::<Result<Vec<_>>>()?;
-    let residual = options.residual.as_ref().map(|path| npy::read(path)).transpose()?;
-    let d_dst = npy::read(d_output)?;
+    let tensor = |path: &PathBuf| Ok(npy::read(path)?.mapv(T::from_f32));
+    let inputs = options.input.iter().map(tensor).collect::<Result<Vec<_>>>()?;
+    let residual = options.residual.as_ref().map(tensor).transpose()?;
+    let gate = gate.map(|gate| gate.mapv(T::from_f32));
+    let d_dst = tensor(d_output)?;
     let logical = |file| view(file, last);
     let sources: Vec<_> = inputs.iter().map(logical).collect();
     let prepared = layer.prepare(device)?;
     let dst_shape = in_file(prepared.dst_shape(&joined(&sources))?, last);
-    let mut dst = npy::zeros(&dst_shape)?;
+    let mut dst = npy::zeros(&dst_shape)?.mapv(T::from_f32);
     let residual = residual.as_ref().map(logical);
     let tensors = train::Tensors { sources, residual, gate, d_dst: logical(&d_dst), last };
     train::run(layer, device, options.momentum, &tensors, &mut dst, gradients)?;
-    npy::write(&options.output, &dst)?;
+    npy::write(&options.output, &dst.mapv(T::to_f32))?;
     let gradients = gradients.display();
     writeln!(io::stdout(), "-> {dst_shape:?}, gradients in {gradients}, on {device}")?;
     Ok(())

@@ -58,8 +58,9 @@ pub struct Options {
     #[arg(long, default_value = "nchw", value_parser = layout)]
     pub layout: Layout,
 
-    /// What the layer's tensors hold while it runs, weight included. Files are f32 all the same: what
-    /// is read is rounded to it, to the nearest
+    /// What the layer's tensors hold while it runs, weight included (but with --train, where
+    /// parameters and their gradients are f32). Files are f32 all the same: what is read is rounded to
+    /// it, to the nearest
     #[arg(
         long,
         default_value = "f32",
@@ -110,7 +111,7 @@ pub struct Options {
 
     /// A forward pass with batch statistics, then a backward pass with the gradient of the loss by
     /// the result; on CUDA not for a layer norm
-    #[arg(long, requires_all = ["d_output", "gradients"], conflicts_with = "dtype")]
+    #[arg(long, requires_all = ["d_output", "gradients"])]
     pub train: bool,
 
     /// The gradient by the result: f32, of the result's shape

@@ -6,17 +6,17 @@ use std::path::Path;
 use ndarray::{Array2, ArrayD, ArrayViewD};
 use pointwise::safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use pointwise::train::{Grads, Options as TrainOptions, Params, name};
-use pointwise::{Device, Pointwise, nhwc_mut};
+use pointwise::{Device, Element, Pointwise, nhwc_mut};
 
 use crate::Result;
 use crate::npy;
 
 /// The tensors of a call with the logical axes `[n, c, …spatial]`, and how the files have them.
-pub struct Tensors<'a> {
-    pub sources: Vec<ArrayViewD<'a, f32>>,
-    pub residual: Option<ArrayViewD<'a, f32>>,
-    pub gate: Option<Array2<f32>>,
-    pub d_dst: ArrayViewD<'a, f32>,
+pub struct Tensors<'a, T> {
+    pub sources: Vec<ArrayViewD<'a, T>>,
+    pub residual: Option<ArrayViewD<'a, T>>,
+    pub gate: Option<Array2<T>>,
+    pub d_dst: ArrayViewD<'a, T>,
     /// Whether files are `[n, …spatial, c]`.
     pub last: bool,
 }
@@ -38,12 +38,12 @@ fn file_name(name: &str) -> &str {
 }
 
 /// Runs both passes: writes the result into `dst`, everything else into `gradients`.
-pub fn run(
+pub fn run<T: Element>(
     layer: &Pointwise,
     device: &Device,
     momentum: f64,
-    tensors: &Tensors<'_>,
-    dst: &mut ArrayD<f32>,
+    tensors: &Tensors<'_, T>,
+    dst: &mut ArrayD<T>,
     gradients: &Path,
 ) -> Result<()> {
     let options = TrainOptions { momentum: Some(momentum), ..TrainOptions::default() };
@@ -68,16 +68,16 @@ pub fn run(
 
     let mut grads: Grads = params.grads();
     // In the order of the files' axes.
-    let like = |tensor: &ArrayViewD<'_, f32>| {
+    let like = |tensor: &ArrayViewD<'_, T>| -> Result<ArrayD<T>> {
         let mut shape = tensor.shape().to_vec();
         if last {
             shape[1..].rotate_left(1);
         }
-        npy::zeros(&shape)
+        Ok(npy::zeros(&shape)?.mapv(T::from_f32))
     };
     let mut d_sources = tensors.sources.iter().map(like).collect::<Result<Vec<_>>>()?;
     let mut d_residual = tensors.residual.as_ref().map(like).transpose()?;
-    let mut d_gate = tensors.gate.as_ref().map(|gate| Array2::<f32>::zeros(gate.dim()));
+    let mut d_gate = tensors.gate.as_ref().map(|gate| Array2::<T>::default(gate.dim()));
     let mut views: Vec<_> = d_sources
         .iter_mut()
         .chain(&mut d_residual)
@@ -130,6 +130,10 @@ pub fn run(
     Ok(())
 }
 
-fn bytes<'v>(shape: &[usize], values: impl IntoIterator<Item = &'v f32>) -> (Vec<usize>, Vec<u8>) {
-    (shape.to_vec(), values.into_iter().flat_map(|x| x.to_le_bytes()).collect())
+/// A tensor of a file, whose values are f32.
+fn bytes<'v, T: Element>(
+    shape: &[usize],
+    values: impl IntoIterator<Item = &'v T>,
+) -> (Vec<usize>, Vec<u8>) {
+    (shape.to_vec(), values.into_iter().flat_map(|x| x.to_f32().to_le_bytes()).collect())
 }

@@ -88,13 +88,38 @@ impl Layer {
         device: &CpuDevice,
         shape: &LayerShape,
         weight: Unpacked<'_>,
-        mut lowered: Lowered,
+        lowered: Lowered,
         dtype: DType,
         options: &PrepareOptions,
     ) -> Result<Self> {
-        let best = Isa::detect()?;
         let staged = !lowered.source_steps.is_empty();
-        let (isa, terms, kernel) = choose_isa(best, dtype, staged, options.kernel.as_deref())?;
+        let chosen = choose_isa(Isa::detect()?, dtype, staged, options.kernel.as_deref())?;
+        Ok(Self::with_kernels(device, shape, weight, lowered, dtype, chosen))
+    }
+
+    /// A layer whose weight is f32 and whose dst holds `dtype`; src may hold any type.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(crate) fn of_f32(
+        device: &CpuDevice,
+        shape: &LayerShape,
+        weight: Unpacked<'_>,
+        lowered: Lowered,
+        dtype: DType,
+    ) -> Result<Self> {
+        let chosen = choose_isa(Isa::detect()?, DType::F32, false, None)?;
+        Ok(Self::with_kernels(device, shape, weight, lowered, dtype, chosen))
+    }
+
+    fn with_kernels(
+        device: &CpuDevice,
+        shape: &LayerShape,
+        weight: Unpacked<'_>,
+        mut lowered: Lowered,
+        dtype: DType,
+        (isa, terms, kernel): (Supported, TermKind, Option<&'static Kernel>),
+    ) -> Self {
         // What does not fold into a weight of 16 bits: see `TileEpilogue::scale`. A normalised
         // layer's tiles are f32.
         let mut scale = Vec::new();
@@ -108,7 +133,7 @@ impl Layer {
                 (scale, lowered.bias) = (by, shift);
             }
         }
-        Ok(Layer {
+        Layer {
             device: device.clone(),
             isa,
             dtype,
@@ -132,7 +157,7 @@ impl Layer {
                 dst_map: lowered.dst_map,
                 residual_map: lowered.residual_map,
             }),
-        })
+        }
     }
 
     /// This layer, with what of a tuning is about it.
@@ -203,9 +228,9 @@ impl Layer {
     }
 
     /// How a problem is cut, for the best kernel or a given one.
-    pub(crate) fn plan<T: Element>(
+    pub(crate) fn plan<T: Element, D: Element>(
         &self,
-        problem: &Problem<'_, T>,
+        problem: &Problem<'_, T, D>,
         kernel: Option<&'static Kernel>,
     ) -> Plan {
         let facts = Facts {
@@ -239,9 +264,9 @@ impl fmt::Debug for Layer {
 }
 
 /// One layer's share of a call.
-struct Pass<'a, T> {
+struct Pass<'a, T, D> {
     layer: &'a Layer,
-    problem: &'a Problem<'a, T>,
+    problem: &'a Problem<'a, T, D>,
     plan: Plan,
     /// Moments of each block, for a normalisation over all positions.
     slots: Vec<Slot>,
@@ -251,7 +276,7 @@ struct Pass<'a, T> {
 
 // SAFETY: the pointers of a problem are to tensors that the caller of a run has borrowed for its
 // duration; units write to disjoint parts of dst.
-unsafe impl<T> Sync for Pass<'_, T> {}
+unsafe impl<T, D> Sync for Pass<'_, T, D> {}
 
 static PASSES: AtomicU64 = AtomicU64::new(1);
 
@@ -283,7 +308,7 @@ thread_local! {
 /// once.
 ///
 /// The problems have been validated, are on the host, and their dsts do not overlap.
-pub(crate) fn run<T: Element>(calls: &[(&Layer, &Problem<'_, T>)]) {
+pub(crate) fn run<T: Element, D: Element>(calls: &[(&Layer, &Problem<'_, T, D>)]) {
     match calls {
         [] => {}
         [(layer, problem)] => run_passes(&mut [Pass::new(layer, problem)]),
@@ -307,7 +332,7 @@ pub(crate) fn run<T: Element>(calls: &[(&Layer, &Problem<'_, T>)]) {
     }
 }
 
-fn run_passes<T: Element>(passes: &mut [Pass<'_, T>]) {
+fn run_passes<T: Element, D: Element>(passes: &mut [Pass<'_, T, D>]) {
     for pass in passes.iter_mut() {
         if pass.layer.norm_over() == Some(NormOver::All) {
             pass.slots = SLOTS.take();
@@ -322,7 +347,7 @@ fn run_passes<T: Element>(passes: &mut [Pass<'_, T>]) {
     }
 }
 
-fn run_units<T: Element>(passes: &[Pass<'_, T>]) {
+fn run_units<T: Element, D: Element>(passes: &[Pass<'_, T, D>]) {
     let Some(device) = passes.first().map(|pass| &pass.layer.device) else { return };
     let blocks = passes.iter().map(|pass| pass.plan.blocks()).max().unwrap_or(0);
     let per_block: usize = passes.iter().map(|pass| pass.plan.units_per_block()).sum();
@@ -358,12 +383,27 @@ fn run_units<T: Element>(passes: &[Pass<'_, T>]) {
     }
 }
 
+/// Copies an element: as it is where both are of one type.
+///
+/// # Safety
+/// `from` is readable, `to` writable.
+#[inline(always)]
+unsafe fn copy<T: Element, D: Element>(from: *const T, to: *mut D) {
+    // SAFETY: the caller's promise; only one type has each dtype.
+    unsafe {
+        match T::DTYPE == D::DTYPE {
+            true => *to.cast::<T>() = *from,
+            false => *to = D::from_f32((*from).to_f32()),
+        }
+    }
+}
+
 fn with_scratch(f: impl FnOnce(&mut Scratch)) {
     threads::with_scratch(&SCRATCH, f);
 }
 
-impl<'a, T: Element> Pass<'a, T> {
-    fn new(layer: &'a Layer, problem: &'a Problem<'a, T>) -> Self {
+impl<'a, T: Element, D: Element> Pass<'a, T, D> {
+    fn new(layer: &'a Layer, problem: &'a Problem<'a, T, D>) -> Self {
         let plan = layer.plan(problem, layer.kernel);
         let id = if plan.copies_again() { PASSES.fetch_add(1, Ordering::Relaxed) } else { 0 };
         Pass { layer, problem, plan, slots: Vec::new(), id }
@@ -393,7 +433,7 @@ impl<'a, T: Element> Pass<'a, T> {
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> epilogue::Operand<'t, *mut T> {
+    ) -> epilogue::Operand<'t, *mut D> {
         let at = self.operand(
             &self.problem.dst,
             &self.plan.dst,
@@ -417,7 +457,7 @@ impl<'a, T: Element> Pass<'a, T> {
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> Option<epilogue::Operand<'t, *const T>> {
+    ) -> Option<epilogue::Operand<'t, *const D>> {
         let (residual, walk) = self.problem.residual.as_ref().zip(self.plan.residual.as_ref())?;
         let map = self.layer.residual_map.as_deref();
         Some(self.operand(residual, walk, map, sample, positions, table))
@@ -425,13 +465,13 @@ impl<'a, T: Element> Pass<'a, T> {
 
     fn operand<'t>(
         &self,
-        operand: &Operand<T>,
+        operand: &Operand<D>,
         walk: &Positions,
         channels: Option<&'t [u32]>,
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> epilogue::Operand<'t, *const T> {
+    ) -> epilogue::Operand<'t, *const D> {
         let ptr = operand.ptr.wrapping_offset(sample as isize * operand.sample);
         let channel_stride = operand.channel;
         match walk.uniform() {
@@ -518,14 +558,14 @@ impl<'a, T: Element> Pass<'a, T> {
 
     /// Computes and stores channels of a group at a block of positions.
     #[expect(clippy::too_many_arguments, reason = "a unit is that many coordinates")]
-    fn multiply<D: Element>(
+    fn multiply<O: Element>(
         &self,
         sample: usize,
         positions: &Range<usize>,
         group: usize,
         channels: Range<usize>,
-        dst: epilogue::Operand<'_, *mut D>,
-        residual: Option<epilogue::Operand<'_, *const D>>,
+        dst: epilogue::Operand<'_, *mut O>,
+        residual: Option<epilogue::Operand<'_, *const O>>,
         scratch: &mut Scratch,
     ) {
         self.source(sample, positions, group, scratch);
@@ -624,7 +664,7 @@ impl<'a, T: Element> Pass<'a, T> {
                 }
                 NormOver::All => self.slots[block].set(Moments::of(isa, rows)),
             }
-            if over == NormOver::Channels || T::DTYPE == DType::F32 {
+            if over == NormOver::Channels || D::DTYPE == DType::F32 {
                 // SAFETY: dst holds every channel and position of the block, and no other unit has
                 // it.
                 unsafe { norm::store(isa, rows, self.problem.c_out, &dst) };
@@ -642,13 +682,13 @@ impl<'a, T: Element> Pass<'a, T> {
         let moments = slots.iter().map(Slot::get).fold(Moments::default(), Moments::merge);
         let finish = |rows: &mut [f32],
                       residual: Option<epilogue::Operand<'_, *const f32>>,
-                      dst: epilogue::Operand<'_, *mut T>,
+                      dst: epilogue::Operand<'_, *mut D>,
                       spare: &mut Vec<f32>| {
             self.finish(rows, |_| moments, residual, spare);
             // SAFETY: dst holds every channel and position of the block, and no other unit has it.
             unsafe { norm::store(self.layer.isa, rows, channels, &dst) };
         };
-        if T::DTYPE != DType::F32 {
+        if D::DTYPE != DType::F32 {
             return self.with_rows(block, scratch, finish);
         }
         let dst = self.dst(sample, &positions, &mut scratch.dst_offsets);
@@ -670,7 +710,7 @@ impl<'a, T: Element> Pass<'a, T> {
         f: impl FnOnce(
             &mut [f32],
             Option<epilogue::Operand<'_, *const f32>>,
-            epilogue::Operand<'_, *mut T>,
+            epilogue::Operand<'_, *mut D>,
             &mut Vec<f32>,
         ),
     ) {
@@ -689,7 +729,7 @@ impl<'a, T: Element> Pass<'a, T> {
         }
         let values = rows.get(positions.len() * channels);
         let residual = self.residual(sample, &positions, &mut residual_table).map(|residual| {
-            if T::DTYPE == DType::F32 {
+            if D::DTYPE == DType::F32 {
                 return residual.cast();
             }
             let added = added.get(positions.len() * channels);
@@ -730,25 +770,26 @@ impl<'a, T: Element> Pass<'a, T> {
         for (src, dst) in self.problem.passed_through() {
             let (from, to) = (self.problem.walk(&src, false), self.problem.walk(&dst, false));
             for channel in 0..src.channels as isize {
-                let at = |operand: &Operand<T>| {
-                    operand.ptr.wrapping_offset(
-                        sample as isize * operand.sample + channel * operand.channel,
-                    )
+                let at = |sample_stride: isize, channel_stride: isize| {
+                    sample as isize * sample_stride + channel * channel_stride
                 };
-                let (src, dst) = (at(&src), at(&dst).cast_mut());
+                let src = src.ptr.wrapping_offset(at(src.sample, src.channel));
+                let dst = dst.ptr.wrapping_offset(at(dst.sample, dst.channel)).cast_mut();
                 // SAFETY: the problem is validated: both hold every channel and position, and do
                 // not overlap.
                 unsafe {
                     match (from.uniform(), to.uniform()) {
-                        (Some(1), Some(1)) => dst.copy_from_nonoverlapping(src, count),
+                        (Some(1), Some(1)) if T::DTYPE == D::DTYPE => {
+                            dst.cast::<T>().copy_from_nonoverlapping(src, count);
+                        }
                         (Some(s), Some(t)) => {
                             for p in 0..count as isize {
-                                *dst.offset(p * t) = *src.offset(p * s);
+                                copy(src.offset(p * s), dst.offset(p * t));
                             }
                         }
                         _ => {
                             for p in 0..count {
-                                *dst.offset(to.offset(p)) = *src.offset(from.offset(p));
+                                copy(src.offset(from.offset(p)), dst.offset(to.offset(p)));
                             }
                         }
                     }

@@ -141,16 +141,24 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new<T: Element>(layer: &Facts<'_>, problem: &Problem<'_, T>) -> Self {
+    pub(crate) fn new<T: Element, D: Element>(
+        layer: &Facts<'_>,
+        problem: &Problem<'_, T, D>,
+    ) -> Self {
         // Samples that lie behind one another are one run of positions, unless something differs
         // between them.
-        let uniform = |operand: &Operand<T>| problem.walk(operand, true).uniform().is_some();
+        fn uniform<T: Element, D: Element, E>(
+            problem: &Problem<'_, T, D>,
+            operand: &Operand<E>,
+        ) -> bool {
+            problem.walk(operand, true).uniform().is_some()
+        }
         let with_batch = problem.n > 1
             && problem.gate.is_none()
             && layer.norm_over != Some(NormOver::All)
-            && uniform(&problem.dst)
-            && problem.residual.as_ref().is_none_or(uniform)
-            && problem.sources().all(|source| uniform(&source));
+            && uniform(problem, &problem.dst)
+            && problem.residual.as_ref().is_none_or(|residual| uniform(problem, residual))
+            && problem.sources().all(|source| uniform(problem, &source));
         let (samples, positions) = match with_batch {
             true => (1, problem.n * problem.positions()),
             false => (problem.n, problem.positions()),
@@ -216,7 +224,7 @@ impl Plan {
             positions,
             channels: problem.c_out,
             weights: layer.weights,
-            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<T>()),
+            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<D>()),
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
             dst_bytes,
             turned: axis == ChannelAxis::Lanes

@@ -2,6 +2,7 @@
 
 use crate::alias::share_memory;
 use crate::compose::{self, Extras};
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::problem::{dst_shape, expect_shape};
 use crate::tensor::{AsTensor, AsTensorMut, Source, TensorMut, TensorRef};
@@ -18,7 +19,7 @@ use crate::train::{Accumulate, Grads, Outputs, Params, Workspace};
 /// let branch = |c_out: usize| Params::new(&Pointwise::new(Array2::ones((c_out, 8))).relu(), &device);
 /// let mut branches = Branches::new(vec![branch(16)?, branch(4)?])?;
 /// let mut grads = branches.grads();
-/// let src = Array4::ones((1, 8, 7, 7));
+/// let src = Array4::<f32>::ones((1, 8, 7, 7));
 /// let (dsts, workspaces) = branches.forward(&src)?;
 /// // The gradient by a concatenation of both results is taken apart where it is.
 /// let d_dst = Array4::ones((1, 20, 7, 7));
@@ -92,7 +93,7 @@ impl Branches {
     ///
     /// # Errors
     /// As [`Params::forward`]; the running statistics of all layers then stay as they were.
-    pub fn forward<S: Source + ?Sized>(
+    pub fn forward<T: Element, S: Source<T> + ?Sized>(
         &mut self,
         src: &S,
     ) -> Result<(Vec<S::Output>, Vec<Workspace>)> {
@@ -100,7 +101,10 @@ impl Branches {
     }
 
     /// Starts a forward pass that takes residuals or gates, or writes to given tensors.
-    pub fn call<'a, S: AsTensor + ?Sized>(&'a mut self, src: &'a S) -> BranchesCall<'a, S> {
+    pub fn call<'a, T: Element, S: AsTensor<T> + ?Sized>(
+        &'a mut self,
+        src: &'a S,
+    ) -> BranchesCall<'a, S, T> {
         let extras = Extras::of(self.layers.len());
         BranchesCall { branches: self, src, extras }
     }
@@ -108,17 +112,17 @@ impl Branches {
     /// The backward pass of every layer: returns the gradient by src, in the memory order of `src`,
     /// and puts those by the parameters into `grads`, one per layer.
     ///
-    /// The gradient by src is the sum of the layers', taken in their order: bitwise the same from run
-    /// to run.
+    /// The gradient by src is the sum of the layers', taken in their order, and in 16 bits rounded
+    /// after each: bitwise the same from run to run.
     ///
     /// # Errors
     /// As [`Params::backward`], and [`Error::Shape`] if there are not as many workspaces, `d_dsts` or
     /// `grads` as layers. What does not fit is found before anything is written.
-    pub fn backward<S: Source + ?Sized>(
+    pub fn backward<T: Element, S: Source<T> + ?Sized>(
         &self,
         src: &S,
         workspaces: Vec<Workspace>,
-        d_dsts: &[&dyn AsTensor],
+        d_dsts: &[&dyn AsTensor<T>],
         grads: &mut [Grads],
         accumulate: Accumulate,
     ) -> Result<S::Output> {
@@ -130,12 +134,12 @@ impl Branches {
 
     /// Starts a backward pass of more tensors, or one that leaves gradients out: only those are
     /// computed for which it is given a tensor.
-    pub fn backward_call<'a>(
+    pub fn backward_call<'a, T: Element>(
         &'a self,
-        src: &'a (impl AsTensor + ?Sized),
+        src: &'a (impl AsTensor<T> + ?Sized),
         workspaces: Vec<Workspace>,
-        d_dsts: &[&'a dyn AsTensor],
-    ) -> BranchesBackwardCall<'a> {
+        d_dsts: &[&'a dyn AsTensor<T>],
+    ) -> BranchesBackwardCall<'a, T> {
         BranchesBackwardCall {
             branches: self,
             src: src.as_tensor(),
@@ -152,23 +156,23 @@ impl Branches {
 
 /// The forward pass of [`Branches`], put together from its tensors.
 #[must_use = "a call does nothing until it is run"]
-pub struct BranchesCall<'a, S: ?Sized> {
+pub struct BranchesCall<'a, S: ?Sized, T = f32> {
     branches: &'a mut Branches,
     src: &'a S,
-    extras: Extras<'a>,
+    extras: Extras<'a, T>,
 }
 
-impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
+impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
     /// The tensor that the residual stage of layer `branch` adds; its dst's shape. A number that is
     /// no layer's is reported when the call runs.
-    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extras.at(branch).set_residual(residual);
         self
     }
 
     /// The tensor that the gate of layer `branch` multiplies by; `[n, c_in]`. A number that is no
     /// layer's is reported when the call runs.
-    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extras.at(branch).set_gate(gate);
         self
     }
@@ -178,7 +182,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
     /// # Errors
     /// As [`Branches::forward`]; [`Error::Shape`] if there are not as many tensors as layers;
     /// [`Error::Aliased`] if a `dst` shares memory with another tensor of the call.
-    pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut]) -> Result<Vec<Workspace>> {
+    pub fn run_into(self, dsts: &mut [&mut dyn AsTensorMut<T>]) -> Result<Vec<Workspace>> {
         let layers = &mut self.branches.layers;
         expect_shape("the list of dsts", &[dsts.len()], &[layers.len()])?;
         let dsts = dsts.iter_mut().map(|dst| dst.as_tensor_mut());
@@ -205,7 +209,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
     /// As [`Branches::forward`].
     pub fn run(mut self) -> Result<(Vec<S::Output>, Vec<Workspace>)>
     where
-        S: Source,
+        S: Source<T>,
     {
         let shape = self.src.as_tensor()?.shape().to_vec();
         self.extras.check()?;
@@ -213,7 +217,7 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
         let shapes = layers.map(|layer| dst_shape(&layer.shape, &shape, std::iter::empty()));
         let dsts = shapes.map(|shape| self.src.allocate(shape?.as_slice()));
         let mut dsts = dsts.collect::<Result<Vec<_>>>()?;
-        let mut views: Vec<_> = dsts.iter_mut().map(|dst| dst as &mut dyn AsTensorMut).collect();
+        let mut views: Vec<_> = dsts.iter_mut().map(|dst| dst as &mut dyn AsTensorMut<T>).collect();
         let workspaces = self.run_into(&mut views)?;
         Ok((dsts, workspaces))
     }
@@ -221,45 +225,45 @@ impl<'a, S: AsTensor + ?Sized> BranchesCall<'a, S> {
 
 /// The backward pass of [`Branches`], put together from its tensors.
 #[must_use = "a call does nothing until it is run"]
-pub struct BranchesBackwardCall<'a> {
+pub struct BranchesBackwardCall<'a, T = f32> {
     branches: &'a Branches,
-    src: Result<TensorRef<'a>>,
-    extras: Extras<'a>,
+    src: Result<TensorRef<'a, T>>,
+    extras: Extras<'a, T>,
     workspaces: Vec<Workspace>,
-    d_dsts: Result<Vec<TensorRef<'a>>>,
-    d_src: Option<TensorMut<'a>>,
+    d_dsts: Result<Vec<TensorRef<'a, T>>>,
+    d_src: Option<TensorMut<'a, T>>,
     /// Of each layer: by the residual, by the gate.
-    d_seconds: Vec<[Option<TensorMut<'a>>; 2]>,
+    d_seconds: Vec<[Option<TensorMut<'a, T>>; 2]>,
     accumulate: Accumulate,
     accumulate_inputs: Accumulate,
 }
 
-impl<'a> BranchesBackwardCall<'a> {
+impl<'a, T: Element> BranchesBackwardCall<'a, T> {
     /// The residual of layer `branch`, as in the forward pass.
-    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn residual(mut self, branch: usize, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extras.at(branch).set_residual(residual);
         self
     }
 
     /// The gate of layer `branch`, as in the forward pass.
-    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn gate(mut self, branch: usize, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extras.at(branch).set_gate(gate);
         self
     }
 
     /// Where the sum of the layers' gradients by the source goes; the source's shape.
-    pub fn d_src(mut self, d_src: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+    pub fn d_src(mut self, d_src: &'a mut (impl AsTensorMut<T> + ?Sized)) -> Self {
         self.d_src = self.extras.at(0).view_mut(d_src);
         self
     }
 
     /// Where the gradient by the residual of layer `branch` goes; its dst's shape.
-    pub fn d_residual(self, branch: usize, to: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+    pub fn d_residual(self, branch: usize, to: &'a mut (impl AsTensorMut<T> + ?Sized)) -> Self {
         self.d_second(branch, 0, to)
     }
 
     /// Where the gradient by the gate of layer `branch` goes; the gate's shape.
-    pub fn d_gate(self, branch: usize, to: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+    pub fn d_gate(self, branch: usize, to: &'a mut (impl AsTensorMut<T> + ?Sized)) -> Self {
         self.d_second(branch, 1, to)
     }
 
@@ -267,7 +271,7 @@ impl<'a> BranchesBackwardCall<'a> {
         mut self,
         branch: usize,
         which: usize,
-        to: &'a mut (impl AsTensorMut + ?Sized),
+        to: &'a mut (impl AsTensorMut<T> + ?Sized),
     ) -> Self {
         let view = self.extras.at(branch).view_mut(to);
         if let Some(of_layer) = self.d_seconds.get_mut(branch) {
@@ -328,12 +332,12 @@ impl<'a> BranchesBackwardCall<'a> {
 }
 
 /// Where the gradients by the tensors of layer `i` go; the source's is a sum from the first one on.
-fn outputs<'o>(
+fn outputs<'o, T>(
     i: usize,
-    d_src: &'o mut Option<TensorMut<'_>>,
-    d_seconds: &'o mut [Option<TensorMut<'_>>; 2],
+    d_src: &'o mut Option<TensorMut<'_, T>>,
+    d_seconds: &'o mut [Option<TensorMut<'_, T>>; 2],
     accumulate: Accumulate,
-) -> Outputs<'o> {
+) -> Outputs<'o, T> {
     let [d_residual, d_gate] = d_seconds.each_mut().map(|d| d.as_mut().map(TensorMut::reborrow));
     Outputs {
         d_sources: d_src.iter_mut().map(TensorMut::reborrow).collect(),
@@ -345,7 +349,7 @@ fn outputs<'o>(
 }
 
 /// Each layer's call is checked by itself; here, that none writes what another one uses.
-fn check_apart(written: &[Vec<TensorRef<'_>>], read: &[Vec<TensorRef<'_>>]) -> Result<()> {
+fn check_apart<T>(written: &[Vec<TensorRef<'_, T>>], read: &[Vec<TensorRef<'_, T>>]) -> Result<()> {
     for (i, of_layer) in written.iter().enumerate() {
         for j in (0..written.len()).filter(|&j| j != i) {
             let mut others = written[j].iter().chain(&read[j]);

@@ -5,6 +5,7 @@ use crate::cpu;
 #[cfg(feature = "cuda")]
 use crate::cuda;
 use crate::device::Kind;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::moments::Moments;
 use crate::prepared::{Extra, on_host};
@@ -16,12 +17,13 @@ use crate::train::params::{get, get_mut};
 use crate::train::{Accumulate, Grads, Params, Statistics, name};
 
 /// What a backward pass needs of its forward pass beside what the caller has anyway. It fits one
-/// backward pass, of the same parameters and tensors.
+/// backward pass, of the same parameters and tensors of the same type.
 #[derive(Debug)]
 #[must_use = "a workspace is what the backward pass begins with"]
 pub struct Workspace {
     params: u64,
     generation: u64,
+    dtype: DType,
     sources: Vec<Vec<usize>>,
     state: State,
 }
@@ -81,20 +83,28 @@ impl Params {
     /// The forward pass of a batch, with one source.
     ///
     /// # Shapes
-    /// As [`Prepared::forward`](crate::Prepared::forward).
+    /// As [`Prepared::forward`](crate::Prepared::forward). All tensors of a pass hold elements of one
+    /// type, which is src's; what is computed between them is f32.
     ///
     /// # Errors
     /// As there; [`Error::BatchTooSmall`] for batch statistics of one value per channel;
     /// [`Error::NonFinite`] for statistics that are not finite. On CUDA also [`Error::Unsupported`]
-    /// for more than 16 sources, and [`Error::TooLarge`] for 2³¹ positions or more, all samples'
-    /// together. Running statistics then stay as they were, and dst holds anything.
-    pub fn forward<S: Source + ?Sized>(&mut self, src: &S) -> Result<(S::Output, Workspace)> {
+    /// for more than 16 sources and for elements that are not f32, and [`Error::TooLarge`] for 2³¹
+    /// positions or more, all samples' together. Running statistics then stay as they were, and dst
+    /// holds anything.
+    pub fn forward<T: Element, S: Source<T> + ?Sized>(
+        &mut self,
+        src: &S,
+    ) -> Result<(S::Output, Workspace)> {
         self.call(src).run()
     }
 
     /// Starts a forward pass that takes more than one tensor: a concatenation (on CUDA of at most 16
     /// sources, or [`Error::Unsupported`]), a residual, a gate.
-    pub fn call<'a, S: AsTensor + ?Sized>(&'a mut self, src: &'a S) -> Call<'a, S> {
+    pub fn call<'a, T: Element, S: AsTensor<T> + ?Sized>(
+        &'a mut self,
+        src: &'a S,
+    ) -> Call<'a, S, T> {
         Call { params: self, src, extra: Extra::default() }
     }
 
@@ -104,14 +114,14 @@ impl Params {
     /// `src` is what the forward pass was given, `d_dst` the gradient of the loss by its result.
     ///
     /// # Errors
-    /// [`Error::Workspace`] if the workspace is of other parameters, of other shapes, or if the
-    /// parameters have changed since; whatever does not fit, with its values; on CUDA
+    /// [`Error::Workspace`] if the workspace is of other parameters, of other shapes, of another type
+    /// of elements, or if the parameters have changed since; whatever does not fit, with its values; on CUDA
     /// [`Error::Unsupported`] and [`Error::TooLarge`] as in [`forward`](Self::forward).
-    pub fn backward<S: Source + ?Sized>(
+    pub fn backward<T: Element, S: Source<T> + ?Sized>(
         &self,
         src: &S,
         workspace: Workspace,
-        d_dst: &(impl AsTensor + ?Sized),
+        d_dst: &(impl AsTensor<T> + ?Sized),
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<S::Output> {
@@ -131,7 +141,7 @@ impl Params {
     /// let mut params = Params::new(&layer, &Device::cpu())?;
     /// let mut grads = params.grads();
     /// let (a, b, residual) =
-    ///     (Array3::ones((1, 2, 7)), Array3::ones((1, 3, 7)), Array3::ones((1, 4, 7)));
+    ///     (Array3::<f32>::ones((1, 2, 7)), Array3::ones((1, 3, 7)), Array3::ones((1, 4, 7)));
     /// let (dst, workspace) = params.call(&a).concat(&b).residual(&residual).run()?;
     /// let (mut d_a, mut d_b) = (Array3::zeros(a.dim()), Array3::zeros(b.dim()));
     /// params
@@ -144,12 +154,12 @@ impl Params {
     /// assert!(d_b.iter().all(|&d| d == 24.0));
     /// # Ok::<(), pointwise::Error>(())
     /// ```
-    pub fn backward_call<'a>(
+    pub fn backward_call<'a, T: Element>(
         &'a self,
-        src: &'a (impl AsTensor + ?Sized),
+        src: &'a (impl AsTensor<T> + ?Sized),
         workspace: Workspace,
-        d_dst: &'a (impl AsTensor + ?Sized),
-    ) -> BackwardCall<'a> {
+        d_dst: &'a (impl AsTensor<T> + ?Sized),
+    ) -> BackwardCall<'a, T> {
         BackwardCall {
             params: self,
             src: src.as_tensor(),
@@ -164,7 +174,8 @@ impl Params {
         }
     }
 
-    /// Bytes that the workspace of a forward pass on a source of this shape holds.
+    /// Bytes that the workspace of a forward pass on a source of this shape holds, of elements of any
+    /// type: what a workspace keeps is f32 or bits.
     ///
     /// # Errors
     /// If the shape does not fit the layer.
@@ -177,27 +188,27 @@ impl Params {
 
 /// A forward pass, put together from its tensors.
 #[must_use = "a call does nothing until it is run"]
-pub struct Call<'a, S: ?Sized> {
+pub struct Call<'a, S: ?Sized, T = f32> {
     params: &'a mut Params,
     src: &'a S,
-    extra: Extra<'a>,
+    extra: Extra<'a, T>,
 }
 
-impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
+impl<'a, T: Element, S: AsTensor<T> + ?Sized> Call<'a, S, T> {
     /// A further source: all of them stand for their concatenation along the channels.
-    pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn concat(mut self, src: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.add_source(src);
         self
     }
 
     /// The tensor that a residual stage adds; dst's shape.
-    pub fn residual(mut self, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn residual(mut self, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.set_residual(residual);
         self
     }
 
     /// The tensor that a gate source stage multiplies by; `[n, c_in]`.
-    pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn gate(mut self, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.set_gate(gate);
         self
     }
@@ -207,7 +218,7 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
     /// # Errors
     /// As [`Params::forward`], and [`Error::Aliased`] if `dst` shares memory with a tensor that is
     /// read.
-    pub fn run_into(self, dst: &mut (impl AsTensorMut + ?Sized)) -> Result<Workspace> {
+    pub fn run_into(self, dst: &mut (impl AsTensorMut<T> + ?Sized)) -> Result<Workspace> {
         let Extra { more, residual, gate, error } = self.extra;
         if let Some(error) = error {
             return Err(error);
@@ -224,7 +235,7 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
     /// As [`Params::forward`].
     pub fn run(self) -> Result<(S::Output, Workspace)>
     where
-        S: Source,
+        S: Source<T>,
     {
         let src = self.src.as_tensor()?;
         if let Some(error) = self.extra.error {
@@ -240,41 +251,41 @@ impl<'a, S: AsTensor + ?Sized> Call<'a, S> {
 
 /// A backward pass, put together from its tensors.
 #[must_use = "a call does nothing until it is run"]
-pub struct BackwardCall<'a> {
+pub struct BackwardCall<'a, T = f32> {
     params: &'a Params,
-    src: Result<TensorRef<'a>>,
-    extra: Extra<'a>,
+    src: Result<TensorRef<'a, T>>,
+    extra: Extra<'a, T>,
     workspace: Workspace,
-    d_dst: Result<TensorRef<'a>>,
-    d_sources: Vec<TensorMut<'a>>,
-    d_residual: Option<TensorMut<'a>>,
-    d_gate: Option<TensorMut<'a>>,
+    d_dst: Result<TensorRef<'a, T>>,
+    d_sources: Vec<TensorMut<'a, T>>,
+    d_residual: Option<TensorMut<'a, T>>,
+    d_gate: Option<TensorMut<'a, T>>,
     accumulate: Accumulate,
     accumulate_inputs: Accumulate,
 }
 
-impl<'a> BackwardCall<'a> {
+impl<'a, T: Element> BackwardCall<'a, T> {
     /// A further source, as in the forward pass.
-    pub fn concat(mut self, src: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn concat(mut self, src: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.add_source(src);
         self
     }
 
     /// The residual, as in the forward pass.
-    pub fn residual(mut self, residual: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn residual(mut self, residual: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.set_residual(residual);
         self
     }
 
     /// The gate, as in the forward pass.
-    pub fn gate(mut self, gate: &'a (impl AsTensor + ?Sized)) -> Self {
+    pub fn gate(mut self, gate: &'a (impl AsTensor<T> + ?Sized)) -> Self {
         self.extra.set_gate(gate);
         self
     }
 
     /// Where the gradient by the first source goes, then by each further one; of the source's
     /// shape. Either all sources get one, or none does.
-    pub fn d_src(mut self, d_src: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+    pub fn d_src(mut self, d_src: &'a mut (impl AsTensorMut<T> + ?Sized)) -> Self {
         let d_src = self.extra.view_mut(d_src);
         self.d_sources.extend(d_src);
         self
@@ -282,13 +293,13 @@ impl<'a> BackwardCall<'a> {
 
     /// Where the gradient by the residual goes; dst's shape. It is zero in the channels that a
     /// partial convolution passes through.
-    pub fn d_residual(mut self, d_residual: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+    pub fn d_residual(mut self, d_residual: &'a mut (impl AsTensorMut<T> + ?Sized)) -> Self {
         self.d_residual = self.extra.view_mut(d_residual);
         self
     }
 
     /// Where the gradient by the gate goes; the gate's shape.
-    pub fn d_gate(mut self, d_gate: &'a mut (impl AsTensorMut + ?Sized)) -> Self {
+    pub fn d_gate(mut self, d_gate: &'a mut (impl AsTensorMut<T> + ?Sized)) -> Self {
         self.d_gate = self.extra.view_mut(d_gate);
         self
     }
@@ -333,40 +344,40 @@ impl<'a> BackwardCall<'a> {
 }
 
 /// Where the gradients by a call's tensors go; those that are not wanted have none.
-pub(crate) struct Outputs<'a> {
-    pub d_sources: Vec<TensorMut<'a>>,
-    pub d_residual: Option<TensorMut<'a>>,
-    pub d_gate: Option<TensorMut<'a>>,
+pub(crate) struct Outputs<'a, T = f32> {
+    pub d_sources: Vec<TensorMut<'a, T>>,
+    pub d_residual: Option<TensorMut<'a, T>>,
+    pub d_gate: Option<TensorMut<'a, T>>,
     /// What happens to what is in `d_sources`.
     pub accumulate_sources: Accumulate,
     /// And in the others.
     pub accumulate: Accumulate,
 }
 
-impl Outputs<'_> {
-    pub(super) fn all(&self) -> impl Iterator<Item = (&'static str, &TensorMut<'_>)> {
+impl<T> Outputs<'_, T> {
+    pub(super) fn all(&self) -> impl Iterator<Item = (&'static str, &TensorMut<'_, T>)> {
         let sources = self.d_sources.iter().map(|d| ("d_src", d));
         let residual = self.d_residual.iter().map(|d| ("d_residual", d));
         sources.chain(residual).chain(self.d_gate.iter().map(|d| ("d_gate", d)))
     }
 }
 
-fn shapes(operands: &Operands<'_>) -> Vec<Vec<usize>> {
+fn shapes<T>(operands: &Operands<'_, T>) -> Vec<Vec<usize>> {
     let more = operands.more.iter().map(|t| t.shape().to_vec());
     std::iter::once(operands.src.shape().to_vec()).chain(more).collect()
 }
 
 impl Params {
-    fn dst_shape(&self, operands: &Operands<'_>) -> Result<DstShape> {
+    fn dst_shape<T>(&self, operands: &Operands<'_, T>) -> Result<DstShape> {
         let more = operands.more.iter().map(TensorRef::shape);
         dst_shape(&self.shape, operands.src.shape(), more)
     }
 
     /// A forward pass that leaves the running statistics to [`follow`](Self::follow).
-    pub(super) fn run_forward(
+    pub(super) fn run_forward<T: Element>(
         &self,
-        operands: &Operands<'_>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'_, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<Workspace> {
         self.check_place(&operands.src)?;
         self.check_batch(operands)?;
@@ -374,7 +385,7 @@ impl Params {
         let _span = trace::enter(|| {
             let kept =
                 self.with_training(|training| Ok(training.bytes(problem.n, problem.positions())));
-            let mut told = Told::of("forward", &problem.work(), size_of::<f32>());
+            let mut told = Told::of("forward", &problem.work(), size_of::<T>());
             told.bytes = told.bytes.saturating_add(kept.unwrap_or(0));
             told
         });
@@ -386,7 +397,7 @@ impl Params {
             })
         })?;
         let (params, generation, sources) = (self.id, self.generation, shapes(operands));
-        Ok(Workspace { params, generation, sources, state })
+        Ok(Workspace { params, generation, dtype: T::DTYPE, sources, state })
     }
 
     /// Moves the running statistics by those of a forward pass.
@@ -447,7 +458,7 @@ impl Params {
     }
 
     /// Whether a call's tensors are where they may be: on the host, or on the layer's device.
-    fn check_place(&self, src: &TensorRef<'_>) -> Result<()> {
+    fn check_place<T>(&self, src: &TensorRef<'_, T>) -> Result<()> {
         match (self.place()?, src.place()) {
             (Place::Host, _) => on_host(src),
             (_, Place::Host) => Ok(()),
@@ -456,13 +467,13 @@ impl Params {
     }
 
     /// Values that a batch norm takes a mean of.
-    fn values_per_channel(&self, operands: &Operands<'_>) -> Result<usize> {
+    fn values_per_channel<T>(&self, operands: &Operands<'_, T>) -> Result<usize> {
         let shape = self.dst_shape(operands)?;
         let [n, _, spatial @ ..] = shape.as_slice() else { return Ok(0) };
         Ok(spatial.iter().product::<usize>() * n)
     }
 
-    fn check_batch(&self, operands: &Operands<'_>) -> Result<()> {
+    fn check_batch<T>(&self, operands: &Operands<'_, T>) -> Result<()> {
         let normalises = self.options.statistics == Statistics::Batch
             && [name::RUNNING_MEAN, name::SRC_RUNNING_MEAN]
                 .iter()
@@ -473,12 +484,12 @@ impl Params {
         Ok(())
     }
 
-    pub(super) fn check_backward(
+    pub(super) fn check_backward<T: Element>(
         &self,
-        operands: &Operands<'_>,
+        operands: &Operands<'_, T>,
         workspace: &Workspace,
-        d_dst: &TensorRef<'_>,
-        outputs: &Outputs<'_>,
+        d_dst: &TensorRef<'_, T>,
+        outputs: &Outputs<'_, T>,
         grads: &Grads,
     ) -> Result<()> {
         let refuse = |reason: String| Err(Error::Workspace { reason });
@@ -487,6 +498,13 @@ impl Params {
         }
         if workspace.generation != self.generation {
             return refuse("the layer's parameters or options have changed since".into());
+        }
+        if workspace.dtype != T::DTYPE {
+            return refuse(format!(
+                "it was made for tensors of {}, not {}",
+                workspace.dtype,
+                T::DTYPE
+            ));
         }
         let given = shapes(operands);
         if workspace.sources != given {
@@ -526,7 +544,7 @@ impl Params {
         let written: Vec<_> = outputs.all().collect();
         for (i, (tensor, d)) in written.iter().enumerate() {
             same_place(tensor, operands.src.place(), d.place())?;
-            let shares = |other: &TensorRef<'_>| share_memory(other, d.view());
+            let shares = |other: &TensorRef<'_, T>| share_memory(other, d.view());
             if read.iter().any(|other| shares(other))
                 || written[..i].iter().any(|(_, other)| shares(other.view()))
             {
@@ -536,12 +554,12 @@ impl Params {
         Ok(())
     }
 
-    pub(super) fn run_backward(
+    pub(super) fn run_backward<T: Element>(
         &self,
-        operands: &Operands<'_>,
+        operands: &Operands<'_, T>,
         workspace: Workspace,
-        d_dst: &TensorRef<'_>,
-        outputs: &mut Outputs<'_>,
+        d_dst: &TensorRef<'_, T>,
+        outputs: &mut Outputs<'_, T>,
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
@@ -571,13 +589,13 @@ impl Params {
 
     /// A product for the gradient by the weight, one for that by src; every tensor that is read or
     /// written, once.
-    fn told_of_backward(
+    fn told_of_backward<T: Element>(
         &self,
-        problem: &Problem<'_>,
+        problem: &Problem<'_, T>,
         workspace: &Workspace,
-        outputs: &Outputs<'_>,
+        outputs: &Outputs<'_, T>,
     ) -> Told {
-        let mut told = Told::of("backward", &problem.work(), size_of::<f32>());
+        let mut told = Told::of("backward", &problem.work(), size_of::<T>());
         let of_source = |name: &str| name.starts_with("src_") && self.wants(name);
         let d_src = !outputs.d_sources.is_empty()
             || outputs.d_gate.is_some()
@@ -586,8 +604,9 @@ impl Params {
         told.macs = told.macs.saturating_mul(usize::from(d_src) + usize::from(d_weight));
         let written =
             outputs.all().map(|(_, tensor)| tensor.view().shape().iter().product::<usize>());
-        let written = written.chain(d_weight.then(|| self.shape.c_out * self.shape.k()));
-        let written = written.map(|len| len.saturating_mul(size_of::<f32>()));
+        let written = written.map(|len| len.saturating_mul(size_of::<T>()));
+        let weight = (self.shape.c_out * self.shape.k()).saturating_mul(size_of::<f32>());
+        let written = written.chain(d_weight.then_some(weight));
         told.bytes = written.chain([workspace.bytes()]).fold(told.bytes, usize::saturating_add);
         told
     }

@@ -1,6 +1,6 @@
-//! Training: forward with batch statistics, the gradient of everything, parameters to update. In
-//! f32, on the CPU and on CUDA. Parameters, their gradients and statistics are on
-//! the host; tensors of a call on the host or on the device, where a workspace stays.
+//! Training: forward with batch statistics, the gradient of everything, parameters to update. On
+//! tensors of f32, f16 or bf16 on the CPU, of f32 on CUDA. Parameters, their gradients and statistics
+//! are f32 and on the host; tensors of a call on the host or on the device, where a workspace stays.
 //!
 //! ```
 //! use ndarray::{Array3, Array2};
@@ -37,6 +37,36 @@
 //! A batch norm, at the place where it stands, normalises with the mean and the biased variance of
 //! the batch, and moves the running statistics as PyTorch does: by `momentum` towards the batch's
 //! mean and unbiased variance. With [`Statistics::Frozen`] it uses the running ones and leaves them.
+//!
+//! # 16 bits
+//!
+//! All tensors of a pass hold elements of one type, which is that of src. What is computed between
+//! them is f32, and so are parameters, their gradients, running statistics and the workspace; a result
+//! is rounded once, to the nearest, and beyond the range of f16 it is infinite. The gradients of a loss
+//! that is multiplied by a scale, so that few of them are subnormal in f16, are
+//! [finite](Grads::is_finite) or the step is left out, and [scaled back](Grads::scale).
+//!
+//! ```
+//! # use ndarray::{Array2, Array3};
+//! # use pointwise::train::{Accumulate, Params};
+//! # use pointwise::{Device, Pointwise, f16};
+//! # let layer = Pointwise::new(Array2::ones((4, 3))).relu();
+//! # let mut params = Params::new(&layer, &Device::cpu())?;
+//! # let mut grads = params.grads();
+//! let scale = 1024.0;
+//! let src = Array3::from_elem((2, 3, 10), f16::from_f32(0.25));
+//! let (dst, workspace) = params.forward(&src)?;
+//! let d_dst = dst.mapv(|y| f16::from_f32(scale * (y.to_f32() - 1.0)));
+//! params.backward(&src, workspace, &d_dst, &mut grads, Accumulate::Set)?;
+//! if grads.is_finite() {
+//!     grads.scale(1.0 / scale);
+//!     params.update(&grads, |_name, values, grads| {
+//!         values.iter_mut().zip(grads).for_each(|(w, d)| *w -= 0.1 * d);
+//!     })?;
+//! }
+//! # assert!(params.get("weight").unwrap().iter().all(|&w| w == 1.125));
+//! # Ok::<(), pointwise::Error>(())
+//! ```
 //!
 //! # Several workers
 //!

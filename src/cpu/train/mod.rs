@@ -3,6 +3,9 @@
 //! The convolution, its gradient by src (the transposed weight) and its gradient by the weight are
 //! the microkernels' ([`wgrad`]); the stages around it are a [chain](crate::train::chain) that [`sweep`] replays over
 //! blocks of a [`view`], by the operations of [`lanes`]; [`fused`] has the chain that most layers have.
+//!
+//! Everything is computed in f32. Tensors of 16 bits are widened where a product or a view reads them,
+//! and rounded where one writes them; what is in between is f32 values in memory of a [`Pool`].
 
 mod fused;
 mod lanes;
@@ -19,11 +22,10 @@ use crate::cpu::threads::CpuDevice;
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Sweep};
 use crate::cpu::train::view::{Part, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
-use crate::dtype::DType;
+use crate::dtype::{DType, Element};
 use crate::epilogue::Lowered;
 use crate::error::Result;
 use crate::layer::Pointwise;
-use crate::prepared::PrepareOptions;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
 use crate::tensor::{MAX_RANK, Place, TensorMut, TensorRef, checked_product, try_zeros};
 use crate::train::chain::{BatchStatistics, Chain, Need, Op, checked, lowered, need};
@@ -120,11 +122,11 @@ impl State {
 }
 
 /// Where the gradient by the convolution's input goes.
-enum Target<'o, 't> {
+enum Target<'o, 't, D> {
     /// Contiguous values, in this order.
-    Values(Axis, &'o mut [f32]),
+    Values(Axis, &'o mut [D]),
     /// The positions of a tensor that the stride keeps.
-    Tensor(&'o mut TensorMut<'t>),
+    Tensor(&'o mut TensorMut<'t, D>),
 }
 
 impl Training<'_> {
@@ -147,10 +149,10 @@ impl Training<'_> {
     }
 
     /// Runs forward into `dst`.
-    pub(crate) fn forward(
+    pub(crate) fn forward<T: Element>(
         &self,
-        operands: &Operands<'_>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'_, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<State> {
         let isa = self.isa()?;
         let problem = Problem::new(self.shape, operands, dst)?;
@@ -174,20 +176,23 @@ impl Training<'_> {
         }
 
         let need = self.need();
-        if need != Need::Values {
-            // As in inference: everything in one pass.
-            let layer = Layer::new(
-                self.device,
-                self.shape,
-                lowered(self.layer, &source_chain),
-                DType::F32,
-                &PrepareOptions::default(),
-            )?;
+        // Bits are those of f32 values.
+        let in_one_pass = match need {
+            Need::Values => false,
+            Need::Bits(..) => T::DTYPE == DType::F32,
+            Need::Nothing => true,
+        };
+        if in_one_pass {
+            // As in inference.
+            let mut lowered = lowered(self.layer, &source_chain);
+            let weight = std::mem::take(&mut lowered.weight);
+            let weight = Unpacked::new(&weight, self.shape.groups, self.shape.k());
+            let layer = Layer::of_f32(self.device, self.shape, weight, lowered, T::DTYPE)?;
             gemm::run(&[(&layer, &problem)]);
             if let Need::Bits(bounds, _) = need {
                 let view = self.dst_view(&problem, &chain);
-                let sweep = self.sweep(isa, chain_of(chain.rows), axis, &problem, view.clone());
-                state.saved = Saved::Bits(sweep.keep_bits(&view, bounds));
+                let sweep = self.sweep(isa, chain_of(chain.rows), axis, &problem, view);
+                state.saved = Saved::Bits(sweep.keep_bits(None, bounds));
             }
             return Ok(state);
         }
@@ -206,26 +211,30 @@ impl Training<'_> {
             let walk = problem.walk(residual, true);
             View::new(&rows_of(residual, rows), walk, residual_map.as_deref())
         });
+        if let Need::Bits(bounds, _) = need {
+            state.saved = Saved::Bits(sweep.keep_bits(Some(&dst_view), bounds));
+            self.pass_through(isa, &problem)?;
+            self.pool.put(values);
+            return Ok(state);
+        }
         let moments = sweep.forward(Some((&dst_view, Accumulate::Set)))?;
         if let Some((op, batch)) = batch {
             let channels = &sweep.chain.channels[op];
             state.statistics[1] =
                 checked(moments, channels, [batch.mean, batch.var], operands.src.shape())?;
         }
-        for (src, dst) in problem.passed_through() {
-            self.copy(isa, &problem, &src, &dst, Accumulate::Set)?;
-        }
+        self.pass_through(isa, &problem)?;
         state.saved = Saved::Values(values);
         Ok(state)
     }
 
     /// Runs backward.
-    pub(crate) fn backward(
+    pub(crate) fn backward<T: Element>(
         &self,
-        operands: &Operands<'_>,
+        operands: &Operands<'_, T>,
         mut state: State,
-        d_dst: &TensorRef<'_>,
-        outputs: &mut Outputs<'_>,
+        d_dst: &TensorRef<'_, T>,
+        outputs: &mut Outputs<'_, T>,
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
@@ -413,10 +422,10 @@ impl Training<'_> {
                 // SAFETY: the gradient by the gate has the gate's shape.
                 unsafe {
                     let to = ptr.offset(n * sample + c * channel);
-                    *to = match outputs.accumulate {
+                    *to = T::from_f32(match outputs.accumulate {
                         Accumulate::Set => x as f32,
-                        Accumulate::Add => *to + x as f32,
-                    };
+                        Accumulate::Add => (*to).to_f32() + x as f32,
+                    });
                 }
             }
         }
@@ -424,11 +433,11 @@ impl Training<'_> {
     }
 
     /// The convolution alone, into contiguous values.
-    fn multiply(
+    fn multiply<T: Element>(
         &self,
         source_chain: &Chain,
-        operands: &Operands<'_>,
-        problem: &Problem<'_>,
+        operands: &Operands<'_, T>,
+        problem: &Problem<'_, T>,
         axis: Axis,
         values: &mut [f32],
     ) -> Result<()> {
@@ -448,7 +457,7 @@ impl Training<'_> {
             norm_over_all: false,
             ..self.shape.clone()
         };
-        let layer = self.product(&shape, self.weight(), lowered)?;
+        let layer = Layer::of_f32(self.device, &shape, self.weight(), lowered, DType::F32)?;
         // The channels that are convolved.
         let convolved = match &self.shape.partial {
             Some(range) => (range.start, range.end),
@@ -487,19 +496,13 @@ impl Training<'_> {
         Unpacked::new(weight, self.shape.groups, self.shape.k())
     }
 
-    /// A layer of inference that multiplies by a weight.
-    fn product(&self, shape: &LayerShape, weight: Unpacked<'_>, lowered: Lowered) -> Result<Layer> {
-        let options = PrepareOptions::default();
-        Layer::of_weight(self.device, shape, weight, lowered, DType::F32, &options)
-    }
-
     /// The gradient by the convolution's input: the transposed weight.
-    fn multiply_back(
+    fn multiply_back<T: Element, D: Element>(
         &self,
         axis: Axis,
         d: *mut f32,
-        problem: &Problem<'_>,
-        into: Target<'_, '_>,
+        problem: &Problem<'_, T>,
+        into: Target<'_, '_, D>,
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
         let lowered = Lowered {
@@ -522,7 +525,8 @@ impl Training<'_> {
             gate: false,
             norm_over_all: false,
         };
-        let layer = self.product(&shape, self.weight().transposed(), lowered)?;
+        let weight = self.weight().transposed();
+        let layer = Layer::of_f32(self.device, &shape, weight, lowered, D::DTYPE)?;
         let rank = MAX_RANK;
         let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
         let (to_shape, mut to_strides) = contiguous(problem, rank, c_in, axis);
@@ -552,12 +556,12 @@ impl Training<'_> {
         Ok(())
     }
 
-    fn sweep<'s>(
+    fn sweep<'s, T: Element>(
         &'s self,
         isa: Supported,
         chain: Chain,
         axis: Axis,
-        problem: &Problem<'_>,
+        problem: &Problem<'_, T>,
         input: View<'s>,
     ) -> Sweep<'s> {
         Sweep {
@@ -570,50 +574,47 @@ impl Training<'_> {
             input,
             input_is_contiguous: false,
             residual: None,
-            gate: problem.gate.map(|gate| Gate {
-                ptr: gate.ptr,
-                sample: gate.sample,
-                channel: gate.channel,
-            }),
+            gate: problem.gate.as_ref().map(Gate::new),
             of_samples: Vec::new(),
             reduce: self.reduce,
         }
     }
 
-    fn source_sweep<'s>(
+    fn source_sweep<'s, T: Element>(
         &'s self,
         isa: Supported,
-        problem: &Problem<'_>,
+        problem: &Problem<'_, T>,
         chain: Chain,
     ) -> Sweep<'s> {
-        let sources: Vec<Operand> = problem.sources().collect();
+        let sources: Vec<Operand<T>> = problem.sources().collect();
         let axis = axis_of(&sources[0], problem, &chain);
         let input = View { parts: self.parts(problem, sources), map: None };
         self.sweep(isa, chain, axis, problem, input)
     }
 
-    fn parts(&self, problem: &Problem<'_>, operands: Vec<Operand>) -> Vec<Part> {
-        let part = |operand: Operand| Part {
-            ptr: operand.ptr.cast_mut(),
-            channel: operand.channel,
-            rows: operand.channels,
-            walk: problem.walk(&operand, true),
-        };
-        operands.into_iter().map(part).collect()
+    fn parts<T: Element>(&self, problem: &Problem<'_, T>, operands: Vec<Operand<T>>) -> Vec<Part> {
+        let part = |operand: &Operand<T>| Part::new(operand, problem.walk(operand, true));
+        operands.iter().map(part).collect()
     }
 
-    fn dst_view<'s>(&self, problem: &Problem<'_>, chain: &'s Chain) -> View<'s> {
+    fn dst_view<'s, T: Element>(&self, problem: &Problem<'_, T>, chain: &'s Chain) -> View<'s> {
         let walk = problem.walk(&problem.dst, true);
         View::new(&rows_of(&problem.dst, self.shape.c_out), walk, chain.dst_map.as_deref())
     }
 
+    /// Copies what a partial convolution passes through.
+    fn pass_through<T: Element>(&self, isa: Supported, problem: &Problem<'_, T>) -> Result<()> {
+        let mut pairs = problem.passed_through();
+        pairs.try_for_each(|(src, dst)| self.copy(isa, problem, &src, &dst, Accumulate::Set))
+    }
+
     /// Copies one tensor's rows to another's, or adds them.
-    fn copy(
+    fn copy<T: Element>(
         &self,
         isa: Supported,
-        problem: &Problem<'_>,
-        from: &Operand,
-        to: &Operand,
+        problem: &Problem<'_, T>,
+        from: &Operand<T>,
+        to: &Operand<T>,
         accumulate: Accumulate,
     ) -> Result<()> {
         let axis = if to.channel == 1 { Axis::Lanes } else { Axis::Rows };
@@ -630,12 +631,12 @@ fn chain_of(rows: usize) -> Chain {
     Chain { ops: Vec::new(), channels: Vec::new(), dst_map: None, residual_map: None, rows }
 }
 
-fn rows_of(operand: &Operand, rows: usize) -> Operand {
+fn rows_of<T>(operand: &Operand<T>, rows: usize) -> Operand<T> {
     Operand { channels: rows, ..*operand }
 }
 
 /// Which way to cut a tensor: along its memory.
-fn axis_of(operand: &Operand, problem: &Problem<'_>, chain: &Chain) -> Axis {
+fn axis_of<T: Element>(operand: &Operand<T>, problem: &Problem<'_, T>, chain: &Chain) -> Axis {
     let along = problem.walk(operand, false).uniform() == Some(1);
     if chain.wants_lines() || problem.positions() < SHORT_PLANE || (operand.channel == 1 && !along)
     {
@@ -646,8 +647,8 @@ fn axis_of(operand: &Operand, problem: &Problem<'_>, chain: &Chain) -> Axis {
 }
 
 /// Shape and strides of contiguous values `[channels, n, positions]` or `[n, positions, channels]`.
-fn contiguous(
-    problem: &Problem<'_>,
+fn contiguous<T: Element>(
+    problem: &Problem<'_, T>,
     rank: usize,
     channels: usize,
     axis: Axis,
@@ -672,11 +673,11 @@ fn contiguous(
 }
 
 /// Sets every element to zero.
-fn fill_zero(device: &CpuDevice, tensor: &mut TensorMut<'_>) {
+fn fill_zero<T: Element>(device: &CpuDevice, tensor: &mut TensorMut<'_, T>) {
     /// Shared by the units, each of which has samples of its own.
-    struct To(Operand);
+    struct To<T>(Operand<T>);
     // SAFETY: units write to disjoint samples.
-    unsafe impl Sync for To {}
+    unsafe impl<T> Sync for To<T> {}
 
     let to = To(Operand::new(tensor.view()));
     let shape = tensor.view().shape();
@@ -701,7 +702,7 @@ fn fill_zero(device: &CpuDevice, tensor: &mut TensorMut<'_>) {
             unsafe {
                 match stride {
                     1 => ptr.write_bytes(0, len),
-                    _ => (0..len as isize).for_each(|i| *ptr.offset(i * stride) = 0.0),
+                    _ => (0..len as isize).for_each(|i| *ptr.offset(i * stride) = T::default()),
                 }
             }
         }

@@ -15,7 +15,9 @@ use crate::cpu::threads::{self, CpuDevice};
 use crate::cpu::train::fused;
 use crate::cpu::train::lanes::{self, LineMoments, Per, Sums};
 use crate::cpu::train::view::{At, View};
+use crate::dtype::{DType, Element, bf16, f16};
 use crate::moments::Moments;
+use crate::problem::Operand;
 use crate::stages::{Activation, NormOver};
 use crate::train::Accumulate;
 use crate::train::chain::{Chain, Linear, Op, reduce_moments};
@@ -38,15 +40,37 @@ pub(super) enum Axis {
 /// The gate `[n, c_in]`.
 #[derive(Clone, Copy)]
 pub(super) struct Gate {
-    pub ptr: *const f32,
-    pub sample: isize,
-    pub channel: isize,
+    ptr: *const (),
+    dtype: DType,
+    sample: isize,
+    channel: isize,
 }
 
 // SAFETY: only read, and borrowed by the caller of a pass.
 unsafe impl Sync for Gate {}
 // SAFETY: as above.
 unsafe impl Send for Gate {}
+
+impl Gate {
+    pub(super) fn new<T: Element>(operand: &Operand<T>) -> Self {
+        let Operand { ptr, sample, channel, .. } = *operand;
+        Gate { ptr: ptr.cast(), dtype: T::DTYPE, sample, channel }
+    }
+
+    /// # Safety
+    /// It is a sample and a channel of the gate.
+    unsafe fn value(&self, sample: usize, channel: usize) -> f32 {
+        let at = sample as isize * self.sample + channel as isize * self.channel;
+        // SAFETY: the caller's promise; only one type has each dtype.
+        unsafe {
+            match self.dtype {
+                DType::F32 => *self.ptr.cast::<f32>().offset(at),
+                DType::F16 => (*self.ptr.cast::<f16>().offset(at)).to_f32(),
+                DType::Bf16 => (*self.ptr.cast::<bf16>().offset(at)).to_f32(),
+            }
+        }
+    }
+}
 
 /// A chain and the tensors that it is replayed on.
 pub(super) struct Sweep<'a> {
@@ -240,9 +264,9 @@ impl<'a> Sweep<'a> {
     /// The gates of a block, which lies in one sample.
     fn gates<'g>(&self, at: &At, buffer: &'g mut Vec<f32>) -> Per<'g, 1> {
         let gate = self.gate.expect("a gate stage comes with a gate tensor");
-        let ptr = gate.ptr.wrapping_offset(self.sample(at) as isize * gate.sample);
-        // SAFETY: readable at every sample and channel.
-        let value = |row: usize| unsafe { *ptr.offset(row as isize * gate.channel) };
+        let sample = self.sample(at);
+        // SAFETY: a block's sample, a row.
+        let value = |row: usize| unsafe { gate.value(sample, row) };
         match at.row {
             Some(row) => Per::One([value(row)]),
             None => {
@@ -337,16 +361,20 @@ impl<'a> Sweep<'a> {
         first..first + self.block_len(at).div_ceil(8)
     }
 
-    /// Packs where the values of `dst`, the result of a chain that ends with it, lie between two
-    /// bounds.
-    pub(super) fn keep_bits(&self, dst: &View<'_>, [lo, hi]: [f32; 2]) -> Vec<u8> {
+    /// Packs where the chain's result lies between two bounds; puts the result to `dst`, if there is
+    /// one.
+    pub(super) fn keep_bits(&self, dst: Option<&View<'_>>, [lo, hi]: [f32; 2]) -> Vec<u8> {
         let of_units = self.each(|unit| {
             with_scratch(|scratch| {
                 let mut all = Vec::new();
                 for at in self.blocks(unit) {
-                    let x = slot(&mut scratch.x, self.block_len(&at));
-                    // SAFETY: dst is readable at every row and position.
-                    unsafe { dst.load(self.isa, &at, x) };
+                    self.replay(&at, self.chain.ops.len(), false, &Own::default(), scratch);
+                    let x = &scratch.x[..self.block_len(&at)];
+                    if let Some(dst) = dst {
+                        // SAFETY: dst is writable at every row and position, and no other unit has
+                        // these.
+                        unsafe { dst.store(self.isa, &at, x, Accumulate::Set) };
+                    }
                     let first = all.len();
                     all.resize(first + x.len().div_ceil(8), 0);
                     lanes::pack_bits(self.isa, lo, hi, x, &mut all[first..]);
@@ -601,7 +629,7 @@ impl<'a> Sweep<'a> {
             for at in self.blocks(unit) {
                 self.replay(&at, self.chain.ops.len(), false, own, scratch);
                 // SAFETY: dst is writable at every row and position, and no other unit has these.
-                unsafe { dst.store(&at, &scratch.x[..self.block_len(&at)], accumulate) };
+                unsafe { dst.store(self.isa, &at, &scratch.x[..self.block_len(&at)], accumulate) };
             }
         });
     }
@@ -873,7 +901,7 @@ impl<'a> Sweep<'a> {
                             {
                                 // SAFETY: writable at every row and position, and no other unit
                                 // has these.
-                                unsafe { d_residual.store(&at, d, tensors.accumulate[1]) };
+                                unsafe { d_residual.store(isa, &at, d, tensors.accumulate[1]) };
                             }
                         }
                         Op::Gate => {
@@ -920,7 +948,7 @@ impl<'a> Sweep<'a> {
                 }
                 if barrier.is_none() {
                     // SAFETY: writable at every row and position, and no other unit has these.
-                    unsafe { tensors.d_input.store(&at, d, tensors.accumulate[0]) };
+                    unsafe { tensors.d_input.store(isa, &at, d, tensors.accumulate[0]) };
                 }
             }
         });

@@ -1,10 +1,12 @@
-//! Tensors as rows at all positions of all samples: blocks of them to and from memory in a row.
+//! Tensors as rows at all positions of all samples: blocks of them to and from memory in a row, which
+//! holds f32 whatever the tensors do.
 
 use std::ops::Range;
 
 use crate::cpu::isa::Supported;
 use crate::cpu::runs;
 use crate::cpu::train::sweep::Axis;
+use crate::dtype::{DType, Element, bf16, f16};
 use crate::problem::{Operand, Positions};
 use crate::train::Accumulate;
 
@@ -19,10 +21,46 @@ pub(super) struct View<'a> {
 /// Rows of a [`View`] that one tensor has.
 #[derive(Clone, Copy)]
 pub(super) struct Part {
-    pub ptr: *mut f32,
+    /// Elements of this type.
+    ptr: *mut (),
+    dtype: DType,
+    /// Distances are in elements.
     pub channel: isize,
     pub rows: usize,
     pub walk: Positions,
+}
+
+/// Evaluates an expression with a part's pointer as one to its elements.
+macro_rules! typed {
+    ($part:expr, |$ptr:ident| $body:expr) => {
+        match $part.dtype {
+            DType::F32 => {
+                let $ptr = $part.ptr.cast::<f32>();
+                $body
+            }
+            DType::F16 => {
+                let $ptr = $part.ptr.cast::<f16>();
+                $body
+            }
+            DType::Bf16 => {
+                let $ptr = $part.ptr.cast::<bf16>();
+                $body
+            }
+        }
+    };
+}
+
+impl Part {
+    /// A tensor, walked by a call's positions over all samples.
+    pub(super) fn new<T: Element>(operand: &Operand<T>, walk: Positions) -> Self {
+        Part {
+            ptr: operand.ptr.cast_mut().cast(),
+            dtype: T::DTYPE,
+            channel: operand.channel,
+            rows: operand.channels,
+            walk,
+        }
+    }
 }
 
 // SAFETY: a view is of tensors that the caller of a pass has borrowed; units use disjoint parts of
@@ -33,14 +71,12 @@ unsafe impl Send for View<'_> {}
 
 impl<'a> View<'a> {
     /// One tensor, walked by a call's positions over all samples.
-    pub(super) fn new(operand: &Operand, walk: Positions, map: Option<&'a [u32]>) -> Self {
-        let part = Part {
-            ptr: operand.ptr.cast_mut(),
-            channel: operand.channel,
-            rows: operand.channels,
-            walk,
-        };
-        View { parts: vec![part], map }
+    pub(super) fn new<T: Element>(
+        operand: &Operand<T>,
+        walk: Positions,
+        map: Option<&'a [u32]>,
+    ) -> Self {
+        View { parts: vec![Part::new(operand, walk)], map }
     }
 
     /// Contiguous values, in the order that blocks are cut along.
@@ -50,14 +86,15 @@ impl<'a> View<'a> {
             Axis::Lanes => (1, rows as isize),
         };
         let walk = Positions::new(&[(positions, position)]);
-        View { parts: vec![Part { ptr, channel, rows, walk }], map: None }
+        let part = Part { ptr: ptr.cast(), dtype: DType::F32, channel, rows, walk };
+        View { parts: vec![part], map: None }
     }
 
     pub(super) fn channel(&self, row: usize) -> isize {
         self.map.map_or(row, |map| map[row] as usize) as isize
     }
 
-    /// Copies a block out of the tensor.
+    /// Copies a block out of the tensor, widened.
     ///
     /// # Safety
     /// The tensors are readable at every row and position.
@@ -68,19 +105,8 @@ impl<'a> View<'a> {
             match at.row {
                 Some(row) => {
                     let (part, first) = self.part(row);
-                    let from = part.ptr.offset(self.channel(row - first) * part.channel);
-                    let mut out = out;
-                    for (offset, stride, len) in part.walk.runs(positions.start, positions.len()) {
-                        let (now, later) = out.split_at_mut(len);
-                        let from = from.offset(offset);
-                        match stride {
-                            1 => from.copy_to_nonoverlapping(now.as_mut_ptr(), len),
-                            _ => (0..len as isize)
-                                .zip(now)
-                                .for_each(|(i, x)| *x = *from.offset(i * stride)),
-                        }
-                        out = later;
-                    }
+                    let channel = self.channel(row - first) * part.channel;
+                    typed!(part, |ptr| load_row(isa, ptr.offset(channel), part, &positions, out));
                 }
                 None => self.load_lines(isa, 0..self.rows(), positions, self.rows(), out),
             }
@@ -115,16 +141,21 @@ impl<'a> View<'a> {
                 if part.channel == 1 && self.map.is_none() {
                     let mut lines = out[first..].chunks_mut(line);
                     for (offset, stride, len) in runs(0, positions.len()) {
-                        let from = part.ptr.offset(offset).add(lo);
                         for (i, to) in lines.by_ref().take(len).enumerate() {
-                            let from = from.offset(i as isize * stride);
-                            from.copy_to_nonoverlapping(to[..hi - lo].as_mut_ptr(), hi - lo);
+                            let offset = offset + i as isize * stride;
+                            let to = &mut to[..hi - lo];
+                            typed!(part, |ptr| widen(isa, ptr.offset(offset).add(lo), to));
                         }
                     }
-                } else if adjoining && part.channel > 0 && self.map.is_none() {
+                } else if adjoining
+                    && part.channel > 0
+                    && self.map.is_none()
+                    && part.dtype == DType::F32
+                {
                     let (channel, mut q) = (part.channel as usize, 0);
                     for (offset, _, len) in runs(0, positions.len()) {
-                        let from = part.ptr.offset(offset + lo as isize * part.channel);
+                        let from = part.ptr.cast::<f32>();
+                        let from = from.offset(offset + lo as isize * part.channel);
                         let to = &mut out[q * line + first..];
                         runs::turn(isa, from, channel, hi - lo, len, line, to);
                         q += len;
@@ -139,14 +170,12 @@ impl<'a> View<'a> {
                         for low in (lo..hi).step_by(ROWS) {
                             let high = hi.min(low + ROWS);
                             for (row, values) in (low..high).zip(&mut block) {
-                                let from = part.ptr.offset(self.channel(row) * part.channel);
-                                let mut values = values.iter_mut();
-                                for (offset, stride, len) in runs(q, count) {
-                                    let from = from.offset(offset);
-                                    for (i, x) in values.by_ref().take(len).enumerate() {
-                                        *x = *from.offset(i as isize * stride);
-                                    }
-                                }
+                                let channel = self.channel(row) * part.channel;
+                                let first = positions.start + q;
+                                let (range, to) = (first..first + count, &mut values[..count]);
+                                typed!(part, |ptr| {
+                                    load_row(isa, ptr.offset(channel), part, &range, to);
+                                });
                             }
                             let to = &mut out[q * line + first + low - lo..];
                             let from = block.as_ptr().cast();
@@ -158,33 +187,30 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Copies a block into the tensor, or adds it.
+    /// Copies a block into the tensor, or adds it; what is stored is rounded once, to the nearest.
     ///
     /// # Safety
     /// The tensors are writable at every row and position, and nobody else uses those of the block.
-    pub(super) unsafe fn store(&self, at: &At, values: &[f32], accumulate: Accumulate) {
-        let add = accumulate == Accumulate::Add;
+    pub(super) unsafe fn store(
+        &self,
+        isa: Supported,
+        at: &At,
+        values: &[f32],
+        accumulate: Accumulate,
+    ) {
         let positions = at.positions.clone();
-        let put = |to: *mut f32, x: f32| {
-            // SAFETY: the caller's promise.
-            unsafe { *to = if add { *to + x } else { x } }
-        };
         // SAFETY: the caller's promise.
         unsafe {
             match at.row {
                 Some(row) => {
                     let (part, first) = self.part(row);
-                    let to = part.ptr.offset(self.channel(row - first) * part.channel);
+                    let channel = self.channel(row - first) * part.channel;
                     let mut values = values;
                     for (offset, stride, len) in part.walk.runs(positions.start, positions.len()) {
                         let (now, later) = values.split_at(len);
-                        let to = to.offset(offset);
-                        match stride {
-                            1 if !add => to.copy_from_nonoverlapping(now.as_ptr(), len),
-                            _ => (0..len as isize)
-                                .zip(now)
-                                .for_each(|(i, &x)| put(to.offset(i * stride), x)),
-                        }
+                        typed!(part, |ptr| {
+                            store_run(isa, now, ptr.offset(channel + offset), stride, accumulate);
+                        });
                         values = later;
                     }
                 }
@@ -198,14 +224,18 @@ impl<'a> View<'a> {
                         {
                             for i in 0..len {
                                 let values = &values[(q + i) * line + first..][..part.rows];
-                                let to = part.ptr.offset(offset + i as isize * stride);
-                                if part.channel == 1 && self.map.is_none() && !add {
-                                    to.copy_from_nonoverlapping(values.as_ptr(), part.rows);
-                                } else {
-                                    for (row, &x) in values.iter().enumerate() {
-                                        put(to.offset(self.channel(row) * part.channel), x);
+                                let offset = offset + i as isize * stride;
+                                typed!(part, |ptr| {
+                                    let to = ptr.offset(offset);
+                                    if self.map.is_none() {
+                                        store_run(isa, values, to, part.channel, accumulate);
+                                    } else {
+                                        for (row, &x) in values.iter().enumerate() {
+                                            let to = to.offset(self.channel(row) * part.channel);
+                                            put(x, to, accumulate);
+                                        }
                                     }
-                                }
+                                });
                             }
                             q += len;
                         }
@@ -216,10 +246,11 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Whether blocks of it can be used where they are.
+    /// Whether blocks of it can be used where they are: f32, and contiguous.
     pub(super) fn is_direct(&self, axis: Axis) -> bool {
         let [part] = &self.parts[..] else { return false };
         self.map.is_none()
+            && part.dtype == DType::F32
             && match axis {
                 Axis::Rows => part.walk.runs(0, 1).next().is_some_and(|(_, stride, _)| stride == 1),
                 Axis::Lanes => part.channel == 1,
@@ -230,12 +261,14 @@ impl<'a> View<'a> {
     /// `len` values from `first` on, counted as in a copy of the block.
     pub(super) fn pieces(&self, at: &At, mut f: impl FnMut(*mut f32, usize, usize)) {
         let [part] = &self.parts[..] else { unreachable!("a direct view") };
+        debug_assert_eq!(part.dtype, DType::F32, "a direct view");
+        let ptr = part.ptr.cast::<f32>();
         let positions = at.positions.clone();
         let runs = part.walk.runs(positions.start, positions.len());
         let mut first = 0;
         match at.row {
             Some(row) => {
-                let from = part.ptr.wrapping_offset(row as isize * part.channel);
+                let from = ptr.wrapping_offset(row as isize * part.channel);
                 for (offset, _, len) in runs {
                     f(from.wrapping_offset(offset), first, len);
                     first += len;
@@ -243,7 +276,7 @@ impl<'a> View<'a> {
             }
             None => {
                 for (offset, stride, len) in runs {
-                    let from = part.ptr.wrapping_offset(offset);
+                    let from = ptr.wrapping_offset(offset);
                     if stride == part.rows as isize {
                         f(from, first, len * part.rows);
                         first += len * part.rows;
@@ -272,6 +305,94 @@ impl<'a> View<'a> {
             first += part.rows;
         }
         unreachable!("a row of the view")
+    }
+}
+
+/// Widens neighbouring elements.
+///
+/// # Safety
+/// `from` is readable at as many elements as `to` has.
+#[inline(always)]
+unsafe fn widen<T: Element>(isa: Supported, from: *const T, to: &mut [f32]) {
+    // SAFETY: the caller's promise; only one type has each dtype.
+    unsafe {
+        match T::DTYPE {
+            DType::F32 => from.cast::<f32>().copy_to_nonoverlapping(to.as_mut_ptr(), to.len()),
+            _ => runs::widen(isa, std::slice::from_raw_parts(from, to.len()), to),
+        }
+    }
+}
+
+/// Widens a row at some positions; `from` is its element `[0, …, 0]`.
+///
+/// # Safety
+/// The row is readable at these positions.
+#[inline(always)]
+unsafe fn load_row<T: Element>(
+    isa: Supported,
+    from: *const T,
+    part: &Part,
+    positions: &Range<usize>,
+    out: &mut [f32],
+) {
+    let mut out = out;
+    for (offset, stride, len) in part.walk.runs(positions.start, positions.len()) {
+        let (now, later) = out.split_at_mut(len);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let from = from.offset(offset);
+            match stride {
+                1 => widen(isa, from, now),
+                _ => (0..len as isize)
+                    .zip(now)
+                    .for_each(|(i, x)| *x = (*from.offset(i * stride)).to_f32()),
+            }
+        }
+        out = later;
+    }
+}
+
+/// Stores evenly spaced elements, or adds to them.
+///
+/// # Safety
+/// `to` is writable at as many elements as there are values, `stride` apart, and nobody else uses
+/// them.
+#[inline(always)]
+unsafe fn store_run<T: Element>(
+    isa: Supported,
+    values: &[f32],
+    to: *mut T,
+    stride: isize,
+    accumulate: Accumulate,
+) {
+    // SAFETY: the caller's promise; only one type has each dtype.
+    unsafe {
+        match (stride, accumulate, T::DTYPE) {
+            (1, Accumulate::Set, DType::F32) => {
+                to.cast::<f32>().copy_from_nonoverlapping(values.as_ptr(), values.len());
+            }
+            (1, Accumulate::Set, _) => {
+                runs::narrow(isa, values, std::slice::from_raw_parts_mut(to, values.len()));
+            }
+            _ => (0..values.len() as isize)
+                .zip(values)
+                .for_each(|(i, &x)| put(x, to.offset(i * stride), accumulate)),
+        }
+    }
+}
+
+/// Stores a value, or adds it.
+///
+/// # Safety
+/// `to` is writable, and nobody else uses it.
+#[inline(always)]
+unsafe fn put<T: Element>(x: f32, to: *mut T, accumulate: Accumulate) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        *to = T::from_f32(match accumulate {
+            Accumulate::Set => x,
+            Accumulate::Add => (*to).to_f32() + x,
+        });
     }
 }
 

@@ -17,7 +17,7 @@ use super::launch::Tensor;
 use super::layer::on_device;
 use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;
-use crate::dtype::DType;
+use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, SourceStep};
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
@@ -119,12 +119,31 @@ impl Training<'_> {
         Place::Cuda(self.device.ordinal())
     }
 
+    /// Refuses elements that are not f32.
+    fn check_dtype<T: Element>(&self) -> Result<()> {
+        match T::DTYPE {
+            DType::F32 => Ok(()),
+            dtype => Err(Error::Unsupported {
+                device: self.device.to_string(),
+                what: format!("training on tensors of {dtype}"),
+            }),
+        }
+    }
+
     /// Runs forward into `dst`; on host tensors it is done when this returns.
-    pub(crate) fn forward(
+    pub(crate) fn forward<T: Element>(
         &self,
-        operands: &Operands<'_>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'_, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<State> {
+        self.check_dtype::<T>()?;
+        // SAFETY: T is f32.
+        let (more, mut dst) = unsafe { (further(operands), dst.reborrow().cast()) };
+        // SAFETY: as above.
+        self.forward_f32(&unsafe { as_f32(operands, &more) }, &mut dst)
+    }
+
+    fn forward_f32(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<State> {
         let problem = Problem::new(self.shape, operands, dst)?;
         self.check_sources(operands)?;
         if operands.src.place() == Place::Host {
@@ -208,7 +227,32 @@ impl Training<'_> {
     }
 
     /// Runs backward; on host tensors it is done when this returns. `grads` are there in any case.
-    pub(crate) fn backward(
+    pub(crate) fn backward<T: Element>(
+        &self,
+        operands: &Operands<'_, T>,
+        state: State,
+        d_dst: &TensorRef<'_, T>,
+        outputs: &mut Outputs<'_, T>,
+        grads: &mut Grads,
+        accumulate: Accumulate,
+    ) -> Result<()> {
+        self.check_dtype::<T>()?;
+        // SAFETY: T is f32.
+        unsafe {
+            let more = further(operands);
+            let mut outputs = Outputs {
+                d_sources: outputs.d_sources.iter_mut().map(|d| written(d)).collect(),
+                d_residual: outputs.d_residual.as_mut().map(|d| written(d)),
+                d_gate: outputs.d_gate.as_mut().map(|d| written(d)),
+                accumulate_sources: outputs.accumulate_sources,
+                accumulate: outputs.accumulate,
+            };
+            let (operands, d_dst) = (as_f32(operands, &more), d_dst.cast());
+            self.backward_f32(&operands, state, &d_dst, &mut outputs, grads, accumulate)
+        }
+    }
+
+    fn backward_f32(
         &self,
         operands: &Operands<'_>,
         state: State,
@@ -596,6 +640,40 @@ fn turned(weight: &[f32], groups: usize, rows: usize, k: usize) -> Vec<f32> {
         }
     }
     turned
+}
+
+/// Further sources, of f32.
+///
+/// # Safety
+/// T is f32.
+unsafe fn further<'a, T>(operands: &Operands<'a, T>) -> Vec<TensorRef<'a>> {
+    // SAFETY: the caller's promise.
+    operands.more.iter().map(|source| unsafe { source.cast() }).collect()
+}
+
+/// What a pass writes, of f32.
+///
+/// # Safety
+/// T is f32.
+unsafe fn written<'d, T>(tensor: &'d mut TensorMut<'_, T>) -> TensorMut<'d> {
+    // SAFETY: the caller's promise.
+    unsafe { tensor.reborrow().cast() }
+}
+
+/// What a pass reads, of f32.
+///
+/// # Safety
+/// T is f32.
+unsafe fn as_f32<'a, T>(operands: &Operands<'a, T>, more: &'a [TensorRef<'a>]) -> Operands<'a> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        Operands {
+            src: operands.src.cast(),
+            more,
+            residual: operands.residual.map(|tensor| tensor.cast()),
+            gate: operands.gate.map(|tensor| tensor.cast()),
+        }
+    }
 }
 
 /// A chain of nothing.
