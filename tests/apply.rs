@@ -120,9 +120,10 @@ impl Folder {
     }
 }
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+type Tensor = (Dtype, Vec<usize>, Vec<u8>);
+type Tensors = BTreeMap<String, Tensor>;
 
-fn f32s(shape: &[usize], values: impl IntoIterator<Item = f32>) -> (Dtype, Vec<usize>, Vec<u8>) {
+fn f32s(shape: &[usize], values: impl IntoIterator<Item = f32>) -> Tensor {
     (Dtype::F32, shape.to_vec(), values.into_iter().flat_map(f32::to_le_bytes).collect())
 }
 
@@ -952,7 +953,7 @@ fn real_numbers(device: &str) {
             assert_eq!(differ, None, "{rest:?} {layout}");
         }
     };
-    let write = |tensors: &[(&str, (Dtype, Vec<usize>, Vec<u8>))]| {
+    let write = |tensors: &[(&str, Tensor)]| {
         let tensors = tensors.iter().map(|(name, tensor)| ((*name).into(), tensor.clone()));
         folder.checkpoint("q.safetensors", &tensors.collect());
     };
