@@ -3,7 +3,8 @@
 //! Parse a file with [`SafeTensors`] (re-exported as [`pointwise::safetensors`](crate::safetensors),
 //! so that versions agree), then read whole layers with [`Pointwise::from_safetensors`] or single
 //! tensors with [`vector`], [`matrix`] and [`tensor`]. F32, F16 and BF16 are read, each value
-//! converted to f32 exactly.
+//! converted to f32 exactly. Layers of 8-bit numbers are read by [`Quantized::from_safetensors`],
+//! [`DynamicQuantized::from_safetensors`] and [`QuantizedFp8::from_safetensors`].
 //!
 //! ```no_run
 //! use pointwise::safetensors::SafeTensors;
@@ -24,7 +25,9 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
-use crate::quantized::{Int8, Quantization, Quantized};
+use crate::quantized::{
+    DynamicQuantized, Fp8, Fp8Quantization, Int8, Per, Quantization, Quantized, QuantizedFp8,
+};
 use crate::stages::BatchNorm;
 
 impl Pointwise {
@@ -88,31 +91,26 @@ impl BatchNorm {
 }
 
 impl Quantized {
-    /// Reads a layer of 8-bit integers with a quantised result:
+    /// Reads a layer of 8-bit integers:
     ///
     /// - `weight`: I8 `[c_out, c_in / groups]`, any trailing axes of length 1;
     /// - `weight_scale`: F32 `[c_out]`; `bias`, if there: I32 `[c_out]`;
-    /// - `src_scale`, `dst_scale`: F32, one element;
-    /// - `src_zero_point`, `dst_zero_point`: one element; U8 or I8 is also the tensor's type, which
-    ///   is `otherwise` where they are I32 or I64.
+    /// - `src_scale`: F32, one element;
+    /// - `src_zero_point`: one element; U8 or I8 is also the tensor's type, which is `otherwise` where it
+    ///   is I32 or I64;
+    /// - `dst_scale` and `dst_zero_point`, likewise; without both, the result is real numbers.
     ///
     /// Groups, stride, a clip and a residual are not in the file: the caller adds them.
     ///
     /// # Errors
     /// [`Error::MissingTensor`], or [`Error::CheckpointTensor`] for another shape or dtype.
     pub fn from_safetensors(file: &SafeTensors<'_>, otherwise: Int8) -> Result<Quantized> {
-        let one = |view: &TensorView<'_>| view.shape().iter().all(|&len| len == 1);
-        let quantization = |tensor: &str| {
-            let name = format!("{tensor}_scale");
-            let view = find(file, &name)?;
-            let scale = match values(&name, &view)?[..] {
-                [scale] if one(&view) => scale,
-                _ => return Err(unfit(&name, &view, "one element")),
-            };
+        let quantization = |tensor: &str| -> Result<_> {
+            let scale = number(file, &format!("{tensor}_scale"))?;
             let name = format!("{tensor}_zero_point");
             let view = find(file, &name)?;
             let zero_point = match *view.data() {
-                _ if !one(&view) => None,
+                _ if !is_one(&view) => None,
                 [byte] if view.dtype() == Dtype::U8 => Some((Int8::U8, i32::from(byte))),
                 [byte] if view.dtype() == Dtype::I8 => Some((Int8::I8, i32::from(byte as i8))),
                 _ if view.dtype() == Dtype::I32 => {
@@ -129,29 +127,113 @@ impl Quantized {
                 zero_point.ok_or_else(|| unfit(&name, &view, "one U8, I8, I32 or I64"))?;
             Ok(Quantization { int8, scale, zero_point })
         };
-        let view = find(file, "weight")?;
-        let bytes = view.data().iter().map(|&byte| byte as i8).collect();
-        let weight = match *view.shape() {
-            [rows, columns, ref ones @ ..]
-                if view.dtype() == Dtype::I8 && ones.iter().all(|&len| len == 1) =>
-            {
-                Array2::from_shape_vec((rows, columns), bytes).ok()
-            }
-            _ => None,
-        };
-        let weight = weight
-            .ok_or_else(|| unfit("weight", &view, "I8 [c_out, c_in] or [c_out, c_in, 1, …]"))?;
-        let scales = vector(file, "weight_scale")?;
-        let layer = Quantized::new(weight, scales, quantization("src")?).dst(quantization("dst")?);
-        match find(file, "bias") {
-            Err(Error::MissingTensor { .. }) => Ok(layer),
-            Err(error) => Err(error),
-            Ok(view) if view.dtype() == Dtype::I32 && view.shape().len() == 1 => {
+        let (weight, scales) = (i8_weight(file)?, vector(file, "weight_scale")?);
+        let mut layer = Quantized::new(weight, scales, quantization("src")?);
+        let has = |name| -> Result<_> { Ok(optional(find(file, name))?.is_some()) };
+        // Half a quantisation: reading both reports the half that is missing.
+        if has("dst_scale")? || has("dst_zero_point")? {
+            layer = layer.dst(quantization("dst")?);
+        }
+        match optional(find(file, "bias"))? {
+            None => Ok(layer),
+            Some(view) if view.dtype() == Dtype::I32 && view.shape().len() == 1 => {
                 let bias = view.data().as_chunks().0.iter().map(|&b| i32::from_le_bytes(b));
                 Ok(layer.bias(bias.collect::<Array1<_>>()))
             }
-            Ok(view) => Err(unfit("bias", &view, "I32 [c_out]")),
+            Some(view) => Err(unfit("bias", &view, "I32 [c_out]")),
         }
+    }
+}
+
+impl DynamicQuantized {
+    /// Reads a layer whose sources are quantised in each call, as `per` says:
+    ///
+    /// - `weight`: I8 `[c_out, c_in / groups]`, any trailing axes of length 1;
+    /// - `weight_scale`: `[c_out]`; `bias`, if there: `[c_out]`; F32, F16 or BF16.
+    ///
+    /// Groups, stride, a clip and a residual are not in the file: the caller adds them.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::CheckpointTensor`] for another shape or dtype.
+    pub fn from_safetensors(file: &SafeTensors<'_>, per: Per) -> Result<DynamicQuantized> {
+        let (weight, scales) = (i8_weight(file)?, vector(file, "weight_scale")?);
+        let layer = DynamicQuantized::new(weight, scales, per);
+        Ok(match optional(vector(file, "bias"))? {
+            Some(bias) => layer.bias(bias),
+            None => layer,
+        })
+    }
+}
+
+impl QuantizedFp8 {
+    /// Reads a layer of 8-bit floats, whose sources and, where it is quantised, result are of the type
+    /// `activations`, which is not in the file:
+    ///
+    /// - `weight`: F8_E4M3 or F8_E5M2 `[c_out, c_in / groups]`, any trailing axes of length 1;
+    /// - `weight_scale`: `[c_out]`, or one element for all; `bias`, if there: `[c_out]`;
+    /// - `src_scale`: one element;
+    /// - `dst_scale`, if there: one element; without it, the result is real numbers.
+    ///
+    /// All but the weight are F32, F16 or BF16. Groups, stride, a clip and a residual are not in the file:
+    /// the caller adds them.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::CheckpointTensor`] for another shape or dtype.
+    pub fn from_safetensors(file: &SafeTensors<'_>, activations: Fp8) -> Result<QuantizedFp8> {
+        let expected = "F8_E4M3 or F8_E5M2 [c_out, c_in] or [c_out, c_in, 1, …]";
+        let (dtype, bits) = bytes(file, &[Dtype::F8_E4M3, Dtype::F8_E5M2], expected)?;
+        let fp8 = if dtype == Dtype::F8_E4M3 { Fp8::E4M3 } else { Fp8::E5M2 };
+        let scales = match find(file, "weight_scale")? {
+            view if is_one(&view) => Array1::from_elem(1, number(file, "weight_scale")?),
+            _ => vector(file, "weight_scale")?,
+        };
+        let quantization =
+            |name| Ok(Fp8Quantization { fp8: activations, scale: number(file, name)? });
+        let mut layer = QuantizedFp8::of_bits(fp8, bits, scales, quantization("src_scale")?);
+        if let Some(dst) = optional(quantization("dst_scale"))? {
+            layer = layer.dst(dst);
+        }
+        if let Some(bias) = optional(vector(file, "bias"))? {
+            layer = layer.bias(bias);
+        }
+        Ok(layer)
+    }
+}
+
+fn i8_weight(file: &SafeTensors<'_>) -> Result<Array2<i8>> {
+    let (_, bytes) = bytes(file, &[Dtype::I8], "I8 [c_out, c_in] or [c_out, c_in, 1, …]")?;
+    Ok(bytes.mapv(|byte| byte as i8))
+}
+
+/// The weight of 8-bit numbers `[c_out, c_in / groups]`, any trailing axes of length 1, and its dtype, one
+/// of these.
+fn bytes(
+    file: &SafeTensors<'_>,
+    dtypes: &[Dtype],
+    expected: &'static str,
+) -> Result<(Dtype, Array2<u8>)> {
+    let view = find(file, "weight")?;
+    let bytes = match *view.shape() {
+        [rows, columns, ref ones @ ..]
+            if dtypes.contains(&view.dtype()) && ones.iter().all(|&len| len == 1) =>
+        {
+            Array2::from_shape_vec((rows, columns), view.data().to_vec()).ok()
+        }
+        _ => None,
+    };
+    Ok((view.dtype(), bytes.ok_or_else(|| unfit("weight", &view, expected))?))
+}
+
+fn is_one(view: &TensorView<'_>) -> bool {
+    view.shape().iter().all(|&len| len == 1)
+}
+
+/// The only element of a tensor, as f32.
+fn number(file: &SafeTensors<'_>, name: &str) -> Result<f32> {
+    let view = find(file, name)?;
+    match values(name, &view)?[..] {
+        [number] => Ok(number),
+        _ => Err(unfit(name, &view, "one element")),
     }
 }
 
@@ -354,6 +436,84 @@ mod tests {
         assert!(text.contains(&usize::MAX.to_string()), "{text}");
         let empty = read(&file(&[("c.weight", f32s(&[0, 4], &[]))]), "c", None).unwrap();
         assert!(matches!(empty.check(), Err(Error::NoChannels { .. })));
+    }
+
+    /// A layer of 8-bit numbers with all its tensors but one.
+    fn eight_bits(weight: Dtype, tensors: &[(&'static str, Tensor)], left_out: &str) -> Vec<u8> {
+        let mut all = vec![("weight", (weight, vec![2, 3], vec![1, 2, 3, 4, 5, 6]))];
+        all.extend(tensors.iter().cloned());
+        all.retain(|(name, _)| *name != left_out);
+        file(&all)
+    }
+
+    #[test]
+    fn layers_of_integers_are_read() {
+        let tensors = [
+            ("weight_scale", f32s(&[2], &[0.5, 0.25])),
+            ("src_scale", f32s(&[], &[0.1])),
+            ("src_zero_point", (Dtype::I8, vec![], vec![0xfb])),
+            ("dst_scale", f32s(&[1, 1], &[0.2])),
+            ("dst_zero_point", (Dtype::I64, vec![1], 7i64.to_le_bytes().to_vec())),
+        ];
+        let read = |left_out: &[&str]| {
+            let tensors: Vec<_> =
+                tensors.iter().filter(|(name, _)| !left_out.contains(name)).cloned().collect();
+            let bytes = eight_bits(Dtype::I8, &tensors, "");
+            Quantized::from_safetensors(&SafeTensors::deserialize(&bytes)?, Int8::U8)
+        };
+        let layer = Quantized::new(
+            array![[1i8, 2, 3], [4, 5, 6]],
+            vec![0.5, 0.25],
+            Quantization::i8(0.1, -5),
+        );
+        assert_eq!(read(&["dst_scale", "dst_zero_point"]).unwrap(), layer);
+        assert_eq!(read(&[]).unwrap(), layer.dst(Quantization::u8(0.2, 7)));
+        for (name, _) in &tensors {
+            let error = read(&[name]).unwrap_err();
+            assert!(matches!(&error, Error::MissingTensor { name: missing } if missing == name));
+        }
+    }
+
+    #[test]
+    fn layers_of_real_sources_and_of_floats_are_read() {
+        let tensors = [
+            ("weight_scale", f32s(&[2, 1], &[0.5, 0.25])),
+            ("bias", (Dtype::BF16, vec![2], vec![0x80, 0x3f, 0, 0xc0])),
+            ("src_scale", f32s(&[1], &[0.1])),
+            ("dst_scale", f32s(&[], &[0.2])),
+        ];
+        let bytes = eight_bits(Dtype::I8, &tensors, "");
+        let read = DynamicQuantized::from_safetensors;
+        let layer = read(&SafeTensors::deserialize(&bytes).unwrap(), Per::Sample).unwrap();
+        let weight = array![[1i8, 2, 3], [4, 5, 6]];
+        let expected = DynamicQuantized::new(weight, vec![0.5, 0.25], Per::Sample);
+        assert_eq!(layer, expected.bias(vec![1.0, -2.0]));
+
+        let read = |weight, tensors: &[_], left_out| {
+            let bytes = eight_bits(weight, tensors, left_out);
+            QuantizedFp8::from_safetensors(&SafeTensors::deserialize(&bytes)?, Fp8::E5M2)
+        };
+        let weight = array![[1, 2, 3], [4, 5, 6]];
+        let src = Fp8Quantization::e5m2(0.1);
+        let bare = QuantizedFp8::of_bits(Fp8::E4M3, weight.clone(), vec![0.5, 0.25], src);
+        let biased = bare.clone().bias(vec![1.0, -2.0]);
+        let dst = Fp8Quantization::e5m2(0.2);
+        assert_eq!(read(Dtype::F8_E4M3, &tensors, "").unwrap(), biased.clone().dst(dst));
+        assert_eq!(read(Dtype::F8_E4M3, &tensors, "dst_scale").unwrap(), biased);
+        assert_eq!(read(Dtype::F8_E4M3, &tensors, "bias").unwrap(), bare.dst(dst));
+        let for_all = [("weight_scale", f32s(&[], &[0.5])), tensors[2].clone()];
+        let layer = read(Dtype::F8_E5M2, &for_all, "").unwrap();
+        assert_eq!(layer, QuantizedFp8::of_bits(Fp8::E5M2, weight, vec![0.5; 2], src));
+
+        for missing in ["weight", "weight_scale", "src_scale"] {
+            let error = read(Dtype::F8_E4M3, &tensors, missing).unwrap_err();
+            assert!(matches!(&error, Error::MissingTensor { name } if name == missing), "{error}");
+        }
+        let error = read(Dtype::U8, &tensors, "").unwrap_err().to_string();
+        assert!(error.contains("U8 [2, 3], expected F8_E4M3 or F8_E5M2"), "{error}");
+        let two = [("src_scale", f32s(&[2], &[1.0, 2.0])), tensors[0].clone()];
+        let error = read(Dtype::F8_E4M3, &two, "").unwrap_err().to_string();
+        assert!(error.contains("\"src_scale\" is F32 [2], expected one element"), "{error}");
     }
 
     #[test]

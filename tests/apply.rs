@@ -14,7 +14,9 @@ use half::{bf16, f16};
 use libtest_mimic::{Arguments, Failed, Trial};
 use ndarray::{ArrayD, IxDyn, ShapeBuilder};
 use ndarray_npy::{ReadNpyExt, WriteNpyExt};
-use pointwise::quantized::Int8;
+use pointwise::quantized::{
+    DynamicQuantized, F8E4M3, F8E5M2, Fp8, Fp8Element, Fp8Quantization, Int8, Per, QuantizedFp8,
+};
 use pointwise::{Quantization, Quantized, reference};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         ("half_precision_checkpoints_are_read_exactly", half_precision_checkpoints),
         ("a_dtype_of_16_bits_rounds_the_result", || sixteen_bits("cpu")),
         ("quantized_layers_are_applied", || quantized_layers("cpu")),
+        ("quantized_layers_take_and_give_real_numbers", || real_numbers("cpu")),
         ("trailing_ones_of_weight_and_gate_are_accepted", trailing_ones),
         ("results_do_not_depend_on_threads", threads),
         ("an_older_result_is_replaced_and_a_pipe_is_not", replaced),
@@ -35,11 +38,12 @@ fn main() -> ExitCode {
         ("training_writes_every_gradient_of_the_reference", training),
         ("training_in_16_bits_rounds_tensors_and_no_parameters", training_in_16_bits),
     ];
-    let on_device: [(_, fn()); 3] = [
+    let on_device: [(_, fn()); 4] = [
         // A process takes a second, most of it the driver's.
         ("results_are_pytorchs_cuda", || results_are_pytorchs("cuda:0", 41)),
         ("a_dtype_of_16_bits_rounds_the_result_cuda", || sixteen_bits("cuda:0")),
         ("quantized_layers_are_applied_cuda", || quantized_layers("cuda:0")),
+        ("quantized_layers_take_and_give_real_numbers_cuda", || real_numbers("cuda:0")),
     ];
     let anywhere = anywhere.map(|(name, run)| {
         Trial::test(name, move || {
@@ -117,9 +121,10 @@ impl Folder {
     }
 }
 
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
+type Tensor = (Dtype, Vec<usize>, Vec<u8>);
+type Tensors = BTreeMap<String, Tensor>;
 
-fn f32s(shape: &[usize], values: impl IntoIterator<Item = f32>) -> (Dtype, Vec<usize>, Vec<u8>) {
+fn f32s(shape: &[usize], values: impl IntoIterator<Item = f32>) -> Tensor {
     (Dtype::F32, shape.to_vec(), values.into_iter().flat_map(f32::to_le_bytes).collect())
 }
 
@@ -403,7 +408,9 @@ fn help() {
     let run = folder.apply(&["--help"]);
     let text = String::from_utf8(run.stdout).expect("text");
     assert!(run.status.success());
-    for word in ["--partial", "layer_norm_all", "gelu_tanh", "running_var", "src_shift", "gate"] {
+    let words = "--partial layer_norm_all gelu_tanh running_var src_shift gate --quantized --per \
+                 --activations weight_scale dst_zero_point F8_E4M3";
+    for word in words.split(' ') {
         assert!(text.contains(word), "{word} in {text}");
     }
 }
@@ -958,4 +965,175 @@ fn quantized_layers(device: &str) {
     refused(&folder, &arguments(&["--input", "x.npy"]), &["2 inputs"]);
     folder.checkpoint("q.safetensors", &Tensors::new());
     refused(&folder, &arguments(&[]), &["weight"]);
+}
+
+/// Layers of 8-bit weights with files of f32, against the specification, in both layouts.
+fn real_numbers(device: &str) {
+    let folder = Folder::new(&format!("real_numbers_{device}"));
+    let weight: Vec<f32> = (0..12).map(|i| (i * 37 % 17) as f32 - 8.0).collect();
+    let weight = ndarray::Array2::from_shape_vec((4, 3), weight).unwrap();
+    let scales = vec![0.25, 0.5, 0.125, 0.25];
+    let bias = vec![1.0, -0.5, 0.25, -3.0];
+    // Numbers that most types round.
+    let x = source(&[2, 6, 5, 4]).mapv(|x| (x * 40.0).round() / 16.0 + 0.5);
+    let arguments = |rest: &[&str]| {
+        let mut arguments = vec!["--quantized", "q.safetensors", "--input", "x.npy"];
+        arguments.extend(["--output", "y.npy", "--groups", "2", "--stride", "2"]);
+        arguments.extend(["--device", device]);
+        arguments.extend(rest);
+        arguments.into_iter().map(String::from).collect::<Vec<_>>()
+    };
+    let check = |rest: &[&str], kernel: &str, want: &ArrayD<f64>, tolerance: f64| {
+        for layout in ["nchw", "nhwc"] {
+            folder.npy("x.npy", &if layout == "nhwc" { to_nhwc(&x) } else { x.clone() });
+            let run = folder.apply(&arguments(&[rest, &["--layout", layout]].concat()));
+            let text = String::from_utf8_lossy(&run.stdout).into_owned();
+            assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+            assert!(text.contains(kernel) && text.contains(&format!(" on {device} (")), "{text}");
+            let got = folder.read("y.npy");
+            let got = if layout == "nhwc" { got.permuted_axes(IxDyn(&[0, 3, 1, 2])) } else { got };
+            let differ = difference(got.view(), want, |_, _| tolerance);
+            assert_eq!(differ, None, "{rest:?} {layout}");
+        }
+    };
+    let write = |tensors: &[(&str, Tensor)]| {
+        let tensors = tensors.iter().map(|(name, tensor)| ((*name).into(), tensor.clone()));
+        folder.checkpoint("q.safetensors", &tensors.collect());
+    };
+    let one = |x: f32| f32s(&[], [x]);
+    let integers = weight.mapv(|w| w as i8);
+    let of_weight = |dtype, bytes: Vec<u8>| ("weight", (dtype, vec![4, 3, 1], bytes));
+    let i8s = of_weight(Dtype::I8, integers.iter().map(|&w| w as u8).collect());
+    let of_scales = ("weight_scale", f32s(&[4], scales.iter().copied()));
+    let of_bias = ("bias", f32s(&[4], bias.iter().copied()));
+
+    // Sources that the call quantises: whatever shares a scale, results are others.
+    write(&[i8s.clone(), of_scales.clone(), of_bias.clone()]);
+    let mut results = Vec::new();
+    for (rest, per) in [
+        (&[][..], Per::Position),
+        (&["--per", "position"], Per::Position),
+        (&["--per", "sample"], Per::Sample),
+        (&["--per", "tensor"], Per::Tensor),
+    ] {
+        let layer = DynamicQuantized::new(integers.clone(), scales.clone(), per).bias(bias.clone());
+        let layer = layer.groups(2).stride(2);
+        let want = reference::forward_dynamic(&layer, x.view(), None).unwrap();
+        check(rest, "fprop_i8_", &want, 1e-5);
+        results.push(want);
+    }
+    let apart =
+        |a: &ArrayD<f64>, b: &ArrayD<f64>| a.iter().zip(b).any(|(a, b)| (a - b).abs() > 1e-3);
+    assert!(apart(&results[1], &results[2]) && apart(&results[2], &results[3]));
+    folder.npy("x.npy", &x.mapv(|x| x as u8));
+    refused(&folder, &arguments(&[]), &["dtype |u1, expected <f4 (f32)"]);
+
+    // Integers as they are, to real numbers.
+    let scale = ("src_scale", one(0.5));
+    let zero_point = ("src_zero_point", (Dtype::U8, vec![1], vec![3]));
+    write(&[i8s.clone(), of_scales.clone(), scale.clone(), zero_point.clone()]);
+    let layer = Quantized::new(integers, scales.clone(), Quantization::u8(0.5, 3));
+    let bytes = x.mapv(|x| (x * 16.0 + 100.0) as u8);
+    let layer = layer.groups(2).stride(2);
+    let want = reference::forward_quantized(&layer, bytes.mapv(i32::from).view(), None).unwrap();
+    folder.npy("x.npy", &bytes);
+    let run = folder.apply(&arguments(&[]));
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    assert_eq!(difference(folder.read("y.npy").view(), &want, |_, _| 0.0), None);
+    refused(&folder, &arguments(&["--per", "sample"]), &["--per", "src_scale"]);
+    refused(&folder, &arguments(&["--activations", "e4m3"]), &["--activations e4m3", "F8_E4M3"]);
+
+    // Floats of either type: all scales are powers of two, and sums are exact.
+    type OfBits = fn(u8) -> f32;
+    let e4m3: (_, fn(f32) -> u8, OfBits) =
+        (Fp8::E4M3, |x| F8E4M3::from_f32(x).bits(), |bits| F8E4M3::from_bits(bits).to_f32());
+    let e5m2: (_, fn(f32) -> u8, OfBits) =
+        (Fp8::E5M2, |x| F8E5M2::from_f32(x).bits(), |bits| F8E5M2::from_bits(bits).to_f32());
+    let capable = device == "cpu" || has_fp8();
+    let kernel = if device == "cpu" { "fprop_f32_" } else { "fprop_fp8_" };
+    for (weight_type, (activations, bits, of_bits), dst_scale, rest) in [
+        (Fp8::E4M3, e4m3, Some(0.5), &[][..]),
+        (Fp8::E4M3, e5m2, Some(2.0), &["--activations", "e5m2"]),
+        (Fp8::E5M2, e4m3, None, &["--activations", "e4m3"]),
+    ] {
+        let quantization = |scale| Fp8Quantization { fp8: activations, scale };
+        let (dtype, layer, weight) = match weight_type {
+            Fp8::E4M3 => {
+                let weight = weight.mapv(F8E4M3::from_f32);
+                let layer = QuantizedFp8::new(weight.clone(), vec![0.25], quantization(0.25));
+                (Dtype::F8_E4M3, layer, weight.mapv(|w| w.to_bits()))
+            }
+            Fp8::E5M2 => {
+                let weight = weight.mapv(F8E5M2::from_f32);
+                let layer = QuantizedFp8::new(weight.clone(), scales.clone(), quantization(0.25));
+                (Dtype::F8_E5M2, layer, weight.mapv(|w| w.to_bits()))
+            }
+        };
+        let mut layer = layer.bias(bias.clone()).groups(2).stride(2);
+        let weight_scale = match weight_type {
+            Fp8::E4M3 => ("weight_scale", one(0.25)),
+            Fp8::E5M2 => of_scales.clone(),
+        };
+        let weight = of_weight(dtype, weight.iter().copied().collect());
+        let mut tensors = vec![weight, weight_scale, of_bias.clone(), ("src_scale", one(0.25))];
+        if let Some(scale) = dst_scale {
+            tensors.push(("dst_scale", one(scale)));
+            layer = layer.dst(quantization(scale));
+        }
+        write(&tensors);
+        if !capable {
+            folder.npy("x.npy", &x);
+            refused(&folder, &arguments(rest), &["tensor cores multiply fp8 from 8.9 on"]);
+            continue;
+        }
+        let rounded = x.mapv(|x| f64::from(of_bits(bits(x / 0.25))));
+        let mut want = reference::forward_fp8(&layer, rounded.view(), None).unwrap();
+        if let Some(scale) = dst_scale {
+            want.mapv_inplace(|y| f64::from(scale * of_bits(bits(y as f32))));
+        }
+        check(rest, kernel, &want, 0.0);
+    }
+    folder.npy("x.npy", &x);
+    refused(&folder, &arguments(&["--per", "sample"]), &["--per", "src_scale"]);
+
+    // What fits no kind of layer.
+    let fp8 = of_weight(Dtype::F8_E4M3, vec![0; 12]);
+    let i32s = ("bias", (Dtype::I32, vec![4], vec![0; 16]));
+    let of_dst = ("dst_scale", one(1.0));
+    folder.npy("x.npy", &x.mapv(|x| x as u8));
+    for (tensors, words) in [
+        (vec![of_scales.clone()], "no tensor \"weight\""),
+        (
+            vec![("weight", f32s(&[4, 3], [0.0; 12]))],
+            "weight is F32, expected I8, F8_E4M3 or F8_E5M2",
+        ),
+        (vec![i8s.clone(), scale.clone(), zero_point.clone()], "no tensor \"weight_scale\""),
+        (vec![i8s.clone(), of_scales.clone(), scale.clone()], "no tensor \"src_zero_point\""),
+        (vec![i8s.clone(), of_scales.clone(), of_dst.clone()], "no tensor \"src_scale\""),
+        (vec![i8s.clone(), of_scales.clone(), i32s.clone()], "no tensor \"src_scale\""),
+        (
+            vec![i8s.clone(), of_scales.clone(), scale.clone(), zero_point, of_dst],
+            "no tensor \"dst_zero_point\"",
+        ),
+        (vec![i8s], "no tensor \"weight_scale\""),
+        (vec![fp8.clone(), of_scales.clone()], "no tensor \"src_scale\""),
+        (vec![fp8.clone(), of_scales.clone(), scale.clone(), i32s], "\"bias\" is I32 [4]"),
+        (vec![fp8, scale], "no tensor \"weight_scale\""),
+    ] {
+        write(&tensors);
+        refused(&folder, &arguments(&[]), &[words]);
+    }
+    refused(&folder, &arguments(&["--per", "channel"]), &["--per", "position, sample or tensor"]);
+    refused(&folder, &arguments(&["--activations", "f8"]), &["--activations", "e4m3 or e5m2"]);
+}
+
+/// Whether the first CUDA device multiplies 8-bit floats.
+#[cfg(feature = "cuda")]
+fn has_fp8() -> bool {
+    pointwise::CudaDevice::open(0).unwrap().compute_capability() >= (8, 9)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn has_fp8() -> bool {
+    false
 }

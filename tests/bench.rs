@@ -104,8 +104,36 @@ fn integers_are_rows_too() {
         assert!(numbers[..7].iter().all(|&x| x > 0.0) && numbers[6] <= 1.02, "{row:?}");
         assert!((0.0..=1.0).contains(&numbers[7]), "{row:?}");
     }
+    let verified = folder.bench(&["--dtype", "int8", "--verify"]);
+    let told = String::from_utf8(verified.stdout).expect("text");
+    let lines: Vec<_> = told.lines().collect();
+    let [a, b, all] = lines[..] else { panic!("{told}") };
+    assert!(a.starts_with("tiny a: largest error ") && b.starts_with("tiny b: "), "{told}");
+    // Both layouts of 5 x 20 channels at 2 x 3 positions, and of 6 at 4 x 5.
+    assert!(a.contains(" of 1200 values") && b.contains(" of 240 values"), "{told}");
+    assert!(all.starts_with("2 layers: ") && all.contains(" of 1440 values"), "{told}");
     let smooth = format!("{LAYERS}tiny,a,1,8,8,3,3,1,1,gelu\n");
     refused("int8_gelu", &smooth, &["--dtype", "int8"], &["tiny a", "gelu"]);
+}
+
+#[test]
+fn verification_says_how_large_errors_are() {
+    let layers = format!("{LAYERS}tiny,a,1,300,20,4,5,1,1,none\n");
+    let folder = Folder::new("verify", &layers);
+    for dtype in ["f32", "bf16"] {
+        let run = folder.bench(&["--verify", "--dtype", dtype]);
+        let told = String::from_utf8(run.stdout).expect("text");
+        let all = told.lines().last().unwrap_or_default();
+        let number = |before: &str| -> f64 {
+            let (_, rest) = all.split_once(before).unwrap_or_else(|| panic!("{told}"));
+            rest.split([' ', ',']).next().unwrap_or_default().parse().expect("a number")
+        };
+        assert!(all.starts_with("1 layers: ") && all.ends_with(", 800 values"), "{told}");
+        let (largest, mean) = (number("largest error "), number("mean "));
+        assert!(0.0 < mean && mean < largest && largest <= 1.0, "{told}");
+    }
+    refused("verify_csv", &layers, &["--verify", "--csv", "out.csv"], &["--verify", "--csv"]);
+    refused("verify_train", &layers, &["--verify", "--pass", "train"], &["--verify"]);
 }
 
 #[test]
@@ -232,18 +260,21 @@ fn a_wrong_value_anywhere_is_an_error() {
     // Five samples that repeat two.
     let right =
         ArrayD::from_shape_fn(IxDyn(&[5, 2, 1, 1]), |i| expected[[i[0] % 2, i[1], 0, 0]] as f32);
-    assert_eq!(verify::error(expected.view(), right.view(), tolerance), 0.0);
-    assert_eq!(verify::error(expected.view(), right.view(), 0.0), 0.0);
+    assert_eq!(verify::errors(expected.view(), right.view(), tolerance).max, 0.0);
+    assert_eq!(verify::errors(expected.view(), right.view(), 0.0).max, 0.0);
     for sample in 0..5 {
         for (value, least) in
             [(f32::NAN, f64::INFINITY), (f32::INFINITY, f64::INFINITY), (9.0, 1e5)]
         {
             let mut wrong = right.clone();
             wrong.index_axis_mut(Axis(0), sample)[[1, 0, 0]] = value;
-            let error = verify::error(expected.view(), wrong.view(), tolerance);
-            assert!(error >= least, "{error} for {value} in sample {sample}");
-            assert!(verify::error(expected.view(), wrong.view(), 0.0) == f64::INFINITY);
-            assert!(verify::error(expected.view(), wrong.view(), f64::NAN) == f64::INFINITY);
+            let errors = |tolerance| verify::errors(expected.view(), wrong.view(), tolerance);
+            let found = errors(tolerance);
+            assert!(found.max >= least, "{found:?} for {value} in sample {sample}");
+            assert_eq!((found.unequal, found.values), (1, 10));
+            // Alone among values that are right; a sum with NaN is NaN.
+            assert!(value.is_nan() && found.sum.is_nan() || found.sum == found.max, "{found:?}");
+            assert!(errors(0.0).max == f64::INFINITY && errors(f64::NAN).max == f64::INFINITY);
         }
     }
 }
@@ -252,7 +283,8 @@ fn a_wrong_value_anywhere_is_an_error() {
 fn a_wrong_integer_anywhere_is_an_error() {
     let expected = ArrayD::from_shape_fn(IxDyn(&[2, 1000]), |i| (i[1] % 256) as f64);
     let right = ArrayD::from_shape_fn(IxDyn(&[3, 1000]), |i| (i[1] % 256) as u8);
-    let error = |result: &ArrayD<u8>| verify::error_of_integers(expected.view(), result.view());
+    let errors = |result: &ArrayD<u8>| verify::errors_of_integers(expected.view(), result.view());
+    let error = |result: &ArrayD<u8>| errors(result).max;
     assert_eq!(error(&right), 0.0);
     for sample in 0..3 {
         let mut off = right.clone();
@@ -266,5 +298,9 @@ fn a_wrong_integer_anywhere_is_an_error() {
         }
         // Three of 3000 may be a step off, not four.
         assert!(error(&off) > 1.0);
+        let found = errors(&off);
+        assert_eq!((found.unequal, found.values, found.sum), (4, 3000, 4.0));
+        let both = verify::Errors::of_all([found, errors(&right)].into_iter());
+        assert_eq!((both.max, both.unequal, both.values), (found.max, 4, 6000));
     }
 }

@@ -216,7 +216,7 @@ fn quoted(text: &str) -> Option<(&str, &str)> {
 }
 
 /// A row-major array of zeros, or an error where an allocation would abort.
-pub fn zeros<T: Value>(shape: &[usize]) -> Result<ArrayD<T>> {
+pub fn zeros<T: Copy + Default>(shape: &[usize]) -> Result<ArrayD<T>> {
     let bytes = byte_count::<T>(shape).ok_or_else(|| format!("shape {shape:?} overflows"))?;
     let count = bytes / size_of::<T>() as u64;
     let mut values = Vec::new();

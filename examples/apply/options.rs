@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use pointwise::quantized::{Fp8, Per};
 use pointwise::{DType, Layout};
 
 /// Runs one pointwise (1x1) convolution layer from a checkpoint on a tensor:
@@ -16,8 +17,8 @@ pub struct Options {
     #[arg(long, value_name = "W.safetensors", required_unless_present = "quantized")]
     pub weights: Option<PathBuf>,
 
-    /// Instead of --weights: a layer of 8-bit integers (its tensors are listed below); input and
-    /// output are u8 or i8
+    /// Instead of --weights: a layer of 8-bit integers or floats (its tensors, and what input and
+    /// output hold, are listed below)
     #[arg(
         long,
         value_name = "Q.safetensors",
@@ -27,6 +28,16 @@ pub struct Options {
         ]
     )]
     pub quantized: Option<PathBuf>,
+
+    /// What shares a scale that the call finds, in a layer of integers without src_scale (default
+    /// position): the channels at each position, a sample or the tensor
+    #[arg(long, value_name = "position|sample|tensor", requires = "quantized", value_parser = per)]
+    pub per: Option<Per>,
+
+    /// What the source of a layer of 8-bit floats is rounded to, and its result if that is quantised
+    /// (default e4m3)
+    #[arg(long, value_name = "e4m3|e5m2", requires = "quantized", value_parser = fp8)]
+    pub activations: Option<Fp8>,
 
     /// Take weight and bias from NAME.weight and NAME.bias, as PyTorch calls them in a network
     #[arg(long, value_name = "NAME")]
@@ -151,14 +162,23 @@ Tensors of --gradients, F32, for what the layer has:
   d_src (d_src0, d_src1, … for several inputs), d_residual, d_gate; d_weight, d_bias, d_gamma,
   d_beta, d_slope, d_ln_gamma, d_ln_beta, d_src_scale, d_src_shift; running_mean, running_var
 
-Tensors of a layer of 8-bit integers (--quantized):
-  weight                      I8 [c_out, c_in / groups]
+Tensors of a layer of 8-bit numbers (--quantized); weight and src_scale tell which of three it is:
+  weight                      [c_out, c_in / groups], trailing axes of length 1 accepted
   weight_scale                F32 [c_out]
+of integers (weight is I8), from u8 or i8 to u8 or i8, or to f32 without dst_scale and dst_zero_point:
   bias                        I32 [c_out], optional
   src_scale, dst_scale        F32, one element
   src_zero_point, dst_zero_point
                               U8 or I8, one element, of the type of the input and of the output;
                                 where they are I32 or I64, both have the input's type
+of integers that the call makes of its source (weight is I8, no src_scale), from f32 to f32:
+  bias                        F32 [c_out], optional
+of floats (weight is F8_E4M3 or F8_E5M2), from f32 to f32: what is read is divided by src_scale and
+rounded to --activations, and a result with dst_scale is written as the numbers that it stands for:
+  weight_scale                or one element for all channels
+  bias                        F32 [c_out], optional
+  src_scale                   F32, one element
+  dst_scale                   F32, one element, optional
 
 An error is one line on stderr and exit code 1.
 
@@ -186,6 +206,23 @@ fn clip(text: &str) -> Result<(f32, f32), String> {
     match bounds {
         Some((lo, hi)) if lo <= hi => Ok((lo, hi)),
         _ => Err("expected LO,HI with LO <= HI".into()),
+    }
+}
+
+fn per(text: &str) -> Result<Per, String> {
+    match text {
+        "position" => Ok(Per::Position),
+        "sample" => Ok(Per::Sample),
+        "tensor" => Ok(Per::Tensor),
+        _ => Err("expected position, sample or tensor".into()),
+    }
+}
+
+fn fp8(text: &str) -> Result<Fp8, String> {
+    match text {
+        "e4m3" => Ok(Fp8::E4M3),
+        "e5m2" => Ok(Fp8::E5M2),
+        _ => Err("expected e4m3 or e5m2".into()),
     }
 }
 

@@ -54,17 +54,37 @@ fn create(path: &Path) -> Result<File> {
     File::create(path).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
+/// Says how far every layer's results are from the reference's.
+fn verify(bench: &Bench, table: &Table) -> Result<()> {
+    let mut stdout = io::stdout();
+    let mut all = Vec::new();
+    for layer in &table.layers {
+        let errors = bench
+            .verify(layer)
+            .map_err(|error| format!("{}:{}: {layer}: {error}", table.name, layer.line))?;
+        writeln!(stdout, "{layer}: {}", report::errors(&errors, bench.numbers))?;
+        all.extend(errors);
+    }
+    writeln!(stdout, "{} layers: {}", table.layers.len(), report::errors(&all, bench.numbers))?;
+    Ok(())
+}
+
 fn run(options: &Options) -> Result<()> {
     let table = match &options.layers {
         Some(path) => Table::read(path, options.batch)?,
         None => Table::built_in(options.batch)?,
     };
     if options.pass == Pass::Train
-        && (options.dtype != Numbers::Real(DType::F32) || !options.kernel.is_empty())
+        && (options.dtype != Numbers::Real(DType::F32)
+            || !options.kernel.is_empty()
+            || options.verify)
     {
-        return Err("--pass train takes f32 and no --kernel".into());
+        return Err("--pass train takes f32, no --kernel and no --verify".into());
     }
     let bench = Bench::new(options)?;
+    if options.verify {
+        return verify(&bench, &table);
+    }
     // Before minutes are spent on what cannot be kept.
     let mut csv: Box<dyn Write> = match options.csv.as_deref() {
         Some(path) if path != Path::new("-") => Box::new(create(path)?),

@@ -14,7 +14,7 @@ use pointwise::{CudaDevice, CudaTensor, DeviceElement};
 use crate::Result;
 use crate::layers::Layer;
 use crate::options::{Numbers, Options, Order};
-use crate::verify;
+use crate::verify::{self, Errors};
 
 /// Samples of the roof per layer, each followed by two turns of every contender.
 pub const SAMPLES: usize = 5;
@@ -73,8 +73,7 @@ pub struct Row {
     pub min: f64,
     pub cost: Cost,
     pub roof: Roof,
-    /// A multiple of the tolerance.
-    pub max_err: f64,
+    pub errors: Errors,
     roof_is_measured: bool,
 }
 
@@ -98,7 +97,7 @@ impl Row {
             min,
             cost,
             roof,
-            max_err: 0.0,
+            errors: Errors::default(),
             roof_is_measured,
         }
     }
@@ -172,12 +171,7 @@ impl Bench {
     /// # Errors
     /// A result that is wrong, a kernel that the device does not have, the device's errors.
     pub fn measure(&self, layer: &Layer) -> Result<Outcome> {
-        let (mut contenders, notes) = match self.numbers {
-            Numbers::Real(DType::F16) => self.contenders_as::<f16>(layer)?,
-            Numbers::Real(DType::Bf16) => self.contenders_as::<bf16>(layer)?,
-            Numbers::Real(_) => self.contenders_as::<f32>(layer)?,
-            Numbers::Int8 => self.contenders_of_integers(layer)?,
-        };
+        let (mut contenders, notes) = self.contenders(layer)?;
         let mut rows = Vec::new();
         for _ in 0..2 {
             contenders.iter_mut().try_for_each(Contender::verify)?;
@@ -185,13 +179,32 @@ impl Bench {
             // What was timed has to be right as well.
             for (contender, row) in contenders.iter_mut().zip(&mut rows) {
                 contender.check()?;
-                row.max_err = contender.err;
+                row.errors = contender.errors;
             }
             if rows.iter().all(|row| row.wrong_roof().is_none()) {
                 break;
             }
         }
         Ok(Outcome { rows, notes })
+    }
+
+    /// The errors of each contender's result; nothing is timed.
+    ///
+    /// # Errors
+    /// As [`measure`](Self::measure).
+    pub fn verify(&self, layer: &Layer) -> Result<Vec<Errors>> {
+        let (mut contenders, _) = self.contenders(layer)?;
+        contenders.iter_mut().try_for_each(Contender::verify)?;
+        Ok(contenders.iter().map(|contender| contender.errors).collect())
+    }
+
+    fn contenders(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
+        match self.numbers {
+            Numbers::Real(DType::F16) => self.contenders_as::<f16>(layer),
+            Numbers::Real(DType::Bf16) => self.contenders_as::<bf16>(layer),
+            Numbers::Real(_) => self.contenders_as::<f32>(layer),
+            Numbers::Int8 => self.contenders_of_integers(layer),
+        }
     }
 
     fn contenders_as<T: Value>(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
@@ -233,7 +246,7 @@ impl Bench {
                     forced: kernel.is_some(),
                     cost: prepared.cost(&[n, c_in, h, w])?,
                     layer: Box::new(Real { prepared, tensors, expected, tolerance }),
-                    err: 0.0,
+                    errors: Errors::default(),
                 });
             }
         }
@@ -271,7 +284,7 @@ impl Bench {
                 min: times[0],
                 cost: contender.cost,
                 roof,
-                max_err: contender.err,
+                errors: contender.errors,
                 roof_is_measured: self.device_name == "cpu",
             }
         };
@@ -340,8 +353,8 @@ pub trait Timed {
     /// Some calls, one after another, and until the last has ended.
     fn run(&mut self, calls: usize) -> Result<()>;
 
-    /// The largest error of the result, as a multiple of the tolerance.
-    fn error(&self) -> Result<f64>;
+    /// The result's, as multiples of the tolerance.
+    fn errors(&self) -> Result<Errors>;
 
     /// How long the calls last that are timed as one.
     fn enough(&self) -> Duration {
@@ -356,8 +369,8 @@ pub struct Contender {
     pub forced: bool,
     pub cost: Cost,
     pub layer: Box<dyn Timed>,
-    /// The largest error so far, as a multiple of the tolerance.
-    pub err: f64,
+    /// Those of the worst result so far.
+    pub errors: Errors,
 }
 
 impl Contender {
@@ -370,14 +383,16 @@ impl Contender {
 
     /// Checks the result as it stands.
     fn check(&mut self) -> Result<()> {
-        let err = self.layer.error()?;
-        self.err = self.err.max(err);
+        let errors = self.layer.errors()?;
+        if errors.max >= self.errors.max {
+            self.errors = errors;
+        }
         // Written so that NaN fails.
-        if err <= 1.0 {
+        if errors.max <= 1.0 {
             return Ok(());
         }
         let (order, kernel) = (self.order.name(), self.kernel);
-        Err(format!("{order} with {kernel} is wrong by {err:.3} times the tolerance"))?
+        Err(format!("{order} with {kernel} is wrong by {:.3} times the tolerance", errors.max))?
     }
 
     /// Times calls for a while.
@@ -459,12 +474,12 @@ impl<T: Value> Timed for Real<T> {
         Ok(())
     }
 
-    fn error(&self) -> Result<f64> {
+    fn errors(&self) -> Result<Errors> {
         let (expected, tolerance) = (self.expected.view(), self.tolerance);
         Ok(match &self.tensors {
-            Tensors::Host { dst, .. } => verify::error(expected, dst.view().into_dyn(), tolerance),
+            Tensors::Host { dst, .. } => verify::errors(expected, dst.view().into_dyn(), tolerance),
             #[cfg(feature = "cuda")]
-            Tensors::Cuda { dst, .. } => verify::error(expected, dst.to_host()?.view(), tolerance),
+            Tensors::Cuda { dst, .. } => verify::errors(expected, dst.to_host()?.view(), tolerance),
         })
     }
 

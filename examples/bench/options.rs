@@ -27,6 +27,10 @@ pub struct Options {
     #[arg(long, value_enum, default_value = "forward")]
     pub pass: Pass,
 
+    /// Verify only: a line for each layer, and nothing is timed
+    #[arg(long, conflicts_with_all = ["csv", "plot"])]
+    pub verify: bool,
+
     /// The type of the tensors' values; the roof is that of the fastest products of it (bf16, int8)
     /// that the CPU has. int8: u8 in and out, i8 weights, on the CPU, none, relu or relu6 as act
     #[arg(

@@ -10,7 +10,7 @@ use pointwise::{PrepareOptions, reference};
 use crate::Result;
 use crate::layers::Layer;
 use crate::measure::{Bench, Contender, DISTINCT, Timed, in_order, values};
-use crate::verify;
+use crate::verify::{self, Errors};
 
 impl Bench {
     pub fn contenders_of_integers(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
@@ -45,7 +45,7 @@ impl Bench {
                     forced: kernel.is_some(),
                     cost: prepared.cost(src.shape())?,
                     layer: Box::new(Integers { prepared, src, dst, expected }),
-                    err: 0.0,
+                    errors: Errors::default(),
                 });
             }
         }
@@ -78,7 +78,7 @@ impl Timed for Integers {
         Ok(())
     }
 
-    fn error(&self) -> Result<f64> {
-        Ok(verify::error_of_integers(self.expected.view(), self.dst.view().into_dyn()))
+    fn errors(&self) -> Result<Errors> {
+        Ok(verify::errors_of_integers(self.expected.view(), self.dst.view().into_dyn()))
     }
 }

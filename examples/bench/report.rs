@@ -8,6 +8,8 @@ use csv::Writer;
 use crate::Result;
 use crate::layers::Layer;
 use crate::measure::{Bench, Row};
+use crate::options::Numbers;
+use crate::verify::Errors;
 
 const COLUMNS: [&str; 23] = [
     "model",
@@ -54,7 +56,7 @@ pub fn line(layer: &Layer, row: &Row, bench: &Bench) -> Result<String> {
         format!("{:.2}", row.roof.flops_per_second / 1e9),
         format!("{:.2}", row.roof.bytes_per_second / 1e9),
         format!("{:.4}", row.peak_fraction()),
-        format!("{:.4}", row.max_err),
+        format!("{:.4}", row.errors.max),
     ];
     let [median, min, gflops, gbps, fma_peak, roof_bw, fraction, max_err] =
         numbers.each_ref().map(String::as_str);
@@ -124,8 +126,22 @@ pub fn summary(rows: &[(&Layer, Row)], bench: &Bench) -> String {
             );
         }
     }
-    if let Some((layer, row)) = rows.iter().max_by(|a, b| a.1.max_err.total_cmp(&b.1.max_err)) {
-        let _ = writeln!(out, "largest error {:.3} of the tolerance, {layer}", row.max_err);
+    let worst = rows.iter().max_by(|a, b| a.1.errors.max.total_cmp(&b.1.errors.max));
+    if let Some((layer, _)) = worst {
+        let all: Vec<_> = rows.iter().map(|(_, row)| row.errors).collect();
+        let _ = writeln!(out, "{}; the largest in {layer}", errors(&all, bench.numbers));
     }
     out
+}
+
+/// The errors of some results in words.
+pub fn errors(all: &[Errors], numbers: Numbers) -> String {
+    let Errors { max, sum, unequal, values } = Errors::of_all(all.iter().copied());
+    let largest = format!("largest error {max:.3} of the tolerance");
+    match numbers {
+        // A step of training counts no values.
+        _ if values == 0 => largest,
+        Numbers::Real(_) => format!("{largest}, mean {:.5}, {values} values", sum / values as f64),
+        Numbers::Int8 => format!("{largest}, {unequal} of {values} values are a step off"),
+    }
 }

@@ -72,7 +72,7 @@ impl Bench {
             rows = self.time_steps(&mut contenders, cost)?;
             for (contender, row) in contenders.iter_mut().zip(&mut rows) {
                 contender.verify(&want, n / distinct)?;
-                row.max_err = contender.err;
+                row.errors.max = contender.err;
             }
             if rows.iter().all(|row| row.wrong_roof().is_none()) {
                 break;
@@ -154,7 +154,7 @@ impl Contender {
         for (name, got, want) in all {
             let largest = want.iter().fold(0.0f64, |a, b| a.max(b.abs()));
             let tolerance = f64::from(f32::EPSILON) * terms as f64 * largest.max(1.0);
-            let err = verify::error(want.view(), got.view(), tolerance);
+            let err = verify::errors(want.view(), got.view(), tolerance).max;
             self.err = self.err.max(err);
             // Infinite where a value is not a number.
             if err > 1.0 {

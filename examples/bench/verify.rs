@@ -30,39 +30,69 @@ pub fn tolerance(
     weight * src * products * eps + eps_out * largest(&mut expected.iter().copied())
 }
 
-/// The largest error as a multiple of the tolerance; infinite where a value is not a number.
+/// How far the values of a result are from the reference's.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Errors {
+    /// The largest, as a multiple of the tolerance; infinite where a value is not a number.
+    pub max: f64,
+    /// All of them together: multiples of the tolerance, or steps of integers.
+    pub sum: f64,
+    /// Values that are not equal to the reference's.
+    pub unequal: usize,
+    pub values: usize,
+}
+
+impl Errors {
+    fn add(&mut self, error: f64) {
+        // A maximum would pass over NaN.
+        self.max = if error.is_nan() { f64::INFINITY } else { error.max(self.max) };
+        self.sum += error;
+        self.unequal += usize::from(error != 0.0);
+        self.values += 1;
+    }
+
+    /// Of several results.
+    pub fn of_all(all: impl Iterator<Item = Errors>) -> Errors {
+        all.fold(Errors::default(), |a, b| Errors {
+            max: a.max.max(b.max),
+            sum: a.sum + b.sum,
+            unequal: a.unequal + b.unequal,
+            values: a.values + b.values,
+        })
+    }
+}
+
+/// The errors as multiples of the tolerance.
 ///
 /// `expected` holds the first samples, of which the others are repetitions in the same order.
-pub fn error<T: Element>(
+pub fn errors<T: Element>(
     expected: ArrayViewD<'_, f64>,
     result: ArrayViewD<'_, T>,
     tolerance: f64,
-) -> f64 {
+) -> Errors {
     let distinct = expected.len_of(Axis(0));
-    let mut largest = 0.0f64;
+    let mut errors = Errors::default();
     for (i, sample) in result.axis_iter(Axis(0)).enumerate() {
         for (want, got) in expected.index_axis(Axis(0), i % distinct).iter().zip(sample) {
             let error = (want - f64::from(got.to_f32())).abs();
             // Equal values are right even where nothing is tolerated.
-            let error = if error == 0.0 { 0.0 } else { error / tolerance };
-            // A maximum would pass over NaN.
-            largest = if error.is_nan() { f64::INFINITY } else { error.max(largest) };
+            errors.add(if error == 0.0 { 0.0 } else { error / tolerance });
         }
     }
-    largest
+    errors
 }
 
 /// The same of integers, of which none may be off by more than a step, and one of 1000 (or a single
 /// one) by a step.
-pub fn error_of_integers(expected: ArrayViewD<'_, f64>, result: ArrayViewD<'_, u8>) -> f64 {
+pub fn errors_of_integers(expected: ArrayViewD<'_, f64>, result: ArrayViewD<'_, u8>) -> Errors {
     let distinct = expected.len_of(Axis(0));
-    let (mut largest, mut unequal) = (0.0f64, 0usize);
+    let mut errors = Errors::default();
     for (i, sample) in result.axis_iter(Axis(0)).enumerate() {
         for (want, &got) in expected.index_axis(Axis(0), i % distinct).iter().zip(sample) {
-            let error = (want - f64::from(got)).abs();
-            unequal += usize::from(error != 0.0);
-            largest = if error.is_nan() { f64::INFINITY } else { error.max(largest) };
+            errors.add((want - f64::from(got)).abs());
         }
     }
-    largest.max(unequal as f64 / (result.len() / 1000).max(1) as f64)
+    let most = (result.len() / 1000).max(1);
+    errors.max = errors.max.max(errors.unequal as f64 / most as f64);
+    errors
 }

@@ -320,6 +320,14 @@ impl Layer {
         let residual = residual.map(Operand::new);
         // All kernels give the same sums: exact ones, or those of the same slabs in the same order.
         let kernel = self.choose(positions(shape));
+        // Before anything is queued.
+        match place {
+            Place::Host => staging::check_capture(&self.device)?,
+            _ if self.weights.per.is_some() => self
+                .device
+                .check_capture("a layer that quantises its source", "the bytes of the source")?,
+            _ => {}
+        }
         if place != Place::Host {
             return self.device.ordered(streams.into_iter().flatten(), || {
                 let reaches = self.reaches(extents[0])?;
@@ -402,24 +410,11 @@ impl Layer {
             Some(Per::Sample) => (samples, 1),
             Some(Per::Position) | None => return Ok(None),
         };
-        self.check_capture()?;
         let bytes = checked_product("ranges of a source", &[count, PAIR as usize])?;
         let mut memory = Buffer::new(&self.device, "the ranges of a source", bytes)?;
         memory.fill(0)?;
         let pairs = Tensor { address: memory.address(), channel: 0, axes: [stride, 0, 0, 0] };
         Ok(Some(Reaches { pairs, _memory: memory }))
-    }
-
-    fn check_capture(&self) -> Result<()> {
-        if self.device.is_capturing()? && !self.device.has_pools() {
-            return Err(Error::Unsupported {
-                device: self.device.to_string(),
-                what: "capturing a layer that quantises its source in a graph: the device has no \
-                       memory pools, from which the graph would take the bytes"
-                    .into(),
-            });
-        }
-        Ok(())
     }
 
     /// Widens reaches by those of a source.
@@ -458,7 +453,6 @@ impl Layer {
         if self.weights.per.is_none() {
             return self.multiply(kernel, call, types);
         }
-        self.check_capture()?;
         let Call { groups, depth, extents: [n, d, h, w], .. } = *call;
         let what = "bytes of a source";
         let sizes = [n, d, h, w].map(|len| len as usize);

@@ -110,13 +110,8 @@ pub(crate) fn run<'l, T: Element>(
             let sizes = [positions, widest, size_of::<T>()];
             let half = checked_product("what lies between two layers", &sizes)?;
             let half = half.next_multiple_of(staging::ALIGNMENT);
-            if half > 0 && device.is_capturing()? && !device.has_pools() {
-                return Err(Error::Unsupported {
-                    device: device.to_string(),
-                    what: "capturing a sequence in a graph: the device has no memory pools, from \
-                           which the graph would take what lies between the layers"
-                        .into(),
-                });
+            if half > 0 {
+                device.check_capture("a sequence", "what lies between the layers")?;
             }
             // Given back in stream order; in a capture both are part of the graph.
             let memory = Buffer::new(device, "what lies between a sequence's layers", 2 * half)?;

@@ -50,6 +50,9 @@ pub(crate) struct Facts {
     pub sm75: bool,
     pub l2_bytes: u64,
     pub memory_bytes: u64,
+    /// Shared memory of a multiprocessor, and what the driver takes of it beside a block's own.
+    pub shared_bytes: u32,
+    pub shared_per_block: u32,
     /// Ceilings of arithmetic and memory, computed from clocks and widths.
     pub roof: Roof,
 }
@@ -326,6 +329,22 @@ impl CudaDevice {
     /// Whether memory can be allocated in stream order, in a capture too.
     pub(super) fn has_pools(&self) -> bool {
         self.shared.context.has_async_alloc()
+    }
+
+    /// # Errors
+    /// [`Error::Unsupported`] while a graph is captured that could not take `memory` for `what`: the device
+    /// has no pools.
+    pub(super) fn check_capture(&self, what: impl fmt::Display, memory: &str) -> Result<()> {
+        if !self.is_capturing()? || self.has_pools() {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            device: self.to_string(),
+            what: format!(
+                "capturing {what} in a graph: the device has no memory pools, from which the graph would \
+                 take {memory}"
+            ),
+        })
     }
 
     pub(crate) fn facts(&self) -> &Facts {
@@ -773,6 +792,12 @@ impl Facts {
             sm75: false,
             l2_bytes: optional(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) as u64,
             memory_bytes: context.total_mem().map_err(failed("cuDeviceTotalMem"))? as u64,
+            shared_bytes: needed(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+            )?,
+            shared_per_block: needed(
+                Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK,
+            )?,
             roof: roof(compute_capability, multiprocessors, clock, memory_clock, bus),
         })
     }

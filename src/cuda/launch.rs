@@ -512,29 +512,18 @@ pub(super) unsafe fn launch(
         let place = scratch.room(device, need)?;
         return queue(choice.splits, Some(place));
     }
-    match device.has_pools() {
-        true => in_graph(device, need, |place| queue(choice.splits, Some(place))),
+    if moments == Need::default() && !device.has_pools() {
         // Nothing can be allocated for the graph alone.
-        false if moments == Need::default() => queue(1, None),
-        false => Err(Error::Unsupported {
-            device: device.to_string(),
-            what: "capturing a layer norm over all positions in a graph: the device has no memory \
-                   pools, from which the graph would take the moments"
-                .into(),
-        }),
+        return queue(1, None);
     }
+    device.check_capture("a layer norm over all positions", "the moments")?;
+    in_graph(device, need, |place| queue(choice.splits, Some(place)))
 }
 
 /// Memory for the f32 values of a call's dst, with its order of axes.
 fn sums_beside(device: &CudaDevice, call: &Call) -> Result<(Tensor, Buffer)> {
-    if device.is_capturing()? && !device.has_pools() {
-        return Err(Error::Unsupported {
-            device: device.to_string(),
-            what: "capturing a layer norm of 16-bit tensors in a graph: the device has no memory \
-                   pools, from which the graph would take the values before they are normalised"
-                .into(),
-        });
-    }
+    device
+        .check_capture("a layer norm of 16-bit tensors", "the values before they are normalised")?;
     let channels = u64::from(call.groups) * u64::from(call.rows);
     let extents = call.extents.map(|extent| extent as usize);
     let positions = checked_product("positions", &extents)?;

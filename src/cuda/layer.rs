@@ -338,16 +338,10 @@ impl Layer {
         if count <= MAX_SOURCES {
             return Ok(None);
         }
-        if self.device.is_capturing()? && !self.device.has_pools() {
-            return Err(Error::Unsupported {
-                device: self.device.to_string(),
-                what: format!(
-                    "capturing a concatenation of {count} sources in a graph: a launch takes \
-                     {MAX_SOURCES}, and the device has no memory pools, from which the graph would \
-                     take the room to put the others together"
-                ),
-            });
-        }
+        self.device.check_capture(
+            format_args!("a concatenation of {count} sources (a launch takes {MAX_SOURCES})"),
+            "the room to put the others together",
+        )?;
         let rest = || problem.sources().skip(MAX_SOURCES - 1);
         let channels = rest().map(|source| source.channels).sum();
         let sizes = call.extents.map(|extent| extent as usize);

@@ -436,11 +436,18 @@ impl ByteKernel {
         rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
     }
 
+    /// Tiles that a multiprocessor works on at a time: no more than its shared memory holds.
+    fn at_once(&self, facts: &Facts) -> u64 {
+        let bytes = self.shared_bytes + facts.shared_per_block;
+        let fit = facts.shared_bytes / bytes.max(1);
+        self.blocks_per_sm.min(fit).max(1).into()
+    }
+
     /// As [`Kernel::estimate`], with weights computed from data sheets: operands are a quarter of
     /// f32's.
     fn estimate(&self, problem: &Letters, facts: &Facts) -> f64 {
         let tiles = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
-        let at_once = u64::from(self.blocks_per_sm);
+        let at_once = self.at_once(facts);
         let last = match tiles % at_once {
             0 => 0.0,
             tiles => (tiles as f64).max(0.3 * at_once as f64),
@@ -559,6 +566,8 @@ mod tests {
             sm80: true,
             l2_bytes: 40 << 20,
             memory_bytes: 40 << 30,
+            shared_bytes: 164 << 10,
+            shared_per_block: 1 << 10,
             roof: Roof { flops_per_second: 1.95e13, bytes_per_second: 1.5e12 },
         }
     }
@@ -692,6 +701,32 @@ mod tests {
             assert_eq!(family(&older, DType::Bf16, invariant), Family::Simt);
             assert_eq!(family(&without, DType::F16, invariant), Family::Simt);
         }
+    }
+
+    #[test]
+    fn kernels_of_bytes_share_a_multiprocessor_as_its_shared_memory_allows() {
+        let facts = |kib: u32, shared_per_block| Facts {
+            multiprocessors: 40,
+            shared_bytes: kib << 10,
+            shared_per_block,
+            ..facts()
+        };
+        let at_once = |kernels: &[ByteKernel], facts: &Facts| -> Vec<u64> {
+            kernels.iter().map(|kernel| kernel.at_once(facts)).collect()
+        };
+        let (turing, ampere, ada) = (facts(64, 0), facts(164, 1024), facts(100, 1024));
+        assert_eq!(at_once(INT8_KERNELS, &turing), [1, 1]);
+        assert_eq!(at_once(INT8_KERNELS, &ampere), [2, 4]);
+        assert_eq!(at_once(INT8_KERNELS, &ada), [1, 2]);
+        assert_eq!(at_once(FP8_KERNELS, &ada), [1, 2]);
+        assert_eq!(at_once(FP8_KERNELS, &facts(228, 1024)), [1, 3]);
+        // Two large tiles on the busiest multiprocessor, or five small ones: the last of these has it for
+        // itself, which costs nothing where there is no room for four.
+        let problem =
+            Letters { groups: 1, rows: 128, depth: 1 << 15, positions: 6000, channels_fast: false };
+        let chosen = |facts: &Facts| INT8_KERNELS[choose_bytes(INT8_KERNELS, &problem, facts)].name;
+        assert_eq!(chosen(&turing), "fprop_i8_mma_64x64x64");
+        assert_eq!(chosen(&ampere), "fprop_i8_mma_128x128x64");
     }
 
     #[test]

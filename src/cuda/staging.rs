@@ -134,14 +134,7 @@ pub(super) unsafe fn run<T: Moved, R: Moved, O: Moved>(
     call: &HostCall<'_, T, R, O>,
     compute: impl FnMut(&Slice) -> Result<()>,
 ) -> Result<()> {
-    if device.is_capturing()? {
-        return Err(Error::Unsupported {
-            device: device.to_string(),
-            what: "a call on host tensors while its stream is captured in a graph: it waits for \
-                   its result; use device tensors"
-                .into(),
-        });
-    }
+    check_capture(device)?;
     let kept = device.idle_staging().pop();
     let mut staging = match kept {
         Some(staging) => staging,
@@ -154,6 +147,20 @@ pub(super) unsafe fn run<T: Moved, R: Moved, O: Moved>(
     }
     device.idle_staging().push(staging);
     outcome
+}
+
+/// # Errors
+/// [`Error::Unsupported`] while the stream is captured.
+pub(super) fn check_capture(device: &CudaDevice) -> Result<()> {
+    if !device.is_capturing()? {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        device: device.to_string(),
+        what: "a call on host tensors while its stream is captured in a graph: it waits for its \
+               result; use device tensors"
+            .into(),
+    })
 }
 
 /// Two slices' memory, and the streams that copy beside the one that computes. One call at a time

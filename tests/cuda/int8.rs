@@ -1,7 +1,7 @@
 //! Layers of 8-bit integers: the CPU's bits, by every kernel, in every layout and type.
 
 use ndarray::{Array2, Array4, Array5};
-use pointwise::cudarc::driver::sys;
+use pointwise::cudarc::driver::{CudaGraph, sys};
 use pointwise::quantized::{DynamicQuantized, Int8, Per, PreparedQuantized, QuantizedElement};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, PrepareOptions, Quantization, Quantized};
 use pointwise::{bf16, f16};
@@ -375,10 +375,17 @@ fn captured(device: &CudaDevice) -> Outcome {
     graph.launch().map_err(code)?;
     assert!(dst.to_host()? == expected);
 
-    // What is quantised in the call takes memory nodes.
+    // What is quantised in the call takes memory nodes; a call on host tensors is refused before it
+    // queues any.
     let layer =
         dynamic_layer(&mut random, &case, Per::Sample, false).prepare(&own.clone().into())?;
-    let src = CudaTensor::from_host(&own, random.tensor(case.src_shape()).view())?;
+    let on_host = random.tensor(case.src_shape());
+    own.stream().begin_capture(mode).map_err(code)?;
+    let refused = layer.forward::<f32, f32, _>(&on_host);
+    let graph = own.stream().end_capture(sys::CUgraphInstantiate_flags(0)).map_err(code)?;
+    assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+    assert_eq!(graph.map_or(0, |graph| nodes(&graph)), 0);
+    let src = CudaTensor::from_host(&own, on_host.view())?;
     let expected = layer.forward_cuda::<f32, f32>(&src)?.to_host()?;
     let mut dst = CudaTensor::<f32>::zeros(&own, &case.dst_shape())?;
     own.stream().begin_capture(mode).map_err(code)?;
@@ -386,15 +393,26 @@ fn captured(device: &CudaDevice) -> Outcome {
     let graph = own.stream().end_capture(sys::CUgraphInstantiate_flags(0)).map_err(code)?;
     if !own.stream().context().has_async_alloc() {
         assert!(matches!(queued, Err(Error::Unsupported { .. })), "{queued:?}");
+        assert_eq!(graph.map_or(0, |graph| nodes(&graph)), 0);
         return Ok(());
     }
     queued?;
     let graph = graph.ok_or("nothing was captured")?;
+    assert!(nodes(&graph) > 0);
     for _ in 0..2 {
         graph.launch().map_err(code)?;
         assert!(dst.to_host()? == expected);
     }
     Ok(())
+}
+
+fn nodes(graph: &CudaGraph) -> usize {
+    let mut count = 0;
+    // SAFETY: the graph is one; without room for nodes only their number is asked for.
+    let code =
+        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &raw mut count) };
+    assert_eq!(code, sys::cudaError_enum::CUDA_SUCCESS);
+    count
 }
 
 fn plans(device: &CudaDevice) -> Outcome {
