@@ -252,7 +252,9 @@ fn check<T: Element>(
         let held = name == "dst" || name.starts_with("d_");
         for (i, (&got, &want)) in got.iter().zip(&want).enumerate() {
             let most = unit + if held { rounding::<T>(want.abs() + unit) } else { 0.0 };
-            if got != want && !((got - want).abs() <= most) {
+            // NaN is close to nothing.
+            let close = got == want || (got - want).abs() <= most;
+            if !close {
                 return Err(format!(
                     "{name}[{i}] = {got} instead of {want}, allowed are {most:.1e}"
                 ));
