@@ -23,7 +23,7 @@ use safetensors::tensor::TensorView;
 use trials::{cuda, trial};
 
 fn main() -> ExitCode {
-    let anywhere: [(_, fn()); 12] = [
+    let anywhere: [(_, fn()); 13] = [
         ("results_are_pytorchs", || results_are_pytorchs("cpu", 1)),
         ("half_precision_checkpoints_are_read_exactly", half_precision_checkpoints),
         ("a_dtype_of_16_bits_rounds_the_result", || sixteen_bits("cpu")),
