@@ -236,7 +236,7 @@ pub fn error_of(
 }
 
 /// Products that the sums of a layer's passes have in all.
-fn terms(layer: &Pointwise, dst: &[usize]) -> usize {
+pub fn terms(layer: &Pointwise, dst: &[usize]) -> usize {
     layer.c_in() + layer.c_out() + dst.iter().product::<usize>() / dst[1].max(1)
 }
 
