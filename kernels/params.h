@@ -85,7 +85,7 @@ enum pw_flags {
     PW_FLAG_CHANNELS_FAST = 4, /* for kernels which have no layout in their name: norm, copy, bytes */
     PW_FLAG_DST_VEC8 = 8,
     PW_FLAG_RESIDUAL_VEC8 = 16,
-    PW_FLAG_DST_F32 = 32 /* dst is f32 whatever the kernel's dtype, for the norm kernel to read */
+    PW_FLAG_DST_F32 = 32 /* dst is f32 whatever the kernel's dtype: what is normalised, or the values of training */
 };
 
 struct pw_axis {
@@ -240,13 +240,17 @@ struct pw_bytes {
 #define PW_WGRAD_THREADS 256
 #define PW_WGRAD_TILE 64
 #define PW_WGRAD_SLAB 16
+/* The same on tensor cores, whose tiles are in the kernels' names. */
+#define PW_WGRAD_MMA_SLAB 32
 
 struct pw_part {
-    float *data;
+    void *data;
     int64_t channel;            /* strides of the channel axis and of the axes of the positions */
     int64_t axes[PW_MAX_AXES];
     uint32_t begin;             /* the rows that it has */
     uint32_t end;
+    enum pw_element element;      /* PW_F32, PW_F16 or PW_BF16 */
+    uint32_t reserved;
 };
 
 /* One stage, its arrays per row. PW_OP_AFFINE is (x - first) * second + third, PW_OP_PRELU has slopes
@@ -327,8 +331,8 @@ struct pw_wgrad {
     uint32_t rows;                /* of a group */
     uint32_t depth;
     uint32_t splits;
-    uint32_t d_channels_fast;
-    uint32_t src_channels_fast;
+    enum pw_read d_read;          /* with the conditions of a source's, for channels: of a group's */
+    enum pw_read src_read;
     uint32_t reserved;
 };
 
@@ -345,7 +349,7 @@ struct pw_wgrad_sum {
 static_assert(sizeof(struct pw_step) == 32, "pw_step is laid out as Rust believes");
 static_assert(sizeof(struct pw_axis) == 40, "pw_axis is laid out as Rust believes");
 static_assert(sizeof(struct pw_source) == 64, "pw_source is laid out as Rust believes");
-static_assert(sizeof(struct pw_part) == 56, "pw_part is laid out as Rust believes");
+static_assert(sizeof(struct pw_part) == 64, "pw_part is laid out as Rust believes");
 static_assert(sizeof(struct pw_stage) == 56, "pw_stage is laid out as Rust believes");
 static_assert(sizeof(struct pw_sweep) <= 4000, "launch parameters have 4 KiB");
 static_assert(sizeof(struct pw_fprop) == 1792, "pw_fprop is laid out as Rust believes");

@@ -25,13 +25,14 @@ struct PositionTable {
     int64_t gate[kPositions];
 };
 
-// Whether neighbouring threads take neighbouring channels of a source.
-__device__ inline bool reads_channels(const pw_source& source) {
+// Whether neighbouring threads take neighbouring channels.
+__device__ inline bool along_channels(pw_read read) {
     static_assert(PW_READ_CHANNELS % 2 == 1 && PW_READ_CHANNELS_VEC4 % 2 == 1 &&
                       PW_READ_CHANNELS_VEC8 % 2 == 1 && PW_READ_CHANNELS_VEC16 % 2 == 1,
                   "the lowest bit says so");
-    return source.read % 2 == 1;
+    return read % 2 == 1;
 }
+__device__ inline bool reads_channels(const pw_source& source) { return along_channels(source.read); }
 
 // Neighbouring input channels of a tile that one source has.
 struct Run {

@@ -7,6 +7,8 @@ pub use half::{bf16, f16};
 
 use crate::compose::Between;
 use crate::cpu::Stored;
+#[cfg(feature = "cuda")]
+use crate::cuda::DeviceElement as Held;
 use crate::error::{Error, Result};
 
 /// The type of a tensor's elements.
@@ -82,7 +84,9 @@ impl FromStr for DType {
 /// Sums and all that follows them are f32 whatever the type; a result is rounded once, to the
 /// nearest, ties to even.
 #[expect(private_bounds, reason = "sealed: a backend has to know the type")]
-pub trait Element: Between + Stored + Copy + Default + fmt::Debug + Send + Sync + 'static {
+pub trait Element:
+    Between + Stored + Held + Copy + Default + fmt::Debug + Send + Sync + 'static
+{
     /// The type as a value.
     const DTYPE: DType;
 
@@ -92,6 +96,13 @@ pub trait Element: Between + Stored + Copy + Default + fmt::Debug + Send + Sync 
     /// The same value.
     fn to_f32(self) -> f32;
 }
+
+/// What tensors on a device may hold, where there are devices.
+#[cfg(not(feature = "cuda"))]
+trait Held {}
+
+#[cfg(not(feature = "cuda"))]
+impl<T> Held for T {}
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;

@@ -46,6 +46,8 @@ mod tensor_cores;
 mod traffic;
 #[path = "cuda/train.rs"]
 mod train;
+#[path = "cuda/train_half.rs"]
+mod train_half;
 #[path = "common/training.rs"]
 mod training;
 #[path = "cuda/tuning.rs"]
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         fp8::TRIALS,
         golden::TRIALS,
         train::TRIALS,
+        train_half::TRIALS,
         tuning::TRIALS,
         driver::TRIALS,
     ]

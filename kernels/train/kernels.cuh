@@ -4,6 +4,7 @@
 #include "norm.cuh"
 #include "sweep.cuh"
 #include "wgrad.cuh"
+#include "wgrad_mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(PW_SWEEP_THREADS)
     train_moments_f32_32x8(const __grid_constant__ pw_sweep p) {
@@ -52,6 +53,24 @@ extern "C" __global__ void __launch_bounds__(PW_WGRAD_THREADS)
     __shared__ WgradShared shared;
     wgrad(p, shared, blockIdx.x);
 }
+
+// wgrad_{dtype}_{isa}_{rows}x{columns}x{positions}. As of fprop, a launch brings the shared memory.
+#define PW_WGRAD_MMA(dtype, rows, columns, warp_rows, warp_columns, stages, blocks, bytes)      \
+    extern "C" __global__ void __launch_bounds__(                                                 \
+        32 * (rows) / (warp_rows) * (columns) / (warp_columns), blocks)                           \
+        wgrad_##dtype##_mma_##rows##x##columns##x32(const __grid_constant__ pw_wgrad p) {      \
+        using Tile = WgradTile<dtype, rows, columns, warp_rows, warp_columns, stages>;             \
+        static_assert(sizeof(WgradMmaShared<Tile>) == (bytes), "plan.rs says how much a launch brings"); \
+        extern __shared__ float4 brought[];                                                       \
+        wgrad_mma<Tile>(p, *reinterpret_cast<WgradMmaShared<Tile>*>(brought), blockIdx.x);         \
+    }
+PW_WGRAD_MMA(f16, 64, 64, 32, 32, 4, 4, 34816)
+PW_WGRAD_MMA(f16, 128, 128, 64, 32, 3, 1, 50688)
+// Before sm_80 bf16 has no instruction.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+PW_WGRAD_MMA(bf16, 64, 64, 32, 32, 4, 4, 34816)
+PW_WGRAD_MMA(bf16, 128, 128, 64, 32, 3, 1, 50688)
+#endif
 
 extern "C" __global__ void __launch_bounds__(PW_WGRAD_THREADS)
     wgrad_sum_f32_256(const __grid_constant__ pw_wgrad_sum p) {

@@ -85,8 +85,8 @@ private:
         if (exists) {
             for (row = lane; row < p.rows; row += kNormSweepLanes) {
                 const RowAt input = RowAt::of(p.inputs, row, nullptr), d_at(p.d, row, p.map);
-                const float x = input.data[offset(input, q)];
-                float d = d_at.data[offset(d_at, q)];
+                const float x = get(input, q);
+                float d = get(d_at, q);
                 for (uint32_t i = p.stage_count; i-- > p.first_stage;) {
                     const float reaches = prefix(x, q, i);
                     if (i > p.first_stage) {

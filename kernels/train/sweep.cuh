@@ -5,6 +5,7 @@
 // f32 over its part of the chunk, and these sums are added in f64 and in a fixed order.
 #pragma once
 
+#include "../elements.cuh"
 #include "../params.h"
 #include "../tiles.cuh"
 #include "derivatives.cuh"
@@ -25,20 +26,48 @@ __device__ inline int64_t offset_of(uint32_t position, const uint32_t* extents, 
     return count == 0 ? 0 : offset + int64_t(position) * strides[count - 1];
 }
 
-// Where a thread's row lies in one tensor.
-struct RowAt {
-    float* data;
-    const int64_t* axes;
+__device__ inline int size_of(pw_element type) { return type == PW_F32 ? 4 : 2; }
 
-    __device__ RowAt(const pw_part& part, uint32_t row, const uint32_t* map)
-        : data(part.data), axes(part.axes) {
+// What a launch's tensor holds is known when it runs: every thread takes the same branch.
+__device__ inline float load_element(const void* data, int64_t at, pw_element type) {
+    switch (type) {
+        case PW_F16: return widen(static_cast<const f16*>(data)[at]);
+        case PW_BF16: return widen(static_cast<const bf16*>(data)[at]);
+        default: return static_cast<const float*>(data)[at];
+    }
+}
+__device__ inline void store_element(void* data, int64_t at, pw_element type, float x) {
+    switch (type) {
+        case PW_F16: static_cast<f16*>(data)[at] = narrow<f16>(x); break;
+        case PW_BF16: static_cast<bf16*>(data)[at] = narrow<bf16>(x); break;
+        default: static_cast<float*>(data)[at] = x;
+    }
+}
+
+// Where a thread's row lies in one tensor.
+class RowAt {
+public:
+    __device__ RowAt(const pw_part& part, uint32_t row, const uint32_t* map) : part(part) {
         const int64_t channel = map != nullptr ? int64_t(__ldg(map + row)) : int64_t(row);
-        data += (channel - int64_t(part.begin)) * part.channel;
+        first = (channel - int64_t(part.begin)) * part.channel;
     }
     __device__ static RowAt of(const pw_part* parts, uint32_t row, const uint32_t* map) {
         while (map == nullptr && row >= parts->end) ++parts;
         return RowAt(*parts, row, map);
     }
+
+    __device__ const int64_t* axes() const { return part.axes; }
+    // At an offset along the axes.
+    __device__ float load(int64_t offset) const {
+        return load_element(part.data, first + offset, part.element);
+    }
+    __device__ void store(int64_t offset, float x, bool add) const {
+        store_element(part.data, first + offset, part.element, add ? load(offset) + x : x);
+    }
+
+private:
+    const pw_part& part;
+    int64_t first;
 };
 
 // A chain of stages at one row.
@@ -50,16 +79,17 @@ protected:
     uint32_t row;
 
     __device__ int64_t offset(const RowAt& at, uint32_t position) const {
-        return offset_of(position, p.extents, p.axis_count, at.axes);
+        return offset_of(position, p.extents, p.axis_count, at.axes());
     }
 
+    __device__ float get(const RowAt& at, uint32_t q) const { return at.load(offset(at, q)); }
+
     __device__ void put(const RowAt& at, uint32_t q, float x, bool add) const {
-        float* const to = at.data + offset(at, q);
-        *to = add ? *to + x : x;
+        at.store(offset(at, q), x, add);
     }
 
     __device__ float value(const RowAt& input, uint32_t q, uint32_t stages) const {
-        return prefix(input.data[offset(input, q)], q, stages);
+        return prefix(get(input, q), q, stages);
     }
 
     // What reaches a stage.
@@ -117,8 +147,7 @@ protected:
 
 private:
     __device__ float second(uint32_t q) const {
-        const RowAt at(p.second, row, p.second_map);
-        return at.data[offset(at, q)];
+        return get(RowAt(p.second, row, p.second_map), q);
     }
 
     // What activations ask of a value's place: nothing.
@@ -240,8 +269,8 @@ public:
                 shared.sums[2 * stage.sums + 1][threadIdx.x] += product;
             };
             for (uint32_t q = begin + lane; q < end; q += lanes) {
-                float d = d_at.data[offset(d_at, q)];
-                const float x = some ? input.data[offset(input, q)] : 0.f;
+                float d = get(d_at, q);
+                const float x = some ? get(input, q) : 0.f;
                 for (uint32_t i = p.stage_count; i-- > p.first_stage;) {
                     d = through<kStore>(i, some ? prefix(x, q, i) : 0.f, d, q, add);
                 }
@@ -288,8 +317,7 @@ __device__ inline void keep_bits(const pw_sweep& p, uint8_t (&shared)[PW_SWEEP_T
             row = divide(at, p.positions, q);
         }
         const RowAt input(p.inputs[0], uint32_t(row), p.map);
-        const int64_t offset = offset_of(uint32_t(q), p.extents, p.axis_count, input.axes);
-        const float x = input.data[offset];
+        const float x = input.load(offset_of(uint32_t(q), p.extents, p.axis_count, input.axes()));
         // NaN is inside: it passes a gradient on.
         set = !(x <= p.lo || x >= p.hi);
     }

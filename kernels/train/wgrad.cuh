@@ -5,6 +5,40 @@
 #include "../params.h"
 #include "sweep.cuh"
 
+// A tile of kRows x kColumns of a group's weight, and the range of positions that a block sums.
+template <int kRows, int kColumns>
+struct WgradAt {
+    bool exists;
+    int64_t split;
+    uint32_t group;
+    uint32_t row;
+    uint32_t column;
+    uint32_t begin;
+    uint32_t end;
+
+    static __device__ WgradAt of(const pw_wgrad& p, int64_t block) {
+        const uint32_t row_tiles = (p.rows + kRows - 1) / kRows;
+        const uint32_t column_tiles = (p.depth + kColumns - 1) / kColumns;
+        const int64_t per_group = int64_t(row_tiles) * column_tiles;
+        WgradAt at;
+        at.split = block / (per_group * p.groups);
+        at.exists = at.split < p.splits;
+        const int64_t rest = block - at.split * (per_group * p.groups);
+        at.group = uint32_t(rest / per_group);
+        const uint32_t tile = uint32_t(rest - at.group * per_group);
+        at.row = tile / column_tiles * kRows;
+        at.column = tile % column_tiles * kColumns;
+        at.begin = uint32_t(at.split) * p.chunk;
+        at.end = min(at.begin + p.chunk, p.positions);
+        return at;
+    }
+
+    // Where a row of the group lies among the sums of its split.
+    __device__ float* to(const pw_wgrad& p, uint32_t row) const {
+        return p.to + ((split * p.groups + group) * p.rows + row) * p.depth;
+    }
+};
+
 // Rows and columns of a thread.
 constexpr int kWgradSide = 4;
 
@@ -19,19 +53,21 @@ struct WgradShared {
 // What a thread brings of one operand's slab: a tile's channels at some positions.
 class SlabOf {
 public:
-    __device__ SlabOf(const pw_part& part, bool channels_fast, int64_t first, int count)
-        : data(part.data + first * part.channel), stride(part.channel), count(count) {
+    __device__ SlabOf(const pw_part& part, pw_read read, int64_t first, int count)
+        : data(static_cast<const char*>(part.data) + size_of(part.element) * (first * part.channel)),
+          stride(part.channel), type(part.element), count(count) {
         const int t = threadIdx.x;
+        const bool channels_fast = along_channels(read);
         channel = channels_fast ? t % PW_WGRAD_TILE : t / PW_WGRAD_SLAB;
         position = channels_fast ? t / PW_WGRAD_TILE : t % PW_WGRAD_SLAB;
         deeper = channels_fast ? 0 : PW_WGRAD_THREADS / PW_WGRAD_SLAB;
         across = channels_fast ? PW_WGRAD_THREADS / PW_WGRAD_TILE : 0;
     }
     __device__ void load(const int64_t (&at)[PW_WGRAD_SLAB], int positions) {
-#pragma unroll
-        for (int i = 0; i < kWgradSide; ++i) {
-            const int c = channel + i * deeper, q = position + i * across;
-            v[i] = c < count && q < positions ? data[c * stride + at[q]] : 0.f;
+        switch (type) {
+            case PW_F16: load_as<f16>(at, positions); break;
+            case PW_BF16: load_as<bf16>(at, positions); break;
+            default: load_as<float>(at, positions);
         }
     }
     __device__ void store(float (&to)[PW_WGRAD_SLAB][PW_WGRAD_TILE + 4]) const {
@@ -40,44 +76,45 @@ public:
     }
 
 private:
-    const float* data;
+    const char* data;
     int64_t stride;
+    pw_element type;
     int count, channel, position, deeper, across;
     float v[kWgradSide];
+
+    template <class T>
+    __device__ void load_as(const int64_t (&at)[PW_WGRAD_SLAB], int positions) {
+        const T* const from = reinterpret_cast<const T*>(data);
+#pragma unroll
+        for (int i = 0; i < kWgradSide; ++i) {
+            const int c = channel + i * deeper, q = position + i * across;
+            v[i] = c < count && q < positions ? widen(from[c * stride + at[q]]) : 0.f;
+        }
+    }
 };
 
 __device__ inline void wgrad(const pw_wgrad& p, WgradShared& shared, int64_t block) {
-    const uint32_t row_tiles = (p.rows + PW_WGRAD_TILE - 1) / PW_WGRAD_TILE;
-    const uint32_t depth_tiles = (p.depth + PW_WGRAD_TILE - 1) / PW_WGRAD_TILE;
-    const int64_t tiles = int64_t(row_tiles) * depth_tiles * p.groups;
-    const int64_t split = block / tiles;
-    if (split >= p.splits) return;
-    int64_t rest = block - split * tiles;
-    const uint32_t group = uint32_t(rest / (row_tiles * depth_tiles));
-    rest -= int64_t(group) * (row_tiles * depth_tiles);
-    const int row = int(rest / depth_tiles) * PW_WGRAD_TILE;
-    const int k = int(rest % depth_tiles) * PW_WGRAD_TILE;
-    const uint32_t begin = uint32_t(split) * p.chunk;
-    const uint32_t end = min(begin + p.chunk, p.positions);
-
-    SlabOf d(p.d, p.d_channels_fast, int64_t(group) * p.rows + row, p.rows - row);
-    SlabOf src(p.src, p.src_channels_fast, int64_t(group) * p.depth + k, p.depth - k);
+    const auto at = WgradAt<PW_WGRAD_TILE, PW_WGRAD_TILE>::of(p, block);
+    if (!at.exists) return;
+    SlabOf d(p.d, p.d_read, int64_t(at.group) * p.rows + at.row, p.rows - at.row);
+    SlabOf src(p.src, p.src_read, int64_t(at.group) * p.depth + at.column, p.depth - at.column);
     const auto fill = [&](int buffer, uint32_t first) {
         if (threadIdx.x >= PW_WGRAD_SLAB) return;
         const uint32_t position = min(first + threadIdx.x, p.positions - 1);
-        const auto at = [&](const pw_part& part) {
+        const auto offset = [&](const pw_part& part) {
             return offset_of(position, p.extents, p.axis_count, part.axes);
         };
-        shared.d_at[buffer][threadIdx.x] = at(p.d), shared.src_at[buffer][threadIdx.x] = at(p.src);
+        shared.d_at[buffer][threadIdx.x] = offset(p.d);
+        shared.src_at[buffer][threadIdx.x] = offset(p.src);
     };
     float acc[kWgradSide][kWgradSide] = {};
     const int r = threadIdx.x / 16 * kWgradSide, c = threadIdx.x % 16 * kWgradSide;
-    fill(0, begin);
+    fill(0, at.begin);
     int buffer = 0;
 #pragma unroll 1
-    for (uint32_t first = begin; first < end; first += PW_WGRAD_SLAB, buffer ^= 1) {
+    for (uint32_t first = at.begin; first < at.end; first += PW_WGRAD_SLAB, buffer ^= 1) {
         __syncthreads();
-        const int positions = int(min(end - first, uint32_t(PW_WGRAD_SLAB)));
+        const int positions = int(min(at.end - first, uint32_t(PW_WGRAD_SLAB)));
         d.load(shared.d_at[buffer], positions);
         src.load(shared.src_at[buffer], positions);
         d.store(shared.d);
@@ -99,14 +136,13 @@ __device__ inline void wgrad(const pw_wgrad& p, WgradShared& shared, int64_t blo
             }
         }
     }
-    float* const to = p.to + split * (int64_t(p.groups) * p.rows * p.depth);
 #pragma unroll
     for (int i = 0; i < kWgradSide; ++i) {
+        const uint32_t row = at.row + r + i;
 #pragma unroll
         for (int j = 0; j < kWgradSide; ++j) {
-            if (row + r + i < p.rows && k + c + j < p.depth) {
-                to[(int64_t(group) * p.rows + row + r + i) * p.depth + k + c + j] = acc[i][j];
-            }
+            const uint32_t column = at.column + c + j;
+            if (row < p.rows && column < p.depth) at.to(p, row)[column] = acc[i][j];
         }
     }
 }

@@ -361,6 +361,11 @@ impl CudaDevice {
         }
     }
 
+    /// Whether a kernel of training runs on this device.
+    pub(super) fn has_training(&self, kernel: Training) -> bool {
+        self.function(KERNELS.len() + Helper::ALL.len() + kernel as usize).is_some()
+    }
+
     /// Loads the kernels of fp8, unless they are.
     ///
     /// # Errors
@@ -712,9 +717,23 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
         later |= kernel.family == Family::Pairs;
         Ok(Some(function))
     };
-    let helpers =
-        Helper::ALL.map(Helper::name).into_iter().chain(Training::ALL.map(Training::name));
+    let helpers = Helper::ALL.map(Helper::name).into_iter();
     let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
+    let training = |kernel: Training| {
+        if facts.compute_capability < kernel.oldest() {
+            return Ok(None);
+        }
+        let function = match module.load_function(kernel.name()).map_err(code) {
+            // An image for older chips only, which has those of every chip.
+            Err(driver::NOT_FOUND) if kernel.oldest() > (0, 0) => return Ok(None),
+            function => function?,
+        };
+        if kernel.shared_bytes() > 0 {
+            allow_shared(&function, kernel.shared_bytes()).map_err(code)?;
+        }
+        Ok(Some(function))
+    };
+    let helpers = helpers.chain(Training::ALL.into_iter().map(training));
     let int8 = INT8_KERNELS.iter();
     let int8 = int8.map(|kernel| byte_function(&module, kernel).map(Some).map_err(code));
     KERNELS.iter().map(function).chain(helpers).chain(int8).collect()

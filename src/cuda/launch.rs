@@ -143,6 +143,8 @@ pub(crate) enum Moments {
 pub(super) struct Program {
     /// What the tensors hold.
     pub dtype: DType,
+    /// What dst holds: the same, or f32 where nothing is normalised.
+    pub dst_dtype: DType,
     pub fprop: pw_fprop,
     /// The normalisation and the steps behind it, for all rows as one group.
     pub norm: Option<(NormOver, pw_fprop)>,
@@ -483,7 +485,7 @@ pub(super) unsafe fn launch(
         false => None,
     };
     let sums = beside.as_ref().map_or(call.dst, |(sums, _)| *sums);
-    let sums_dtype = if beside.is_some() { DType::F32 } else { program.dtype };
+    let sums_dtype = if beside.is_some() { DType::F32 } else { program.dst_dtype };
     Call { dst: sums, ..*call }.convolution(kernel, sums_dtype, &mut params);
     let _bound = device.bind()?;
     let mut queue = |splits: u32, scratch: Option<Room>| {
@@ -735,7 +737,8 @@ impl Launch {
 
     fn training(kernel: Training) -> Launch {
         let function = KERNELS.len() + Helper::ALL.len() + kernel as usize;
-        Launch { function, name: kernel.name(), threads: Helper::THREADS, shared_bytes: 0 }
+        let (threads, shared_bytes) = (kernel.threads(), kernel.shared_bytes());
+        Launch { function, name: kernel.name(), threads, shared_bytes }
     }
 }
 

@@ -70,6 +70,16 @@ impl Layer {
         Ok(Layer { device: device.clone(), weights, terms, choices, slice_bytes })
     }
 
+    /// A layer without a normalisation, just made, whose results stay f32: the memory of a
+    /// problem's dst holds them, whatever its type says.
+    pub(super) fn with_results_of_f32(mut self) -> Self {
+        if let Some(weights) = Arc::get_mut(&mut self.weights) {
+            debug_assert!(weights.program.norm.is_none());
+            weights.program.dst_dtype = DType::F32;
+        }
+        self
+    }
+
     /// The same layer on another stream of the same device.
     ///
     /// # Errors

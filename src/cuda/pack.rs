@@ -123,7 +123,7 @@ impl Weights {
                 Some((norm.over, params))
             }
         };
-        let program = Program { dtype, fprop: params, norm };
+        let program = Program { dtype, dst_dtype: dtype, fprop: params, norm };
         Ok(Weights { memory, program, words: words(&lowered, dtype), groups, rows, depth })
     }
 }

@@ -17,6 +17,7 @@ pub const PW_SUM_LANES: u32 = 32;
 pub const PW_WGRAD_THREADS: u32 = 256;
 pub const PW_WGRAD_TILE: u32 = 64;
 pub const PW_WGRAD_SLAB: u32 = 16;
+pub const PW_WGRAD_MMA_SLAB: u32 = 32;
 impl pw_op {
     pub const PW_OP_AFFINE: pw_op = pw_op(0);
     pub const PW_OP_PRELU: pw_op = pw_op(1);
@@ -423,21 +424,25 @@ impl Default for pw_bytes {
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct pw_part {
-    pub data: *mut f32,
+    pub data: *mut ::core::ffi::c_void,
     pub channel: i64,
     pub axes: [i64; 4usize],
     pub begin: u32,
     pub end: u32,
+    pub element: pw_element,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_part"][::core::mem::size_of::<pw_part>() - 56usize];
+    ["Size of pw_part"][::core::mem::size_of::<pw_part>() - 64usize];
     ["Alignment of pw_part"][::core::mem::align_of::<pw_part>() - 8usize];
     ["Offset of field: pw_part::data"][::core::mem::offset_of!(pw_part, data) - 0usize];
     ["Offset of field: pw_part::channel"][::core::mem::offset_of!(pw_part, channel) - 8usize];
     ["Offset of field: pw_part::axes"][::core::mem::offset_of!(pw_part, axes) - 16usize];
     ["Offset of field: pw_part::begin"][::core::mem::offset_of!(pw_part, begin) - 48usize];
     ["Offset of field: pw_part::end"][::core::mem::offset_of!(pw_part, end) - 52usize];
+    ["Offset of field: pw_part::element"][::core::mem::offset_of!(pw_part, element) - 56usize];
+    ["Offset of field: pw_part::reserved"][::core::mem::offset_of!(pw_part, reserved) - 60usize];
 };
 impl Default for pw_part {
     fn default() -> Self {
@@ -526,46 +531,46 @@ pub struct pw_sweep {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_sweep"][::core::mem::size_of::<pw_sweep>() - 2976usize];
+    ["Size of pw_sweep"][::core::mem::size_of::<pw_sweep>() - 3256usize];
     ["Alignment of pw_sweep"][::core::mem::align_of::<pw_sweep>() - 8usize];
     ["Offset of field: pw_sweep::extents"][::core::mem::offset_of!(pw_sweep, extents) - 0usize];
     ["Offset of field: pw_sweep::inputs"][::core::mem::offset_of!(pw_sweep, inputs) - 16usize];
-    ["Offset of field: pw_sweep::outputs"][::core::mem::offset_of!(pw_sweep, outputs) - 912usize];
-    ["Offset of field: pw_sweep::second"][::core::mem::offset_of!(pw_sweep, second) - 1808usize];
-    ["Offset of field: pw_sweep::d"][::core::mem::offset_of!(pw_sweep, d) - 1864usize];
+    ["Offset of field: pw_sweep::outputs"][::core::mem::offset_of!(pw_sweep, outputs) - 1040usize];
+    ["Offset of field: pw_sweep::second"][::core::mem::offset_of!(pw_sweep, second) - 2064usize];
+    ["Offset of field: pw_sweep::d"][::core::mem::offset_of!(pw_sweep, d) - 2128usize];
     ["Offset of field: pw_sweep::d_second"]
-        [::core::mem::offset_of!(pw_sweep, d_second) - 1920usize];
-    ["Offset of field: pw_sweep::map"][::core::mem::offset_of!(pw_sweep, map) - 1976usize];
+        [::core::mem::offset_of!(pw_sweep, d_second) - 2192usize];
+    ["Offset of field: pw_sweep::map"][::core::mem::offset_of!(pw_sweep, map) - 2256usize];
     ["Offset of field: pw_sweep::second_map"]
-        [::core::mem::offset_of!(pw_sweep, second_map) - 1984usize];
-    ["Offset of field: pw_sweep::bits"][::core::mem::offset_of!(pw_sweep, bits) - 1992usize];
-    ["Offset of field: pw_sweep::outside"][::core::mem::offset_of!(pw_sweep, outside) - 2000usize];
-    ["Offset of field: pw_sweep::lo"][::core::mem::offset_of!(pw_sweep, lo) - 2004usize];
-    ["Offset of field: pw_sweep::hi"][::core::mem::offset_of!(pw_sweep, hi) - 2008usize];
-    ["Offset of field: pw_sweep::flags"][::core::mem::offset_of!(pw_sweep, flags) - 2012usize];
-    ["Offset of field: pw_sweep::sums"][::core::mem::offset_of!(pw_sweep, sums) - 2016usize];
-    ["Offset of field: pw_sweep::of_norm"][::core::mem::offset_of!(pw_sweep, of_norm) - 2024usize];
+        [::core::mem::offset_of!(pw_sweep, second_map) - 2264usize];
+    ["Offset of field: pw_sweep::bits"][::core::mem::offset_of!(pw_sweep, bits) - 2272usize];
+    ["Offset of field: pw_sweep::outside"][::core::mem::offset_of!(pw_sweep, outside) - 2280usize];
+    ["Offset of field: pw_sweep::lo"][::core::mem::offset_of!(pw_sweep, lo) - 2284usize];
+    ["Offset of field: pw_sweep::hi"][::core::mem::offset_of!(pw_sweep, hi) - 2288usize];
+    ["Offset of field: pw_sweep::flags"][::core::mem::offset_of!(pw_sweep, flags) - 2292usize];
+    ["Offset of field: pw_sweep::sums"][::core::mem::offset_of!(pw_sweep, sums) - 2296usize];
+    ["Offset of field: pw_sweep::of_norm"][::core::mem::offset_of!(pw_sweep, of_norm) - 2304usize];
     ["Offset of field: pw_sweep::positions"]
-        [::core::mem::offset_of!(pw_sweep, positions) - 2032usize];
-    ["Offset of field: pw_sweep::group"][::core::mem::offset_of!(pw_sweep, group) - 2036usize];
-    ["Offset of field: pw_sweep::chunk"][::core::mem::offset_of!(pw_sweep, chunk) - 2040usize];
-    ["Offset of field: pw_sweep::rows"][::core::mem::offset_of!(pw_sweep, rows) - 2044usize];
+        [::core::mem::offset_of!(pw_sweep, positions) - 2312usize];
+    ["Offset of field: pw_sweep::group"][::core::mem::offset_of!(pw_sweep, group) - 2316usize];
+    ["Offset of field: pw_sweep::chunk"][::core::mem::offset_of!(pw_sweep, chunk) - 2320usize];
+    ["Offset of field: pw_sweep::rows"][::core::mem::offset_of!(pw_sweep, rows) - 2324usize];
     ["Offset of field: pw_sweep::axis_count"]
-        [::core::mem::offset_of!(pw_sweep, axis_count) - 2048usize];
+        [::core::mem::offset_of!(pw_sweep, axis_count) - 2328usize];
     ["Offset of field: pw_sweep::input_count"]
-        [::core::mem::offset_of!(pw_sweep, input_count) - 2052usize];
+        [::core::mem::offset_of!(pw_sweep, input_count) - 2332usize];
     ["Offset of field: pw_sweep::output_count"]
-        [::core::mem::offset_of!(pw_sweep, output_count) - 2056usize];
+        [::core::mem::offset_of!(pw_sweep, output_count) - 2336usize];
     ["Offset of field: pw_sweep::stage_count"]
-        [::core::mem::offset_of!(pw_sweep, stage_count) - 2060usize];
+        [::core::mem::offset_of!(pw_sweep, stage_count) - 2340usize];
     ["Offset of field: pw_sweep::first_stage"]
-        [::core::mem::offset_of!(pw_sweep, first_stage) - 2064usize];
-    ["Offset of field: pw_sweep::summed"][::core::mem::offset_of!(pw_sweep, summed) - 2068usize];
+        [::core::mem::offset_of!(pw_sweep, first_stage) - 2344usize];
+    ["Offset of field: pw_sweep::summed"][::core::mem::offset_of!(pw_sweep, summed) - 2348usize];
     ["Offset of field: pw_sweep::norm_unit"]
-        [::core::mem::offset_of!(pw_sweep, norm_unit) - 2072usize];
+        [::core::mem::offset_of!(pw_sweep, norm_unit) - 2352usize];
     ["Offset of field: pw_sweep::reserved"]
-        [::core::mem::offset_of!(pw_sweep, reserved) - 2076usize];
-    ["Offset of field: pw_sweep::stages"][::core::mem::offset_of!(pw_sweep, stages) - 2080usize];
+        [::core::mem::offset_of!(pw_sweep, reserved) - 2356usize];
+    ["Offset of field: pw_sweep::stages"][::core::mem::offset_of!(pw_sweep, stages) - 2360usize];
 };
 impl Default for pw_sweep {
     fn default() -> Self {
@@ -618,32 +623,30 @@ pub struct pw_wgrad {
     pub rows: u32,
     pub depth: u32,
     pub splits: u32,
-    pub d_channels_fast: u32,
-    pub src_channels_fast: u32,
+    pub d_read: pw_read,
+    pub src_read: pw_read,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of pw_wgrad"][::core::mem::size_of::<pw_wgrad>() - 176usize];
+    ["Size of pw_wgrad"][::core::mem::size_of::<pw_wgrad>() - 192usize];
     ["Alignment of pw_wgrad"][::core::mem::align_of::<pw_wgrad>() - 8usize];
     ["Offset of field: pw_wgrad::extents"][::core::mem::offset_of!(pw_wgrad, extents) - 0usize];
     ["Offset of field: pw_wgrad::d"][::core::mem::offset_of!(pw_wgrad, d) - 16usize];
-    ["Offset of field: pw_wgrad::src"][::core::mem::offset_of!(pw_wgrad, src) - 72usize];
-    ["Offset of field: pw_wgrad::to"][::core::mem::offset_of!(pw_wgrad, to) - 128usize];
+    ["Offset of field: pw_wgrad::src"][::core::mem::offset_of!(pw_wgrad, src) - 80usize];
+    ["Offset of field: pw_wgrad::to"][::core::mem::offset_of!(pw_wgrad, to) - 144usize];
     ["Offset of field: pw_wgrad::positions"]
-        [::core::mem::offset_of!(pw_wgrad, positions) - 136usize];
-    ["Offset of field: pw_wgrad::chunk"][::core::mem::offset_of!(pw_wgrad, chunk) - 140usize];
+        [::core::mem::offset_of!(pw_wgrad, positions) - 152usize];
+    ["Offset of field: pw_wgrad::chunk"][::core::mem::offset_of!(pw_wgrad, chunk) - 156usize];
     ["Offset of field: pw_wgrad::axis_count"]
-        [::core::mem::offset_of!(pw_wgrad, axis_count) - 144usize];
-    ["Offset of field: pw_wgrad::groups"][::core::mem::offset_of!(pw_wgrad, groups) - 148usize];
-    ["Offset of field: pw_wgrad::rows"][::core::mem::offset_of!(pw_wgrad, rows) - 152usize];
-    ["Offset of field: pw_wgrad::depth"][::core::mem::offset_of!(pw_wgrad, depth) - 156usize];
-    ["Offset of field: pw_wgrad::splits"][::core::mem::offset_of!(pw_wgrad, splits) - 160usize];
-    ["Offset of field: pw_wgrad::d_channels_fast"]
-        [::core::mem::offset_of!(pw_wgrad, d_channels_fast) - 164usize];
-    ["Offset of field: pw_wgrad::src_channels_fast"]
-        [::core::mem::offset_of!(pw_wgrad, src_channels_fast) - 168usize];
-    ["Offset of field: pw_wgrad::reserved"][::core::mem::offset_of!(pw_wgrad, reserved) - 172usize];
+        [::core::mem::offset_of!(pw_wgrad, axis_count) - 160usize];
+    ["Offset of field: pw_wgrad::groups"][::core::mem::offset_of!(pw_wgrad, groups) - 164usize];
+    ["Offset of field: pw_wgrad::rows"][::core::mem::offset_of!(pw_wgrad, rows) - 168usize];
+    ["Offset of field: pw_wgrad::depth"][::core::mem::offset_of!(pw_wgrad, depth) - 172usize];
+    ["Offset of field: pw_wgrad::splits"][::core::mem::offset_of!(pw_wgrad, splits) - 176usize];
+    ["Offset of field: pw_wgrad::d_read"][::core::mem::offset_of!(pw_wgrad, d_read) - 180usize];
+    ["Offset of field: pw_wgrad::src_read"][::core::mem::offset_of!(pw_wgrad, src_read) - 184usize];
+    ["Offset of field: pw_wgrad::reserved"][::core::mem::offset_of!(pw_wgrad, reserved) - 188usize];
 };
 impl Default for pw_wgrad {
     fn default() -> Self {

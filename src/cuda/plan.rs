@@ -163,12 +163,17 @@ pub(super) enum Training {
     Sum,
     /// Gradients by the weight.
     Wgrad,
+    /// The same on tensor cores, of 16 bits, by a small and by a large tile.
+    WgradF16,
+    WgradF16Large,
+    WgradBf16,
+    WgradBf16Large,
     /// Those of several splits as one.
     WgradSum,
 }
 
 impl Training {
-    pub(super) const ALL: [Training; 9] = [
+    pub(super) const ALL: [Training; 13] = [
         Training::Moments,
         Training::Forward,
         Training::Sums,
@@ -177,8 +182,37 @@ impl Training {
         Training::Bits,
         Training::Sum,
         Training::Wgrad,
+        Training::WgradF16,
+        Training::WgradF16Large,
+        Training::WgradBf16,
+        Training::WgradBf16Large,
         Training::WgradSum,
     ];
+
+    /// The oldest chip that has it.
+    pub(super) fn oldest(self) -> (u32, u32) {
+        match self {
+            Training::WgradBf16 | Training::WgradBf16Large => (8, 0),
+            _ => (0, 0),
+        }
+    }
+
+    /// Of a block.
+    pub(super) fn threads(self) -> u32 {
+        match self {
+            Training::WgradF16 | Training::WgradBf16 => 128,
+            _ => Helper::THREADS,
+        }
+    }
+
+    /// Shared memory that a launch brings.
+    pub(super) fn shared_bytes(self) -> u32 {
+        match self {
+            Training::WgradF16 | Training::WgradBf16 => 34816,
+            Training::WgradF16Large | Training::WgradBf16Large => 50688,
+            _ => 0,
+        }
+    }
 
     /// Also its symbol.
     pub(super) fn name(self) -> &'static str {
@@ -191,6 +225,10 @@ impl Training {
             Training::Bits => "train_bits_f32_256",
             Training::Sum => "train_sum_f64_8x32",
             Training::Wgrad => "wgrad_f32_simt_64x64x16",
+            Training::WgradF16 => "wgrad_f16_mma_64x64x32",
+            Training::WgradF16Large => "wgrad_f16_mma_128x128x32",
+            Training::WgradBf16 => "wgrad_bf16_mma_64x64x32",
+            Training::WgradBf16Large => "wgrad_bf16_mma_128x128x32",
             Training::WgradSum => "wgrad_sum_f32_256",
         }
     }

@@ -89,9 +89,9 @@ impl Params {
     /// # Errors
     /// As there; [`Error::BatchTooSmall`] for batch statistics of one value per channel;
     /// [`Error::NonFinite`] for statistics that are not finite. On CUDA also [`Error::Unsupported`]
-    /// for more than 16 sources and for elements that are not f32, and [`Error::TooLarge`] for 2³¹
-    /// positions or more, all samples' together. Running statistics then stay as they were, and dst
-    /// holds anything.
+    /// for more than 16 sources, and [`Error::TooLarge`] for 2³¹ positions or more, all samples'
+    /// together; [`Error::ParameterValue`] for a weight that overflows f16. Running statistics then
+    /// stay as they were, and dst holds anything.
     pub fn forward<T: Element, S: Source<T> + ?Sized>(
         &mut self,
         src: &S,

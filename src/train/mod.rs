@@ -180,7 +180,7 @@ pub struct Options {
     /// [`Params::update`] does not change them.
     pub frozen_rows: Vec<Range<usize>>,
     /// What the products of the convolution and of its gradient by src may round. No effect on the
-    /// CPU; gradients by the weight are of f32 products everywhere.
+    /// CPU; gradients by the weight are of products of what tensors hold everywhere.
     pub math: Math,
 }
 

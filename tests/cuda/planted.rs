@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use ndarray::{Array2, Array5, ArrayD};
+use pointwise::train::Params;
 use pointwise::{
     CudaDevice, Device, Error, Math, PrepareOptions, Quantization, Quantized, bf16, f16, reference,
 };
@@ -18,6 +19,7 @@ use super::{OnDevice, Outcome};
 pub const STAND_IN_TRIALS: &[OnDevice] = &[
     ("faults_planted_in_kernels_of_16_bits_are_found", in_16_bits),
     ("faults_planted_in_kernels_of_f32_and_int8_are_found", in_others),
+    ("faults_planted_in_kernels_of_the_weights_gradient_are_found", in_wgrad),
 ];
 
 /// Which kernel the started processes run: its name says on which dtype and layout.
@@ -28,6 +30,7 @@ const MMA: &str = include_str!("../../kernels/mainloops/mma.cuh");
 const PTX: &str = include_str!("../../kernels/ptx.cuh");
 const SPLITS: &str = include_str!("../../kernels/splits.cuh");
 const SIMT: &str = include_str!("../../kernels/mainloops/simt.cuh");
+const WGRAD: &str = include_str!("../../kernels/train/wgrad_mma.cuh");
 const BYTES: &str = include_str!("../../kernels/mainloops/bytes.cuh");
 
 struct Plant {
@@ -107,7 +110,7 @@ const PLANTS: &[Plant] = &[
         found: WRONG,
     },
     Plant {
-        what: "the weight swizzled on one side only",
+        what: ONE_SWIZZLE,
         lines: ANYWHERE,
         // The compiler computes the swizzle of reads once, ahead of all else.
         most: 1,
@@ -171,6 +174,24 @@ const PLANTS: &[Plant] = &[
         found: WRONG,
     },
     Plant {
+        what: "no barrier around the tables and slabs of the weight's gradient",
+        lines: ("wgrad_mma.cuh", WGRAD, "__syncthreads();"),
+        most: ALL,
+        edit: |line| line.starts_with("bar.sync").then(String::new),
+        found: TOO_EARLY,
+    },
+    Plant {
+        what: COPIES_OF_WGRAD,
+        lines: ("wgrad_mma.cuh", WGRAD, "static __device__ int swizzle(int q)"),
+        most: ALL,
+        edit: |line| {
+            let [to, from, mask] = operands(line, "and.b32")?;
+            (mask == "48").then(|| format!("and.b32 {to}, {from}, 16;"))
+        },
+        // Copies then lie on one another.
+        found: &["wrong", "in flight"],
+    },
+    Plant {
         what: "no barrier between slabs of bytes",
         lines: ("bytes.cuh", BYTES, "__syncthreads();"),
         most: ALL,
@@ -213,7 +234,8 @@ fn with_swapped(line: &str, which: usize) -> Option<String> {
     Some(parts.join("{"))
 }
 
-/// The PTX of a module of which only one kernel is left whole.
+/// The PTX of a module of which only one kernel is left whole; with one of the weight's gradient, that
+/// which writes what it reads.
 struct Kernel {
     before: String,
     body: String,
@@ -233,6 +255,8 @@ impl Kernel {
             let text = if body.is_empty() { &mut before } else { &mut after };
             if kernel.starts_with(&format!("{name}(")) {
                 body = format!("{entry}{kernel}");
+            } else if name.starts_with("wgrad_") && kernel.starts_with("train_backward_") {
+                *text += &format!("{entry}{kernel}");
             } else {
                 let (signature, _) = kernel.split_once("\n{").expect("a kernel has a body");
                 *text += &format!("{entry}{signature}\n{{\nret;\n}}\n");
@@ -315,6 +339,10 @@ fn all_are_found(
         let (text, log) = run(kernel.whole())?;
         assert_eq!(text, "right", "{name}, nothing planted: {log}");
         for (plant, planted) in PLANTS.iter().zip(&mut planted) {
+            // Of the weight's gradient it is one of many copies, for a width that may not be run.
+            if plant.what == ONE_SWIZZLE && name.starts_with("wgrad_") {
+                continue;
+            }
             let (text, count) = kernel.with(plant);
             if count == 0 {
                 continue;
@@ -353,14 +381,19 @@ fn in_16_bits(device: &CudaDevice) -> Outcome {
 }
 
 /// Faults that kernels of 16 bits have no place for.
-const OF_OTHERS: [&str; 6] = [
+const OF_OTHERS: [&str; 8] = [
     "one operand not rounded to TF32",
     "no barrier between slabs, without tensor cores",
     "elements of a vector swapped",
     "src stored without its swizzle, without tensor cores",
     "no barrier between slabs of bytes",
     "the first vector of bytes copied without its swizzle",
+    NO_BARRIER_OF_WGRAD,
+    COPIES_OF_WGRAD,
 ];
+const ONE_SWIZZLE: &str = "the weight swizzled on one side only";
+const COPIES_OF_WGRAD: &str = "slabs of the weight's gradient copied with half of the swizzle";
+const NO_BARRIER_OF_WGRAD: &str = "no barrier around the tables and slabs of the weight's gradient";
 
 /// TF32 and f32 in parts of TF32, f32 without tensor cores, bytes: one kernel of each that there is.
 fn in_others(device: &CudaDevice) -> Outcome {
@@ -371,6 +404,9 @@ fn in_others(device: &CudaDevice) -> Outcome {
         all.push("fprop_i8_mma_64x64x64");
     }
     all_are_found(device, &all, |what| {
+        if [NO_BARRIER_OF_WGRAD, COPIES_OF_WGRAD].contains(&what) {
+            return true;
+        }
         let without_tensor_cores = [
             "no barrier behind the table of positions",
             "no fences around the arrival of a block",
@@ -382,10 +418,31 @@ fn in_others(device: &CudaDevice) -> Outcome {
     })
 }
 
+/// The small tile of each dtype, which has code of its own for every pair of layouts.
+fn in_wgrad(device: &CudaDevice) -> Outcome {
+    let mut all = vec!["wgrad_f16_mma_64x64x32"];
+    let asynchronous = device.compute_capability() >= (8, 0);
+    if asynchronous {
+        all.push("wgrad_bf16_mma_64x64x32");
+    }
+    all_are_found(device, &all, |what| {
+        let since_80 =
+            ["no wait for copies", "a wait for one copy too few", "fragments of src swapped"];
+        let anywhere =
+            ["fragments of the weight swapped", "halves of words swapped", COPIES_OF_WGRAD];
+        let planted = what == NO_BARRIER_OF_WGRAD
+            || anywhere.contains(&what)
+            || asynchronous && since_80.contains(&what);
+        !planted
+    })
+}
+
 /// What the started processes do.
 pub fn child(device: &CudaDevice) -> Result<String, Error> {
     let kernel = std::env::var(KERNEL).expect("the test says which kernel");
     match kernel.split('_').nth(1) {
+        Some("bf16") if kernel.starts_with("wgrad") => of_wgrad::<bf16>(device),
+        Some("f16") if kernel.starts_with("wgrad") => of_wgrad::<f16>(device),
         Some("bf16") => of::<bf16>(device, &kernel),
         Some("f16") => of::<f16>(device, &kernel),
         Some("i8") => of_bytes(device, &kernel),
@@ -417,6 +474,38 @@ fn of<T: Value>(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
         let dst = dst.read();
         if !dst.iter().zip(&expected).all(|(got, expected)| got == expected) {
             return Ok(format!("wrong: width {width}, {splits} splits"));
+        }
+    }
+    Ok("right".into())
+}
+
+/// A backward pass in every pair of layouts, aligned and not, of eight slabs.
+fn of_wgrad<T: Value>(device: &CudaDevice) -> Result<String, Error> {
+    let mut random = Random::new(86);
+    for width in [64, 61] {
+        let case = Case::new(1, 64, 64, [1, 4, width]);
+        let layer = case.layer(random.integers(case.c_out * case.c_in));
+        let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());
+        let d = Array5::from_shape_fn(case.dst_shape(), |_| random.integer());
+        let mut expected = vec![0.0f32; case.c_out * case.c_in];
+        for ((_, c, _, y, x), d) in d.indexed_iter() {
+            for k in 0..case.c_in {
+                expected[c * case.c_in + k] += d * src[[0, k, 0, y, x]];
+            }
+        }
+        let (first, last) = (Layout::First, Layout::Last);
+        for layouts in [(first, first), (last, last), (first, last), (last, first)] {
+            let src = Placed::<T>::filled(device, src.view(), layouts.0);
+            let d = Placed::<T>::filled(device, d.view(), layouts.1);
+            let (src, d) = (src.view(), d.view());
+            let mut params = Params::new(&layer, &device.clone().into())?;
+            let mut grads = params.grads();
+            let mut dst = Placed::<T>::blank(device, case.dst_shape(), layouts.1);
+            let workspace = params.call(&src).run_into(&mut dst.view_mut())?;
+            params.backward_call(&src, workspace, &d).run(&mut grads)?;
+            if grads.get("weight") != Some(&expected) {
+                return Ok(format!("wrong: width {width}, {layouts:?}"));
+            }
         }
     }
     Ok("right".into())

@@ -79,7 +79,7 @@ fn fixtures(device: &CudaDevice) -> Outcome {
 }
 
 /// Layers on shapes that need several blocks, chunks and splits of every pass.
-fn layers() -> Vec<(&'static str, Pointwise, Vec<usize>)> {
+pub fn layers() -> Vec<(&'static str, Pointwise, Vec<usize>)> {
     let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
     vec![
         ("bn relu", plain(70, 35).batch_norm(norm(70)).relu(), vec![3, 35, 17, 13]),
@@ -218,11 +218,10 @@ fn device_tensors(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
-/// Tensors in the middle of others, with gaps, and backwards; nothing around them is written.
-fn placed_tensors(device: &CudaDevice) -> Outcome {
-    let on: Device = device.clone().into();
+/// Layers of every way that a gradient takes, on small shapes.
+pub fn small_layers() -> [(&'static str, Pointwise, [usize; 5]); 7] {
     let plain = |c_out, c_in| Pointwise::new(weight(c_out, c_in));
-    let cases = [
+    [
         (
             "layer norm over all, residual, shuffle",
             plain(12, 6)
@@ -261,8 +260,13 @@ fn placed_tensors(device: &CudaDevice) -> Outcome {
             plain(6, 6).partial(2..8).batch_norm(norm(6)).residual().relu(),
             [2, 11, 1, 6, 7],
         ),
-    ];
-    for (i, (what, layer, shape)) in cases.into_iter().enumerate() {
+    ]
+}
+
+/// Tensors in the middle of others, with gaps, and backwards; nothing around them is written.
+fn placed_tensors(device: &CudaDevice) -> Outcome {
+    let on: Device = device.clone().into();
+    for (i, (what, layer, shape)) in small_layers().into_iter().enumerate() {
         let tensors = large_tensors(&layer, &shape, false);
         for j in 0..LAYOUTS.len() {
             // All of them in turn, beside others.

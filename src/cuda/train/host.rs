@@ -3,20 +3,21 @@
 use super::{State, Training};
 use crate::cuda::staging::copy_on_host;
 use crate::cuda::tensor::CudaTensor;
+use crate::dtype::Element;
 use crate::error::Result;
 use crate::problem::{Operand, Operands, spatial};
 use crate::tensor::{TensorMut, TensorRef, try_zeros};
 use crate::train::{Accumulate, Grads, Outputs};
 
 /// A host tensor's copy on the device, in the same order of axes.
-struct Copied(CudaTensor);
+struct Copied<T>(CudaTensor<T>);
 
-impl Copied {
-    fn blank(training: &Training<'_>, like: &TensorRef<'_>) -> Result<Self> {
+impl<T: Element> Copied<T> {
+    fn blank(training: &Training<'_>, like: &TensorRef<'_, T>) -> Result<Self> {
         CudaTensor::like(training.device, like, like.shape()).map(Copied)
     }
 
-    fn of(training: &Training<'_>, tensor: &TensorRef<'_>) -> Result<Self> {
+    fn of(training: &Training<'_>, tensor: &TensorRef<'_, T>) -> Result<Self> {
         let mut copied = Copied::blank(training, tensor)?;
         let mut values = copied.values()?;
         // SAFETY: the view vouches for the tensor, and the values are as many as its shape says.
@@ -28,7 +29,7 @@ impl Copied {
         Ok(copied)
     }
 
-    fn back(&self, tensor: &mut TensorMut<'_>) -> Result<()> {
+    fn back(&self, tensor: &mut TensorMut<'_, T>) -> Result<()> {
         let mut values = self.values()?;
         self.0.download(&mut values)?;
         let from = self.on_host(&mut values);
@@ -37,7 +38,7 @@ impl Copied {
         Ok(())
     }
 
-    fn values(&self) -> Result<Vec<f32>> {
+    fn values(&self) -> Result<Vec<T>> {
         try_zeros("a tensor's copy", self.0.shape())
     }
 
@@ -46,7 +47,7 @@ impl Copied {
         [self.0.shape()[0], d, h, w]
     }
 
-    fn on_host(&self, values: &mut [f32]) -> Operand {
+    fn on_host(&self, values: &mut [T]) -> Operand<T> {
         let strides = self.0.strides();
         Operand {
             ptr: values.as_mut_ptr(),
@@ -60,15 +61,15 @@ impl Copied {
 }
 
 /// The copies of what a pass reads.
-struct Reading {
-    sources: Vec<Copied>,
-    residual: Option<Copied>,
-    gate: Option<Copied>,
+struct Reading<T> {
+    sources: Vec<Copied<T>>,
+    residual: Option<Copied<T>>,
+    gate: Option<Copied<T>>,
 }
 
-impl Reading {
-    fn of(training: &Training<'_>, operands: &Operands<'_>) -> Result<Self> {
-        let copy = |tensor: &TensorRef<'_>| Copied::of(training, tensor);
+impl<T: Element> Reading<T> {
+    fn of(training: &Training<'_>, operands: &Operands<'_, T>) -> Result<Self> {
+        let copy = |tensor: &TensorRef<'_, T>| Copied::of(training, tensor);
         let sources = std::iter::once(&operands.src).chain(operands.more);
         Ok(Reading {
             sources: sources.map(copy).collect::<Result<_>>()?,
@@ -77,7 +78,7 @@ impl Reading {
         })
     }
 
-    fn with<R>(&self, f: impl FnOnce(&Operands<'_>) -> Result<R>) -> Result<R> {
+    fn with<R>(&self, f: impl FnOnce(&Operands<'_, T>) -> Result<R>) -> Result<R> {
         let sources = self.sources.iter().map(|source| source.0.view());
         let sources = sources.collect::<Result<Vec<_>>>()?;
         let residual = self.residual.as_ref().map(|copied| copied.0.view()).transpose()?;
@@ -86,10 +87,10 @@ impl Reading {
     }
 }
 
-pub(super) fn forward(
+pub(super) fn forward<T: Element>(
     training: &Training<'_>,
-    operands: &Operands<'_>,
-    dst: &mut TensorMut<'_>,
+    operands: &Operands<'_, T>,
+    dst: &mut TensorMut<'_, T>,
 ) -> Result<State> {
     let reading = Reading::of(training, operands)?;
     let mut copied = Copied::blank(training, dst.view())?;
@@ -98,19 +99,19 @@ pub(super) fn forward(
     Ok(state)
 }
 
-pub(super) fn backward(
+pub(super) fn backward<T: Element>(
     training: &Training<'_>,
-    operands: &Operands<'_>,
+    operands: &Operands<'_, T>,
     state: State,
-    d_dst: &TensorRef<'_>,
-    outputs: &mut Outputs<'_>,
+    d_dst: &TensorRef<'_, T>,
+    outputs: &mut Outputs<'_, T>,
     grads: &mut Grads,
     accumulate: Accumulate,
 ) -> Result<()> {
     let Outputs { d_sources, d_residual, d_gate, accumulate_sources, accumulate: add } = outputs;
     let reading = Reading::of(training, operands)?;
     let d_dst = Copied::of(training, d_dst)?;
-    let written = |tensor: &TensorMut<'_>, accumulate: Accumulate| match accumulate {
+    let written = |tensor: &TensorMut<'_, T>, accumulate: Accumulate| match accumulate {
         Accumulate::Set => Copied::blank(training, tensor.view()),
         Accumulate::Add => Copied::of(training, tensor.view()),
     };

@@ -4,6 +4,9 @@
 //! the weight is [`wgrad`]'s; the stages around it are a [chain](crate::train::chain) that [`sweep`]
 //! runs over their values. [`host`] brings tensors of the host there and back.
 //!
+//! The tensors of a call hold f32, f16 or bf16. Products take the weight and the gradient by their
+//! result rounded to that, and give f32; what is between them is f32.
+//!
 //! What is per channel goes through the host: statistics, which are checked and move the running
 //! ones, and sums, which other processes may have a part in.
 
@@ -14,8 +17,7 @@ mod wgrad;
 use super::Layer;
 use super::device::{Buffer, CudaDevice};
 use super::launch::Tensor;
-use super::layer::on_device;
-use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, bits_bytes};
+use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, Typed, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;
 use crate::dtype::{DType, Element};
 use crate::epilogue::{Lowered, SourceStep};
@@ -119,40 +121,22 @@ impl Training<'_> {
         Place::Cuda(self.device.ordinal())
     }
 
-    /// Refuses elements that are not f32.
-    fn check_dtype<T: Element>(&self) -> Result<()> {
-        match T::DTYPE {
-            DType::F32 => Ok(()),
-            dtype => Err(Error::Unsupported {
-                device: self.device.to_string(),
-                what: format!("training on tensors of {dtype}"),
-            }),
-        }
-    }
-
     /// Runs forward into `dst`; on host tensors it is done when this returns.
     pub(crate) fn forward<T: Element>(
         &self,
         operands: &Operands<'_, T>,
         dst: &mut TensorMut<'_, T>,
     ) -> Result<State> {
-        self.check_dtype::<T>()?;
-        // SAFETY: T is f32.
-        let (more, mut dst) = unsafe { (further(operands), dst.reborrow().cast()) };
-        // SAFETY: as above.
-        self.forward_f32(&unsafe { as_f32(operands, &more) }, &mut dst)
-    }
-
-    fn forward_f32(&self, operands: &Operands<'_>, dst: &mut TensorMut<'_>) -> Result<State> {
         let problem = Problem::new(self.shape, operands, dst)?;
         self.check_sources(operands)?;
+        self.layer.check_weight(T::DTYPE)?;
         if operands.src.place() == Place::Host {
             return host::forward(self, operands, dst);
         }
         self.device.ordered(problem.streams(), || self.forward_on_device(operands, &problem, dst))
     }
 
-    fn check_sources(&self, operands: &Operands<'_>) -> Result<()> {
+    fn check_sources<T>(&self, operands: &Operands<'_, T>) -> Result<()> {
         let count = 1 + operands.more.len();
         match count > MAX_PARTS {
             true => Err(Error::Unsupported {
@@ -163,11 +147,11 @@ impl Training<'_> {
         }
     }
 
-    fn forward_on_device(
+    fn forward_on_device<T: Element>(
         &self,
-        operands: &Operands<'_>,
-        problem: &Problem<'_>,
-        dst: &mut TensorMut<'_>,
+        operands: &Operands<'_, T>,
+        problem: &Problem<'_, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<State> {
         let extents = extents_of(problem);
         let total = sweep::positions_of(&extents)?;
@@ -193,13 +177,14 @@ impl Training<'_> {
             if total == 0 {
                 return Ok(state);
             }
-            self.run(self.shape, lowered(self.layer, &source_chain), operands, dst)?;
+            self.product::<T>(self.shape, lowered(self.layer, &source_chain))?
+                .run(&Problem::new(self.shape, operands, dst)?, None)?;
             if let Need::Bits(bounds, _) = need {
                 let map = chain.dst_map.clone();
                 let rows = self.shape.c_out;
                 let mut nothing = nothing(rows);
                 nothing.dst_map = map;
-                let input = vec![(on_device(&problem.dst), rows)];
+                let input = vec![(Typed::of(&problem.dst), rows)];
                 let sweep = self.sweep(nothing, channels_fast, extents, input, None);
                 state.saved = Saved::Bits(sweep.keep_bits(bounds)?);
             }
@@ -209,15 +194,15 @@ impl Training<'_> {
         let rows = self.shape.c_out;
         let bytes = checked_product("the workspace", &[rows, total, 4])?;
         let values = Buffer::new(self.device, "the workspace", bytes)?;
-        let of_values = dense(values.address(), &extents, rows, channels_fast);
+        let of_values = dense(&values, DType::F32, &extents, rows, channels_fast);
         if total > 0 {
             self.multiply(&source_chain, operands, &extents, &of_values)?;
         }
-        let second = problem.residual.as_ref().map(on_device);
+        let second = problem.residual.as_ref().map(Typed::of);
         let input = vec![(of_values, rows)];
         let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
         state.statistics[1] = sweep.settle(operands.src.shape())?;
-        sweep.forward(&vec![(on_device(&problem.dst), rows)], Accumulate::Set)?;
+        sweep.forward(&vec![(Typed::of(&problem.dst), rows)], Accumulate::Set)?;
         for (src, dst) in problem.passed_through() {
             self.copy(&extents, &src, &dst, Accumulate::Set)?;
         }
@@ -236,31 +221,6 @@ impl Training<'_> {
         grads: &mut Grads,
         accumulate: Accumulate,
     ) -> Result<()> {
-        self.check_dtype::<T>()?;
-        // SAFETY: T is f32.
-        unsafe {
-            let more = further(operands);
-            let mut outputs = Outputs {
-                d_sources: outputs.d_sources.iter_mut().map(|d| written(d)).collect(),
-                d_residual: outputs.d_residual.as_mut().map(|d| written(d)),
-                d_gate: outputs.d_gate.as_mut().map(|d| written(d)),
-                accumulate_sources: outputs.accumulate_sources,
-                accumulate: outputs.accumulate,
-            };
-            let (operands, d_dst) = (as_f32(operands, &more), d_dst.cast());
-            self.backward_f32(&operands, state, &d_dst, &mut outputs, grads, accumulate)
-        }
-    }
-
-    fn backward_f32(
-        &self,
-        operands: &Operands<'_>,
-        state: State,
-        d_dst: &TensorRef<'_>,
-        outputs: &mut Outputs<'_>,
-        grads: &mut Grads,
-        accumulate: Accumulate,
-    ) -> Result<()> {
         if operands.src.place() == Place::Host {
             return host::backward(self, operands, state, d_dst, outputs, grads, accumulate);
         }
@@ -274,11 +234,11 @@ impl Training<'_> {
         })
     }
 
-    fn backward_on_device(
+    fn backward_on_device<T: Element>(
         &self,
-        problem: &Problem<'_>,
+        problem: &Problem<'_, T>,
         mut state: State,
-        outputs: &mut Outputs<'_>,
+        outputs: &mut Outputs<'_, T>,
         grads: &mut Grads,
         accumulate_grads: Accumulate,
     ) -> Result<()> {
@@ -293,22 +253,26 @@ impl Training<'_> {
         // The stages, down to the convolution's result.
         let mut chain = Chain::of_stages(self.layer, self.statistics);
         chain.settle(&state.statistics[1]);
-        // The gradient by the convolution's result takes the place of the result.
-        let memory = match std::mem::replace(&mut state.saved, Saved::Nothing) {
-            Saved::Values(values) => (values, None),
-            other => {
-                let what = "the gradient by the convolution";
-                let bytes = checked_product(what, &[rows, total, 4])?;
-                let bits = if let Saved::Bits(bits) = other { Some(bits) } else { None };
-                (Buffer::new(self.device, what, bytes)?, bits)
+        let saved = std::mem::replace(&mut state.saved, Saved::Nothing);
+        let values = |values| dense(values, DType::F32, &extents, rows, channels_fast);
+        let (input, bits) = match (&saved, self.need()) {
+            (Saved::Bits(bits), Need::Bits(_, outside)) => {
+                (Parts::new(), Some((bits.address(), outside)))
             }
-        };
-        let of_d = dense(memory.0.address(), &extents, rows, channels_fast);
-        let (input, bits) = match (&memory.1, self.need()) {
-            (Some(bits), Need::Bits(_, outside)) => (Parts::new(), Some((bits.address(), outside))),
-            (_, Need::Values) => (vec![(of_d, rows)], None),
+            (Saved::Values(memory), Need::Values) => (vec![(values(memory), rows)], None),
             _ => (Parts::new(), None),
         };
+        // The gradient by the convolution's result takes the place of the result where it is of the
+        // same size.
+        let (d_memory, kept) = match saved {
+            Saved::Values(values) if T::DTYPE == DType::F32 => (values, Saved::Nothing),
+            other => {
+                let what = "the gradient by the convolution";
+                let bytes = checked_product(what, &[rows, total, size_of::<T>()])?;
+                (Buffer::new(self.device, what, bytes)?, other)
+            }
+        };
+        let of_d = dense(&d_memory, T::DTYPE, &extents, rows, channels_fast);
         let d_second = match d_residual {
             None => None,
             Some(tensor) => {
@@ -317,20 +281,21 @@ impl Training<'_> {
                     self.fill_zero(tensor)?;
                 }
                 let view = tensor.view().channels(start, start + rows);
-                Some(on_device(&Operand::new(&view)))
+                Some(Typed::of(&Operand::new(&view)))
             }
         };
-        let second = problem.residual.as_ref().map(on_device);
+        let second = problem.residual.as_ref().map(Typed::of);
         let mut sweep = self.sweep(chain, channels_fast, extents, input, second);
         sweep.norm = state.norm.take();
         let sums = sweep.backward(&Backward {
-            d: on_device(&problem.dst),
+            d: Typed::of(&problem.dst),
             outputs: vec![(of_d, rows)],
             d_second,
             accumulate: [Accumulate::Set, add_others],
             bits,
         })?;
         sweep.chain.put(self.wants, &sums.ops, grads, accumulate_grads);
+        drop(kept);
 
         // Through the convolution.
         let mut source_chain = Chain::of_source(self.layer, self.statistics);
@@ -360,12 +325,12 @@ impl Training<'_> {
         {
             // Straight to where it belongs.
             let operand = Operand::new(d_src.view()).subsampled(self.shape.stride);
-            return self.multiply_back(&extents, &of_d, &on_device(&operand));
+            return self.multiply_back::<T>(&extents, of_d, Typed::of(&operand));
         }
         let what = "the gradient by src";
         let d_src = Buffer::new(self.device, what, checked_product(what, &[c_in, total, 4])?)?;
-        let of_src = dense(d_src.address(), &extents, c_in, source_sweep.channels_fast);
-        self.multiply_back(&extents, &of_d, &of_src)?;
+        let of_src = dense(&d_src, DType::F32, &extents, c_in, source_sweep.channels_fast);
+        self.multiply_back::<T>(&extents, of_d, of_src)?;
         let mut d_inputs = Parts::new();
         if !d_sources.is_empty() {
             let (start, end) = match &self.shape.partial {
@@ -417,7 +382,7 @@ impl Training<'_> {
                     let input = vec![(*from, c_in)];
                     let extents = [problem.n, 1, 1, 1];
                     let sweep = self.sweep(nothing(c_in), false, extents, input, None);
-                    sweep.forward(&vec![(on_device(&to), c_in)], add_others)?;
+                    sweep.forward(&vec![(Typed::of(&to), c_in)], add_others)?;
                 }
                 // There are no positions.
                 None if add_others == Accumulate::Set => self.fill_zero(d_gate)?,
@@ -427,13 +392,13 @@ impl Training<'_> {
         Ok(())
     }
 
-    /// The convolution alone, into dense values.
-    fn multiply(
+    /// The convolution alone, into dense values of f32.
+    fn multiply<T: Element>(
         &self,
         source_chain: &Chain,
-        operands: &Operands<'_>,
+        operands: &Operands<'_, T>,
         extents: &[usize; 4],
-        values: &Tensor,
+        values: &Typed,
     ) -> Result<()> {
         let weight = self.layer.weight.as_slice().expect(CONTIGUOUS).to_vec();
         let shape = LayerShape {
@@ -460,13 +425,19 @@ impl Training<'_> {
         let operands =
             Operands { src: sources[0], more: &sources[1..], residual: None, gate: operands.gate };
         let rank = operands.src.shape().len();
-        let mut dst = self.view_mut(values, extents, self.shape.c_out, rank)?;
+        let mut dst = self.view_mut::<T>(values, extents, self.shape.c_out, rank)?;
         let lowered = bare(weight, self.shape.c_out, source_chain.source_steps());
-        self.run(&shape, lowered, &operands, &mut dst)
+        let product = self.product::<T>(&shape, lowered)?.with_results_of_f32();
+        product.run(&Problem::new(&shape, &operands, &mut dst)?, None)
     }
 
-    /// The gradient by the convolution's input: the transposed weight.
-    fn multiply_back(&self, extents: &[usize; 4], from: &Tensor, to: &Tensor) -> Result<()> {
+    /// The gradient by the convolution's input, of T or of f32: the transposed weight.
+    fn multiply_back<T: Element>(
+        &self,
+        extents: &[usize; 4],
+        from: Typed,
+        to: Typed,
+    ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
         if extents.contains(&0) {
             return Ok(());
@@ -483,30 +454,27 @@ impl Training<'_> {
             norm_over_all: false,
         };
         let weight = turned(weight, groups, c_out / groups, c_in / groups);
-        let src = self.view_mut(from, extents, c_out, MAX_RANK)?;
-        let mut dst = self.view_mut(to, extents, c_in, MAX_RANK)?;
+        let src = self.view_mut::<T>(&from, extents, c_out, MAX_RANK)?;
+        let mut dst = self.view_mut::<T>(&to, extents, c_in, MAX_RANK)?;
         let operands = Operands { src: *src.view(), more: &[], residual: None, gate: None };
-        self.run(&shape, bare(weight, c_in, Vec::new()), &operands, &mut dst)
+        let mut product = self.product::<T>(&shape, bare(weight, c_in, Vec::new()))?;
+        if to.dtype == DType::F32 {
+            product = product.with_results_of_f32();
+        }
+        product.run(&Problem::new(&shape, &operands, &mut dst)?, None)
     }
 
-    /// One run of an inference layer.
-    fn run(
-        &self,
-        shape: &LayerShape,
-        lowered: Lowered,
-        operands: &Operands<'_>,
-        dst: &mut TensorMut<'_>,
-    ) -> Result<()> {
+    /// An inference layer on tensors of T.
+    fn product<T: Element>(&self, shape: &LayerShape, lowered: Lowered) -> Result<Layer> {
         let options = PrepareOptions { math: self.math, ..PrepareOptions::default() };
-        let layer = Layer::new(self.device, shape, lowered, DType::F32, &options)?;
-        layer.run(&Problem::new(shape, operands, dst)?, None)
+        Layer::new(self.device, shape, lowered, T::DTYPE, &options)
     }
 
     fn wgrad(
         &self,
         source: &Sweep<'_>,
         plain: bool,
-        d: Tensor,
+        d: Typed,
         channels_fast: bool,
     ) -> Result<Vec<f32>> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
@@ -517,9 +485,9 @@ impl Training<'_> {
             _ => {
                 let what = "what source stages make of src";
                 let positions: usize = source.extents.iter().product();
-                let bytes = checked_product(what, &[c_in, positions, 4])?;
+                let bytes = checked_product(what, &[c_in, positions, d.dtype.size()])?;
                 computed = Buffer::new(self.device, what, bytes)?;
-                let to = dense(computed.address(), &source.extents, c_in, source.channels_fast);
+                let to = dense(&computed, d.dtype, &source.extents, c_in, source.channels_fast);
                 source.forward(&vec![(to, c_in)], Accumulate::Set)?;
                 to
             }
@@ -543,53 +511,54 @@ impl Training<'_> {
         channels_fast: bool,
         extents: [usize; 4],
         input: Parts,
-        second: Option<Tensor>,
+        second: Option<Typed>,
     ) -> Sweep<'_> {
         let (device, reduce) = (self.device, self.reduce);
         Sweep { device, chain, channels_fast, extents, input, second, norm: None, reduce }
     }
 
-    fn source_sweep(&self, problem: &Problem<'_>, chain: Chain) -> Sweep<'_> {
+    fn source_sweep<T: Element>(&self, problem: &Problem<'_, T>, chain: Chain) -> Sweep<'_> {
         let extents = extents_of(problem);
-        let sources: Vec<Operand> = problem.sources().collect();
+        let sources: Vec<Operand<T>> = problem.sources().collect();
         let channels_fast =
             sources.first().is_some_and(|s| s.channel.unsigned_abs() < nearest(s, &extents));
-        let gate = problem.gate.as_ref().map(on_device);
+        let gate = problem.gate.as_ref().map(Typed::of);
         self.sweep(chain, channels_fast, extents, as_parts(sources), gate)
     }
 
     /// Copies one tensor's channels to another's, or adds them.
-    fn copy(
+    fn copy<T: Element>(
         &self,
         extents: &[usize; 4],
-        from: &Operand,
-        to: &Operand,
+        from: &Operand<T>,
+        to: &Operand<T>,
         accumulate: Accumulate,
     ) -> Result<()> {
         let channels_fast = to.channel.unsigned_abs() < nearest(to, extents);
-        let input = vec![(on_device(from), to.channels)];
+        let input = vec![(Typed::of(from), to.channels)];
         let sweep = self.sweep(nothing(to.channels), channels_fast, *extents, input, None);
-        sweep.forward(&vec![(on_device(to), to.channels)], accumulate)
+        sweep.forward(&vec![(Typed::of(to), to.channels)], accumulate)
     }
 
     /// Sets every element to zero.
-    fn fill_zero(&self, tensor: &mut TensorMut<'_>) -> Result<()> {
+    fn fill_zero<T: Element>(&self, tensor: &mut TensorMut<'_, T>) -> Result<()> {
         let to = Operand::new(tensor.view());
         let [d, h, w] = crate::problem::spatial(tensor.shape(), 1);
         let extents = [tensor.shape()[0], d, h, w];
         let channels_fast = to.channel.unsigned_abs() < nearest(&to, &extents);
         let sweep = self.sweep(nothing(to.channels), channels_fast, extents, Parts::new(), None);
-        sweep.forward(&vec![(on_device(&to), to.channels)], Accumulate::Set)
+        sweep.forward(&vec![(Typed::of(&to), to.channels)], Accumulate::Set)
     }
 
-    /// A view of device memory as a tensor `[n, channels, …spatial]` of some rank.
-    fn view_mut(
+    /// A view of device memory as a tensor `[n, channels, …spatial]` of some rank. It says T of f32
+    /// too, which a [product](Layer::with_results_of_f32) takes so.
+    fn view_mut<T: Element>(
         &self,
-        tensor: &Tensor,
+        &Typed { at: tensor, .. }: &Typed,
         extents: &[usize; 4],
         channels: usize,
         rank: usize,
-    ) -> Result<TensorMut<'static>> {
+    ) -> Result<TensorMut<'static, T>> {
         let [n, d, h, w] = *extents;
         let [sample, along_d, along_h, along_w] = tensor.axes;
         let pick = |all: [usize; MAX_RANK]| {
@@ -642,63 +611,35 @@ fn turned(weight: &[f32], groups: usize, rows: usize, k: usize) -> Vec<f32> {
     turned
 }
 
-/// Further sources, of f32.
-///
-/// # Safety
-/// T is f32.
-unsafe fn further<'a, T>(operands: &Operands<'a, T>) -> Vec<TensorRef<'a>> {
-    // SAFETY: the caller's promise.
-    operands.more.iter().map(|source| unsafe { source.cast() }).collect()
-}
-
-/// What a pass writes, of f32.
-///
-/// # Safety
-/// T is f32.
-unsafe fn written<'d, T>(tensor: &'d mut TensorMut<'_, T>) -> TensorMut<'d> {
-    // SAFETY: the caller's promise.
-    unsafe { tensor.reborrow().cast() }
-}
-
-/// What a pass reads, of f32.
-///
-/// # Safety
-/// T is f32.
-unsafe fn as_f32<'a, T>(operands: &Operands<'a, T>, more: &'a [TensorRef<'a>]) -> Operands<'a> {
-    // SAFETY: the caller's promise.
-    unsafe {
-        Operands {
-            src: operands.src.cast(),
-            more,
-            residual: operands.residual.map(|tensor| tensor.cast()),
-            gate: operands.gate.map(|tensor| tensor.cast()),
-        }
-    }
-}
-
 /// A chain of nothing.
 fn nothing(rows: usize) -> Chain {
     Chain { ops: Vec::new(), channels: Vec::new(), dst_map: None, residual_map: None, rows }
 }
 
-fn as_parts(operands: Vec<Operand>) -> Parts {
-    operands.iter().map(|operand| (on_device(operand), operand.channels)).collect()
+fn as_parts<T: Element>(operands: Vec<Operand<T>>) -> Parts {
+    operands.iter().map(|operand| (Typed::of(operand), operand.channels)).collect()
 }
 
-fn extents_of(problem: &Problem<'_>) -> [usize; 4] {
+fn extents_of<T>(problem: &Problem<'_, T>) -> [usize; 4] {
     let [d, h, w] = problem.spatial;
     [problem.n, d, h, w]
 }
 
 /// The smallest stride between positions.
-fn nearest(operand: &Operand, extents: &[usize; 4]) -> usize {
+fn nearest<T>(operand: &Operand<T>, extents: &[usize; 4]) -> usize {
     let [d, h, w] = operand.spatial;
     let axes = [operand.sample, d, h, w].into_iter().zip(extents).filter(|(_, n)| **n > 1);
     axes.map(|(stride, _)| stride.unsigned_abs()).min().unwrap_or(usize::MAX)
 }
 
-/// Dense values `[channels, n, …spatial]` or `[n, …spatial, channels]` at an address.
-fn dense(address: u64, extents: &[usize; 4], channels: usize, channels_fast: bool) -> Tensor {
+/// Dense values `[channels, n, …spatial]` or `[n, …spatial, channels]` in some memory.
+fn dense(
+    memory: &Buffer,
+    dtype: DType,
+    extents: &[usize; 4],
+    channels: usize,
+    channels_fast: bool,
+) -> Typed {
     let total: usize = extents.iter().product();
     let (mut next, channel) = match channels_fast {
         true => (channels as i64, 1),
@@ -709,5 +650,5 @@ fn dense(address: u64, extents: &[usize; 4], channels: usize, channels_fast: boo
         *stride = next;
         next *= extent as i64;
     }
-    Tensor { address, channel, axes }
+    Typed { at: Tensor { address: memory.address(), channel, axes }, dtype }
 }

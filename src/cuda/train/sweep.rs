@@ -2,17 +2,22 @@
 
 mod norm;
 
+use std::ffi::c_void;
+
 use crate::cuda::device::{Buffer, CudaDevice};
 use crate::cuda::launch::{self, Tensor, start_training};
+use crate::cuda::layer::on_device;
 use crate::cuda::pack::activation_op;
 use crate::cuda::params::{
     PW_MAX_AXES, PW_MAX_PARTS, PW_MAX_STAGES, PW_MAX_SUMMED, PW_MERGED, PW_NOT_SUMMED,
-    PW_SUM_LANES, PW_SWEEP_NARROW, PW_SWEEP_THREADS, PW_SWEEP_WIDE, pw_merge, pw_op, pw_part,
-    pw_stage, pw_sum, pw_sweep, pw_sweep_flags,
+    PW_SUM_LANES, PW_SWEEP_NARROW, PW_SWEEP_THREADS, PW_SWEEP_WIDE, pw_element, pw_merge, pw_op,
+    pw_part, pw_stage, pw_sum, pw_sweep, pw_sweep_flags,
 };
 use crate::cuda::plan::Training as Kernel;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::moments::Moments;
+use crate::problem::Operand;
 use crate::tensor::checked_product;
 use crate::train::Accumulate;
 use crate::train::chain::{BatchStatistics, Chain, Op, checked, reduce_moments};
@@ -30,15 +35,36 @@ const MAX_CHUNKS: usize = PW_MERGED as usize;
 /// Positions of a chunk: fewer are not worth a block, more would sum too long in f32.
 const CHUNK: std::ops::RangeInclusive<usize> = 256..=4096;
 
+/// A tensor and what it holds.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Typed {
+    pub at: Tensor,
+    pub dtype: DType,
+}
+
+impl Typed {
+    pub(super) fn of<T: Element>(operand: &Operand<T>) -> Typed {
+        Typed { at: on_device(operand), dtype: T::DTYPE }
+    }
+
+    fn element(self) -> pw_element {
+        match self.dtype {
+            DType::F32 => pw_element::PW_F32,
+            DType::F16 => pw_element::PW_F16,
+            DType::Bf16 => pw_element::PW_BF16,
+        }
+    }
+}
+
 /// Tensors that rows are the concatenation of, and the rows of each.
-pub(super) type Parts = Vec<(Tensor, usize)>;
+pub(super) type Parts = Vec<(Typed, usize)>;
 
 /// The axes of the positions, innermost first and in their logical order, so that chunks are of one
 /// sample where they must be; merged where all tensors allow it.
 pub(super) struct Axes {
     pub extents: [u32; MAX_AXES],
     pub count: u32,
-    strides: Vec<[i64; MAX_AXES]>,
+    pub strides: Vec<[i64; MAX_AXES]>,
 }
 
 impl Axes {
@@ -67,13 +93,15 @@ impl Axes {
     }
 
     /// A tensor, the one with this number among those that the axes are of.
-    pub(super) fn part(&self, index: usize, tensor: &Tensor, begin: usize, end: usize) -> pw_part {
+    pub(super) fn part(&self, index: usize, tensor: &Typed, begin: usize, end: usize) -> pw_part {
         pw_part {
-            data: tensor.address as *mut f32,
-            channel: tensor.channel,
+            data: tensor.at.address as *mut c_void,
+            channel: tensor.at.channel,
             axes: self.strides[index],
             begin: begin as u32,
             end: end as u32,
+            element: tensor.element(),
+            reserved: 0,
         }
     }
 }
@@ -104,7 +132,7 @@ pub(super) struct Sweep<'a> {
     /// What the chain begins with; nothing where no stage asks for it.
     pub input: Parts,
     /// The residual or the gate.
-    pub second: Option<Tensor>,
+    pub second: Option<Typed>,
     /// A layer norm's statistics, once they are known: three numbers for the positions that share them.
     pub norm: Option<Buffer>,
     pub reduce: Reduce<'a>,
@@ -121,10 +149,10 @@ struct Coefficients {
 /// What a backward pass reads and writes beside the input.
 pub(super) struct Backward {
     /// The gradient by the chain's result.
-    pub d: Tensor,
+    pub d: Typed,
     /// Where the gradient by the input goes; may be where the input is.
     pub outputs: Parts,
-    pub d_second: Option<Tensor>,
+    pub d_second: Option<Typed>,
     /// What happens to the outputs and to `d_second`.
     pub accumulate: [Accumulate; 2],
     /// Bits of the last activation in place of the input, and its slope where they are clear.
@@ -136,7 +164,7 @@ pub(super) struct Sums {
     /// Of each op, by row: of d, and of d by what the op's parameter multiplies.
     pub ops: Vec<[Vec<f64>; 2]>,
     /// The gradient by the gate `[rows, n]`, and the memory that it is in.
-    pub gate: Option<(Tensor, Buffer)>,
+    pub gate: Option<(Typed, Buffer)>,
 }
 
 /// A chain's arrays on the device.
@@ -285,13 +313,13 @@ impl Sweep<'_> {
         arrays: &Arrays,
         cut: &Cut,
         outputs: &Parts,
-        d: Option<Tensor>,
-        d_second: Option<Tensor>,
+        d: Option<Typed>,
+        d_second: Option<Typed>,
     ) -> Result<pw_sweep> {
         let single = [self.second, d, d_second].map(Option::unwrap_or_default);
         let all = self.input.iter().chain(outputs).map(|(tensor, _)| tensor);
-        let tensors: Vec<Tensor> = all.copied().chain(single).collect();
-        let strides: Vec<_> = tensors.iter().map(|tensor| tensor.axes).collect();
+        let tensors: Vec<Typed> = all.copied().chain(single).collect();
+        let strides: Vec<_> = tensors.iter().map(|tensor| tensor.at.axes).collect();
         let axes = Axes::new(self.extents, &strides)?;
         let mut params = pw_sweep {
             extents: axes.extents,
@@ -530,8 +558,8 @@ impl Sweep<'_> {
         if let Some(offset) = gate {
             let address = in_f32.address() + offset;
             let samples = cut.groups as i64;
-            let tensor = Tensor { address, channel: samples, axes: [1, 0, 0, 0] };
-            sums.gate = Some((tensor, in_f32));
+            let at = Tensor { address, channel: samples, axes: [1, 0, 0, 0] };
+            sums.gate = Some((Typed { at, dtype: DType::F32 }, in_f32));
         }
         Ok(())
     }

@@ -1,17 +1,17 @@
 //! The gradient by the weight.
 
 use crate::cuda::device::{Buffer, CudaDevice};
-use crate::cuda::launch::{Tensor, start_training};
-use crate::cuda::params::{PW_WGRAD_SLAB, PW_WGRAD_THREADS, PW_WGRAD_TILE, pw_wgrad, pw_wgrad_sum};
+use crate::cuda::launch::start_training;
+use crate::cuda::params::{
+    PW_WGRAD_MMA_SLAB, PW_WGRAD_SLAB, PW_WGRAD_THREADS, PW_WGRAD_TILE, pw_read, pw_wgrad,
+    pw_wgrad_sum,
+};
 use crate::cuda::plan::Training as Kernel;
-use crate::cuda::train::sweep::{Axes, grid, positions_of};
+use crate::cuda::train::sweep::{Axes, Typed, grid, positions_of};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::tensor::checked_product;
 
-/// Rows and columns of a block's tile.
-const TILE: usize = PW_WGRAD_TILE as usize;
-/// Positions that are multiplied at a time.
-const SLAB: usize = PW_WGRAD_SLAB as usize;
 /// Positions that are worth a block of their own.
 const LEAST: usize = 256;
 
@@ -23,19 +23,79 @@ pub(super) struct Wgrad<'a> {
     pub depth: usize,
     /// Batch and spatial axes; none is empty.
     pub extents: [usize; 4],
-    pub d: Tensor,
-    pub src: Tensor,
+    /// Of one dtype.
+    pub d: Typed,
+    pub src: Typed,
     /// Whether the channels of `d` and of `src` lie closer together than their positions.
     pub channels_fast: [bool; 2],
 }
 
 impl Wgrad<'_> {
+    /// The kernel, the side of its tiles, and how many positions it multiplies at a time.
+    fn kernel(&self) -> (Kernel, usize, usize) {
+        let large = self.rows > 64 && self.depth > 64;
+        let kernel = match self.d.dtype {
+            DType::F16 if large => Kernel::WgradF16Large,
+            DType::F16 => Kernel::WgradF16,
+            DType::Bf16 if large => Kernel::WgradBf16Large,
+            DType::Bf16 => Kernel::WgradBf16,
+            DType::F32 => Kernel::Wgrad,
+        };
+        let has = self.device.has_training(kernel);
+        match kernel {
+            Kernel::Wgrad => {}
+            _ if has && large => return (kernel, 128, PW_WGRAD_MMA_SLAB as usize),
+            _ if has => return (kernel, 64, PW_WGRAD_MMA_SLAB as usize),
+            _ => {}
+        }
+        (Kernel::Wgrad, PW_WGRAD_TILE as usize, PW_WGRAD_SLAB as usize)
+    }
+
     /// How many blocks share the positions of a tile: a pure function of the problem and the device.
-    fn splits(&self, tiles: usize, positions: usize) -> (usize, usize) {
+    fn splits(&self, tiles: usize, positions: usize, slab: usize) -> (usize, usize) {
         let wanted = (4 * self.device.facts().multiprocessors as usize).div_ceil(tiles);
         let splits = wanted.min(positions.div_ceil(LEAST)).max(1);
-        let chunk = positions.div_ceil(splits).next_multiple_of(SLAB);
+        let chunk = positions.div_ceil(splits).next_multiple_of(slab);
         (positions.div_ceil(chunk), chunk)
+    }
+
+    /// How an operand is read: of 16 bits several neighbours at once, where a vector is never cut by
+    /// the end of an axis or of a group and is always aligned.
+    fn read(&self, axes: &Axes, index: usize, operand: &Typed, channels: usize) -> pw_read {
+        let channels_fast = self.channels_fast[index];
+        let one = match channels_fast {
+            true => pw_read::PW_READ_CHANNELS,
+            false => pw_read::PW_READ_POSITIONS,
+        };
+        if operand.dtype == DType::F32 {
+            return one;
+        }
+        let strides = &axes.strides[index][..axes.count as usize];
+        let vectors = |width: i64| {
+            let whole = |n: i64| n % width == 0;
+            let aligned = operand.at.address.is_multiple_of(width as u64 * 2);
+            let rest = match (channels_fast, strides.split_first()) {
+                (true, _) => {
+                    operand.at.channel == 1
+                        && whole(channels as i64)
+                        && strides.iter().all(|&stride| whole(stride))
+                }
+                (false, Some((1, outer))) => {
+                    whole(i64::from(axes.extents[0]))
+                        && whole(operand.at.channel)
+                        && outer.iter().all(|&stride| whole(stride))
+                }
+                (false, _) => false,
+            };
+            aligned && rest
+        };
+        match (channels_fast, vectors(8), vectors(4)) {
+            (true, true, _) => pw_read::PW_READ_CHANNELS_VEC8,
+            (true, _, true) => pw_read::PW_READ_CHANNELS_VEC4,
+            (false, true, _) => pw_read::PW_READ_POSITIONS_VEC8,
+            (false, _, true) => pw_read::PW_READ_POSITIONS_VEC4,
+            _ => one,
+        }
     }
 
     /// # Errors
@@ -43,10 +103,11 @@ impl Wgrad<'_> {
     pub(super) fn run(&self) -> Result<Vec<f32>> {
         let Wgrad { device, groups, rows, depth, .. } = *self;
         let positions = positions_of(&self.extents)?;
-        let sizes = [groups, rows.div_ceil(TILE), depth.div_ceil(TILE)];
+        let (kernel, tile, slab) = self.kernel();
+        let sizes = [groups, rows.div_ceil(tile), depth.div_ceil(tile)];
         let tiles = checked_product("the tiles of a weight", &sizes)?;
-        let (splits, chunk) = self.splits(tiles, positions);
-        let axes = Axes::new(self.extents, &[self.d.axes, self.src.axes])?;
+        let (splits, chunk) = self.splits(tiles, positions, slab);
+        let axes = Axes::new(self.extents, &[self.d.at.axes, self.src.at.axes])?;
         let what = "the gradient by the weight";
         let values = checked_product(what, &[groups, rows, depth])?;
         let parts = Buffer::new(device, what, checked_product(what, &[splits, values, 4])?)?;
@@ -62,13 +123,13 @@ impl Wgrad<'_> {
             rows: rows as u32,
             depth: depth as u32,
             splits: splits as u32,
-            d_channels_fast: self.channels_fast[0].into(),
-            src_channels_fast: self.channels_fast[1].into(),
+            d_read: self.read(&axes, 0, &self.d, rows),
+            src_read: self.read(&axes, 1, &self.src, depth),
             ..pw_wgrad::default()
         };
         let blocks = grid(tiles * splits, || vec![tiles, splits])?;
         // SAFETY: the tensors are those of the call, the sums have room for all splits.
-        unsafe { start_training(device, Kernel::Wgrad, blocks, &mut params)? };
+        unsafe { start_training(device, kernel, blocks, &mut params)? };
         let mut out = vec![0.0f32; values];
         if splits == 1 {
             parts.download(&mut out)?;
