@@ -461,7 +461,7 @@ impl<T: Element> Prepared<T> {
     /// Without a tuning a model chooses.
     ///
     /// It runs on the device's threads or stream, on tensors of its own, for some 20 ms a shape, or two
-    /// calls of each candidate where they take longer. Times are those of tensors that the caches
+    /// calls of each candidate and two more of the better ones where they take longer. Times are those of tensors that the caches
     /// hold as far as they can; a busy machine spoils them. Shapes without any positions are left
     /// out.
     ///

@@ -5,7 +5,7 @@ mod common;
 mod training;
 
 use common::{Fixtures, channels_last};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use ndarray::{Array2, Array4, ArrayD, ArrayView4, ArrayViewMut4, Axis, IxDyn, Slice, s};
@@ -687,6 +687,9 @@ fn gradients_of_many_layers_are_summed_in_buckets() {
     refused!(all_reduce(&mut all, &worker, BUCKET), Error::AllReduce { .. }, "worker 1 is gone");
 }
 
+/// What nothing takes that works.
+const LONG: Duration = Duration::from_secs(60);
+
 /// Gradients of a few layers, which a seed fills.
 fn several_grads(seed: u32) -> Vec<Grads> {
     let (layer, _) = simple();
@@ -729,9 +732,20 @@ fn gradients_are_summed_while_others_are_made() {
     }
 }
 
-/// Tells when a sum begins, and lets it end when it is told to.
+/// Tells when a sum begins, and ends it when it is told to.
 #[derive(Debug)]
-struct Gate(std::sync::Barrier);
+struct Gate {
+    begun: Mutex<mpsc::Sender<()>>,
+    go: Mutex<mpsc::Receiver<()>>,
+}
+
+impl Gate {
+    /// Beside it, who hears of a sum, and who ends it.
+    fn new() -> (Gate, mpsc::Receiver<()>, mpsc::Sender<()>) {
+        let ((begun, heard), (end, go)) = (mpsc::channel(), mpsc::channel());
+        (Gate { begun: Mutex::new(begun), go: Mutex::new(go) }, heard, end)
+    }
+}
 
 impl AllReduce for Gate {
     fn sum_f64(&self, _: &mut [f64]) -> Result<(), Error> {
@@ -739,8 +753,8 @@ impl AllReduce for Gate {
     }
 
     fn sum_f32(&self, values: &mut [f32]) -> Result<(), Error> {
-        self.0.wait();
-        self.0.wait();
+        self.begun.lock().unwrap().send(()).unwrap();
+        self.go.lock().unwrap().recv_timeout(LONG).unwrap();
         values.iter_mut().for_each(|x| *x *= 2.0);
         Ok(())
     }
@@ -748,24 +762,35 @@ impl AllReduce for Gate {
 
 #[test]
 fn a_full_bucket_is_summed_before_the_last_layer_is_there() {
-    let gate = Arc::new(Gate(std::sync::Barrier::new(2)));
+    let (gate, begun, end) = Gate::new();
     // Of one size, so that each is a bucket.
     let all = [7, 8].map(|seed| several_grads(seed).swap_remove(0));
     let mut bytes = 0;
     all[0].visit(|_, _, values| bytes += size_of_val(values));
-    let reducer = Reducer::new(gate.clone(), bytes).unwrap();
+    let reducer = Reducer::new(Arc::new(gate), bytes).unwrap();
     let [first, second] = all.clone();
     reducer.push(first);
-    gate.0.wait(); // Its sum has begun, and nobody has asked for it.
+    begun.recv_timeout(LONG).expect("a sum begins that nobody has asked for");
     reducer.push(second);
-    gate.0.wait();
-    std::thread::scope(|scope| {
-        scope.spawn(|| (gate.0.wait(), gate.0.wait()));
-        let sums = reducer.finish().unwrap();
-        let mut want = all.to_vec();
-        want.iter_mut().for_each(|grads| grads.scale(2.0));
-        assert_eq!(sums, want);
-    });
+    end.send(()).unwrap();
+    end.send(()).unwrap();
+    let sums = reducer.finish().unwrap();
+    let mut want = all.to_vec();
+    want.iter_mut().for_each(|grads| grads.scale(2.0));
+    assert_eq!(sums, want);
+}
+
+#[test]
+fn a_reducer_that_is_dropped_waits_for_nobody_and_begins_nothing() {
+    let (gate, begun, end) = Gate::new();
+    let reducer = Reducer::new(Arc::new(gate), 0).unwrap();
+    several_grads(7).into_iter().for_each(|grads| reducer.push(grads));
+    begun.recv_timeout(LONG).unwrap();
+    // Its sum is under way, and two more wait.
+    drop(reducer);
+    end.send(()).unwrap();
+    // The thread ends, and the gate with it.
+    assert_eq!(begun.recv_timeout(LONG), Err(mpsc::RecvTimeoutError::Disconnected));
 }
 
 #[derive(Debug)]
@@ -791,14 +816,19 @@ fn a_sum_that_fails_is_an_error_at_its_end() {
     refused!(reducer.finish(), Error::AllReduce { .. }, "worker 1 is gone");
     assert!(reducer.finish().unwrap().is_empty());
 
-    let late = ThreadWorker::group(2, Duration::from_millis(50));
-    let reducer = Reducer::new(Arc::new(late.into_iter().next().unwrap()), 0).unwrap();
+    let mut group = ThreadWorker::group(2, Duration::from_millis(50));
+    let _late = group.pop();
+    let reducer = Reducer::new(Arc::new(group.remove(0)), 0).unwrap();
     several_grads(1).into_iter().for_each(|grads| reducer.push(grads));
-    refused!(reducer.finish(), Error::AllReduce { .. }, "worker 1");
+    refused!(reducer.finish(), Error::AllReduce { .. }, "worker 1 did not come within 50ms");
 
     let reducer = Reducer::new(Arc::new(Panics), 0).unwrap();
     several_grads(1).into_iter().for_each(|grads| reducer.push(grads));
-    refused!(reducer.finish(), Error::AllReduce { .. }, "panicked");
+    refused!(
+        reducer.finish(),
+        Error::AllReduce { .. },
+        "panicked in a sum: a worker's own mistake"
+    );
 }
 
 #[test]

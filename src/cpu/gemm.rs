@@ -46,7 +46,7 @@ pub(crate) struct Layer {
 /// What all handles of a layer share.
 pub(crate) struct Packed {
     weights: Weights,
-    /// Of each channel; empty if the tensors hold f32, or if there is a normalisation.
+    /// Of each channel; empty if dst holds f32, or if there is a normalisation.
     scale: Vec<f32>,
     bias: Vec<f32>,
     source_steps: Vec<SourceStep>,
@@ -120,8 +120,8 @@ impl Layer {
         dtype: DType,
         (isa, terms, kernel): (Supported, TermKind, Option<&'static Kernel>),
     ) -> Self {
-        // What does not fold into a weight of 16 bits: see `TileEpilogue::scale`. A normalised
-        // layer's tiles are f32.
+        // What does not fold into a weight of 16 bits, and what the epilogue of such results takes in
+        // any case: see `TileEpilogue::scale`. A normalised layer's tiles are f32.
         let mut scale = Vec::new();
         if dtype != DType::F32 && lowered.norm.is_none() {
             scale.resize(shape.c_out, 1.0);
@@ -379,21 +379,6 @@ fn run_units<T: Element, D: Element>(passes: &[Pass<'_, T, D>]) {
             let work =
                 pass.problem.n.saturating_mul(passed).saturating_mul(pass.problem.positions());
             device.for_each(pass.problem.n, work, &|sample| pass.copy_through(sample));
-        }
-    }
-}
-
-/// Copies an element: as it is where both are of one type.
-///
-/// # Safety
-/// `from` is readable, `to` writable.
-#[inline(always)]
-unsafe fn copy<T: Element, D: Element>(from: *const T, to: *mut D) {
-    // SAFETY: the caller's promise; only one type has each dtype.
-    unsafe {
-        match T::DTYPE == D::DTYPE {
-            true => *to.cast::<T>() = *from,
-            false => *to = D::from_f32((*from).to_f32()),
         }
     }
 }
@@ -768,6 +753,11 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
     fn copy_through(&self, sample: usize) {
         let count = self.problem.positions();
         for (src, dst) in self.problem.passed_through() {
+            assert_eq!(
+                T::DTYPE,
+                D::DTYPE,
+                "products of training alone mix types, and pass nothing on"
+            );
             let (from, to) = (self.problem.walk(&src, false), self.problem.walk(&dst, false));
             for channel in 0..src.channels as isize {
                 let at = |sample_stride: isize, channel_stride: isize| {
@@ -775,21 +765,20 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
                 };
                 let src = src.ptr.wrapping_offset(at(src.sample, src.channel));
                 let dst = dst.ptr.wrapping_offset(at(dst.sample, dst.channel)).cast_mut();
-                // SAFETY: the problem is validated: both hold every channel and position, and do
-                // not overlap.
+                let dst = dst.cast::<T>();
+                // SAFETY: the problem is validated: both hold every channel and position, of one
+                // type, and do not overlap.
                 unsafe {
                     match (from.uniform(), to.uniform()) {
-                        (Some(1), Some(1)) if T::DTYPE == D::DTYPE => {
-                            dst.cast::<T>().copy_from_nonoverlapping(src, count);
-                        }
+                        (Some(1), Some(1)) => dst.copy_from_nonoverlapping(src, count),
                         (Some(s), Some(t)) => {
                             for p in 0..count as isize {
-                                copy(src.offset(p * s), dst.offset(p * t));
+                                *dst.offset(p * t) = *src.offset(p * s);
                             }
                         }
                         _ => {
                             for p in 0..count {
-                                copy(src.offset(from.offset(p)), dst.offset(to.offset(p)));
+                                *dst.offset(to.offset(p)) = *src.offset(from.offset(p));
                             }
                         }
                     }

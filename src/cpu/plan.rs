@@ -218,7 +218,7 @@ impl Plan {
         let estimate = Estimate {
             axis,
             vector,
-            dtype: T::DTYPE,
+            dtype: D::DTYPE,
             terms,
             k,
             positions,
@@ -239,7 +239,7 @@ impl Plan {
         let (kernel, order) = if let Some(choice) = tuned {
             (choice.kernel, choice.order)
         } else if problem.macs() < SMALL_MACS {
-            let smallest = kernels(isa, T::DTYPE, terms).next();
+            let smallest = kernels(isa, D::DTYPE, terms).next();
             let kernel = layer.forced.or(smallest).expect("every instruction set has a kernel");
             (kernel, Order::ChannelsOuter)
         } else {

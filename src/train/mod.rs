@@ -1,6 +1,6 @@
 //! Training: forward with batch statistics, the gradient of everything, parameters to update. On
-//! tensors of f32, f16 or bf16 on the CPU, of f32 on CUDA. Parameters, their gradients and statistics
-//! are f32 and on the host; tensors of a call on the host or on the device, where a workspace stays.
+//! tensors of f32, f16 or bf16, on the CPU and on CUDA. Parameters, their gradients and statistics are
+//! f32 and on the host; tensors of a call on the host or on the device, where a workspace stays.
 //!
 //! ```
 //! use ndarray::{Array3, Array2};
@@ -41,8 +41,9 @@
 //! # 16 bits
 //!
 //! All tensors of a pass hold elements of one type, which is that of src. What is computed between
-//! them is f32, and so are parameters, their gradients, running statistics and the workspace; a result
-//! is rounded once, to the nearest, and beyond the range of f16 it is infinite. The gradients of a loss
+//! them is f32 (but for the operands of products on CUDA, which tensor cores take in that type), and so
+//! are parameters, their gradients, running statistics and the workspace; a result is rounded once, to
+//! the nearest, and beyond the range of f16 it is infinite. The gradients of a loss
 //! that is multiplied by a scale, so that few of them are subnormal in f16, are
 //! [finite](Grads::is_finite) or the step is left out, and [scaled back](Grads::scale).
 //!

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 
 use crate::error::{Error, Result};
 use crate::train::{AllReduce, Grads, all_reduce};
@@ -18,7 +19,10 @@ use crate::train::{AllReduce, Grads, all_reduce};
 ///
 /// Its group of workers must be its own: a backward pass with batch statistics sums as well
 /// ([`Params::set_all_reduce`](crate::train::Params::set_all_reduce)), and workers of one group must do
-/// so in one order.
+/// so in one order. NCCL does not promise that two groups of a process may be at work at once: where batch
+/// norms sum through it, [`all_reduce`] behind the backward passes is the safe way.
+///
+/// When it is dropped, no further sum begins, and nobody waits for one that has.
 ///
 /// ```
 /// # use ndarray::Array2;
@@ -46,9 +50,28 @@ use crate::train::{AllReduce, Grads, all_reduce};
 /// # Ok::<(), pointwise::Error>(())
 /// ```
 pub struct Reducer {
-    /// None once it is dropped.
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    jobs: Sender<Job>,
+    dropped: Arc<AtomicBool>,
+}
+
+/// Workers until the reducer is dropped.
+#[derive(Debug)]
+struct Workers {
+    workers: Arc<dyn AllReduce>,
+    dropped: Arc<AtomicBool>,
+}
+
+impl AllReduce for Workers {
+    fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
+        self.workers.sum_f64(values)
+    }
+
+    fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
+        match self.dropped.load(Ordering::Relaxed) {
+            true => Err(Error::AllReduce { reason: "the reducer is gone".into() }),
+            false => self.workers.sum_f32(values),
+        }
+    }
 }
 
 enum Job {
@@ -63,12 +86,13 @@ impl Reducer {
     /// # Errors
     /// [`Error::AllReduce`] if the system gives no thread.
     pub fn new(workers: Arc<dyn AllReduce>, bucket: usize) -> Result<Self> {
-        let (jobs, from) = channel();
+        let ((jobs, from), dropped) = (channel(), Arc::default());
+        let workers = Workers { workers, dropped: Arc::clone(&dropped) };
         let thread = Builder::new().name("pointwise gradients".into());
-        let thread = thread.spawn(move || run(&from, &*workers, bucket)).map_err(|error| {
-            Error::AllReduce { reason: format!("there is no thread to sum on: {error}") }
+        thread.spawn(move || run(&from, &workers, bucket)).map_err(|error| Error::AllReduce {
+            reason: format!("there is no thread to sum on: {error}"),
         })?;
-        Ok(Reducer { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Reducer { jobs, dropped })
     }
 
     /// Hands over the gradients of a layer, whose backward pass is over.
@@ -90,7 +114,7 @@ impl Reducer {
 
     fn send(&self, job: Job) {
         // The thread ends after this end of the channel only.
-        let _ = self.jobs.as_ref().map(|jobs| jobs.send(job));
+        let _ = self.jobs.send(job);
     }
 }
 
@@ -101,8 +125,11 @@ fn run(jobs: &Receiver<Job>, workers: &dyn AllReduce, bucket: usize) {
         if outcome.is_ok() && !waiting.is_empty() {
             // Theirs is code that we do not know.
             let sum = AssertUnwindSafe(|| all_reduce(&mut *waiting, workers, bucket));
-            *outcome = catch_unwind(sum).unwrap_or_else(|_| {
-                Err(Error::AllReduce { reason: "a worker has panicked in a sum".into() })
+            *outcome = catch_unwind(sum).unwrap_or_else(|panic| {
+                let text = panic.downcast_ref::<&str>().copied();
+                let text = text.or_else(|| panic.downcast_ref::<String>().map(|text| &text[..]));
+                let text = text.unwrap_or("no message");
+                Err(Error::AllReduce { reason: format!("a worker panicked in a sum: {text}") })
             });
         }
     };
@@ -135,13 +162,9 @@ impl fmt::Debug for Reducer {
     }
 }
 
-/// Waits for a sum that has begun.
 impl Drop for Reducer {
     fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            // It does not panic.
-            let _ = thread.join();
-        }
+        // A sum under way may wait for a worker that waits for what this thread holds.
+        self.dropped.store(true, Ordering::Relaxed);
     }
 }

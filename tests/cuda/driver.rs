@@ -3,7 +3,7 @@
 use std::process::{Command, ExitCode};
 
 use ndarray::{Array2, Array3};
-use pointwise::{CudaDevice, CudaTensor, Device, Error, Pointwise};
+use pointwise::{CudaDevice, CudaTensor, Device, Error, Layout, Pointwise};
 
 use super::{OnDevice, Outcome, far, faults, planted, traffic};
 
@@ -84,6 +84,8 @@ fn current_contexts(layer: &Pointwise, src: &Array3<f32>) -> Result<String, Erro
         check("to_host");
         prepared.forward(src)?;
         check("forward of a host array");
+        prepared.tune(&[(src.shape(), Layout::ChannelsFirst)])?;
+        check("tune");
         own.synchronize()?;
         check("synchronize");
         drop((theirs, result));

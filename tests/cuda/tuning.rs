@@ -159,8 +159,9 @@ fn passed_over(device: &CudaDevice) -> Outcome {
     assert!(!is_tuned(&halves.with_tuning(&tuning), layout)?);
     // A handle on another stream keeps it; a forced kernel goes first.
     assert!(is_tuned(&tuned.on(&device.with_new_stream()?)?, layout)?);
-    let kernel = layer.plans_in(&SHAPE, layout)?.pop().filter(|last| last.verdict.is_ok());
-    let kernel = kernel.map_or(layer.explain(&SHAPE)?.kernel, |last| last.kernel);
+    let plans = layer.plans_in(&SHAPE, layout)?;
+    let kernel = plans.iter().rfind(|candidate| candidate.verdict.is_ok()).unwrap().kernel;
+    assert_ne!(kernel, plans[0].kernel);
     let forced = description.prepare_with(&on, force(kernel))?.with_tuning(&tuning);
     assert_eq!(forced.explain_in(&SHAPE, layout)?.kernel, kernel);
     assert!(!is_tuned(&forced, layout)?);
