@@ -129,12 +129,12 @@ impl fmt::Display for Work {
     }
 }
 
-/// The tensors of one call: sources and gate hold `T`, dst and residual `D`.
-pub(crate) struct Operands<'a, T = f32, D = T> {
+/// The tensors of one call.
+pub(crate) struct Operands<'a, T = f32> {
     pub src: TensorRef<'a, T>,
     /// Further sources of a concatenation.
     pub more: &'a [TensorRef<'a, T>],
-    pub residual: Option<TensorRef<'a, D>>,
+    pub residual: Option<TensorRef<'a, T>>,
     pub gate: Option<TensorRef<'a, T>>,
 }
 
@@ -213,9 +213,9 @@ pub(crate) fn spatial<T: Copy>(axes: &[T], padding: T) -> [T; MAX_SPATIAL] {
     std::array::from_fn(|i| if i < missing { padding } else { axes[2 + i - missing] })
 }
 
-/// A validated call, on sources of `T` with a dst of `D`.
+/// A validated call.
 #[derive(Clone)]
-pub(crate) struct Problem<'a, T = f32, D = T> {
+pub(crate) struct Problem<'a, T = f32> {
     pub n: usize,
     pub c_in: usize,
     pub c_out: usize,
@@ -230,14 +230,14 @@ pub(crate) struct Problem<'a, T = f32, D = T> {
     stride: usize,
     partial: Option<Range<usize>>,
     /// `ptr` is written through; its channels are the convolution's rows after the map.
-    pub dst: Operand<D>,
+    pub dst: Operand<T>,
     /// Its channels are aligned with dst's.
-    pub residual: Option<Operand<D>>,
+    pub residual: Option<Operand<T>>,
     /// `[n, c_in]`, and any further axes of length 1.
     pub gate: Option<Operand<T>>,
 }
 
-impl<'a, T: Element, D: Element> Problem<'a, T, D> {
+impl<'a, T: Element> Problem<'a, T> {
     /// Checks a call against its layer.
     ///
     /// # Errors
@@ -245,18 +245,19 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
     /// aliasing.
     pub(crate) fn new(
         layer: &LayerShape,
-        operands: &Operands<'a, T, D>,
-        dst: &mut TensorMut<'_, D>,
+        operands: &Operands<'a, T>,
+        dst: &mut TensorMut<'_, T>,
     ) -> Result<Self> {
         let problem = Self::reading(layer, operands, "dst", dst.view())?;
+        let optional = [("residual", &operands.residual), ("gate", &operands.gate)];
+        let optional = optional.into_iter().filter_map(|(name, t)| Some((name, t.as_ref()?)));
         let sources = std::iter::once(&operands.src).chain(operands.more);
-        let sources = sources.map(|source| ("src", share_memory(source, dst.view())));
-        let residual = operands.residual.iter().map(|t| ("residual", share_memory(t, dst.view())));
-        let gate = operands.gate.iter().map(|t| ("gate", share_memory(t, dst.view())));
-        match sources.chain(residual).chain(gate).find(|(_, shared)| *shared) {
-            Some((tensor, _)) => Err(Error::Aliased { tensor }),
-            None => Ok(problem),
+        for (tensor, view) in sources.map(|source| ("src", source)).chain(optional) {
+            if share_memory(view, dst.view()) {
+                return Err(Error::Aliased { tensor });
+            }
         }
+        Ok(problem)
     }
 
     /// As [`new`](Self::new), for a tensor of dst's shape that is read too: the gradient by it.
@@ -265,9 +266,9 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
     /// As there, but for aliasing.
     pub(crate) fn reading(
         layer: &LayerShape,
-        operands: &Operands<'a, T, D>,
+        operands: &Operands<'a, T>,
         name: &'static str,
-        dst: &TensorRef<'_, D>,
+        dst: &TensorRef<'_, T>,
     ) -> Result<Self> {
         let expected =
             dst_shape(layer, operands.src.shape(), operands.more.iter().map(TensorRef::shape))?;
@@ -277,10 +278,10 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
         let residual = present("residual", layer.residual, &operands.residual)?;
         let gate = present("gate", layer.gate, &operands.gate)?;
         let optional =
-            [("residual", residual.map(|t| t.place())), ("gate", gate.map(|t| t.place()))];
-        let rest = rest.map(|(tensor, view)| (tensor, Some(view.place())));
-        for (tensor, got) in rest.chain(optional) {
-            same_place(tensor, place, got.unwrap_or(place))?;
+            residual.map(|t| ("residual", t)).into_iter().chain(gate.map(|t| ("gate", t)));
+        let read = std::iter::once(("src", &operands.src)).chain(rest).chain(optional);
+        for (tensor, view) in read {
+            same_place(tensor, place, view.place())?;
         }
         same_place(name, place, dst.place())?;
         if let Some(residual) = residual {
@@ -292,7 +293,7 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
         }
 
         let convolved = layer.partial.as_ref().map_or(0, |range| range.start);
-        let cut = |t: &TensorRef<'_, D>| Operand::new(t).cut(convolved..convolved + layer.c_out);
+        let cut = |t: &TensorRef<'_, T>| Operand::new(t).cut(convolved..convolved + layer.c_out);
         Ok(Problem {
             n,
             c_in: layer.c_in,
@@ -319,9 +320,9 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
     /// The CUDA streams of its tensors, as far as they are known.
     #[cfg(feature = "cuda")]
     pub(crate) fn streams(&self) -> impl Iterator<Item = usize> + Clone + '_ {
-        let residual = self.residual.as_ref().map(|residual| residual.stream);
-        let gate = self.gate.as_ref().map(|gate| gate.stream);
-        let beside = [self.dst.stream].into_iter().chain(residual).chain(gate);
+        let beside = [self.dst.stream].into_iter();
+        let optional = [&self.residual, &self.gate].into_iter().flatten();
+        let beside = beside.chain(optional.map(|operand| operand.stream));
         self.all_sources().map(|source| source.stream()).chain(beside).flatten()
     }
 
@@ -355,10 +356,7 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
 
     /// What the call must do and move, for a layer with that many parameters.
     pub(crate) fn cost(&self, parameters: usize) -> Cost {
-        let cost = self.work().cost(parameters, size_of::<T>());
-        let of_dst = |bytes: usize| (bytes / size_of::<T>()).saturating_mul(size_of::<D>());
-        let (dst_bytes, residual_bytes) = (of_dst(cost.dst_bytes), of_dst(cost.residual_bytes));
-        Cost { dst_bytes, residual_bytes, ..cost }
+        self.work().cost(parameters, size_of::<T>())
     }
 
     /// The sources, subsampled; of a partial convolution only the channels that are convolved.
@@ -385,7 +383,7 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
 
     /// The parts of a partial convolution that pass through: pairs of a source range and the dst
     /// operand that receives it.
-    pub(crate) fn passed_through(&self) -> impl Iterator<Item = (Operand<T>, Operand<D>)> + '_ {
+    pub(crate) fn passed_through(&self) -> impl Iterator<Item = (Operand<T>, Operand<T>)> + '_ {
         let total = self.src_channels();
         let (start, end) =
             self.partial.as_ref().map_or((0, total), |range| (range.start, range.end));
@@ -417,7 +415,7 @@ impl<'a, T: Element, D: Element> Problem<'a, T, D> {
     }
 
     /// How an operand walks the positions of one sample, or of all samples at once.
-    pub(crate) fn walk<E>(&self, operand: &Operand<E>, with_batch: bool) -> Positions {
+    pub(crate) fn walk(&self, operand: &Operand<T>, with_batch: bool) -> Positions {
         let mut axes = [(self.n, operand.sample); 1 + MAX_SPATIAL];
         for (axis, slot) in axes[1..].iter_mut().enumerate() {
             *slot = (self.spatial[axis], operand.spatial[axis]);

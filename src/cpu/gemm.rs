@@ -46,7 +46,7 @@ pub(crate) struct Layer {
 /// What all handles of a layer share.
 pub(crate) struct Packed {
     weights: Weights,
-    /// Of each channel; empty if dst holds f32, or if there is a normalisation.
+    /// Of each channel; empty if the tensors hold f32, or if there is a normalisation.
     scale: Vec<f32>,
     bias: Vec<f32>,
     source_steps: Vec<SourceStep>,
@@ -97,7 +97,7 @@ impl Layer {
         Ok(Self::with_kernels(device, shape, weight, lowered, dtype, chosen))
     }
 
-    /// A layer whose weight is f32 and whose dst holds `dtype`; src may hold any type.
+    /// A layer on tensors of `dtype` whose weight is f32.
     ///
     /// # Errors
     /// As [`new`](Self::new).
@@ -228,9 +228,9 @@ impl Layer {
     }
 
     /// How a problem is cut, for the best kernel or a given one.
-    pub(crate) fn plan<T: Element, D: Element>(
+    pub(crate) fn plan<T: Element>(
         &self,
-        problem: &Problem<'_, T, D>,
+        problem: &Problem<'_, T>,
         kernel: Option<&'static Kernel>,
     ) -> Plan {
         let facts = Facts {
@@ -264,9 +264,9 @@ impl fmt::Debug for Layer {
 }
 
 /// One layer's share of a call.
-struct Pass<'a, T, D> {
+struct Pass<'a, T> {
     layer: &'a Layer,
-    problem: &'a Problem<'a, T, D>,
+    problem: &'a Problem<'a, T>,
     plan: Plan,
     /// Moments of each block, for a normalisation over all positions.
     slots: Vec<Slot>,
@@ -276,7 +276,7 @@ struct Pass<'a, T, D> {
 
 // SAFETY: the pointers of a problem are to tensors that the caller of a run has borrowed for its
 // duration; units write to disjoint parts of dst.
-unsafe impl<T, D> Sync for Pass<'_, T, D> {}
+unsafe impl<T> Sync for Pass<'_, T> {}
 
 static PASSES: AtomicU64 = AtomicU64::new(1);
 
@@ -308,7 +308,7 @@ thread_local! {
 /// once.
 ///
 /// The problems have been validated, are on the host, and their dsts do not overlap.
-pub(crate) fn run<T: Element, D: Element>(calls: &[(&Layer, &Problem<'_, T, D>)]) {
+pub(crate) fn run<T: Element>(calls: &[(&Layer, &Problem<'_, T>)]) {
     match calls {
         [] => {}
         [(layer, problem)] => run_passes(&mut [Pass::new(layer, problem)]),
@@ -332,7 +332,7 @@ pub(crate) fn run<T: Element, D: Element>(calls: &[(&Layer, &Problem<'_, T, D>)]
     }
 }
 
-fn run_passes<T: Element, D: Element>(passes: &mut [Pass<'_, T, D>]) {
+fn run_passes<T: Element>(passes: &mut [Pass<'_, T>]) {
     for pass in passes.iter_mut() {
         if pass.layer.norm_over() == Some(NormOver::All) {
             pass.slots = SLOTS.take();
@@ -347,7 +347,7 @@ fn run_passes<T: Element, D: Element>(passes: &mut [Pass<'_, T, D>]) {
     }
 }
 
-fn run_units<T: Element, D: Element>(passes: &[Pass<'_, T, D>]) {
+fn run_units<T: Element>(passes: &[Pass<'_, T>]) {
     let Some(device) = passes.first().map(|pass| &pass.layer.device) else { return };
     let blocks = passes.iter().map(|pass| pass.plan.blocks()).max().unwrap_or(0);
     let per_block: usize = passes.iter().map(|pass| pass.plan.units_per_block()).sum();
@@ -387,8 +387,8 @@ fn with_scratch(f: impl FnOnce(&mut Scratch)) {
     threads::with_scratch(&SCRATCH, f);
 }
 
-impl<'a, T: Element, D: Element> Pass<'a, T, D> {
-    fn new(layer: &'a Layer, problem: &'a Problem<'a, T, D>) -> Self {
+impl<'a, T: Element> Pass<'a, T> {
+    fn new(layer: &'a Layer, problem: &'a Problem<'a, T>) -> Self {
         let plan = layer.plan(problem, layer.kernel);
         let id = if plan.copies_again() { PASSES.fetch_add(1, Ordering::Relaxed) } else { 0 };
         Pass { layer, problem, plan, slots: Vec::new(), id }
@@ -418,7 +418,7 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> epilogue::Operand<'t, *mut D> {
+    ) -> epilogue::Operand<'t, *mut T> {
         let at = self.operand(
             &self.problem.dst,
             &self.plan.dst,
@@ -442,7 +442,7 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> Option<epilogue::Operand<'t, *const D>> {
+    ) -> Option<epilogue::Operand<'t, *const T>> {
         let (residual, walk) = self.problem.residual.as_ref().zip(self.plan.residual.as_ref())?;
         let map = self.layer.residual_map.as_deref();
         Some(self.operand(residual, walk, map, sample, positions, table))
@@ -450,13 +450,13 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
 
     fn operand<'t>(
         &self,
-        operand: &Operand<D>,
+        operand: &Operand<T>,
         walk: &Positions,
         channels: Option<&'t [u32]>,
         sample: usize,
         positions: &Range<usize>,
         table: &'t mut Vec<isize>,
-    ) -> epilogue::Operand<'t, *const D> {
+    ) -> epilogue::Operand<'t, *const T> {
         let ptr = operand.ptr.wrapping_offset(sample as isize * operand.sample);
         let channel_stride = operand.channel;
         match walk.uniform() {
@@ -543,14 +543,14 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
 
     /// Computes and stores channels of a group at a block of positions.
     #[expect(clippy::too_many_arguments, reason = "a unit is that many coordinates")]
-    fn multiply<O: Element>(
+    fn multiply<D: Element>(
         &self,
         sample: usize,
         positions: &Range<usize>,
         group: usize,
         channels: Range<usize>,
-        dst: epilogue::Operand<'_, *mut O>,
-        residual: Option<epilogue::Operand<'_, *const O>>,
+        dst: epilogue::Operand<'_, *mut D>,
+        residual: Option<epilogue::Operand<'_, *const D>>,
         scratch: &mut Scratch,
     ) {
         self.source(sample, positions, group, scratch);
@@ -649,7 +649,7 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
                 }
                 NormOver::All => self.slots[block].set(Moments::of(isa, rows)),
             }
-            if over == NormOver::Channels || D::DTYPE == DType::F32 {
+            if over == NormOver::Channels || T::DTYPE == DType::F32 {
                 // SAFETY: dst holds every channel and position of the block, and no other unit has
                 // it.
                 unsafe { norm::store(isa, rows, self.problem.c_out, &dst) };
@@ -667,13 +667,13 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
         let moments = slots.iter().map(Slot::get).fold(Moments::default(), Moments::merge);
         let finish = |rows: &mut [f32],
                       residual: Option<epilogue::Operand<'_, *const f32>>,
-                      dst: epilogue::Operand<'_, *mut D>,
+                      dst: epilogue::Operand<'_, *mut T>,
                       spare: &mut Vec<f32>| {
             self.finish(rows, |_| moments, residual, spare);
             // SAFETY: dst holds every channel and position of the block, and no other unit has it.
             unsafe { norm::store(self.layer.isa, rows, channels, &dst) };
         };
-        if D::DTYPE != DType::F32 {
+        if T::DTYPE != DType::F32 {
             return self.with_rows(block, scratch, finish);
         }
         let dst = self.dst(sample, &positions, &mut scratch.dst_offsets);
@@ -695,7 +695,7 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
         f: impl FnOnce(
             &mut [f32],
             Option<epilogue::Operand<'_, *const f32>>,
-            epilogue::Operand<'_, *mut D>,
+            epilogue::Operand<'_, *mut T>,
             &mut Vec<f32>,
         ),
     ) {
@@ -714,7 +714,7 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
         }
         let values = rows.get(positions.len() * channels);
         let residual = self.residual(sample, &positions, &mut residual_table).map(|residual| {
-            if D::DTYPE == DType::F32 {
+            if T::DTYPE == DType::F32 {
                 return residual.cast();
             }
             let added = added.get(positions.len() * channels);
@@ -753,21 +753,16 @@ impl<'a, T: Element, D: Element> Pass<'a, T, D> {
     fn copy_through(&self, sample: usize) {
         let count = self.problem.positions();
         for (src, dst) in self.problem.passed_through() {
-            assert_eq!(
-                T::DTYPE,
-                D::DTYPE,
-                "products of training alone mix types, and pass nothing on"
-            );
             let (from, to) = (self.problem.walk(&src, false), self.problem.walk(&dst, false));
             for channel in 0..src.channels as isize {
-                let at = |sample_stride: isize, channel_stride: isize| {
-                    sample as isize * sample_stride + channel * channel_stride
+                let at = |operand: &Operand<T>| {
+                    operand.ptr.wrapping_offset(
+                        sample as isize * operand.sample + channel * operand.channel,
+                    )
                 };
-                let src = src.ptr.wrapping_offset(at(src.sample, src.channel));
-                let dst = dst.ptr.wrapping_offset(at(dst.sample, dst.channel)).cast_mut();
-                let dst = dst.cast::<T>();
-                // SAFETY: the problem is validated: both hold every channel and position, of one
-                // type, and do not overlap.
+                let (src, dst) = (at(&src), at(&dst).cast_mut());
+                // SAFETY: the problem is validated: both hold every channel and position, and do
+                // not overlap.
                 unsafe {
                     match (from.uniform(), to.uniform()) {
                         (Some(1), Some(1)) => dst.copy_from_nonoverlapping(src, count),

@@ -141,24 +141,16 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new<T: Element, D: Element>(
-        layer: &Facts<'_>,
-        problem: &Problem<'_, T, D>,
-    ) -> Self {
+    pub(crate) fn new<T: Element>(layer: &Facts<'_>, problem: &Problem<'_, T>) -> Self {
         // Samples that lie behind one another are one run of positions, unless something differs
         // between them.
-        fn uniform<T: Element, D: Element, E>(
-            problem: &Problem<'_, T, D>,
-            operand: &Operand<E>,
-        ) -> bool {
-            problem.walk(operand, true).uniform().is_some()
-        }
+        let uniform = |operand: &Operand<T>| problem.walk(operand, true).uniform().is_some();
         let with_batch = problem.n > 1
             && problem.gate.is_none()
             && layer.norm_over != Some(NormOver::All)
-            && uniform(problem, &problem.dst)
-            && problem.residual.as_ref().is_none_or(|residual| uniform(problem, residual))
-            && problem.sources().all(|source| uniform(problem, &source));
+            && uniform(&problem.dst)
+            && problem.residual.as_ref().is_none_or(uniform)
+            && problem.sources().all(|source| uniform(&source));
         let (samples, positions) = match with_batch {
             true => (1, problem.n * problem.positions()),
             false => (problem.n, problem.positions()),
@@ -218,13 +210,13 @@ impl Plan {
         let estimate = Estimate {
             axis,
             vector,
-            dtype: D::DTYPE,
+            dtype: T::DTYPE,
             terms,
             k,
             positions,
             channels: problem.c_out,
             weights: layer.weights,
-            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<D>()),
+            channel_bytes: problem.dst.channel.unsigned_abs().saturating_mul(size_of::<T>()),
             row_bytes: if read == Read::InPlace { row_bytes } else { 0 },
             dst_bytes,
             turned: axis == ChannelAxis::Lanes
@@ -239,7 +231,7 @@ impl Plan {
         let (kernel, order) = if let Some(choice) = tuned {
             (choice.kernel, choice.order)
         } else if problem.macs() < SMALL_MACS {
-            let smallest = kernels(isa, D::DTYPE, terms).next();
+            let smallest = kernels(isa, T::DTYPE, terms).next();
             let kernel = layer.forced.or(smallest).expect("every instruction set has a kernel");
             (kernel, Order::ChannelsOuter)
         } else {

@@ -73,10 +73,9 @@ impl Layer {
     /// A layer without a normalisation, just made, whose results stay f32: the memory of a
     /// problem's dst holds them, whatever its type says.
     pub(super) fn with_results_of_f32(mut self) -> Self {
-        if let Some(weights) = Arc::get_mut(&mut self.weights) {
-            debug_assert!(weights.program.norm.is_none());
-            weights.program.dst_dtype = DType::F32;
-        }
+        let weights = Arc::get_mut(&mut self.weights).expect("just made, and nobody else's");
+        assert!(weights.program.norm.is_none(), "it has its own memory of f32");
+        weights.program.dst_dtype = DType::F32;
         self
     }
 

@@ -400,8 +400,9 @@ pub(crate) fn checked(
     Ok(Some(BatchStatistics { names, moments, channels: channels.to_vec() }))
 }
 
-/// The layer as inference has it, with the batch's statistics in its source's batch norm.
-pub(crate) fn lowered(layer: &Pointwise, source_chain: &Chain) -> Lowered {
+/// The layer as inference with a weight of some dtype has it, with the batch's statistics in its source's
+/// batch norm.
+pub(crate) fn lowered(layer: &Pointwise, source_chain: &Chain, weight: DType) -> Lowered {
     let mut layer = layer.clone();
     for (stage, op) in layer.source_stages.iter_mut().zip(&source_chain.ops) {
         if let (SourceStage::BatchNorm(_), Op::Linear(linear)) = (&*stage, op) {
@@ -409,7 +410,7 @@ pub(crate) fn lowered(layer: &Pointwise, source_chain: &Chain) -> Lowered {
             *stage = SourceStage::Affine { scale: scale.into(), shift: shift.into() };
         }
     }
-    Lowered::new(&layer, DType::F32)
+    Lowered::new(&layer, weight)
 }
 
 fn map(channels: &[usize]) -> Option<Vec<u32>> {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::{Array2, Array5, ArrayD, Axis, Ix5, Slice};
 use pointwise::reference::{self, Gradients, Inputs};
 use pointwise::train::{Accumulate, Options, Params, Statistics, name};
-use pointwise::{CudaDevice, Device, Pointwise, bf16, f16};
+use pointwise::{BatchNorm, CudaDevice, Device, Pointwise, bf16, f16};
 
 use super::cases::{Case, LAYOUTS, Layout, Placed, Value, chain, rounded, same_bits};
 use super::fixtures::Fixtures;
@@ -24,6 +24,8 @@ pub const TRIALS: &[OnDevice] = &[
         "training_in_bf16_on_every_case_of_the_fixtures_has_the_references_gradients",
         fixtures::<bf16>,
     ),
+    ("training_in_f16_runs_inferences_pass_with_its_own_rounding", one_pass::<f16>),
+    ("training_in_bf16_runs_inferences_pass_with_its_own_rounding", one_pass::<bf16>),
     ("training_in_f16_on_several_chunks_and_tiles_has_the_references_gradients", chunks::<f16>),
     ("training_in_bf16_on_several_chunks_and_tiles_has_the_references_gradients", chunks::<bf16>),
     ("training_in_f16_reads_and_writes_any_strides", strides::<f16>),
@@ -227,6 +229,42 @@ fn cancellation(layer: &Pointwise, tensors: &Tensors, partial: Option<&Range<usi
     let ratio = ratios.fold(1.0, f64::max);
     assert!(ratio < 40.0, "terms {ratio} times as large as their sums: nothing would be checked");
     ratio
+}
+
+/// Layers whose forward pass is one of inference.
+fn one_pass<T: Value>(device: &CudaDevice) -> Outcome {
+    let mut random = Random::new(93);
+    let case = Case::new(2, 8, 6, [1, 5, 9]);
+    let train = |layer: &Pointwise, src: Array5<f32>, statistics| -> Outcome {
+        let tensors = Tensors { sources: vec![src.into_dyn()], residual: None, gate: None };
+        let tensors = held::<T>(&tensors);
+        let layer = with_weight_of::<T>(layer);
+        for layout in [Layout::First, Layout::Last] {
+            let got = run::<T>(device, &layer, &tensors, statistics, |_| layout, None)?;
+            check::<T>(&got, &layer, &tensors, statistics, None)?;
+        }
+        Ok(())
+    };
+    // A clip, one of whose bounds both types have as something smaller, of integers, none of which is
+    // near it.
+    let layer = case.layer(random.integers(48)).bias(random.integers(6)).clip(-0.75, 2.1);
+    assert!(T::from_f32(2.1).to_f32() < 2.1);
+    let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());
+    train(&layer, src, Statistics::Batch)?;
+    // A source's norm that takes a large mean away, or multiplies by much: neither folds into such a weight.
+    let mut src = random.tensor(case.src_shape());
+    let most = 0.5 / unit::<T>() as f32;
+    src.index_axis_mut(Axis(1), 0).mapv_inplace(|x| most + x);
+    src.index_axis_mut(Axis(1), 1).mapv_inplace(|x| 1e-3 * x);
+    let (mut mean, mut var, mut gamma) = (vec![0.0; 8], vec![1.0; 8], vec![1.0; 8]);
+    (mean[0], var[1], gamma[1]) = (most, 1e-6, 10.0);
+    let norm = BatchNorm::new(mean, var).affine(gamma, random.normal(8)).eps(1e-9);
+    let mut weight = random.normal(48);
+    // So that the gradient by src does not overflow f16.
+    (0..6).for_each(|row| weight[8 * row + 1] *= 0.5);
+    let layer = case.layer(weight).source_batch_norm(norm).bias(random.normal(6));
+    train(&layer, src.clone(), Statistics::Batch)?;
+    train(&layer, src, Statistics::Frozen)
 }
 
 /// Of the kinds that the kernel of the weight's gradient reads, at the edges of its tiles and slabs.

@@ -18,12 +18,12 @@ use std::sync::{Mutex, PoisonError};
 use crate::cpu::gemm::{self, Layer};
 use crate::cpu::isa::{Isa, Supported};
 use crate::cpu::pack::Unpacked;
-use crate::cpu::threads::CpuDevice;
+use crate::cpu::threads::{CpuDevice, Disjoint};
 use crate::cpu::train::sweep::{Axis, Backward, Gate, Kept, Sweep};
 use crate::cpu::train::view::{Part, View};
 use crate::cpu::train::wgrad::{Gradient, Src, Wgrad};
 use crate::dtype::{DType, Element};
-use crate::epilogue::Lowered;
+use crate::epilogue::{Lowered, SourceStep};
 use crate::error::Result;
 use crate::layer::Pointwise;
 use crate::problem::{LayerShape, Operand, Operands, Positions, Problem};
@@ -122,11 +122,11 @@ impl State {
 }
 
 /// Where the gradient by the convolution's input goes.
-enum Target<'o, 't, D> {
+enum Target<'o, 't> {
     /// Contiguous values, in this order.
-    Values(Axis, &'o mut [D]),
+    Values(Axis, &'o mut [f32]),
     /// The positions of a tensor that the stride keeps.
-    Tensor(&'o mut TensorMut<'t, D>),
+    Tensor(&'o mut TensorMut<'t>),
 }
 
 impl Training<'_> {
@@ -184,7 +184,7 @@ impl Training<'_> {
         };
         if in_one_pass {
             // As in inference.
-            let mut lowered = lowered(self.layer, &source_chain);
+            let mut lowered = lowered(self.layer, &source_chain, DType::F32);
             let weight = std::mem::take(&mut lowered.weight);
             let weight = Unpacked::new(&weight, self.shape.groups, self.shape.k());
             let layer = Layer::of_f32(self.device, self.shape, weight, lowered, T::DTYPE)?;
@@ -199,7 +199,20 @@ impl Training<'_> {
 
         let rows = self.shape.c_out;
         let mut values = self.pool.take("the workspace", &[rows, n, positions])?;
-        self.multiply(&source_chain, operands, &problem, axis, &mut values)?;
+        match T::DTYPE {
+            // SAFETY: T is f32.
+            DType::F32 => unsafe {
+                let more: Vec<_> = operands.more.iter().map(|source| source.cast()).collect();
+                let operands = Operands {
+                    src: operands.src.cast(),
+                    more: &more,
+                    residual: None,
+                    gate: operands.gate.map(|gate| gate.cast()),
+                };
+                self.multiply(&source_chain, &operands, &problem, axis, &mut values)?;
+            },
+            _ => self.multiply_widened(isa, &source_chain, &problem, axis, &mut values)?,
+        }
         let input = View::contiguous(values.as_mut_ptr(), axis, rows, n * positions);
         let batch = chain.batch_norm();
         let (dst_map, residual_map) = (chain.dst_map.take(), chain.residual_map.take());
@@ -347,14 +360,17 @@ impl Training<'_> {
             return Ok(());
         }
         let add = outputs.accumulate_sources;
-        if let ([d_src], true, None, Accumulate::Set, false) =
-            (&mut outputs.d_sources[..], plain, &self.shape.partial, add, total == 0)
+        let direct = plain && T::DTYPE == DType::F32 && total > 0;
+        if let ([d_src], true, None, Accumulate::Set) =
+            (&mut outputs.d_sources[..], direct, &self.shape.partial, add)
         {
             // Straight to where it belongs.
             if self.shape.stride > 1 {
                 fill_zero(self.device, d_src);
             }
-            self.multiply_back(axis, d, &problem, Target::Tensor(d_src))?;
+            // SAFETY: T is f32.
+            let mut d_src = unsafe { d_src.reborrow().cast() };
+            self.multiply_back(axis, d, &problem, Target::Tensor(&mut d_src))?;
             self.pool.put(buffer);
             return Ok(());
         }
@@ -432,32 +448,64 @@ impl Training<'_> {
         Ok(())
     }
 
-    /// The convolution alone, into contiguous values.
-    fn multiply<T: Element>(
+    /// As [`multiply`](Self::multiply), for tensors of 16 bits: by way of what source stages make of src,
+    /// in f32.
+    fn multiply_widened<T: Element>(
         &self,
+        isa: Supported,
         source_chain: &Chain,
-        operands: &Operands<'_, T>,
         problem: &Problem<'_, T>,
         axis: Axis,
         values: &mut [f32],
     ) -> Result<()> {
-        let lowered = Lowered {
-            weight: Vec::new(),
-            bias: vec![0.0; self.shape.c_out],
-            source_steps: source_chain.source_steps(),
-            steps: Vec::new(),
-            norm: None,
-            after_norm: Vec::new(),
-            dst_map: None,
-            residual_map: None,
+        // Positions that a thread widens at a time.
+        const BLOCK: usize = 64;
+        let (c_in, total) = (self.shape.c_in, problem.n * problem.positions());
+        let mut widened = self.pool.take("src in f32", &[c_in, total])?;
+        let mut sweep = self.source_sweep(isa, problem, source_chain.clone());
+        sweep.axis = Axis::Lanes;
+        let to = Disjoint::new(widened.as_mut_ptr());
+        self.device.for_each(total.div_ceil(BLOCK), c_in.saturating_mul(total), &|block| {
+            let positions = block * BLOCK..total.min((block + 1) * BLOCK);
+            let (first, len) = (positions.start * c_in, positions.len() * c_in);
+            // SAFETY: no other block has these positions.
+            let out = unsafe { std::slice::from_raw_parts_mut(to.at(first), len) };
+            sweep.result(positions, out);
+        });
+        let (src_shape, strides) = contiguous(problem, MAX_RANK, c_in, Axis::Lanes);
+        // SAFETY: as many values as the shape has.
+        let src = unsafe {
+            TensorRef::from_raw_parts(widened.as_ptr(), Place::Host, &src_shape, &strides)?
         };
+        let shape = LayerShape {
+            stride: 1,
+            partial: None,
+            residual: false,
+            gate: false,
+            norm_over_all: false,
+            ..self.shape.clone()
+        };
+        let operands = Operands { src, more: &[], residual: None, gate: None };
+        self.product(&shape, Vec::new(), &operands, problem, axis, values)?;
+        self.pool.put(widened);
+        Ok(())
+    }
+
+    /// The convolution alone, into contiguous values.
+    fn multiply<T: Element>(
+        &self,
+        source_chain: &Chain,
+        operands: &Operands<'_>,
+        problem: &Problem<'_, T>,
+        axis: Axis,
+        values: &mut [f32],
+    ) -> Result<()> {
         let shape = LayerShape {
             partial: None,
             residual: false,
             norm_over_all: false,
             ..self.shape.clone()
         };
-        let layer = Layer::of_f32(self.device, &shape, self.weight(), lowered, DType::F32)?;
         // The channels that are convolved.
         let convolved = match &self.shape.partial {
             Some(range) => (range.start, range.end),
@@ -475,6 +523,30 @@ impl Training<'_> {
         }
         let operands =
             Operands { src: sources[0], more: &sources[1..], residual: None, gate: operands.gate };
+        self.product(&shape, source_chain.source_steps(), &operands, problem, axis, values)
+    }
+
+    /// The convolution of a layer of this shape, into contiguous values.
+    fn product<T: Element>(
+        &self,
+        shape: &LayerShape,
+        source_steps: Vec<SourceStep>,
+        operands: &Operands<'_>,
+        problem: &Problem<'_, T>,
+        axis: Axis,
+        values: &mut [f32],
+    ) -> Result<()> {
+        let lowered = Lowered {
+            weight: Vec::new(),
+            bias: vec![0.0; self.shape.c_out],
+            source_steps,
+            steps: Vec::new(),
+            norm: None,
+            after_norm: Vec::new(),
+            dst_map: None,
+            residual_map: None,
+        };
+        let layer = Layer::of_f32(self.device, shape, self.weight(), lowered, DType::F32)?;
         let rank = operands.src.shape().len();
         let (dst_shape, strides) = contiguous(problem, rank, self.shape.c_out, axis);
         // SAFETY: as many values as the shape has.
@@ -486,7 +558,7 @@ impl Training<'_> {
                 &strides[..rank],
             )?
         };
-        let problem = Problem::new(&shape, &operands, &mut dst)?;
+        let problem = Problem::new(shape, operands, &mut dst)?;
         gemm::run(&[(&layer, &problem)]);
         Ok(())
     }
@@ -497,12 +569,12 @@ impl Training<'_> {
     }
 
     /// The gradient by the convolution's input: the transposed weight.
-    fn multiply_back<T: Element, D: Element>(
+    fn multiply_back<T: Element>(
         &self,
         axis: Axis,
         d: *mut f32,
         problem: &Problem<'_, T>,
-        into: Target<'_, '_, D>,
+        into: Target<'_, '_>,
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
         let lowered = Lowered {
@@ -526,7 +598,7 @@ impl Training<'_> {
             norm_over_all: false,
         };
         let weight = self.weight().transposed();
-        let layer = Layer::of_f32(self.device, &shape, weight, lowered, D::DTYPE)?;
+        let layer = Layer::of_f32(self.device, &shape, weight, lowered, DType::F32)?;
         let rank = MAX_RANK;
         let (from_shape, from_strides) = contiguous(problem, rank, c_out, axis);
         let (to_shape, mut to_strides) = contiguous(problem, rank, c_in, axis);

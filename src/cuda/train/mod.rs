@@ -177,7 +177,7 @@ impl Training<'_> {
             if total == 0 {
                 return Ok(state);
             }
-            self.product::<T>(self.shape, lowered(self.layer, &source_chain))?
+            self.product::<T>(self.shape, lowered(self.layer, &source_chain, T::DTYPE))?
                 .run(&Problem::new(self.shape, operands, dst)?, None)?;
             if let Need::Bits(bounds, _) = need {
                 let map = chain.dst_map.clone();
@@ -186,6 +186,8 @@ impl Training<'_> {
                 nothing.dst_map = map;
                 let input = vec![(Typed::of(&problem.dst), rows)];
                 let sweep = self.sweep(nothing, channels_fast, extents, input, None);
+                // A value that is clipped is the bound as T has it.
+                let bounds = bounds.map(|bound| T::DTYPE.round(bound));
                 state.saved = Saved::Bits(sweep.keep_bits(bounds)?);
             }
             return Ok(state);
