@@ -34,7 +34,7 @@ use crate::train::{AllReduce, Grads, all_reduce};
 /// # let layer = |c_in| Pointwise::new(Array2::from_elem((4, c_in), 0.5)).relu();
 /// # let mut first = Params::new(&layer(3), &Device::cpu())?;
 /// # let mut second = Params::new(&layer(4), &Device::cpu())?;
-/// # let src = Array2::ones((2, 3));
+/// # let src = Array2::<f32>::ones((2, 3));
 /// # let worker = ThreadWorker::group(1, Duration::from_secs(30)).remove(0);
 /// let reducer = Reducer::new(Arc::new(worker), BUCKET)?;
 /// # let (mut grads, mut more) = (first.grads(), second.grads());
