@@ -5,7 +5,7 @@ use std::ops::Range;
 use ndarray::{Array2, Array5, ArrayD, Axis, Ix5, Slice};
 use pointwise::reference::{self, Gradients, Inputs};
 use pointwise::train::{Accumulate, Options, Params, Statistics, name};
-use pointwise::{BatchNorm, CudaDevice, Device, Pointwise, bf16, f16};
+use pointwise::{BatchNorm, CudaDevice, DType, Device, Pointwise, bf16, f16};
 
 use super::cases::{Case, LAYOUTS, Layout, Placed, Value, chain, rounded, same_bits};
 use super::fixtures::Fixtures;
@@ -287,7 +287,9 @@ fn cases() -> Vec<Case> {
 
 fn integers<T: Value>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(91);
-    for (i, case) in cases().iter().enumerate() {
+    // Without tensor cores one kernel takes all weights' gradients, and the stand-in takes long for it.
+    let step = if T::DTYPE == DType::Bf16 && device.compute_capability() < (8, 0) { 4 } else { 1 };
+    for (i, case) in cases().iter().enumerate().step_by(step) {
         let weight = random.integers(case.c_out * case.c_in / case.groups);
         let bias = random.integers(case.c_out);
         let src = Array5::from_shape_fn(case.src_shape(), |_| random.integer());
