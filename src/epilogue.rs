@@ -94,6 +94,20 @@ impl Affine {
 }
 
 impl Lowered {
+    /// A convolution with nothing behind it.
+    pub(crate) fn bare(weight: Vec<f32>, rows: usize, source_steps: Vec<SourceStep>) -> Self {
+        Lowered {
+            weight,
+            bias: vec![0.0; rows],
+            source_steps,
+            steps: Vec::new(),
+            norm: None,
+            after_norm: Vec::new(),
+            dst_map: None,
+            residual_map: None,
+        }
+    }
+
     /// Lowers a description that has been checked, for tensors of a type.
     pub(crate) fn new(layer: &Pointwise, dtype: DType) -> Self {
         let (rows, k) = layer.weight.dim();
@@ -128,16 +142,7 @@ impl Lowered {
         let mut residual_channel = channel.clone();
         let mut pending: Option<Affine> = None;
         let mut started = false;
-        let mut lowered = Lowered {
-            weight: Vec::new(),
-            bias: Vec::new(),
-            source_steps,
-            steps: Vec::new(),
-            norm: None,
-            after_norm: Vec::new(),
-            dst_map: None,
-            residual_map: None,
-        };
+        let mut lowered = Lowered::bare(Vec::new(), 0, source_steps);
         for stage in &layer.stages {
             let affine = |c: usize| match stage {
                 Stage::Bias(bias) => (1.0, f64::from(bias[c])),

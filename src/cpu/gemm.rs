@@ -80,24 +80,12 @@ impl Layer {
     ) -> Result<Self> {
         let weight = std::mem::take(&mut lowered.weight);
         let weight = Unpacked::new(&weight, shape.groups, shape.k());
-        Self::of_weight(device, shape, weight, lowered, dtype, options)
-    }
-
-    /// As [`new`](Self::new), of a weight beside the description.
-    pub(crate) fn of_weight(
-        device: &CpuDevice,
-        shape: &LayerShape,
-        weight: Unpacked<'_>,
-        lowered: Lowered,
-        dtype: DType,
-        options: &PrepareOptions,
-    ) -> Result<Self> {
         let staged = !lowered.source_steps.is_empty();
         let chosen = choose_isa(Isa::detect()?, dtype, staged, options.kernel.as_deref())?;
         Ok(Self::with_kernels(device, shape, weight, lowered, dtype, chosen))
     }
 
-    /// A layer on tensors of `dtype` whose weight is f32.
+    /// A layer on tensors of `dtype` whose weight is f32, and beside the description.
     ///
     /// # Errors
     /// As [`new`](Self::new).

@@ -174,7 +174,7 @@ const PLANTS: &[Plant] = &[
         found: WRONG,
     },
     Plant {
-        what: "no barrier around the tables and slabs of the weight's gradient",
+        what: NO_BARRIER_OF_WGRAD,
         lines: ("wgrad_mma.cuh", WGRAD, "__syncthreads();"),
         most: ALL,
         edit: |line| line.starts_with("bar.sync").then(String::new),

@@ -188,7 +188,9 @@ fn check<T: Value>(
         let want = find(&want, name).unwrap();
         assert_eq!(got.len(), want.len(), "{name}");
         let scale = largest(&want).max(largest(&find(&uncancelled, name).unwrap_or_default()));
-        let bound = (of_sums + (2.0 + of_source) * unit::<T>()) * scale;
+        let share = of_sums + (2.0 + of_source) * unit::<T>();
+        assert!(share < 0.1, "{name}: a bound of {share} of the largest value checks nothing");
+        let bound = share * scale;
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
             if got != want && !((got - want).abs() <= bound) {
                 return Err(format!("{name}[{i}] = {got} instead of {want}, may be {bound} off"));
@@ -226,9 +228,7 @@ fn cancellation(layer: &Pointwise, tensors: &Tensors, partial: Option<&Range<usi
         let mean = sums.mean().unwrap();
         largest(&magnitudes) / largest(&sums.mapv(|x| x - mean))
     });
-    let ratio = ratios.fold(1.0, f64::max);
-    assert!(ratio < 40.0, "terms {ratio} times as large as their sums: nothing would be checked");
-    ratio
+    ratios.fold(1.0, f64::max)
 }
 
 /// Layers whose forward pass is one of inference.

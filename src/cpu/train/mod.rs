@@ -536,16 +536,7 @@ impl Training<'_> {
         axis: Axis,
         values: &mut [f32],
     ) -> Result<()> {
-        let lowered = Lowered {
-            weight: Vec::new(),
-            bias: vec![0.0; self.shape.c_out],
-            source_steps,
-            steps: Vec::new(),
-            norm: None,
-            after_norm: Vec::new(),
-            dst_map: None,
-            residual_map: None,
-        };
+        let lowered = Lowered::bare(Vec::new(), self.shape.c_out, source_steps);
         let layer = Layer::of_f32(self.device, shape, self.weight(), lowered, DType::F32)?;
         let rank = operands.src.shape().len();
         let (dst_shape, strides) = contiguous(problem, rank, self.shape.c_out, axis);
@@ -577,16 +568,7 @@ impl Training<'_> {
         into: Target<'_, '_>,
     ) -> Result<()> {
         let LayerShape { c_in, c_out, groups, .. } = *self.shape;
-        let lowered = Lowered {
-            weight: Vec::new(),
-            bias: vec![0.0; c_in],
-            source_steps: Vec::new(),
-            steps: Vec::new(),
-            norm: None,
-            after_norm: Vec::new(),
-            dst_map: None,
-            residual_map: None,
-        };
+        let lowered = Lowered::bare(Vec::new(), c_in, Vec::new());
         let shape = LayerShape {
             c_in: c_out,
             c_out: c_in,

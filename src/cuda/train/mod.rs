@@ -20,7 +20,7 @@ use super::launch::Tensor;
 use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, Typed, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;
 use crate::dtype::{DType, Element};
-use crate::epilogue::{Lowered, SourceStep};
+use crate::epilogue::Lowered;
 use crate::error::{Error, Result};
 use crate::layer::Pointwise;
 use crate::prepared::{Math, PrepareOptions};
@@ -428,7 +428,7 @@ impl Training<'_> {
             Operands { src: sources[0], more: &sources[1..], residual: None, gate: operands.gate };
         let rank = operands.src.shape().len();
         let mut dst = self.view_mut::<T>(values, extents, self.shape.c_out, rank)?;
-        let lowered = bare(weight, self.shape.c_out, source_chain.source_steps());
+        let lowered = Lowered::bare(weight, self.shape.c_out, source_chain.source_steps());
         let product = self.product::<T>(&shape, lowered)?.with_results_of_f32();
         product.run(&Problem::new(&shape, &operands, &mut dst)?, None)
     }
@@ -459,7 +459,7 @@ impl Training<'_> {
         let src = self.view_mut::<T>(&from, extents, c_out, MAX_RANK)?;
         let mut dst = self.view_mut::<T>(&to, extents, c_in, MAX_RANK)?;
         let operands = Operands { src: *src.view(), more: &[], residual: None, gate: None };
-        let mut product = self.product::<T>(&shape, bare(weight, c_in, Vec::new()))?;
+        let mut product = self.product::<T>(&shape, Lowered::bare(weight, c_in, Vec::new()))?;
         if to.dtype == DType::F32 {
             product = product.with_results_of_f32();
         }
@@ -575,20 +575,6 @@ impl Training<'_> {
         // SAFETY: memory that a pass owns or has borrowed, until what uses it is queued; what frees
         // it is queued later.
         unsafe { TensorMut::from_raw_parts(ptr, self.place(), &shape, &strides) }
-    }
-}
-
-/// A convolution without stages behind it.
-fn bare(weight: Vec<f32>, rows: usize, source_steps: Vec<SourceStep>) -> Lowered {
-    Lowered {
-        weight,
-        bias: vec![0.0; rows],
-        source_steps,
-        steps: Vec::new(),
-        norm: None,
-        after_norm: Vec::new(),
-        dst_map: None,
-        residual_map: None,
     }
 }
 
