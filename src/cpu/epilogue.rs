@@ -104,6 +104,7 @@ impl<P> Operand<'_, P> {
     }
 
     /// Whether a map or a table places its elements.
+    #[inline(always)]
     pub(crate) fn is_tabled(&self) -> bool {
         self.channels.is_some() || self.positions.is_some()
     }
@@ -136,21 +137,21 @@ impl<P> Operand<'_, P> {
     /// Offset of lane 0 of row `row`, where the lanes are contiguous.
     #[inline(always)]
     fn row_offset(&self, axis: ChannelAxis, channel: usize, row: usize) -> isize {
-        if self.channels.is_some() || self.positions.is_some() {
+        if self.is_tabled() {
             return self.offset(axis, channel, row, 0);
         }
         let stride = match axis {
             ChannelAxis::Rows => self.channel_stride,
             ChannelAxis::Lanes => self.position_stride,
         };
-        channel as isize * self.channel_stride + row as isize * stride
+        offset([channel, row], [self.channel_stride, stride])
     }
 
     /// [`Self::row_offset`] of every row.
     #[inline(always)]
     fn row_offsets<const R: usize>(&self, axis: ChannelAxis, channel: usize) -> [isize; R] {
         let mut offsets = [0; R];
-        if self.channels.is_some() || self.positions.is_some() {
+        if self.is_tabled() {
             self.look_up_rows(axis, channel, &mut offsets);
         } else {
             for (row, offset) in offsets.iter_mut().enumerate() {
@@ -292,9 +293,6 @@ impl AnyEpilogue<'_> {
 /// A type that kernels store.
 pub(crate) trait Stored: Sized {
     fn any<'a>(epilogue: &'a TileEpilogue<'a, Self>) -> AnyEpilogue<'a>;
-
-    /// The other way round, if it is of this type.
-    fn of<'a>(any: &AnyEpilogue<'a>) -> Option<&'a TileEpilogue<'a, Self>>;
 }
 
 macro_rules! stored {
@@ -303,14 +301,6 @@ macro_rules! stored {
             #[inline(always)]
             fn any<'a>(epilogue: &'a TileEpilogue<'a, Self>) -> AnyEpilogue<'a> {
                 AnyEpilogue::$variant(epilogue)
-            }
-
-            #[inline(always)]
-            fn of<'a>(any: &AnyEpilogue<'a>) -> Option<&'a TileEpilogue<'a, Self>> {
-                match any {
-                    AnyEpilogue::$variant(epilogue) => Some(epilogue),
-                    _ => None,
-                }
             }
         }
     )*};
@@ -375,22 +365,23 @@ impl Buffer {
     }
 }
 
-/// The part of [`finish`] that goes through memory, compiled once per instruction set and type:
-/// rows, lanes, the buffer that holds them, what to do.
-#[derive(Clone, Copy)]
-pub(crate) struct FinishBuffered {
-    pub f32: unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_>, Activate),
-    pub f16: unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_, f16>, Activate),
-    pub bf16: unsafe fn(usize, usize, *mut f32, &TileEpilogue<'_, bf16>, Activate),
-    pub activate: Activate,
-}
+/// The part of [`finish`] that goes through memory, compiled once per instruction set: a grid, the place
+/// in it of the tile, and the buffer that holds that.
+pub(crate) type FinishBuffered = unsafe fn(&Grid<'_>, At, *mut f32);
 
 /// Applies an activation to so many vectors, out of line, since every type calls it.
 pub(crate) type Activate = unsafe fn(Activation, *mut f32, usize);
 
 /// What [`finish`] needs to know of the operands of a grid's tiles where the epilogue runs in
 /// registers, worked out before the sums are computed, while no register is taken.
-pub(crate) struct Direct<'a, T, const R: usize> {
+pub(crate) enum Direct<'a, const R: usize> {
+    F32(DirectOf<'a, f32, R>),
+    F16(DirectOf<'a, f16, R>),
+    Bf16(DirectOf<'a, bf16, R>),
+}
+
+/// [`Direct`] for tensors of a type.
+pub(crate) struct DirectOf<'a, T, const R: usize> {
     simple: Simple,
     epilogue: &'a TileEpilogue<'a, T>,
     dst: Rows<*mut T, R>,
@@ -411,8 +402,10 @@ impl<P: Copy + Offset, const R: usize> Rows<P, R> {
             ptr: operand.ptr,
             offsets: operand.row_offsets(epilogue.axis, epilogue.channel),
             step: [0, 1].map(|i| {
-                grid.channel_step[i] as isize * operand.channel_stride
-                    + grid.position_step[i] as isize * operand.position_stride
+                offset(
+                    [grid.channel_step[i], grid.position_step[i]],
+                    [operand.channel_stride, operand.position_stride],
+                )
             }),
         }
     }
@@ -425,19 +418,39 @@ impl<P: Copy + Offset, const R: usize> Rows<P, R> {
     }
 }
 
-impl<'a, T: Element, const R: usize> Direct<'a, T, R> {
-    /// `None` where tiles must go through memory.
+impl<T, const R: usize> Rows<*mut T, R> {
+    /// As [`Direct::fetch`].
+    ///
+    /// # Safety
+    /// As there.
     #[inline(always)]
-    pub(crate) fn new(grid: &Grid<'a>) -> Option<Self> {
-        let epilogue = T::of(&grid.epilogue)?;
-        let simple = epilogue.direct()?;
-        let dst = Rows::new(&epilogue.dst, grid, epilogue);
-        let residual = match simple.residual {
-            Some(_) => Rows::new(&epilogue.residual(), grid, epilogue),
-            None => Rows { ptr: ptr::null(), offsets: [0; R], step: [0; 2] },
-        };
-        debug_assert_eq!(epilogue.scale.is_empty(), T::DTYPE == DType::F32);
-        Some(Self { simple, epilogue, dst, residual })
+    unsafe fn fetch<V: Simd, const NV: usize>(&self, at: At) {
+        for row in self.of(at) {
+            for v in 0..NV {
+                // SAFETY: the caller's promise.
+                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES).cast()) }
+            }
+        }
+    }
+}
+
+impl<'a, const R: usize> Direct<'a, R> {
+    /// `None` where tiles must go through memory: all of those types that `stores` does not say.
+    #[inline(always)]
+    pub(crate) fn new(grid: &Grid<'a>, stores: [bool; 3]) -> Option<Self> {
+        let [stores_f32, stores_f16, stores_bf16] = stores;
+        match grid.epilogue {
+            AnyEpilogue::F32(epilogue) if stores_f32 => {
+                DirectOf::new(grid, epilogue).map(Direct::F32)
+            }
+            AnyEpilogue::F16(epilogue) if stores_f16 => {
+                DirectOf::new(grid, epilogue).map(Direct::F16)
+            }
+            AnyEpilogue::Bf16(epilogue) if stores_bf16 => {
+                DirectOf::new(grid, epilogue).map(Direct::Bf16)
+            }
+            _ => None,
+        }
     }
 
     /// Asks for the lines of dst that a tile of `NV` vectors will be stored to.
@@ -446,12 +459,28 @@ impl<'a, T: Element, const R: usize> Direct<'a, T, R> {
     /// The CPU has `V`'s instruction set.
     #[inline(always)]
     pub(crate) unsafe fn fetch<V: Simd, const NV: usize>(&self, at: At) {
-        for row in self.dst.of(at) {
-            for v in 0..NV {
-                // SAFETY: the caller's promise.
-                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES).cast()) }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Direct::F32(direct) => direct.dst.fetch::<V, NV>(at),
+                Direct::F16(direct) => direct.dst.fetch::<V, NV>(at),
+                Direct::Bf16(direct) => direct.dst.fetch::<V, NV>(at),
             }
         }
+    }
+}
+
+impl<'a, T: Element, const R: usize> DirectOf<'a, T, R> {
+    #[inline(always)]
+    fn new(grid: &Grid<'a>, epilogue: &'a TileEpilogue<'a, T>) -> Option<Self> {
+        let simple = epilogue.direct()?;
+        let dst = Rows::new(&epilogue.dst, grid, epilogue);
+        let residual = match simple.residual {
+            Some(_) => Rows::new(&epilogue.residual(), grid, epilogue),
+            None => Rows { ptr: ptr::null(), offsets: [0; R], step: [0; 2] },
+        };
+        debug_assert_eq!(epilogue.scale.is_empty(), T::DTYPE == DType::F32);
+        Some(Self { simple, epilogue, dst, residual })
     }
 }
 
@@ -477,36 +506,53 @@ pub(crate) unsafe fn finish<
     tail: V::Tail,
     grid: &Grid<'_>,
     at: At,
-    direct: &Option<Direct<'_, P::Stored, R>>,
+    direct: &Option<Direct<'_, R>>,
     buffered: FinishBuffered,
 ) {
     // SAFETY: the caller's promises are those of the callees; the buffer has room for `R` rows
     // of `NV` vectors.
     unsafe {
+        // Constants alone in their conditions, so that what they exclude is not even compiled.
         match direct {
-            Some(direct) => finish_direct::<V, P, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct),
-            None => {
-                const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
-                let mut buffer = Buffer::uninit();
-                let ptr = buffer.as_mut_ptr();
-                for (i, x) in acc.as_flattened().iter().enumerate() {
-                    x.store(ptr.add(i * V::LANES));
-                }
-                let (cols, activate) = (grid.cols, buffered.activate);
-                match grid.epilogue {
-                    AnyEpilogue::F32(epilogue) => {
-                        (buffered.f32)(R, cols, ptr, &epilogue.of_tile(grid, at), activate)
-                    }
-                    AnyEpilogue::F16(epilogue) => {
-                        (buffered.f16)(R, cols, ptr, &epilogue.of_tile(grid, at), activate)
-                    }
-                    AnyEpilogue::Bf16(epilogue) => {
-                        (buffered.bf16)(R, cols, ptr, &epilogue.of_tile(grid, at), activate)
-                    }
+            Some(Direct::F32(direct)) => {
+                if const { registers::<V, P, TAIL>()[0] } {
+                    return finish_direct::<V, P, _, R, NV, TAIL, ROWS>(
+                        acc, tail, grid, at, direct,
+                    );
                 }
             }
+            Some(Direct::F16(direct)) => {
+                if const { registers::<V, P, TAIL>()[1] } {
+                    return finish_direct::<V, P, _, R, NV, TAIL, ROWS>(
+                        acc, tail, grid, at, direct,
+                    );
+                }
+            }
+            Some(Direct::Bf16(direct)) => {
+                if const { registers::<V, P, TAIL>()[2] } {
+                    return finish_direct::<V, P, _, R, NV, TAIL, ROWS>(
+                        acc, tail, grid, at, direct,
+                    );
+                }
+            }
+            None => {}
         }
+        const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
+        let mut buffer = Buffer::uninit();
+        let ptr = buffer.as_mut_ptr();
+        for (i, x) in acc.as_flattened().iter().enumerate() {
+            x.store(ptr.add(i * V::LANES));
+        }
+        buffered(grid, at, ptr);
     }
+}
+
+/// Which types' tiles are stored from registers: f32, f16, bf16. Tails of 16 bits are not where they
+/// would be stored lane by lane.
+pub(crate) const fn registers<V: Simd, P: Product<V>, const TAIL: bool>() -> [bool; 3] {
+    let [f32, f16, bf16] = P::STORES;
+    let narrow = V::TAILS_ARE_FREE || !TAIL;
+    [f32, f16 && narrow, bf16 && narrow]
 }
 
 /// A row's vectors, the last one cut to `tail` if `TAIL`.
@@ -557,9 +603,10 @@ fn max_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
 }
 
 #[inline(always)]
-fn min_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
+fn clip_row<V: Simd, const NV: usize>(x: [V; NV], low: V, high: V) -> [V; NV] {
+    let mut x = max_row(x, low);
     for x in &mut x {
-        *x = x.min(bound);
+        *x = x.min(high);
     }
     x
 }
@@ -570,6 +617,7 @@ fn min_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
 unsafe fn finish_direct<
     V: Simd,
     P: Product<V>,
+    T: Element,
     const R: usize,
     const NV: usize,
     const TAIL: bool,
@@ -579,7 +627,7 @@ unsafe fn finish_direct<
     tail: V::Tail,
     grid: &Grid<'_>,
     at: At,
-    direct: &Direct<'_, P::Stored, R>,
+    direct: &DirectOf<'_, T, R>,
 ) {
     let Simple { lower, upper, residual } = direct.simple;
     // Bias, then the body, then the store, row by row: sums are complete in that order, and what
@@ -589,8 +637,10 @@ unsafe fn finish_direct<
         (|$x:ident, $residual:ident| $body:expr) => {{
             let [i, j] = at;
             let TileEpilogue { channel, scale, bias, .. } = *direct.epilogue;
-            let channel = channel + i * grid.channel_step[0] + j * grid.channel_step[1];
-            let scaled = P::Stored::DTYPE != DType::F32;
+            let [down, right] = grid.channel_step;
+            let channel =
+                channel.wrapping_add(i.wrapping_mul(down)).wrapping_add(j.wrapping_mul(right));
+            let scaled = T::DTYPE != DType::F32;
             // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; the
             // rows of dst and of the residual are valid for every lane of the tile.
             unsafe {
@@ -623,22 +673,32 @@ unsafe fn finish_direct<
             }
         }};
     }
-    // SAFETY: the CPU has V's instruction set.
-    let splat = |bound: Option<f32>, none: f32| unsafe { V::splat(bound.unwrap_or(none)) };
-    let (low, high) = (splat(lower, f32::NEG_INFINITY), splat(upper, f32::INFINITY));
+    let none = [f32::NEG_INFINITY, f32::INFINITY];
+    let clip = [lower.unwrap_or(none[0]), upper.unwrap_or(none[1])];
+    // SAFETY: the CPU has V's instruction set, here and below.
+    let (low, high) = unsafe { (V::splat(clip[0]), V::splat(clip[1])) };
     match (lower, upper, residual) {
-        (None, None, None) if P::Stored::DTYPE == DType::F32 => each_row!(|x, _residual| x),
-        (Some(_), None, None) if P::Stored::DTYPE == DType::F32 => {
+        (None, None, None) if T::DTYPE == DType::F32 => each_row!(|x, _residual| x),
+        (Some(_), None, None) if T::DTYPE == DType::F32 => {
             each_row!(|x, _residual| max_row(x, low))
         }
-        (_, _, None) => each_row!(|x, _residual| min_row(max_row(x, low), high)),
-        (_, _, Some(ResidualOrder::BeforeClip)) => each_row!(|x, residual| {
-            let x = add_row(x, load_row::<V, P::Stored, NV, TAIL>(residual, tail));
-            min_row(max_row(x, low), high)
-        }),
-        (_, _, Some(ResidualOrder::AfterClip)) => each_row!(|x, residual| {
-            let x = min_row(max_row(x, low), high);
-            add_row(x, load_row::<V, P::Stored, NV, TAIL>(residual, tail))
-        }),
+        (_, _, None) => each_row!(|x, _residual| clip_row(x, low, high)),
+        // One body for both orders: bounds that are infinite change nothing.
+        (_, _, Some(order)) => {
+            let (before, after) = match order {
+                ResidualOrder::BeforeClip => (none, clip),
+                ResidualOrder::AfterClip => (clip, none),
+            };
+            // SAFETY: as above.
+            let (low, high, lowest, highest) = unsafe {
+                let (low, high) = (V::splat(before[0]), V::splat(before[1]));
+                (low, high, V::splat(after[0]), V::splat(after[1]))
+            };
+            each_row!(|x, residual| {
+                let x = clip_row(x, low, high);
+                let x = add_row(x, load_row::<V, T, NV, TAIL>(residual, tail));
+                clip_row(x, lowest, highest)
+            })
+        }
     }
 }

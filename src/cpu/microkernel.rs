@@ -10,16 +10,13 @@
 //! once, and the stores of one tile drain while the next one's sums begin. Each size that fits
 //! into registers is compiled by itself, so that the sums of a partial tile stay in registers too.
 
-use crate::cpu::epilogue::{
-    self, Activate, AnyEpilogue, ChannelAxis, Direct, FinishBuffered, TileEpilogue,
-};
+use crate::cpu::epilogue::{self, AnyEpilogue, ChannelAxis, Direct, FinishBuffered};
 use crate::cpu::isa::Isa;
 use crate::cpu::math;
 use crate::cpu::simd::{self, Simd};
-use crate::dtype::{DType, Element, bf16, f16};
+use crate::dtype::{DType, Element};
 use crate::stages::Activation;
 use std::hint::black_box;
-use std::marker::PhantomData;
 
 /// A range of `k` that A and B hold at fixed strides: one source of a channel concatenation.
 ///
@@ -74,10 +71,12 @@ pub(crate) struct Grid<'a> {
 /// The place of a tile in its grid.
 pub(crate) type At = [usize; 2];
 
-/// `at[0] * step[0] + at[1] * step[1]`.
+/// `at[0] * step[0] + at[1] * step[1]`. Like all distances from a pointer in here it wraps, so that checked
+/// builds do not check it in every kernel.
 #[inline(always)]
 pub(crate) fn offset(at: At, step: [isize; 2]) -> isize {
-    at[0] as isize * step[0] + at[1] as isize * step[1]
+    let [i, j] = at.map(|i| i as isize);
+    i.wrapping_mul(step[0]).wrapping_add(j.wrapping_mul(step[1]))
 }
 
 /// The sizes that an instruction set's registers hold, and the code for them.
@@ -178,8 +177,8 @@ impl TermKind {
 
 /// How terms are multiplied and added.
 pub(crate) trait Product<V: Simd> {
-    /// What tensors hold that are stored from registers; others go through memory.
-    type Stored: Element;
+    /// Whether tiles of f32, f16 and bf16 are stored from registers; others go through memory.
+    const STORES: [bool; 3];
 
     /// A term of A in every lane.
     ///
@@ -194,20 +193,28 @@ pub(crate) trait Product<V: Simd> {
     ///
     /// # Safety
     /// As [`Simd::store`].
-    unsafe fn store(x: V, dst: *mut Self::Stored);
+    #[inline(always)]
+    unsafe fn store<T: Element>(x: V, dst: *mut T) {
+        // SAFETY: the caller's promise.
+        unsafe { simd::store(x, dst) }
+    }
 
     /// Stores the lanes of a tail, rounded.
     ///
     /// # Safety
     /// As [`Simd::store_tail`].
-    unsafe fn store_tail(x: V, dst: *mut Self::Stored, tail: V::Tail);
+    #[inline(always)]
+    unsafe fn store_tail<T: Element>(x: V, dst: *mut T, tail: V::Tail) {
+        // SAFETY: the caller's promise.
+        unsafe { simd::store_tail(x, dst, tail) }
+    }
 }
 
-/// Products of f32, stored as `T`.
-struct F32<T>(PhantomData<T>);
+/// Products of f32.
+struct F32;
 
-impl<V: Simd, T: Element> Product<V> for F32<T> {
-    type Stored = T;
+impl<V: Simd> Product<V> for F32 {
+    const STORES: [bool; 3] = [true, V::NARROWS, V::NARROWS];
 
     #[inline(always)]
     unsafe fn splat(term: *const f32) -> V {
@@ -219,18 +226,6 @@ impl<V: Simd, T: Element> Product<V> for F32<T> {
     fn mul_add(x: V, lanes: V, sum: V) -> V {
         x.mul_add(lanes, sum)
     }
-
-    #[inline(always)]
-    unsafe fn store(x: V, dst: *mut T) {
-        // SAFETY: the caller's promise.
-        unsafe { simd::store(x, dst) }
-    }
-
-    #[inline(always)]
-    unsafe fn store_tail(x: V, dst: *mut T, tail: V::Tail) {
-        // SAFETY: the caller's promise.
-        unsafe { simd::store_tail(x, dst, tail) }
-    }
 }
 
 /// Sums of two products of bf16, of the second ones first, each added to an f32.
@@ -239,7 +234,7 @@ struct Bf16Pairs;
 
 #[cfg(target_arch = "x86_64")]
 impl<V: crate::cpu::simd::avx512::DotBf16> Product<V> for Bf16Pairs {
-    type Stored = bf16;
+    const STORES: [bool; 3] = [false, false, true];
 
     #[inline(always)]
     unsafe fn splat(term: *const f32) -> V {
@@ -254,15 +249,17 @@ impl<V: crate::cpu::simd::avx512::DotBf16> Product<V> for Bf16Pairs {
     }
 
     #[inline(always)]
-    unsafe fn store(x: V, dst: *mut bf16) {
+    unsafe fn store<T: Element>(x: V, dst: *mut T) {
+        debug_assert_eq!(T::DTYPE, DType::Bf16);
         // SAFETY: the caller's promise; only kernels that need AVX512-BF16 multiply pairs.
-        unsafe { x.store_normal_bf16(dst) }
+        unsafe { x.store_normal_bf16(dst.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn store_tail(x: V, dst: *mut bf16, tail: V::Tail) {
+    unsafe fn store_tail<T: Element>(x: V, dst: *mut T, tail: V::Tail) {
+        debug_assert_eq!(T::DTYPE, DType::Bf16);
         // SAFETY: as above.
-        unsafe { x.store_tail_normal_bf16(dst, tail) }
+        unsafe { x.store_tail_normal_bf16(dst.cast(), tail) }
     }
 }
 
@@ -315,7 +312,7 @@ unsafe fn tiles<
     // SAFETY: the caller's promises.
     unsafe {
         let tail = V::tail(grid.cols - (NV - 1) * V::LANES);
-        let direct = Direct::<P::Stored, R>::new(grid);
+        let direct = Direct::<R>::new(grid, const { epilogue::registers::<V, P, TAIL>() });
         let mut segments = grid.segments;
         while let [Segment { k: 0, .. }, rest @ ..] = segments {
             segments = rest;
@@ -516,16 +513,19 @@ impl Terms {
 }
 
 /// Compiles an instruction set's tiles. Each line names a number of lanes, the vector type that
-/// they fill, how many of it, and every number of rows that fits; lines ascend in lanes.
+/// they fill, how many of it, and every number of rows that fits; lines ascend in lanes. They are a module,
+/// since the compiler works on several at once.
 macro_rules! sizes {
-    ($(#[$features:meta])? $table:ident = $isa:expr, $terms:ident in $product:ty, $widest:literal lanes, panels of $widths:expr, $run:ident {
+    ($(#[$features:meta])? mod $module:ident: $isa:expr, $terms:ident in $product:ty, $widest:literal lanes, panels of $widths:expr, {
         $($lanes:literal: $vector:ty, $nv:literal, [$($rows:literal)*];)*
     }) => {
-        unsafe fn $run(grid: &Grid<'_>) {
+        mod $module {
+            use super::*;
+
             $(#[$features])?
-            unsafe fn buffered<V: Simd, T: Element>(rows: usize, cols: usize, tile: *mut f32, epilogue: &TileEpilogue<'_, T>, activate: Activate) {
+            unsafe fn buffered<V: Simd>(grid: &Grid<'_>, at: At, tile: *mut f32) {
                 // SAFETY: the caller's promises; this function has the target features.
-                unsafe { epilogue::finish_buffered::<V, T>(rows, cols, tile, epilogue, activate) }
+                unsafe { epilogue::finish_buffered::<V>(grid, at, tile, activate::<V>) }
             }
 
             $(#[$features])?
@@ -539,125 +539,119 @@ macro_rules! sizes {
             where
                 $product: Product<V>,
             {
-                let buffered = FinishBuffered {
-                    f32: buffered::<V, f32>,
-                    f16: buffered::<V, f16>,
-                    bf16: buffered::<V, bf16>,
-                    activate: activate::<V>,
-                };
                 // SAFETY: the caller's promises; this function has the target features.
-                unsafe { run::<V, $product, R, NV>(grid, buffered) }
+                unsafe { super::run::<V, $product, R, NV>(grid, buffered::<V>) }
             }
 
             static INSTANCES: &[(usize, &[unsafe fn(&Grid<'_>)])] = &[
                 $(($lanes, &[$(instance::<$vector, $rows, $nv>),*])),*
             ];
-            for &(lanes, rows) in INSTANCES {
-                if grid.cols <= lanes {
-                    // SAFETY: the caller's promises.
-                    return unsafe { rows[grid.rows - 1](grid) };
-                }
-            }
-            unreachable!("the tile has more lanes than any instance");
-        }
 
-        static $table: Sizes = Sizes {
-            isa: $isa,
-            terms: TermKind::$terms,
-            vector: $widest,
-            panel_widths: &$widths,
-            most_rows: &[$(($lanes, [$($rows),*].len())),*],
-            run: $run,
-        };
+            unsafe fn run(grid: &Grid<'_>) {
+                for &(lanes, rows) in INSTANCES {
+                    if grid.cols <= lanes {
+                        // SAFETY: the caller's promises.
+                        return unsafe { rows[grid.rows - 1](grid) };
+                    }
+                }
+                unreachable!("the tile has more lanes than any instance");
+            }
+
+            pub(super) static SIZES: Sizes = Sizes {
+                isa: $isa,
+                terms: TermKind::$terms,
+                vector: $widest,
+                panel_widths: &$widths,
+                most_rows: &[$(($lanes, [$($rows),*].len())),*],
+                run,
+            };
+        }
     };
 }
 
 sizes! {
-    PORTABLE = Isa::Portable, F32 in F32<f32>, 4 lanes, panels of [8], run_portable {
-        4: crate::cpu::simd::Baseline, 1, [1 2 3 4];
-        8: crate::cpu::simd::Baseline, 2, [1 2 3 4];
+    mod portable: Isa::Portable, F32 in F32, 4 lanes, panels of [8], {
+        4: simd::Baseline, 1, [1 2 3 4];
+        8: simd::Baseline, 2, [1 2 3 4];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 sizes! {
     #[target_feature(enable = "avx2,fma,f16c")]
-    AVX2 = Isa::Avx2, F32 in F32<f32>, 8 lanes, panels of [24, 16], run_avx2 {
-        8: crate::cpu::simd::avx2::F32x8, 1, [1 2 3 4 5 6];
-        16: crate::cpu::simd::avx2::F32x8, 2, [1 2 3 4 5 6];
-        24: crate::cpu::simd::avx2::F32x8, 3, [1 2 3 4];
+    mod avx2: Isa::Avx2, F32 in F32, 8 lanes, panels of [24, 16], {
+        8: simd::avx2::F32x8, 1, [1 2 3 4 5 6];
+        16: simd::avx2::F32x8, 2, [1 2 3 4 5 6];
+        24: simd::avx2::F32x8, 3, [1 2 3 4];
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx512_sizes {
-    ($features:literal: $table:ident, $terms:ident in $product:ty, $run:ident) => {
+    ($features:literal, mod $module:ident: $terms:ident in $product:ty) => {
         sizes! {
             #[target_feature(enable = $features)]
-            $table = Isa::Avx512, $terms in $product, 16 lanes, panels of [64, 48], $run {
-                8: crate::cpu::simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-                16: crate::cpu::simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-                24: crate::cpu::simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
-                32: crate::cpu::simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
-                48: crate::cpu::simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
-                64: crate::cpu::simd::avx512::F32x16, 4, [1 2 3 4 5 6];
+            mod $module: Isa::Avx512, $terms in $product, 16 lanes, panels of [64, 48], {
+                8: simd::avx512::F32x8, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+                16: simd::avx512::F32x16, 1, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+                24: simd::avx512::F32x8, 3, [1 2 3 4 5 6 7 8 9];
+                32: simd::avx512::F32x16, 2, [1 2 3 4 5 6 7 8 9 10 11 12 13 14];
+                48: simd::avx512::F32x16, 3, [1 2 3 4 5 6 7 8 9];
+                64: simd::avx512::F32x16, 4, [1 2 3 4 5 6];
             }
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw": AVX512, F32 in F32<f32>, run_avx512);
+avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw", mod avx512: F32 in F32);
 
 #[cfg(target_arch = "x86_64")]
-avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw": AVX512_F16, F32 in F32<f16>, run_avx512_f16);
-
-#[cfg(target_arch = "x86_64")]
-avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16": AVX512_BF16, Bf16Pair in Bf16Pairs, run_avx512_bf16);
+avx512_sizes!("avx2,fma,f16c,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16", mod avx512_bf16: Bf16Pair in Bf16Pairs);
 
 /// Every microkernel. A new kernel is a row here; tests and benches iterate over this table.
 ///
 /// Those of 16 bits named `avx512f`, `avx2` and `portable` multiply in f32.
 pub(crate) static KERNELS: &[Kernel] = &[
-    kernel("fprop_f32_portable_4x8", DType::F32, 4, 8, &PORTABLE),
+    kernel("fprop_f32_portable_4x8", DType::F32, 4, 8, &portable::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f32_avx2_6x16", DType::F32, 6, 16, &AVX2),
+    kernel("fprop_f32_avx2_6x16", DType::F32, 6, 16, &avx2::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f32_avx2_4x24", DType::F32, 4, 24, &AVX2),
+    kernel("fprop_f32_avx2_4x24", DType::F32, 4, 24, &avx2::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f32_avx512_14x16", DType::F32, 14, 16, &AVX512),
+    kernel("fprop_f32_avx512_14x16", DType::F32, 14, 16, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f32_avx512_9x48", DType::F32, 9, 48, &AVX512),
+    kernel("fprop_f32_avx512_9x48", DType::F32, 9, 48, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f32_avx512_6x64", DType::F32, 6, 64, &AVX512),
-    kernel("fprop_f16_portable_4x8", DType::F16, 4, 8, &PORTABLE),
+    kernel("fprop_f32_avx512_6x64", DType::F32, 6, 64, &avx512::SIZES),
+    kernel("fprop_f16_portable_4x8", DType::F16, 4, 8, &portable::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx2_6x16", DType::F16, 6, 16, &AVX2),
+    kernel("fprop_f16_avx2_6x16", DType::F16, 6, 16, &avx2::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx2_4x24", DType::F16, 4, 24, &AVX2),
+    kernel("fprop_f16_avx2_4x24", DType::F16, 4, 24, &avx2::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx512f_14x16", DType::F16, 14, 16, &AVX512_F16),
+    kernel("fprop_f16_avx512f_14x16", DType::F16, 14, 16, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx512f_9x48", DType::F16, 9, 48, &AVX512_F16),
+    kernel("fprop_f16_avx512f_9x48", DType::F16, 9, 48, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_f16_avx512f_6x64", DType::F16, 6, 64, &AVX512_F16),
-    kernel("fprop_bf16_portable_4x8", DType::Bf16, 4, 8, &PORTABLE),
+    kernel("fprop_f16_avx512f_6x64", DType::F16, 6, 64, &avx512::SIZES),
+    kernel("fprop_bf16_portable_4x8", DType::Bf16, 4, 8, &portable::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx2_6x16", DType::Bf16, 6, 16, &AVX2),
+    kernel("fprop_bf16_avx2_6x16", DType::Bf16, 6, 16, &avx2::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx2_4x24", DType::Bf16, 4, 24, &AVX2),
+    kernel("fprop_bf16_avx2_4x24", DType::Bf16, 4, 24, &avx2::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx512f_14x16", DType::Bf16, 14, 16, &AVX512),
+    kernel("fprop_bf16_avx512f_14x16", DType::Bf16, 14, 16, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx512f_9x48", DType::Bf16, 9, 48, &AVX512),
+    kernel("fprop_bf16_avx512f_9x48", DType::Bf16, 9, 48, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx512f_6x64", DType::Bf16, 6, 64, &AVX512),
+    kernel("fprop_bf16_avx512f_6x64", DType::Bf16, 6, 64, &avx512::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx512_14x16", DType::Bf16, 14, 16, &AVX512_BF16),
+    kernel("fprop_bf16_avx512_14x16", DType::Bf16, 14, 16, &avx512_bf16::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx512_9x48", DType::Bf16, 9, 48, &AVX512_BF16),
+    kernel("fprop_bf16_avx512_9x48", DType::Bf16, 9, 48, &avx512_bf16::SIZES),
     #[cfg(target_arch = "x86_64")]
-    kernel("fprop_bf16_avx512_6x64", DType::Bf16, 6, 64, &AVX512_BF16),
+    kernel("fprop_bf16_avx512_6x64", DType::Bf16, 6, 64, &avx512_bf16::SIZES),
 ];
 
 /// A row of [`KERNELS`].

@@ -52,6 +52,8 @@ pub(crate) unsafe trait Simd:
     const LANES: usize;
     /// Whether `load_tail` is as cheap as `load`, so that kernels need no variant without it.
     const TAILS_ARE_FREE: bool;
+    /// Whether whole vectors are stored as f16 and bf16 without a loop over their lanes.
+    const NARROWS: bool;
     /// The result of a comparison.
     type Mask: Copy;
     /// The first `n` lanes.

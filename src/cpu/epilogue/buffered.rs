@@ -1,27 +1,53 @@
 //! The epilogue of a tile that lies in memory: any list of steps, any placement of dst.
 
-use super::{Activate, Buffer, ChannelAxis, ResidualOrder, Simple, TileEpilogue};
+use super::{Activate, AnyEpilogue, Buffer, ChannelAxis, ResidualOrder, Simple, TileEpilogue};
 use crate::cpu::math;
+use crate::cpu::microkernel::{At, Grid};
 use crate::cpu::simd::{self, Simd};
 use crate::dtype::Element;
 use crate::epilogue::Step;
 
-/// Applies the epilogue to `rows` rows of `cols` lanes in memory, each row padded to whole
-/// vectors, and stores them.
+/// Applies the epilogue to a tile of a grid that lies in memory, each row padded to whole vectors, and
+/// stores it.
 ///
 /// # Safety
-/// The CPU has `V`'s instruction set; `tile` is a [`Buffer`] that holds the tile; `epilogue` is
-/// as [`super::finish`] wants it.
+/// The CPU has `V`'s instruction set; `tile` is a [`Buffer`] that holds the tile; the grid's epilogue
+/// is as [`super::finish`] wants it.
 #[inline(always)]
-pub(crate) unsafe fn finish_buffered<V: Simd, T: Element>(
+pub(crate) unsafe fn finish_buffered<V: Simd>(
+    grid: &Grid<'_>,
+    at: At,
+    tile: *mut f32,
+    activate: Activate,
+) {
+    let &Grid { rows, cols, epilogue, .. } = grid;
+    // SAFETY: the caller's promises.
+    unsafe {
+        match epilogue {
+            AnyEpilogue::F32(epilogue) => {
+                finish_tile::<V, _>(rows, cols, tile, epilogue.of_tile(grid, at), activate)
+            }
+            AnyEpilogue::F16(epilogue) => {
+                finish_tile::<V, _>(rows, cols, tile, epilogue.of_tile(grid, at), activate)
+            }
+            AnyEpilogue::Bf16(epilogue) => {
+                finish_tile::<V, _>(rows, cols, tile, epilogue.of_tile(grid, at), activate)
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`finish_buffered`].
+#[inline(always)]
+unsafe fn finish_tile<V: Simd, T: Element>(
     rows: usize,
     cols: usize,
     tile: *mut f32,
-    epilogue: &TileEpilogue<'_, T>,
+    mut epilogue: TileEpilogue<'_, T>,
     activate: Activate,
 ) {
     let mut turned = Buffer::uninit();
-    let mut epilogue = *epilogue;
     // SAFETY: the caller's promises; turning the tile turns the meaning of its rows with it.
     unsafe {
         let mut tile = Tile::<V>::new(rows, cols, tile);

@@ -36,6 +36,7 @@ unsafe fn two_rows(src: *const f32, stride: usize) -> __m256 {
 unsafe impl Simd for F32x8 {
     const LANES: usize = 8;
     const TAILS_ARE_FREE: bool = false;
+    const NARROWS: bool = true;
     type Mask = __m256;
     type Tail = __m256i;
 

@@ -243,6 +243,7 @@ macro_rules! vector {
         unsafe impl Simd for $vector {
             const LANES: usize = $lanes;
             const TAILS_ARE_FREE: bool = true;
+            const NARROWS: bool = true;
             type Mask = $mask;
             type Tail = $mask;
 

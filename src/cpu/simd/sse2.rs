@@ -24,6 +24,7 @@ const ROUNDER: f32 = 12_582_912.0; // 1.5 * 2^23
 unsafe impl Simd for F32x4 {
     const LANES: usize = 4;
     const TAILS_ARE_FREE: bool = false;
+    const NARROWS: bool = false;
     type Mask = __m128;
     type Tail = usize;
 
