@@ -117,6 +117,29 @@ fn integers_are_rows_too() {
 }
 
 #[test]
+fn steps_of_training_are_rows_in_every_type() {
+    let layers = format!("{LAYERS}tiny,a,4,12,20,4,5,2,1,relu6\ntiny,b,3,9,6,4,5,1,3,none\n");
+    let folder = Folder::new("train", &layers);
+    for dtype in ["f32", "f16", "bf16"] {
+        let results = folder.results(&["--pass", "train", "--dtype", dtype]);
+        assert_eq!(results.len(), 4);
+        for row in &results {
+            assert_eq!((&*row[10], &*row[14]), (dtype, "train"));
+            let numbers: Vec<f64> =
+                row[15..].iter().map(|x| x.parse().expect("a number")).collect();
+            assert!(numbers[4..6].iter().all(|&x| x > 0.0) && numbers[6] <= 1.02, "{row:?}");
+            // Of 16 bits, what is rounded shows.
+            let least = if dtype == "f32" { 0.0 } else { 0.2 };
+            assert!((least..=1.0).contains(&numbers[7]), "{row:?}");
+        }
+    }
+    let int8 = ["--pass", "train", "--dtype", "int8"];
+    refused("train_int8", &layers, &int8, &["--pass train", "f32, f16 and bf16", "int8"]);
+    let kernel = ["--pass", "train", "--kernel", "fprop_f32_portable_4x8"];
+    refused("train_kernel", &layers, &kernel, &["--pass train", "--kernel"]);
+}
+
+#[test]
 fn verification_says_how_large_errors_are() {
     let layers = format!("{LAYERS}tiny,a,1,300,20,4,5,1,1,none\n");
     let folder = Folder::new("verify", &layers);
@@ -260,15 +283,15 @@ fn a_wrong_value_anywhere_is_an_error() {
     // Five samples that repeat two.
     let right =
         ArrayD::from_shape_fn(IxDyn(&[5, 2, 1, 1]), |i| expected[[i[0] % 2, i[1], 0, 0]] as f32);
-    assert_eq!(verify::errors(expected.view(), right.view(), tolerance).max, 0.0);
-    assert_eq!(verify::errors(expected.view(), right.view(), 0.0).max, 0.0);
+    assert_eq!(verify::errors(expected.view(), right.view(), |_| tolerance).max, 0.0);
+    assert_eq!(verify::errors(expected.view(), right.view(), |_| 0.0).max, 0.0);
     for sample in 0..5 {
         for (value, least) in
             [(f32::NAN, f64::INFINITY), (f32::INFINITY, f64::INFINITY), (9.0, 1e5)]
         {
             let mut wrong = right.clone();
             wrong.index_axis_mut(Axis(0), sample)[[1, 0, 0]] = value;
-            let errors = |tolerance| verify::errors(expected.view(), wrong.view(), tolerance);
+            let errors = |most| verify::errors(expected.view(), wrong.view(), |_| most);
             let found = errors(tolerance);
             assert!(found.max >= least, "{found:?} for {value} in sample {sample}");
             assert_eq!((found.unequal, found.values), (1, 10));

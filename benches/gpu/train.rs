@@ -13,7 +13,7 @@ pub fn run(layer: &Layer, options: &Options, timer: &Timer) -> Result<()> {
     // Half of the channels lie above zero, and half below: an activation cuts the same values on
     // both devices, whatever they round.
     let beta = (0..layer.c_out).map(|channel| if channel % 2 == 0 { 8.0 } else { -8.0 });
-    let description = layer.trained(beta.collect())?;
+    let description = layer.trained::<f32>(beta.collect())?;
     let gpu = Device::from(timer.device.clone());
     let shape = [layer.n, layer.c_in, layer.h, layer.w];
     let prepared = description.prepare(&Device::cpu())?;

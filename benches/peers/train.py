@@ -1,11 +1,12 @@
 """Times training steps of 1x1 convolution + batch norm + ReLU here and in PyTorch eager, in one run.
 
     cargo build --release --example bench
-    ~/.cache/pointwise/peers/bin/python benches/peers/train.py [--threads T] [--batch N] [--only TEXT]
+    ~/.cache/pointwise/peers/bin/python benches/peers/train.py [--threads T] [--batch N] [--dtype bf16]
 
 A step is forward with batch statistics and backward for src, weight, gamma and beta. Layer by layer,
 our bench (`--pass train`, which verifies its results) and PyTorch in channels_last and contiguous
 take turns; each contender's figure is the least median of its turns. GFLOP/s count three products.
+In f16 and bf16 all that PyTorch has is of that type; our parameters and their gradients are f32.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from layer import Layer, read
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def ours(binary: Path, layer: Layer, threads: int) -> dict[str, float]:
+def ours(binary: Path, layer: Layer, threads: int, dtype: str) -> dict[str, float]:
     """Seconds of a step by layout."""
     header = "model,layer,n,cin,cout,h,w,stride,groups,act"
     row = f"{layer.model},{layer.name},{layer.n},{layer.c_in},{layer.c_out},{layer.h},{layer.w}"
@@ -34,7 +36,8 @@ def ours(binary: Path, layer: Layer, threads: int) -> dict[str, float]:
     with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
         file.write(f"{header}\n{row}\n")
         file.flush()
-        command = [binary, "--pass", "train", "--layers", file.name, "--threads", str(threads)]
+        command = [binary, "--pass", "train", "--dtype", dtype, "--layers", file.name]
+        command += ["--threads", str(threads)]
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
@@ -42,7 +45,7 @@ def ours(binary: Path, layer: Layer, threads: int) -> dict[str, float]:
     return {row["layout"]: float(row["median_us"]) * 1e-6 for row in rows}
 
 
-def pytorch(layer: Layer, layout: str, seconds: float) -> float:
+def pytorch(layer: Layer, layout: str, seconds: float, dtype: torch.dtype) -> float:
     """Seconds of a step in eager mode."""
     memory = torch.channels_last if layout == "nhwc" else torch.contiguous_format
     conv = torch.nn.Conv2d(
@@ -52,10 +55,12 @@ def pytorch(layer: Layer, layout: str, seconds: float) -> float:
     model = torch.nn.Sequential(conv, norm)
     if layer.act == "relu":
         model.append(torch.nn.ReLU(inplace=True))
-    model = model.to(memory_format=memory)
-    src = torch.randn(layer.n, layer.c_in, layer.h, layer.w).to(memory_format=memory)
+    model = model.to(dtype=dtype, memory_format=memory)
+    src = torch.randn(layer.n, layer.c_in, layer.h, layer.w)
+    src = src.to(dtype=dtype, memory_format=memory)
     src.requires_grad_()
-    d_dst = torch.randn(layer.n, layer.c_out, *layer.out).to(memory_format=memory)
+    d_dst = torch.randn(layer.n, layer.c_out, *layer.out)
+    d_dst = d_dst.to(dtype=dtype, memory_format=memory)
     parameters = [src, *model.parameters()]
 
     def step():
@@ -76,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="f32")
     parser.add_argument("--only", default="resnet50", help="layers whose line contains this")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.3, help="of PyTorch, per turn")
@@ -88,9 +94,11 @@ def main() -> None:
     for layer in layers:
         best = {}
         for _ in range(arguments.turns):
-            turn = {("ours", k): v for k, v in ours(arguments.bench, layer, arguments.threads).items()}
+            steps = ours(arguments.bench, layer, arguments.threads, arguments.dtype)
+            turn = {("ours", layout): time for layout, time in steps.items()}
             for layout in logs:
-                turn["eager", layout] = pytorch(layer, layout, arguments.seconds)
+                dtype = DTYPES[arguments.dtype]
+                turn["eager", layout] = pytorch(layer, layout, arguments.seconds, dtype)
             for key, time in turn.items():
                 best[key] = min(best.get(key, math.inf), time)
         speed = {key: 3 * layer.flops / time / 1e9 for key, time in best.items()}

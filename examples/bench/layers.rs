@@ -60,22 +60,21 @@ impl Layer {
 
     /// Convolution, bias, activation; weights are what a type holds.
     pub fn description<T: Element>(&self) -> Result<Pointwise> {
-        let k = self.c_in / self.groups;
-        let rounded = |x: f32| T::from_f32(x).to_f32();
-        let weight = Init::pytorch_default().weight(self.c_out, k, 1)?.mapv(rounded);
-        Ok(self.activated(self.convolution(weight).bias(init::bias(self.c_out, k, 2)?)))
+        let bias = init::bias(self.c_out, self.c_in / self.groups, 2)?;
+        Ok(self.activated(self.convolution::<T>()?.bias(bias)))
     }
 
-    /// Convolution, batch norm, activation.
-    pub fn trained(&self, beta: Vec<f32>) -> Result<Pointwise> {
-        let weight = Init::pytorch_default().weight(self.c_out, self.c_in / self.groups, 1)?;
+    /// Convolution, batch norm, activation; weights are what a type holds.
+    pub fn trained<T: Element>(&self, beta: Vec<f32>) -> Result<Pointwise> {
         let ones = vec![1.0; self.c_out];
         let norm = BatchNorm::new(vec![0.0; self.c_out], ones.clone()).affine(ones, beta);
-        Ok(self.activated(self.convolution(weight).batch_norm(norm)))
+        Ok(self.activated(self.convolution::<T>()?.batch_norm(norm)))
     }
 
-    fn convolution(&self, weight: Array2<f32>) -> Pointwise {
-        Pointwise::new(weight).groups(self.groups).stride(self.stride)
+    fn convolution<T: Element>(&self) -> Result<Pointwise> {
+        let weight = Init::pytorch_default().weight(self.c_out, self.c_in / self.groups, 1)?;
+        let rounded = weight.mapv(|x| T::from_f32(x).to_f32());
+        Ok(Pointwise::new(rounded).groups(self.groups).stride(self.stride))
     }
 
     fn activated(&self, description: Pointwise) -> Pointwise {

@@ -6,6 +6,7 @@ mod options;
 mod plot;
 mod quantized;
 mod report;
+mod tensor;
 mod train;
 mod verify;
 
@@ -20,7 +21,6 @@ use indicatif::{ProgressBar, ProgressStyle};
 use layers::Table;
 use measure::Bench;
 use options::{Numbers, Options, Pass};
-use pointwise::DType;
 
 /// Whatever goes wrong is told to the user in one line.
 type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
@@ -74,12 +74,13 @@ fn run(options: &Options) -> Result<()> {
         Some(path) => Table::read(path, options.batch)?,
         None => Table::built_in(options.batch)?,
     };
-    if options.pass == Pass::Train
-        && (options.dtype != Numbers::Real(DType::F32)
-            || !options.kernel.is_empty()
-            || options.verify)
-    {
-        return Err("--pass train takes f32, no --kernel and no --verify".into());
+    if options.pass == Pass::Train {
+        if options.dtype == Numbers::Int8 {
+            Err("--pass train takes f32, f16 and bf16, not --dtype int8")?;
+        }
+        if !options.kernel.is_empty() || options.verify {
+            Err("--pass train takes no --kernel and no --verify")?;
+        }
     }
     let bench = Bench::new(options)?;
     if options.verify {

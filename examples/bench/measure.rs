@@ -5,15 +5,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ndarray::{Array4, ArrayD, ArrayView4, Axis};
-use pointwise::reference::{self, Inputs};
-use pointwise::{Cost, DType, Device, Element, Layout, PrepareOptions, Prepared, Roof, bf16, f16};
+use ndarray::{Array4, ArrayD};
 #[cfg(feature = "cuda")]
-use pointwise::{CudaDevice, CudaTensor, DeviceElement};
+use pointwise::CudaDevice;
+use pointwise::reference::{self, Inputs};
+use pointwise::{Cost, DType, Device, Layout, PrepareOptions, Prepared, Roof, bf16, f16};
 
 use crate::Result;
 use crate::layers::Layer;
 use crate::options::{Numbers, Options, Order};
+use crate::tensor::{Tensor, Value, repeated, values, zeros};
 use crate::verify::{self, Errors};
 
 /// Samples of the roof per layer, each followed by two turns of every contender.
@@ -30,16 +31,6 @@ const QUEUED_CALLS: Duration = Duration::from_millis(1);
 pub const DISTINCT: usize = 3;
 /// A larger fraction of the roof means that the roof is wrong.
 const MOST: f64 = 1.02;
-
-/// What tensors of the device hold.
-#[cfg(feature = "cuda")]
-trait Value: Element + DeviceElement {}
-#[cfg(feature = "cuda")]
-impl<T: Element + DeviceElement> Value for T {}
-#[cfg(not(feature = "cuda"))]
-trait Value: Element {}
-#[cfg(not(feature = "cuda"))]
-impl<T: Element> Value for T {}
 
 /// What all layers share.
 pub struct Bench {
@@ -165,6 +156,16 @@ impl Bench {
         &self.device
     }
 
+    /// A tensor on the device, in the same memory order.
+    pub fn tensor<T: Value>(&self, host: Array4<T>) -> Result<Tensor<T>> {
+        let tensor = Tensor::new(host);
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &self.cuda {
+            return tensor.on(device);
+        }
+        Ok(tensor)
+    }
+
     /// Verifies a layer, times it, and times it once more if it seems to beat the roof: a clock
     /// that rose between the samples may have been to blame.
     ///
@@ -210,9 +211,9 @@ impl Bench {
     fn contenders_as<T: Value>(&self, layer: &Layer) -> Result<(Vec<Contender>, Vec<String>)> {
         let Layer { n, c_in, h, w, .. } = *layer;
         // What the type holds, so that the reference computes with the same.
-        let rounded = |x: f32| T::from_f32(x).to_f32();
+        let held = values(n.min(DISTINCT), c_in, h, w).mapv(T::from_f32);
         let description = layer.description::<T>()?;
-        let distinct = values(n.min(DISTINCT), c_in, h, w).mapv(rounded);
+        let distinct = held.mapv(T::to_f32);
         let inputs = Inputs { sources: vec![distinct.view().into_dyn()], ..Inputs::default() };
         let expected = Rc::new(reference::forward(&description, &inputs)?);
         let tolerance =
@@ -238,14 +239,17 @@ impl Bench {
                     notes.push(format!("{} left out of {}: {why}", plan.kernel, order.name()));
                     continue;
                 }
-                let tensors = self.tensors(&prepared, order, n, distinct.view())?;
+                let dst_shape: [usize; 4] =
+                    prepared.dst_shape(&[n, c_in, h, w])?.as_slice().try_into()?;
+                let src = self.tensor(repeated(order, held.view(), n))?;
+                let dst = self.tensor(zeros(order, dst_shape))?;
                 let (prepared, expected) = (prepared.clone(), Rc::clone(&expected));
                 contenders.push(Contender {
                     order,
                     kernel: plan.kernel,
                     forced: kernel.is_some(),
                     cost: prepared.cost(&[n, c_in, h, w])?,
-                    layer: Box::new(Real { prepared, tensors, expected, tolerance }),
+                    layer: Box::new(Real { prepared, src, dst, expected, tolerance }),
                     errors: Errors::default(),
                 });
             }
@@ -290,40 +294,6 @@ impl Bench {
         };
         Ok(contenders.iter().zip(&mut times).map(row).collect())
     }
-
-    /// Source and result in a memory order, on the device.
-    fn tensors<T: Value>(
-        &self,
-        prepared: &Prepared<T>,
-        order: Order,
-        n: usize,
-        distinct: ArrayView4<'_, f32>,
-    ) -> Result<Tensors<T>> {
-        let (d, c, h, w) = distinct.dim();
-        let mut src = in_order(order, Array4::from_elem((n, c, h, w), T::default()).view());
-        for (i, mut sample) in src.axis_iter_mut(Axis(0)).enumerate() {
-            sample.assign(&distinct.index_axis(Axis(0), i % d).mapv(T::from_f32));
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(device) = &self.cuda {
-            let src = CudaTensor::from_host(device, src.view())?;
-            let dst = prepared.forward(&src)?;
-            return Ok(Tensors::Cuda { src, dst });
-        }
-        let dst = prepared.forward(&src)?;
-        Ok(Tensors::Host { src, dst })
-    }
-}
-
-/// A copy in a memory order.
-pub fn in_order<T: Copy + Default>(order: Order, values: ArrayView4<'_, T>) -> Array4<T> {
-    let (n, c, h, w) = values.dim();
-    let mut copy = match order {
-        Order::Nchw => Array4::from_elem((n, c, h, w), T::default()),
-        Order::Nhwc => Array4::from_elem((n, h, w, c), T::default()).permuted_axes([0, 3, 1, 2]),
-    };
-    copy.assign(&values);
-    copy
 }
 
 fn layout(order: Order) -> Layout {
@@ -331,18 +301,6 @@ fn layout(order: Order) -> Layout {
         Order::Nchw => Layout::ChannelsFirst,
         Order::Nhwc => Layout::ChannelsLast,
     }
-}
-
-/// Values in -1..1 without a pattern, always the same.
-pub fn values(n: usize, c: usize, h: usize, w: usize) -> Array4<f32> {
-    // Marsaglia's xorshift, "Xorshift RNGs" (2003).
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    Array4::from_shape_simple_fn((n, c, h, w), || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    })
 }
 
 /// A layer that is ready, with its source and result.
@@ -422,72 +380,33 @@ impl Contender {
 /// A layer of real numbers.
 struct Real<T> {
     prepared: Prepared<T>,
-    tensors: Tensors<T>,
+    src: Tensor<T>,
+    dst: Tensor<T>,
     expected: Rc<ArrayD<f64>>,
     tolerance: f64,
 }
 
-/// Source and result.
-enum Tensors<T> {
-    Host {
-        src: Array4<T>,
-        dst: Array4<T>,
-    },
-    #[cfg(feature = "cuda")]
-    Cuda {
-        src: CudaTensor<T>,
-        dst: CudaTensor<T>,
-    },
-}
-
 impl<T: Value> Timed for Real<T> {
     fn blank(&mut self) -> Result<()> {
-        match &mut self.tensors {
-            Tensors::Host { dst, .. } => dst.fill(T::from_f32(f32::NAN)),
-            #[cfg(feature = "cuda")]
-            Tensors::Cuda { dst, .. } => {
-                let mut blank = dst.to_host()?;
-                blank.fill(T::from_f32(f32::NAN));
-                *dst = CudaTensor::from_host(dst.device(), blank.view())?;
-            }
-        }
-        Ok(())
+        self.dst.blank()
     }
 
     fn run(&mut self, calls: usize) -> Result<()> {
-        let prepared = &self.prepared;
-        match &mut self.tensors {
-            Tensors::Host { src, dst } => {
-                for _ in 0..calls {
-                    prepared.forward_into(black_box(&*src), dst)?;
-                }
-                black_box(dst);
-            }
-            #[cfg(feature = "cuda")]
-            Tensors::Cuda { src, dst } => {
-                for _ in 0..calls {
-                    prepared.forward_into(src, dst)?;
-                }
-                src.device().synchronize()?;
-            }
+        for _ in 0..calls {
+            self.prepared.forward_into(black_box(&self.src), &mut self.dst)?;
         }
-        Ok(())
+        black_box(&mut self.dst).wait()
     }
 
     fn errors(&self) -> Result<Errors> {
-        let (expected, tolerance) = (self.expected.view(), self.tolerance);
-        Ok(match &self.tensors {
-            Tensors::Host { dst, .. } => verify::errors(expected, dst.view().into_dyn(), tolerance),
-            #[cfg(feature = "cuda")]
-            Tensors::Cuda { dst, .. } => verify::errors(expected, dst.to_host()?.view(), tolerance),
-        })
+        Ok(verify::errors(self.expected.view(), self.dst.values()?.view(), |_| self.tolerance))
     }
 
     fn enough(&self) -> Duration {
-        match &self.tensors {
-            Tensors::Host { .. } => CALLS,
+        match &self.dst {
+            Tensor::Host(_) => CALLS,
             #[cfg(feature = "cuda")]
-            Tensors::Cuda { .. } => QUEUED_CALLS,
+            Tensor::Cuda(_) => QUEUED_CALLS,
         }
     }
 }

@@ -23,7 +23,7 @@ pub struct Options {
     pub batch: Option<usize>,
 
     /// What is timed: a forward pass as in inference, or a step of training, forward with a batch
-    /// norm in place of the bias and backward for everything (f32, on the CPU)
+    /// norm in place of the bias and backward for everything
     #[arg(long, value_enum, default_value = "forward")]
     pub pass: Pass,
 
@@ -32,7 +32,8 @@ pub struct Options {
     pub verify: bool,
 
     /// The type of the tensors' values; the roof is that of the fastest products of it (bf16, int8)
-    /// that the CPU has. int8: u8 in and out, i8 weights, on the CPU, none, relu or relu6 as act
+    /// that the CPU has. int8: u8 in and out, i8 weights, on the CPU, none, relu or relu6 as act, no
+    /// --pass train
     #[arg(
         long,
         default_value = "f32",
@@ -140,8 +141,11 @@ Columns of the results, beside the table's:
                  function; weight and src as the type holds them. Of int8, a multiple of one step,
                  or of a step in one of 1000 values, whichever is larger
 
-A step of training counts three products; src, dst and weight thrice each. Its kernel is `train`, and
-its max_err a multiple of (positions + cin + cout) 2^-23 max|result|, of everything that it gives.
+A step of training counts three products, of f32 in fma_peak; src and weight, which is f32, thrice
+each, dst twice and the f32 result of the convolution. Its kernel is `train`, and its max_err, of
+everything that it gives, a multiple of (positions + cin + cout) 2^-23 max(1, max|result|); in 16 bits
+of dst and the gradient by src half a step of the result more, and on a GPU of the gradients by weight
+and src half a step of max|result|, as the gradient by the convolution's result is rounded in between.
 
 On a GPU fma_peak and roof_bw are computed from clocks and widths. The exit code is 1 if an error is
 above 1 or, on the CPU, a fraction above 1.02 in a second measurement too: then the roof is wrong.

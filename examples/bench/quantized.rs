@@ -9,7 +9,8 @@ use pointwise::{PrepareOptions, reference};
 
 use crate::Result;
 use crate::layers::Layer;
-use crate::measure::{Bench, Contender, DISTINCT, Timed, in_order, values};
+use crate::measure::{Bench, Contender, DISTINCT, Timed};
+use crate::tensor::{repeated, values};
 use crate::verify::{self, Errors};
 
 impl Bench {
@@ -33,10 +34,7 @@ impl Bench {
             let options = PrepareOptions { kernel: kernel.clone(), ..PrepareOptions::default() };
             let prepared = description.prepare_with(self.device(), options)?;
             for &order in self.orders() {
-                let mut src = in_order(order, Array4::<u8>::zeros((n, c_in, h, w)).view());
-                for (i, mut sample) in src.axis_iter_mut(Axis(0)).enumerate() {
-                    sample.assign(&distinct.index_axis(Axis(0), i % distinct.dim().0));
-                }
+                let src = repeated(order, distinct.view(), n);
                 let dst: Array4<u8> = prepared.forward(&src)?;
                 let (prepared, expected) = (prepared.clone(), Rc::clone(&expected));
                 contenders.push(Contender {

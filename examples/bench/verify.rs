@@ -62,13 +62,13 @@ impl Errors {
     }
 }
 
-/// The errors as multiples of the tolerance.
+/// The errors as multiples of the tolerance of what is expected.
 ///
 /// `expected` holds the first samples, of which the others are repetitions in the same order.
 pub fn errors<T: Element>(
     expected: ArrayViewD<'_, f64>,
     result: ArrayViewD<'_, T>,
-    tolerance: f64,
+    tolerance: impl Fn(f64) -> f64,
 ) -> Errors {
     let distinct = expected.len_of(Axis(0));
     let mut errors = Errors::default();
@@ -76,7 +76,7 @@ pub fn errors<T: Element>(
         for (want, got) in expected.index_axis(Axis(0), i % distinct).iter().zip(sample) {
             let error = (want - f64::from(got.to_f32())).abs();
             // Equal values are right even where nothing is tolerated.
-            errors.add(if error == 0.0 { 0.0 } else { error / tolerance });
+            errors.add(if error == 0.0 { 0.0 } else { error / tolerance(*want) });
         }
     }
     errors

@@ -26,6 +26,7 @@ pub fn child(what: &str) -> ExitCode {
     let src = Array3::<f32>::ones((1, 3, 40));
     let answer = match what {
         "open" => CudaDevice::open(0).map(|device| device.to_string()),
+        "open fp8" => planted::open_fp8(),
         "best" => Ok(Device::best().to_string()),
         "forward" => layer
             .prepare(&Device::best())

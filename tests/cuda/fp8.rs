@@ -23,7 +23,7 @@ pub const TRIALS: &[OnDevice] = &[
 ];
 
 /// Runs a test, or sees that a device without fp8 says why.
-fn on_fp8(device: &CudaDevice, test: fn(&CudaDevice) -> Outcome) -> Outcome {
+pub fn on_fp8(device: &CudaDevice, test: fn(&CudaDevice) -> Outcome) -> Outcome {
     let (major, minor) = device.compute_capability();
     if (major, minor) >= (8, 9) {
         return test(device);

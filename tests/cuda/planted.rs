@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use ndarray::{Array2, Array5, ArrayD};
+use pointwise::quantized::{F8E4M3, Fp8Quantization, QuantizedFp8};
 use pointwise::train::Params;
 use pointwise::{
     CudaDevice, Device, Error, Math, PrepareOptions, Quantization, Quantized, bf16, f16, reference,
@@ -12,6 +13,7 @@ use pointwise::{
 
 use super::cases::{Case, Layout, Placed, Value, chain, force, kernels_of, rounded};
 use super::driver::{ask, expect};
+use super::fp8::on_fp8;
 use super::numbers::Random;
 use super::tensor_cores::nearest;
 use super::{OnDevice, Outcome};
@@ -20,6 +22,7 @@ pub const STAND_IN_TRIALS: &[OnDevice] = &[
     ("faults_planted_in_kernels_of_16_bits_are_found", in_16_bits),
     ("faults_planted_in_kernels_of_f32_and_int8_are_found", in_others),
     ("faults_planted_in_kernels_of_the_weights_gradient_are_found", in_wgrad),
+    ("faults_planted_in_kernels_of_fp8_are_found", |device| on_fp8(device, in_fp8)),
 ];
 
 /// Which kernel the started processes run: its name says on which dtype and layout.
@@ -32,11 +35,12 @@ const SPLITS: &str = include_str!("../../kernels/splits.cuh");
 const SIMT: &str = include_str!("../../kernels/mainloops/simt.cuh");
 const WGRAD: &str = include_str!("../../kernels/train/wgrad_mma.cuh");
 const BYTES: &str = include_str!("../../kernels/mainloops/bytes.cuh");
+const BYTES_STORE: &str = include_str!("../../kernels/epilogues/bytes.cuh");
 
 struct Plant {
     what: &'static str,
-    /// Of which lines the instructions are, as the compiler says: the file, its text, and what begins
-    /// them.
+    /// Of which lines the instructions are, as the compiler says: the end of the file's path, its text,
+    /// and what begins them.
     lines: (&'static str, &'static str, &'static str),
     /// How many of them, from the first on, take the edit.
     most: usize,
@@ -193,17 +197,70 @@ const PLANTS: &[Plant] = &[
     },
     Plant {
         what: "no barrier between slabs of bytes",
-        lines: ("bytes.cuh", BYTES, "__syncthreads();"),
+        lines: ("mainloops/bytes.cuh", BYTES, "__syncthreads();"),
         most: ALL,
         edit: |line| line.starts_with("bar.sync").then(String::new),
         found: TOO_EARLY,
     },
     Plant {
         what: "the first vector of bytes copied without its swizzle",
-        lines: ("bytes.cuh", BYTES, "return (i ^ (i >> 2 & 1)) * 4"),
+        lines: ("mainloops/bytes.cuh", BYTES, "return (i ^ (i >> 2 & 1)) * 4"),
         most: 2,
         edit: without_swizzle,
         found: &["wrong", "in flight", "a race: "],
+    },
+    Plant {
+        what: "no barrier around the sums of bytes",
+        lines: ("epilogues/bytes.cuh", BYTES_STORE, "__syncthreads();"),
+        most: ALL,
+        edit: |line| line.starts_with("bar.sync").then(String::new),
+        found: TOO_EARLY,
+    },
+    Plant {
+        what: "no upper bound of a clip",
+        lines: ("epilogues/bytes.cuh", BYTES_STORE, "return hi < x ? hi : x;"),
+        most: ALL,
+        edit: |line| {
+            let [to, _, x, _] = operands(line, "selp.f32")?;
+            Some(format!("mov.f32 {to}, {x};"))
+        },
+        found: WRONG,
+    },
+    Plant {
+        what: NO_SCALE,
+        lines: (
+            "epilogues/bytes.cuh",
+            BYTES_STORE,
+            "for (int n = 0; n < kWidth; ++n) v[n] = __fadd_rn(__fmul_rn(sum[n], scale[n])",
+        ),
+        most: ALL,
+        edit: |line| {
+            let [to, sum, _] = operands(line, "mul.rn.f32")?;
+            Some(format!("mov.f32 {to}, {sum};"))
+        },
+        found: WRONG,
+    },
+    Plant {
+        what: SATURATED_EARLY,
+        lines: ("ptx.cuh", PTX, "asm(\"cvt.rn.satfinite.e4m3x2.f32"),
+        most: ALL,
+        // At the greatest value of the e4m3 without infinities that other makers have.
+        edit: |line| {
+            let [_, second, first] = operands(line, "cvt.rn.satfinite.e4m3x2.f32")?;
+            let bound = |x: &str| format!("min.f32 {x}, {x}, 0f43700000;\n");
+            Some(bound(second) + &bound(first) + line)
+        },
+        found: WRONG,
+    },
+    Plant {
+        what: PAIRS_SWAPPED,
+        lines: ("ptx.cuh", PTX, "asm(\"cvt.rn.satfinite.e4m3x2.f32"),
+        most: ALL,
+        edit: |line| {
+            let [to, second, first] = operands(line, "cvt.rn.satfinite.e4m3x2.f32")?;
+            Some(format!("cvt.rn.satfinite.e4m3x2.f32 {to}, {first}, {second};"))
+        },
+        found: WRONG,
     },
 ];
 
@@ -240,7 +297,7 @@ struct Kernel {
     before: String,
     body: String,
     after: String,
-    /// The names of source files by their number.
+    /// The paths of source files by their number.
     files: HashMap<String, String>,
 }
 
@@ -266,9 +323,8 @@ impl Kernel {
         after += &format!("\n.file{tables}");
         let files = after.lines().filter_map(|line| line.strip_prefix(".file"));
         let files = files.filter_map(|file| file.trim().split_once(char::is_whitespace));
-        let files = files.map(|(number, path)| {
-            (number.into(), path.trim().trim_matches('"').rsplit('/').next().unwrap().into())
-        });
+        let files =
+            files.map(|(number, path)| (number.into(), path.trim().trim_matches('"').into()));
         let files = files.collect();
         Kernel { before, body, after, files }
     }
@@ -281,6 +337,9 @@ impl Kernel {
             .filter(|(_, line)| line.trim_start().starts_with(begins))
             .map(|(number, _)| number.to_string())
             .collect();
+        let is = |path: &str, end: &str| {
+            path.strip_suffix(end).is_some_and(|folder| folder.is_empty() || folder.ends_with('/'))
+        };
         let anywhere = plant.lines == ANYWHERE;
         assert!(anywhere || !lines.is_empty(), "{file} has no line that begins with {begins:?}");
         let (mut text, mut here, mut edited) = (self.before.clone(), false, 0);
@@ -288,7 +347,7 @@ impl Kernel {
             if let Some(at) = line.trim_start().strip_prefix(".loc") {
                 let mut fields = at.split_whitespace();
                 let (number, line) = (fields.next().unwrap(), fields.next().unwrap());
-                here = self.files.get(number).is_some_and(|name| name == file)
+                here = self.files.get(number).is_some_and(|path| is(path, file))
                     && lines.iter().any(|wanted| wanted == line);
             }
             let may = (anywhere || here) && edited < plant.most;
@@ -310,9 +369,10 @@ impl Kernel {
 }
 
 /// Plants every fault in every one of these kernels that has a place for it; all but `nowhere` are
-/// planted somewhere.
+/// planted somewhere. `open` is what loads their module, after all others.
 fn all_are_found(
     device: &CudaDevice,
+    open: &str,
     kernels: &[&'static str],
     nowhere: impl Fn(&str) -> bool,
 ) -> Outcome {
@@ -323,7 +383,7 @@ fn all_are_found(
     let (whole, edited) = (file("whole"), file("planted"));
     let (whole, edited) = (whole.to_string_lossy(), edited.to_string_lossy());
     let name = device.to_string();
-    expect("open", &[("PW_EMULATOR_PTX_TO", &whole)], &[&name])?;
+    expect(open, &[("PW_EMULATOR_PTX_TO", &whole)], &[&name])?;
     let module = std::fs::read_to_string(&*whole)?;
     std::fs::remove_file(&*whole)?;
 
@@ -371,7 +431,7 @@ fn in_16_bits(device: &CudaDevice) -> Outcome {
     let all = all.into_iter().filter(|name| name.contains("16_sm") && name.contains("_64x64x"));
     let all: Vec<_> = all.collect();
     assert!(all.len() >= 2, "{all:?}");
-    all_are_found(device, &all, |what| {
+    all_are_found(device, "open", &all, |what| {
         // Before sm_80 no copy is asynchronous, and src is one register of an `mma`.
         let since_80 =
             ["no wait for copies", "a wait for one copy too few", "fragments of src swapped"];
@@ -381,19 +441,27 @@ fn in_16_bits(device: &CudaDevice) -> Outcome {
 }
 
 /// Faults that kernels of 16 bits have no place for.
-const OF_OTHERS: [&str; 8] = [
+const OF_OTHERS: [&str; 13] = [
     "one operand not rounded to TF32",
     "no barrier between slabs, without tensor cores",
     "elements of a vector swapped",
     "src stored without its swizzle, without tensor cores",
     "no barrier between slabs of bytes",
     "the first vector of bytes copied without its swizzle",
+    "no barrier around the sums of bytes",
+    "no upper bound of a clip",
     NO_BARRIER_OF_WGRAD,
     COPIES_OF_WGRAD,
+    NO_SCALE,
+    SATURATED_EARLY,
+    PAIRS_SWAPPED,
 ];
 const ONE_SWIZZLE: &str = "the weight swizzled on one side only";
 const COPIES_OF_WGRAD: &str = "slabs of the weight's gradient copied with half of the swizzle";
 const NO_BARRIER_OF_WGRAD: &str = "no barrier around the tables and slabs of the weight's gradient";
+const NO_SCALE: &str = "sums of fp8 not scaled";
+const SATURATED_EARLY: &str = "e4m3 saturated at 240";
+const PAIRS_SWAPPED: &str = "a pair of e4m3 stored in the wrong order";
 
 /// TF32 and f32 in parts of TF32, f32 without tensor cores, bytes: one kernel of each that there is.
 fn in_others(device: &CudaDevice) -> Outcome {
@@ -403,8 +471,10 @@ fn in_others(device: &CudaDevice) -> Outcome {
         all.extend(["fprop_tf32_sm80_64x64x16_nhwc", "fprop_f32_sm80_64x64x16_nhwc"]);
         all.push("fprop_i8_mma_64x64x64");
     }
-    all_are_found(device, &all, |what| {
-        if [NO_BARRIER_OF_WGRAD, COPIES_OF_WGRAD].contains(&what) {
+    all_are_found(device, "open", &all, |what| {
+        let of_others =
+            [NO_BARRIER_OF_WGRAD, COPIES_OF_WGRAD, NO_SCALE, SATURATED_EARLY, PAIRS_SWAPPED];
+        if of_others.contains(&what) {
             return true;
         }
         let without_tensor_cores = [
@@ -425,7 +495,7 @@ fn in_wgrad(device: &CudaDevice) -> Outcome {
     if asynchronous {
         all.push("wgrad_bf16_mma_64x64x32");
     }
-    all_are_found(device, &all, |what| {
+    all_are_found(device, "open", &all, |what| {
         let since_80 =
             ["no wait for copies", "a wait for one copy too few", "fragments of src swapped"];
         let anywhere =
@@ -437,6 +507,36 @@ fn in_wgrad(device: &CudaDevice) -> Outcome {
     })
 }
 
+/// The small tile, which stores either layout of dst.
+fn in_fp8(device: &CudaDevice) -> Outcome {
+    all_are_found(device, "open fp8", &["fprop_fp8_sm89_64x64x64"], |what| {
+        let anywhere = [
+            "no wait for copies",
+            "a wait for one copy too few",
+            "fragments of the weight swapped",
+            "fragments of src swapped",
+            "halves of words swapped",
+            "no barrier between slabs of bytes",
+            "the first vector of bytes copied without its swizzle",
+            "no barrier around the sums of bytes",
+            "no upper bound of a clip",
+            NO_SCALE,
+            SATURATED_EARLY,
+            PAIRS_SWAPPED,
+        ];
+        !anywhere.contains(&what)
+    })
+}
+
+/// Opens a device and loads its kernels of fp8.
+pub fn open_fp8() -> Result<String, Error> {
+    let device = CudaDevice::open(0)?;
+    let one = Array2::from_elem((1, 1), F8E4M3::ONE);
+    QuantizedFp8::new(one, vec![1.0], Fp8Quantization::e4m3(1.0))
+        .prepare(&device.clone().into())?;
+    Ok(device.to_string())
+}
+
 /// What the started processes do.
 pub fn child(device: &CudaDevice) -> Result<String, Error> {
     let kernel = std::env::var(KERNEL).expect("the test says which kernel");
@@ -446,6 +546,7 @@ pub fn child(device: &CudaDevice) -> Result<String, Error> {
         Some("bf16") => of::<bf16>(device, &kernel),
         Some("f16") => of::<f16>(device, &kernel),
         Some("i8") => of_bytes(device, &kernel),
+        Some("fp8") => of_fp8(device, &kernel),
         _ => of_f32(device, &kernel),
     }
 }
@@ -543,7 +644,8 @@ fn of_f32(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     Ok("right".into())
 }
 
-/// Four slabs of bytes of either sign, in either layout: the CPU's bytes.
+/// Four slabs of bytes of either sign, in either layout: the CPU's bytes, of which some are beyond both
+/// ends.
 fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     let mut random = Random::new(85);
     for layout in [Layout::First, Layout::Last] {
@@ -551,7 +653,7 @@ fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
         let weight = Array2::from_shape_simple_fn((64, 256), || random.integer() as i8);
         let quantization = Quantization::u8(0.05, 128);
         let layer =
-            Quantized::new(weight, vec![0.02; 64], quantization).dst(Quantization::u8(0.1, 99));
+            Quantized::new(weight, vec![0.02; 64], quantization).dst(Quantization::u8(0.03, 99));
         let src =
             Array5::from_shape_simple_fn(case.src_shape(), || (random.uniform() * 256.0) as u8);
         let expected: ArrayD<u8> = layer.prepare(&Device::cpu())?.call(&src).run()?.into_dyn();
@@ -561,6 +663,32 @@ fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
         layer.call(&src.view()).run_into(&mut dst.view_mut())?;
         device.synchronize()?;
         if dst.held().into_dyn() != expected {
+            return Ok(format!("wrong: {layout:?}"));
+        }
+    }
+    Ok("right".into())
+}
+
+/// Four slabs of integers, in either layout: the CPU's results, of which some are clipped above and some
+/// beyond e4m3 below.
+fn of_fp8(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
+    let mut random = Random::new(87);
+    for layout in [Layout::First, Layout::Last] {
+        let case = Case::new(1, 256, 64, [1, 4, 16]);
+        let weight = Array2::from_shape_simple_fn((64, 256), || F8E4M3::from_f32(random.integer()));
+        let scale: Vec<f32> = (0..64).map(|c| 2f32.powi(c % 4 - 1)).collect();
+        let layer = QuantizedFp8::new(weight, scale, Fp8Quantization::e4m3(1.0))
+            .clip(-400.0, 200.0)
+            .dst(Fp8Quantization::e4m3(0.5));
+        let src =
+            Array5::from_shape_simple_fn(case.src_shape(), || F8E4M3::from_f32(random.integer()));
+        let expected: ArrayD<F8E4M3> = layer.prepare(&Device::cpu())?.call(&src).run()?.into_dyn();
+        let layer = layer.prepare_with(&Device::from(device.clone()), force(kernel))?;
+        let src = Placed::holding(device, src.view(), layout);
+        let mut dst = Placed::<F8E4M3>::blank(device, case.dst_shape(), layout);
+        layer.call(&src.view()).run_into(&mut dst.view_mut())?;
+        device.synchronize()?;
+        if !dst.held().iter().zip(&expected).all(|(got, want)| got.to_bits() == want.to_bits()) {
             return Ok(format!("wrong: {layout:?}"));
         }
     }

@@ -611,7 +611,8 @@ impl State {
         let text = match &config.ptx_from {
             None => text,
             Some(path) => match std::fs::read_to_string(path) {
-                Ok(text) => text,
+                Ok(edited) if kernels(&edited).eq(kernels(&text)) => edited,
+                Ok(_) => text,
                 Err(e) => {
                     let text = format!("cannot read PW_EMULATOR_PTX_FROM={path}: {e}");
                     return Err(self.complain(999, &text));
@@ -677,4 +678,10 @@ impl State {
         self.modules.insert(handle, Module { device, globals, kernels });
         Ok(handle)
     }
+}
+
+/// The names of a module's kernels.
+fn kernels(ptx: &str) -> impl Iterator<Item = &str> {
+    let entries = ptx.lines().filter_map(|line| line.trim_start().strip_prefix(".visible .entry"));
+    entries.map(|entry| entry.split('(').next().unwrap_or(entry).trim())
 }
