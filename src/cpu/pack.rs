@@ -384,11 +384,11 @@ impl<T: Element> Block<'_, T> {
                 unsafe {
                     if read == Read::ByPosition {
                         debug_assert_eq!(source.channel, 1);
-                        let rows = out.chunks_exact_mut(self.position_row());
-                        for (p, row) in rows.take(positions).enumerate() {
-                            let src = src.offset(walk.offset(first + p));
-                            let src = std::slice::from_raw_parts(src, hi - lo);
-                            self.copy_row(src, lo - start, row);
+                        let mut rows = &mut out[..positions * self.position_row()];
+                        for (offset, stride, len) in walk.runs(first, positions) {
+                            let (now, later) = rows.split_at_mut(len * self.position_row());
+                            self.copy_rows(src.offset(offset), stride, lo - start..hi - start, now);
+                            rows = later;
                         }
                     } else {
                         runs.clear();
@@ -443,20 +443,43 @@ impl<T: Element> Block<'_, T> {
         }
     }
 
-    /// Copies a position's channels, from `first` of the block's on.
-    fn copy_row(&self, src: &[T], first: usize, row: &mut [f32]) {
+    /// Copies some of the block's channels at positions that are `stride` apart, one for each of the rows.
+    ///
+    /// # Safety
+    /// `src`, the first of the channels, is readable at all of them at every position.
+    unsafe fn copy_rows(
+        &self,
+        src: *const T,
+        stride: isize,
+        channels: Range<usize>,
+        rows: &mut [f32],
+    ) {
+        let row_len = self.position_row();
         match self.terms {
-            TermKind::F32 => runs::widen(self.isa, src, &mut row[first..first + src.len()]),
+            TermKind::F32 => {
+                let (count, out) = (rows.len() / row_len, &mut rows[channels.start..]);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    runs::widen_rows(self.isa, src, stride, count, channels.len(), row_len, out);
+                }
+            }
             TermKind::Bf16Pair => {
-                let row = &mut row[..self.k()];
-                // SAFETY: a term is two values of T, which is bf16.
-                let row = unsafe {
-                    std::slice::from_raw_parts_mut(row.as_mut_ptr().cast::<T>(), 2 * row.len())
-                };
-                row[first..first + src.len()].copy_from_slice(src);
-                // What is behind the last channel of an odd number of them.
-                if first + src.len() == self.channels.1 {
-                    row[self.channels.1..].fill(T::default());
+                for (p, row) in rows.chunks_exact_mut(row_len).enumerate() {
+                    let row = &mut row[..self.k()];
+                    // SAFETY: the caller's promise; a term is two values of T, which is bf16.
+                    let (src, row) = unsafe {
+                        let src = src.offset(p as isize * stride);
+                        let values = row.as_mut_ptr().cast::<T>();
+                        (
+                            std::slice::from_raw_parts(src, channels.len()),
+                            std::slice::from_raw_parts_mut(values, 2 * row.len()),
+                        )
+                    };
+                    row[channels.clone()].copy_from_slice(src);
+                    // What is behind the last channel of an odd number of them.
+                    if channels.end == self.channels.1 {
+                        row[self.channels.1..].fill(T::default());
+                    }
                 }
             }
         }

@@ -31,6 +31,12 @@ per_isa! {
     /// Copies values, widened. The slices have one length.
     pub(crate) fn widen<T: Element>(x: &[T], out: &mut [f32]) = widen_run;
 
+    /// Copies `rows` rows of `len` values, widened: row `r` from `src + r * from` to `out[r * to..]`.
+    ///
+    /// # Safety
+    /// `src` is readable at every value of every row.
+    pub(crate) [unsafe] fn widen_rows<T: Element>(src: *const T, from: isize, rows: usize, len: usize, to: usize, out: &mut [f32]) = widen_all_rows;
+
     /// Copies values, rounded to the nearest. The slices have one length.
     pub(crate) fn narrow<T: Element>(x: &[f32], out: &mut [T]) = narrow_run;
 
@@ -206,6 +212,27 @@ unsafe fn gather_paired_runs<V: Simd>(
 unsafe fn widen_run<V: Simd, T: Element>(x: &[T], out: &mut [f32]) {
     // SAFETY: the CPU has V's instruction set; the values are there.
     unsafe { gather_run::<V, T>(x.as_ptr(), 1, false, &mut out[..x.len()]) }
+}
+
+#[inline(always)]
+unsafe fn widen_all_rows<V: Simd, T: Element>(
+    src: *const T,
+    from: isize,
+    rows: usize,
+    len: usize,
+    to: usize,
+    out: &mut [f32],
+) {
+    // Rows without gaps are one.
+    let (rows, len) = match from == len as isize && to == len {
+        true => (1, rows * len),
+        false => (rows, len),
+    };
+    for row in 0..rows {
+        let out = &mut out[row * to..][..len];
+        // SAFETY: the CPU has V's instruction set; the caller's promise.
+        unsafe { gather_run::<V, T>(src.wrapping_offset(row as isize * from), 1, false, out) };
+    }
 }
 
 #[inline(always)]
