@@ -349,6 +349,7 @@ impl State {
         if f.device != device {
             return Err(self.complain(400, "the function belongs to another context"));
         }
+        self.check_edited()?;
         let threads: u64 = block.iter().map(|&n| u64::from(n)).product();
         let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
         let name = &kernel.name;
