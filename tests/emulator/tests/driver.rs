@@ -337,6 +337,32 @@ alone! {
         begin(s, 2);
         assert_eq!(cuMemAlloc_v2((&mut more).into(), 4), 0);
         assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 0);
+        // Memory that another thread frees is the capture's matter in the global mode only; waiting for
+        // all streams conflicts with it in every mode.
+        let elsewhere = |call: fn(u64) -> u32, memory: u64| {
+            let thread = std::thread::spawn(move || { context(); call(memory) });
+            thread.join().unwrap()
+        };
+        let frees: [fn(u64) -> u32; 2] =
+            [|memory| cuMemFree_v2(memory), |memory| cuMemFreeHost(memory as usize)];
+        for mode in 0..3 {
+            let memory = [allocate(4), pinned(4).as_mut_ptr() as u64];
+            for (free, memory) in frees.into_iter().zip(memory) {
+                begin(s, mode);
+                assert_eq!(add(f, at, 1, 1, s), 0);
+                if mode == 0 {
+                    assert_eq!(elsewhere(free, memory), 900);
+                    broken(s, &mut graph);
+                } else {
+                    assert_eq!(elsewhere(free, memory), 0);
+                    assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 0);
+                    graph = 0;
+                }
+            }
+            begin(s, mode);
+            assert_eq!(elsewhere(|_| cuCtxSynchronize(), 0), 900);
+            broken(s, &mut graph);
+        }
         // What the capture did not allocate; and from a pool of the program's.
         let kept = allocate(4);
         let mut pool = 0;

@@ -867,7 +867,7 @@ api! {
             return Ok(());
         }
         s.unsafe_call()?;
-        s.synchronize_device(device)?;
+        s.finish(device)?;
         if s.devices[device].memory.free(address) {
             return Ok(());
         }
@@ -958,7 +958,7 @@ api! {
         let device = s.current()?;
         s.unsafe_call()?;
         // Work that still reads or writes it comes first.
-        s.synchronize_device(device)?;
+        s.finish(device)?;
         match s.pinned.get(&address) {
             Some(&(size, true)) => {
                 s.pinned.remove(&address);

@@ -489,6 +489,12 @@ impl State {
                 self.complain(900, "a context with a capturing stream cannot be waited for")
             );
         }
+        self.finish(device)
+    }
+
+    /// Runs all work of a device, as calls do that wait without being asked to: what a capture
+    /// forbids them is `unsafe_call`'s matter.
+    fn finish(&mut self, device: usize) -> Call {
         for stream in self.device_streams(device, true) {
             self.run_until(stream, u64::MAX)?;
         }
