@@ -711,8 +711,8 @@ struct Launch {
 
 impl Launch {
     fn fprop(kernel: usize) -> Launch {
-        let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
-        Launch { function: kernel, name, threads, shared_bytes }
+        let Kernel { name, threads, .. } = KERNELS[kernel];
+        Launch { function: kernel, name, threads, shared_bytes: KERNELS[kernel].brought_bytes() }
     }
 
     fn helper(helper: Helper) -> Launch {
