@@ -335,7 +335,7 @@ impl CudaDevice {
     /// [`Error::Unsupported`] while a graph is captured that could not take `memory` for `what`: the device
     /// has no pools.
     pub(super) fn check_capture(&self, what: impl fmt::Display, memory: &str) -> Result<()> {
-        if !self.is_capturing()? || self.has_pools() {
+        if self.has_pools() || !self.is_capturing()? {
             return Ok(());
         }
         Err(Error::Unsupported {
