@@ -185,8 +185,8 @@ mod cuda {
             {
                 let (c, positions, depth, slow, fast, vector, blocks, shared) =
                     match (*family, numbers.as_slice()) {
-                        ("Simt", &[c, positions, depth, slow, fast, blocks]) => {
-                            (c, positions, depth, slow, fast, 4, blocks, 0)
+                        ("Simt", &[c, positions, depth, slow, fast, blocks, shared]) => {
+                            (c, positions, depth, slow, fast, 4, blocks, shared)
                         }
                         (mma, &[c, positions, depth, first, second, _, blocks, shared])
                             if mma != "Simt" =>

@@ -44,13 +44,15 @@ __device__ void fprop(const pw_fprop& p, Shared& shared) {
     TileWriter<Tile>(p, shared.tile, shared.at).write(acc);
 }
 
-#define PW_SIMT(dtype, element, layout, channels_fast, rows, positions, depth, slow, fast, blocks) \
+#define PW_SIMT(dtype, element, layout, channels_fast, rows, positions, depth, slow, fast, blocks, \
+                bytes)                                                                             \
     extern "C" __global__ void __launch_bounds__((rows) * (positions) / ((slow) * (fast)), blocks) \
-        fprop_##dtype##_simt_##rows##x##positions##x##depth##_##layout(                          \
-            const __grid_constant__ pw_fprop p) {                                                \
-        using Tile = SimtTile<element, rows, positions, depth, slow, fast, channels_fast>;       \
-        __shared__ SimtShared<Tile> shared;                                                      \
-        fprop<Tile>(p, shared);                                                                  \
+        fprop_##dtype##_simt_##rows##x##positions##x##depth##_##layout(                            \
+            const __grid_constant__ pw_fprop p) {                                                  \
+        using Tile = SimtTile<element, rows, positions, depth, slow, fast, channels_fast>;         \
+        static_assert(sizeof(SimtShared<Tile>) == (bytes), "kernels.def says how much a block has"); \
+        __shared__ SimtShared<Tile> shared;                                                        \
+        fprop<Tile>(p, shared);                                                                    \
     }
 #define PW_FPROP_F32_SIMT(...)                      \
     PW_SIMT(f32, float, nchw, false, __VA_ARGS__)   \

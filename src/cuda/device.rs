@@ -335,7 +335,7 @@ impl CudaDevice {
     /// [`Error::Unsupported`] while a graph is captured that could not take `memory` for `what`: the device
     /// has no pools.
     pub(super) fn check_capture(&self, what: impl fmt::Display, memory: &str) -> Result<()> {
-        if !self.is_capturing()? || self.has_pools() {
+        if self.has_pools() || !self.is_capturing()? {
             return Ok(());
         }
         Err(Error::Unsupported {
@@ -711,8 +711,8 @@ fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunc
             Err(driver::NOT_FOUND) if kernel.family != Family::Simt => return Ok(None),
             function => function?,
         };
-        if kernel.shared_bytes > 0 {
-            allow_shared(&function, kernel.shared_bytes).map_err(code)?;
+        if kernel.brought_bytes() > 0 {
+            allow_shared(&function, kernel.brought_bytes()).map_err(code)?;
         }
         later |= kernel.family == Family::Pairs;
         Ok(Some(function))

@@ -461,6 +461,20 @@ impl Call {
     }
 }
 
+/// # Errors
+/// [`Error::Unsupported`] if the stream is captured in a graph that cannot hold what [`launch`] takes
+/// beside the call's tensors and scratch.
+pub(super) fn check_capture(device: &CudaDevice, call: &Call, program: &Program) -> Result<()> {
+    if program.has_sums_beside() {
+        let memory = "the values before they are normalised";
+        device.check_capture("a layer norm of 16-bit tensors", memory)?;
+    }
+    if leaves_moments(call, program) && call.scratch.is_none() {
+        device.check_capture("a layer norm over all positions", "the moments")?;
+    }
+    Ok(())
+}
+
 /// Queues one convolution on the device's stream, and the normalisation that may follow it.
 ///
 /// # Safety
@@ -478,6 +492,7 @@ pub(super) unsafe fn launch(
         return Ok(());
     }
     let kernel = &KERNELS[choice.kernel];
+    check_capture(device, call, program)?;
     let mut params = program.fprop;
     // Freed in stream order.
     let beside = match program.has_sums_beside() {
@@ -518,20 +533,23 @@ pub(super) unsafe fn launch(
         // Nothing can be allocated for the graph alone.
         return queue(1, None);
     }
-    device.check_capture("a layer norm over all positions", "the moments")?;
     in_graph(device, need, |place| queue(choice.splits, Some(place)))
 }
 
 /// Memory for the f32 values of a call's dst, with its order of axes.
 fn sums_beside(device: &CudaDevice, call: &Call) -> Result<(Tensor, Buffer)> {
-    device
-        .check_capture("a layer norm of 16-bit tensors", "the values before they are normalised")?;
     let channels = u64::from(call.groups) * u64::from(call.rows);
     let extents = call.extents.map(|extent| extent as usize);
     let positions = checked_product("positions", &extents)?;
     let bytes = checked_product("values before a layer norm", &[positions, channels as usize, 4])?;
     let memory = Buffer::new(device, "the values before a layer norm", bytes)?;
     Ok((call.dst.dense_like(&call.extents, channels, memory.address()), memory))
+}
+
+/// Whether a launch leaves the moments of positions in scratch.
+fn leaves_moments(call: &Call, program: &Program) -> bool {
+    let over_all = matches!(program.norm, Some((NormOver::All, _)));
+    over_all && matches!(call.moments, Moments::Scratch)
 }
 
 /// What a launch needs for sums that blocks share, and then for moments.
@@ -541,9 +559,9 @@ fn needs(choice: Choice, call: &Call, program: &Program) -> Result<[Need; 2]> {
         1 => Some(Need::default()),
         splits => KERNELS[choice.kernel].scratch(&letters, splits),
     };
-    let moments = match (&program.norm, call.moments) {
-        (Some((NormOver::All, _)), Moments::Scratch) => moments_need(call)?,
-        _ => Need::default(),
+    let moments = match leaves_moments(call, program) {
+        true => moments_need(call)?,
+        false => Need::default(),
     };
     Ok([sums.ok_or_else(|| too_large(&letters))?, moments])
 }
@@ -711,8 +729,8 @@ struct Launch {
 
 impl Launch {
     fn fprop(kernel: usize) -> Launch {
-        let Kernel { name, threads, shared_bytes, .. } = KERNELS[kernel];
-        Launch { function: kernel, name, threads, shared_bytes }
+        let Kernel { name, threads, .. } = KERNELS[kernel];
+        Launch { function: kernel, name, threads, shared_bytes: KERNELS[kernel].brought_bytes() }
     }
 
     fn helper(helper: Helper) -> Launch {

@@ -207,6 +207,8 @@ impl Layer {
             return self.run_on_host_tensors(problem);
         }
         let mut call = Call { scratch: given, ..self.call(problem) };
+        // Before anything is queued.
+        self.check_capture(problem, &call)?;
         let scratch = scratch.and_then(|memory| memory.view().stream());
         self.ordered(problem.streams().chain(scratch), || {
             // Freed in stream order.
@@ -337,20 +339,28 @@ impl Layer {
         Ok(())
     }
 
+    /// # Errors
+    /// [`Error::Unsupported`] while a graph is captured that cannot take the call.
+    fn check_capture<T: Element>(&self, problem: &Problem<'_, T>, call: &Call) -> Result<()> {
+        let count = problem.sources().count();
+        if count > MAX_SOURCES {
+            self.device.check_capture(
+                format_args!("a concatenation of {count} sources (a launch takes {MAX_SOURCES})"),
+                "the room to put the others together",
+            )?;
+        }
+        launch::check_capture(&self.device, call, &self.weights.program)
+    }
+
     /// Copies the sources beyond those that a launch takes into one, the call's last.
     fn put_together<T: Element>(
         &self,
         problem: &Problem<'_, T>,
         call: &mut Call,
     ) -> Result<Option<Buffer>> {
-        let count = problem.sources().count();
-        if count <= MAX_SOURCES {
+        if problem.sources().count() <= MAX_SOURCES {
             return Ok(None);
         }
-        self.device.check_capture(
-            format_args!("a concatenation of {count} sources (a launch takes {MAX_SOURCES})"),
-            "the room to put the others together",
-        )?;
         let rest = || problem.sources().skip(MAX_SOURCES - 1);
         let channels = rest().map(|source| source.channels).sum();
         let sizes = call.extents.map(|extent| extent as usize);

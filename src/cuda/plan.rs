@@ -48,8 +48,9 @@ pub(crate) struct Kernel {
     /// Neighbours along the fast axis that it stores at once.
     pub vector: u32,
     pub threads: u32,
+    /// Blocks of a multiprocessor that its registers are for.
     pub blocks_per_sm: u32,
-    /// Shared memory that a launch brings, beside what the kernel declares.
+    /// Shared memory of a block.
     pub shared_bytes: u32,
     /// Whether it stores along channels (NHWC) instead of positions (NCHW).
     pub channels_fast: bool,
@@ -234,6 +235,14 @@ impl Training {
     }
 }
 
+/// How many of a kernel's blocks a multiprocessor works on at a time: as many as it has registers for,
+/// but no more than its shared memory holds, of which the driver takes a part for each.
+fn at_once(blocks_per_sm: u32, shared_bytes: u32, facts: &Facts) -> u64 {
+    let bytes = shared_bytes + facts.shared_per_block;
+    let fit = facts.shared_bytes / bytes.max(1);
+    blocks_per_sm.min(fit).max(1).into()
+}
+
 /// In how many splits the channels of a tile may be summed.
 const SPLITS: [u32; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 
@@ -303,6 +312,11 @@ pub(crate) struct Choice {
 }
 
 impl Kernel {
+    /// The shared memory that a launch brings: on the FMA units kernels declare theirs.
+    pub(crate) fn brought_bytes(&self) -> u32 {
+        if self.family == Family::Simt { 0 } else { self.shared_bytes }
+    }
+
     /// Tiles that cover a problem; saturates, which the grid then refuses.
     pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
         let rows = u64::from(problem.rows.div_ceil(self.rows));
@@ -382,7 +396,7 @@ impl Kernel {
     /// A tile costs its products, padding included, and they run the slower, the more operands a
     /// thread reads from shared memory per product; then come its first reads, which nothing hides,
     /// and its stores, which touch a sector per element if they go across the memory order. A
-    /// multiprocessor works on `blocks_per_sm` tiles at a time, and a last round of fewer leaves it
+    /// multiprocessor works on [`at_once`] tiles at a time, and a last round of fewer leaves it
     /// waiting: that takes three quarters of a full one at least. The weights of kernels on the FMA units
     /// and of 16 bits are those that lose least over the layers of `benches/layers.csv` on an H100.
     ///
@@ -392,7 +406,7 @@ impl Kernel {
     fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
         let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
         let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
-        let at_once = u64::from(self.blocks_per_sm);
+        let at_once = at_once(self.blocks_per_sm, self.shared_bytes, facts);
         let least = match self.family {
             Family::Simt | Family::Pairs => 0.75,
             _ => 0.3,
@@ -445,7 +459,8 @@ impl Kernel {
         let most = match terms.batch_invariant {
             true => 1,
             false => {
-                let room = u64::from(facts.multiprocessors) * u64::from(self.blocks_per_sm);
+                let at_once = at_once(self.blocks_per_sm, self.shared_bytes, facts);
+                let room = u64::from(facts.multiprocessors) * at_once;
                 (room / self.tiles(problem).max(1)).min(self.slabs(problem).into()).max(1)
             }
         };
@@ -474,18 +489,11 @@ impl ByteKernel {
         rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
     }
 
-    /// Tiles that a multiprocessor works on at a time: no more than its shared memory holds.
-    fn at_once(&self, facts: &Facts) -> u64 {
-        let bytes = self.shared_bytes + facts.shared_per_block;
-        let fit = facts.shared_bytes / bytes.max(1);
-        self.blocks_per_sm.min(fit).max(1).into()
-    }
-
     /// As [`Kernel::estimate`], with weights computed from data sheets: operands are a quarter of
     /// f32's.
     fn estimate(&self, problem: &Letters, facts: &Facts) -> f64 {
         let tiles = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
-        let at_once = self.at_once(facts);
+        let at_once = at_once(self.blocks_per_sm, self.shared_bytes, facts);
         let last = match tiles % at_once {
             0 => 0.0,
             tiles => (tiles as f64).max(0.3 * at_once as f64),
@@ -742,22 +750,59 @@ mod tests {
     }
 
     #[test]
-    fn kernels_of_bytes_share_a_multiprocessor_as_its_shared_memory_allows() {
+    fn kernels_share_a_multiprocessor_as_its_shared_memory_allows() {
         let facts = |kib: u32, shared_per_block| Facts {
             multiprocessors: 40,
             shared_bytes: kib << 10,
             shared_per_block,
             ..facts()
         };
-        let at_once = |kernels: &[ByteKernel], facts: &Facts| -> Vec<u64> {
-            kernels.iter().map(|kernel| kernel.at_once(facts)).collect()
+        let [turing, ampere, ada, hopper] =
+            [facts(64, 0), facts(164, 1024), facts(100, 1024), facts(228, 1024)];
+        let of_family = |family, dtype| {
+            let kernels = KERNELS.iter().filter(move |kernel| {
+                (kernel.family, kernel.dtype, kernel.channels_fast) == (family, dtype, false)
+            });
+            kernels.map(|kernel| (kernel.blocks_per_sm, kernel.shared_bytes)).collect()
         };
-        let (turing, ampere, ada) = (facts(64, 0), facts(164, 1024), facts(100, 1024));
-        assert_eq!(at_once(INT8_KERNELS, &turing), [1, 1]);
-        assert_eq!(at_once(INT8_KERNELS, &ampere), [2, 4]);
-        assert_eq!(at_once(INT8_KERNELS, &ada), [1, 2]);
-        assert_eq!(at_once(FP8_KERNELS, &ada), [1, 2]);
-        assert_eq!(at_once(FP8_KERNELS, &facts(228, 1024)), [1, 3]);
+        let of_bytes = |kernels: &[ByteKernel]| {
+            kernels.iter().map(|kernel| (kernel.blocks_per_sm, kernel.shared_bytes)).collect()
+        };
+        let now = |kernels: &Vec<(u32, u32)>, facts: &Facts| -> Vec<u64> {
+            kernels.iter().map(|&(blocks, bytes)| at_once(blocks, bytes, facts)).collect()
+        };
+        let tf32 = of_family(Family::Tf32, DType::F32);
+        // 45 KiB a block, of 164.
+        assert_eq!(now(&tf32, &ampere), [2, 3, 3, 4]);
+        assert_eq!(now(&tf32, &ada), [1, 1, 2, 2]);
+        assert_eq!(now(&tf32, &hopper), [2, 3, 4, 4]);
+        let simt = of_family(Family::Simt, DType::F32);
+        assert_eq!(now(&simt, &turing), [2, 3, 2, 7]);
+        assert_eq!(now(&simt, &ada), [2, 4, 3, 8]);
+        assert_eq!(now(&of_family(Family::PairsSm75, DType::F16), &turing), [1, 3]);
+        let (int8, fp8) = (of_bytes(INT8_KERNELS), of_bytes(FP8_KERNELS));
+        assert_eq!(now(&int8, &turing), [1, 1]);
+        assert_eq!(now(&int8, &ampere), [2, 4]);
+        assert_eq!(now(&int8, &ada), [1, 2]);
+        assert_eq!(now(&fp8, &ada), [1, 2]);
+        assert_eq!(now(&fp8, &hopper), [1, 3]);
+        // Blocks share a tile only where all of them run at once.
+        let problem =
+            Letters { groups: 1, rows: 1, depth: 1 << 15, positions: 1, channels_fast: false };
+        let most = |kernel: &Kernel, facts: &Facts| {
+            let facts = Facts { multiprocessors: 4, ..facts.clone() };
+            let terms = Terms { dtype: kernel.dtype, ..Terms::default() };
+            kernel.splits(&problem, &facts, &terms).max().unwrap_or(0)
+        };
+        for facts in [&turing, &ampere, &ada, &hopper] {
+            for kernel in KERNELS {
+                let blocks = most(kernel, facts).div_ceil(4);
+                let bytes = blocks * (kernel.shared_bytes + facts.shared_per_block);
+                assert!(blocks == 1 || bytes <= facts.shared_bytes, "{} {facts:?}", kernel.name);
+            }
+        }
+        let large = KERNELS.iter().find(|kernel| kernel.family == Family::Tf32);
+        assert_eq!(large.map(|kernel| [&ada, &ampere].map(|on| most(kernel, on))), Some([4, 8]));
         // Two large tiles on the busiest multiprocessor, or five small ones: the last of these has it for
         // itself, which costs nothing where there is no room for four.
         let problem =

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use ndarray::{Array2, Array3};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, Layout, Pointwise};
 
-use super::{OnDevice, Outcome, far, faults, planted, traffic};
+use super::{OnDevice, Outcome, far, faults, planted, streams, traffic};
 
 /// Set in the processes that these tests start.
 pub const CHILD: &str = "POINTWISE_TEST_CHILD";
@@ -46,6 +46,9 @@ pub fn child(what: &str) -> ExitCode {
         "far" => CudaDevice::open(0).and_then(|device| far::far_apart(&device)),
         "counted kernels" | "counted layers" | "counted groups" => {
             CudaDevice::open(0).and_then(|device| traffic::child(what, &device))
+        }
+        "refused in captures" => {
+            CudaDevice::open(0).and_then(|device| streams::refused_in_captures(&device))
         }
         "planted" => CudaDevice::open(0).and_then(|device| planted::child(&device)),
         other => faults::child(other),
@@ -168,7 +171,9 @@ fn broken_drivers(_: &CudaDevice) -> Outcome {
 }
 
 fn no_pools(_: &CudaDevice) -> Outcome {
-    expect("forward", &[("PW_EMULATOR_POOLS", "0"), ("POINTWISE_DEVICE", "cuda")], &["right"])
+    let without = ("PW_EMULATOR_POOLS", "0");
+    expect("forward", &[without, ("POINTWISE_DEVICE", "cuda")], &["right"])?;
+    expect("refused in captures", &[without], &["refused, and captured"])
 }
 
 fn two_devices(_: &CudaDevice) -> Outcome {

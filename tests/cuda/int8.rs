@@ -1,13 +1,14 @@
 //! Layers of 8-bit integers: the CPU's bits, by every kernel, in every layout and type.
 
 use ndarray::{Array2, Array4, Array5};
-use pointwise::cudarc::driver::{CudaGraph, sys};
+use pointwise::cudarc::driver::sys;
 use pointwise::quantized::{DynamicQuantized, Int8, Per, PreparedQuantized, QuantizedElement};
 use pointwise::{CudaDevice, CudaTensor, Device, Error, PrepareOptions, Quantization, Quantized};
 use pointwise::{bf16, f16};
 
 use super::cases::{Case, Held, LAYOUTS, Layout, Placed, Value, force};
 use super::numbers::Random;
+use super::streams::nodes;
 use super::tensor_cores;
 use super::{OnDevice, Outcome};
 
@@ -404,15 +405,6 @@ fn captured(device: &CudaDevice) -> Outcome {
         assert!(dst.to_host()? == expected);
     }
     Ok(())
-}
-
-fn nodes(graph: &CudaGraph) -> usize {
-    let mut count = 0;
-    // SAFETY: the graph is one; without room for nodes only their number is asked for.
-    let code =
-        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &raw mut count) };
-    assert_eq!(code, sys::cudaError_enum::CUDA_SUCCESS);
-    count
 }
 
 fn plans(device: &CudaDevice) -> Outcome {

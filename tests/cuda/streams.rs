@@ -1,12 +1,13 @@
 //! Streams, threads, graphs, raw pointers: what a service does around a layer.
 
 use ndarray::{Array2, Array3, s};
-use pointwise::cudarc::driver::{CudaContext, result, sys};
+use pointwise::cudarc::driver::{CudaContext, CudaGraph, result, sys};
 use pointwise::{
-    CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, Device, Error, Place, Pointwise, TensorMut,
-    TensorRef,
+    CudaDevice, CudaSliceMut, CudaSliceRef, CudaTensor, Device, Error, LayerNorm, Place, Pointwise,
+    PrepareOptions, TensorMut, TensorRef, f16,
 };
 
+use super::cases::Value;
 use super::numbers::Random;
 use super::{OnDevice, Outcome};
 
@@ -278,6 +279,49 @@ fn graph(device: &CudaDevice) -> Outcome {
     let src = src.to_host()?;
     assert_eq!(dst.to_host()?, expected.forward(&src)?);
     Ok(())
+}
+
+/// Calls that a graph cannot take where there are no pools leave nothing of theirs in it, what passes
+/// their convolution by not either, and a call that it can take goes on.
+pub fn refused_in_captures(device: &CudaDevice) -> Result<String, Error> {
+    let partial = |norm| Pointwise::new(Array2::ones((7, 4))).partial(2..6).layer_norm(norm);
+    refused_in_capture::<f32>(device, &partial(LayerNorm::over_all()))?;
+    refused_in_capture::<f16>(device, &partial(LayerNorm::over_channels()))?;
+    Ok("refused, and captured".into())
+}
+
+fn refused_in_capture<T: Value>(device: &CudaDevice, layer: &Pointwise) -> Result<(), Error> {
+    let own = device.with_new_stream()?;
+    let prepare =
+        |layer: &Pointwise| layer.prepare_as::<T>(&own.clone().into(), PrepareOptions::default());
+    let (layer, plain) = (prepare(layer)?, prepare(&Pointwise::new(Array2::ones((3, 10))))?);
+    let src = Array3::from_elem((2, 10, 21), T::from_f32(1.0));
+    let src = CudaTensor::from_host(&own, src.view())?;
+    let mut untouched = CudaTensor::<T>::zeros(&own, &[2, 13, 21])?;
+    let mut dst = CudaTensor::<T>::zeros(&own, &[2, 3, 21])?;
+    own.synchronize()?;
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    own.stream().begin_capture(mode).expect("nothing is captured yet");
+    let refused = layer.forward_into(&src, &mut untouched);
+    plain.forward_into(&src, &mut dst)?;
+    let graph = own.stream().end_capture(sys::CUgraphInstantiate_flags(0));
+    let graph = graph.expect("the capture is valid").expect("a call was captured");
+    assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+    assert_eq!(nodes(&graph), 1);
+    graph.launch().expect("the graph is whole");
+    assert!(untouched.to_host()?.iter().all(|x| x.to_f32() == 0.0));
+    assert!(dst.to_host()?.iter().all(|x| x.to_f32() == 10.0));
+    Ok(())
+}
+
+/// How many a graph has.
+pub fn nodes(graph: &CudaGraph) -> usize {
+    let mut count = 0;
+    // SAFETY: the graph is one; without room for nodes only their number is asked for.
+    let code =
+        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &raw mut count) };
+    assert_eq!(code, sys::cudaError_enum::CUDA_SUCCESS);
+    count
 }
 
 fn channel_ranges(device: &CudaDevice) -> Outcome {

@@ -74,8 +74,12 @@ fn context() -> usize {
 }
 
 fn function(name: &CStr) -> usize {
+    function_of(PTX, name)
+}
+
+fn function_of(ptx: &CStr, name: &CStr) -> usize {
     let (mut module, mut function) = (0, 0);
-    assert_eq!(cuModuleLoadData((&mut module).into(), PTX.as_ptr().cast()), 0);
+    assert_eq!(cuModuleLoadData((&mut module).into(), ptx.as_ptr().cast()), 0);
     assert_eq!(cuModuleGetFunction((&mut function).into(), module, name.into()), 0);
     function
 }
@@ -126,6 +130,53 @@ fn read(at: u64, words: usize) -> Vec<u32> {
 fn last_fault() -> String {
     // SAFETY: the pointer is valid until the next fault.
     unsafe { CStr::from_ptr(pw_emulator_last_fault()) }.to_string_lossy().into_owned()
+}
+
+/// As [`alone`], with a file of this PTX for `PW_EMULATOR_PTX_FROM`.
+fn with_edited(name: &str, ptx: &str, body: fn()) -> Option<String> {
+    let path = std::env::temp_dir().join(format!("emulator-{name}-{}.ptx", std::process::id()));
+    std::fs::write(&path, ptx).unwrap();
+    let text = alone(name, &[("PW_EMULATOR_PTX_FROM", path.to_str().unwrap())], body);
+    std::fs::remove_file(&path).unwrap();
+    text
+}
+
+#[test]
+fn an_edited_copy_runs_in_place_of_its_module() {
+    let edited = PTX.to_str().unwrap().replace("add.u32 x, x, z", "sub.u32 x, x, z");
+    with_edited("an_edited_copy_runs_in_place_of_its_module", &edited, || {
+        context();
+        let (f, at) = (function(c"add"), allocate(4));
+        assert_eq!(cuMemsetD32_v2(at, 7, 4), 0);
+        assert_eq!(add(f, at, 4, 5, 0), 0);
+        assert_eq!(read(at, 4), [2; 4]);
+    });
+}
+
+#[test]
+fn nothing_runs_before_the_module_of_an_edited_copy_is_loaded() {
+    const NAME: &str = "nothing_runs_before_the_module_of_an_edited_copy_is_loaded";
+    const OTHER: &CStr = c".version 9.0
+.target sm_75
+.address_size 64
+.visible .entry other() { ret; }
+.visible .entry another() { ret; }
+";
+    let text = with_edited(NAME, OTHER.to_str().unwrap(), || {
+        context();
+        let (f, at) = (function(c"add"), allocate(4));
+        assert_eq!(cuMemsetD32_v2(at, 7, 4), 0);
+        assert_eq!(add(f, at, 4, 5, 0), 999);
+        let path = std::env::var("PW_EMULATOR_PTX_FROM").unwrap();
+        for part in [&path, "[other, another]"] {
+            assert!(last_fault().contains(part), "{}", last_fault());
+        }
+        function_of(OTHER, c"other");
+        assert_eq!(add(f, at, 4, 5, 0), 0);
+        assert_eq!(read(at, 4), [12; 4]);
+    });
+    let Some(text) = text else { return };
+    assert_eq!(text.matches("is no copy of a loaded module").count(), 1, "{text}");
 }
 
 alone! {
@@ -286,6 +337,32 @@ alone! {
         begin(s, 2);
         assert_eq!(cuMemAlloc_v2((&mut more).into(), 4), 0);
         assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 0);
+        // Memory that another thread frees is the capture's matter in the global mode only; waiting for
+        // all streams conflicts with it in every mode.
+        let elsewhere = |call: fn(u64) -> u32, memory: u64| {
+            let thread = std::thread::spawn(move || { context(); call(memory) });
+            thread.join().unwrap()
+        };
+        let frees: [fn(u64) -> u32; 2] =
+            [|memory| cuMemFree_v2(memory), |memory| cuMemFreeHost(memory as usize)];
+        for mode in 0..3 {
+            let memory = [allocate(4), pinned(4).as_mut_ptr() as u64];
+            for (free, memory) in frees.into_iter().zip(memory) {
+                begin(s, mode);
+                assert_eq!(add(f, at, 1, 1, s), 0);
+                if mode == 0 {
+                    assert_eq!(elsewhere(free, memory), 900);
+                    broken(s, &mut graph);
+                } else {
+                    assert_eq!(elsewhere(free, memory), 0);
+                    assert_eq!(cuStreamEndCapture(s, (&mut graph).into()), 0);
+                    graph = 0;
+                }
+            }
+            begin(s, mode);
+            assert_eq!(elsewhere(|_| cuCtxSynchronize(), 0), 900);
+            broken(s, &mut graph);
+        }
         // What the capture did not allocate; and from a pool of the program's.
         let kept = allocate(4);
         let mut pool = 0;

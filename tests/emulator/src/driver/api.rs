@@ -349,6 +349,7 @@ impl State {
         if f.device != device {
             return Err(self.complain(400, "the function belongs to another context"));
         }
+        self.check_edited()?;
         let threads: u64 = block.iter().map(|&n| u64::from(n)).product();
         let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
         let name = &kernel.name;
@@ -866,7 +867,7 @@ api! {
             return Ok(());
         }
         s.unsafe_call()?;
-        s.synchronize_device(device)?;
+        s.finish(device)?;
         if s.devices[device].memory.free(address) {
             return Ok(());
         }
@@ -957,7 +958,7 @@ api! {
         let device = s.current()?;
         s.unsafe_call()?;
         // Work that still reads or writes it comes first.
-        s.synchronize_device(device)?;
+        s.finish(device)?;
         match s.pinned.get(&address) {
             Some(&(size, true)) => {
                 s.pinned.remove(&address);

@@ -181,6 +181,8 @@ pub struct State {
     next_handle: Handle,
     next_work: u64,
     rng: Rng,
+    /// A module was made of `PW_EMULATOR_PTX_FROM`.
+    edited: bool,
     /// Kept for the program, which may hold on to the pointer.
     last_fault: CString,
 }
@@ -204,6 +206,7 @@ impl State {
             next_handle: FIRST_HANDLE,
             next_work: 1,
             rng: Rng::new(seed),
+            edited: false,
             last_fault: CString::default(),
         }
     }
@@ -486,6 +489,12 @@ impl State {
                 self.complain(900, "a context with a capturing stream cannot be waited for")
             );
         }
+        self.finish(device)
+    }
+
+    /// Runs all work of a device, as calls do that wait without being asked to: what a capture
+    /// forbids them is `unsafe_call`'s matter.
+    fn finish(&mut self, device: usize) -> Call {
         for stream in self.device_streams(device, true) {
             self.run_until(stream, u64::MAX)?;
         }
@@ -597,6 +606,27 @@ impl State {
         Ok(())
     }
 
+    /// Refuses to run kernels while there is an edited copy that no module was made of: whoever edits
+    /// one takes what runs for its doing.
+    fn check_edited(&mut self) -> Call {
+        let path = match &self.config()?.ptx_from {
+            Some(path) if !self.edited => path.clone(),
+            _ => return Ok(()),
+        };
+        let text = edited(&path).map_or_else(
+            |error| error,
+            |edited| {
+                let names: Vec<_> = kernels(&edited).collect();
+                format!(
+                    "PW_EMULATOR_PTX_FROM={path} is no copy of a loaded module: none has the \
+                     kernels [{}] and no others, in this order",
+                    names.join(", ")
+                )
+            },
+        );
+        Err(self.complain(999, &text))
+    }
+
     fn load_module(&mut self, device: usize, image: &[u8]) -> Call<Handle> {
         let config = self.config()?.clone();
         let text = match fatbin::choose(image, config.arch) {
@@ -610,13 +640,13 @@ impl State {
         }
         let text = match &config.ptx_from {
             None => text,
-            Some(path) => match std::fs::read_to_string(path) {
-                Ok(edited) if kernels(&edited).eq(kernels(&text)) => edited,
-                Ok(_) => text,
-                Err(e) => {
-                    let text = format!("cannot read PW_EMULATOR_PTX_FROM={path}: {e}");
-                    return Err(self.complain(999, &text));
+            Some(path) => match edited(path) {
+                Ok(edited) if kernels(&edited).eq(kernels(&text)) => {
+                    self.edited = true;
+                    edited
                 }
+                Ok(_) => text,
+                Err(e) => return Err(self.complain(999, &e)),
             },
         };
         let module = match parse::parse(&text) {
@@ -678,6 +708,12 @@ impl State {
         self.modules.insert(handle, Module { device, globals, kernels });
         Ok(handle)
     }
+}
+
+/// The text of `PW_EMULATOR_PTX_FROM`, or why there is none.
+fn edited(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path)
+        .map_err(|e| format!("cannot read PW_EMULATOR_PTX_FROM={path}: {e}"))
 }
 
 /// The names of a module's kernels.
