@@ -191,8 +191,9 @@ pub(crate) struct Steps {
 /// `clip(v)`, with the residual added before or after: what runs in registers.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Simple {
-    lower: Option<f32>,
-    upper: Option<f32>,
+    /// Infinite where there is none.
+    lower: f32,
+    upper: f32,
     residual: Option<ResidualOrder>,
 }
 
@@ -235,11 +236,7 @@ impl Simple {
             Some(clip) => bounds(clip)?,
             None => (f32::NEG_INFINITY, f32::INFINITY),
         };
-        Some(Self {
-            lower: (lower != f32::NEG_INFINITY).then_some(lower),
-            upper: (upper != f32::INFINITY).then_some(upper),
-            residual,
-        })
+        Some(Self { lower, upper, residual })
     }
 }
 
@@ -372,85 +369,92 @@ pub(crate) type FinishBuffered = unsafe fn(&Grid<'_>, At, *mut f32);
 /// Applies an activation to so many vectors, out of line, since every type calls it.
 pub(crate) type Activate = unsafe fn(Activation, *mut f32, usize);
 
-/// What [`finish`] needs to know of the operands of a grid's tiles where the epilogue runs in
-/// registers, worked out before the sums are computed, while no register is taken.
-pub(crate) enum Direct<'a, const R: usize> {
-    F32(DirectOf<'a, f32, R>),
-    F16(DirectOf<'a, f16, R>),
-    Bf16(DirectOf<'a, bf16, R>),
-}
-
-/// [`Direct`] for tensors of a type.
-pub(crate) struct DirectOf<'a, T, const R: usize> {
+/// What [`finish`] needs to know of a grid's tiles where the epilogue runs in registers, worked out
+/// before the sums are computed, while no register is taken.
+///
+/// It is whole where they go through memory, too: the compiler looks at parts of it before it asks.
+pub(crate) struct Direct<'a, const R: usize> {
+    /// What tensors hold; `None` is through memory.
+    stored: Option<DType>,
     simple: Simple,
-    epilogue: &'a TileEpilogue<'a, T>,
-    dst: Rows<*mut T, R>,
-    residual: Rows<*const T, R>,
+    channel: usize,
+    scale: &'a [f32],
+    bias: &'a [f32],
+    dst: Rows<R>,
+    residual: Rows<R>,
 }
 
-/// The rows of an operand: the first tile's, and how far the next tile's are.
-struct Rows<P, const R: usize> {
-    ptr: P,
+/// The rows of an operand: the first tile's, and how far the next tile's are, in bytes.
+struct Rows<const R: usize> {
+    ptr: *mut (),
     offsets: [isize; R],
     step: [isize; 2],
 }
 
-impl<P: Copy + Offset, const R: usize> Rows<P, R> {
+impl<const R: usize> Rows<R> {
+    const NONE: Self = Self { ptr: ptr::null_mut(), offsets: [0; R], step: [0; 2] };
+
     #[inline(always)]
-    fn new<T>(operand: &Operand<'_, P>, grid: &Grid<'_>, epilogue: &TileEpilogue<'_, T>) -> Self {
+    fn new<T>(
+        operand: &Operand<'_, *const T>,
+        grid: &Grid<'_>,
+        epilogue: &TileEpilogue<'_, T>,
+    ) -> Self {
+        let bytes = |elements: isize| elements.wrapping_mul(size_of::<T>() as isize);
         Self {
-            ptr: operand.ptr,
-            offsets: operand.row_offsets(epilogue.axis, epilogue.channel),
+            ptr: operand.ptr.cast_mut().cast(),
+            offsets: operand.row_offsets(epilogue.axis, epilogue.channel).map(bytes),
             step: [0, 1].map(|i| {
-                offset(
+                bytes(offset(
                     [grid.channel_step[i], grid.position_step[i]],
                     [operand.channel_stride, operand.position_stride],
-                )
+                ))
             }),
         }
     }
 
     /// Lane 0 of each row of a tile.
     #[inline(always)]
-    fn of(&self, at: At) -> impl Iterator<Item = P> {
-        let ptr = self.ptr.by(offset(at, self.step));
-        self.offsets.iter().map(move |&offset| ptr.by(offset))
-    }
-}
-
-impl<T, const R: usize> Rows<*mut T, R> {
-    /// As [`Direct::fetch`].
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn fetch<V: Simd, const NV: usize>(&self, at: At) {
-        for row in self.of(at) {
-            for v in 0..NV {
-                // SAFETY: the caller's promise.
-                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES).cast()) }
-            }
-        }
+    fn of<T>(&self, at: At) -> impl Iterator<Item = *mut T> {
+        let ptr = self.ptr.wrapping_byte_offset(offset(at, self.step));
+        self.offsets.iter().map(move |&offset| ptr.wrapping_byte_offset(offset).cast())
     }
 }
 
 impl<'a, const R: usize> Direct<'a, R> {
-    /// `None` where tiles must go through memory: all of those types that `stores` does not say.
+    /// Tiles go through memory where their epilogue does not run in registers, and all of those types
+    /// that `stores` does not say.
     #[inline(always)]
-    pub(crate) fn new(grid: &Grid<'a>, stores: [bool; 3]) -> Option<Self> {
+    pub(crate) fn new(grid: &Grid<'a>, stores: [bool; 3]) -> Self {
         let [stores_f32, stores_f16, stores_bf16] = stores;
-        match grid.epilogue {
-            AnyEpilogue::F32(epilogue) if stores_f32 => {
-                DirectOf::new(grid, epilogue).map(Direct::F32)
-            }
-            AnyEpilogue::F16(epilogue) if stores_f16 => {
-                DirectOf::new(grid, epilogue).map(Direct::F16)
-            }
-            AnyEpilogue::Bf16(epilogue) if stores_bf16 => {
-                DirectOf::new(grid, epilogue).map(Direct::Bf16)
-            }
+        let direct = match grid.epilogue {
+            AnyEpilogue::F32(epilogue) if stores_f32 => Self::of(grid, epilogue),
+            AnyEpilogue::F16(epilogue) if stores_f16 => Self::of(grid, epilogue),
+            AnyEpilogue::Bf16(epilogue) if stores_bf16 => Self::of(grid, epilogue),
             _ => None,
-        }
+        };
+        direct.unwrap_or(Self {
+            stored: None,
+            simple: Simple { lower: 0.0, upper: 0.0, residual: None },
+            channel: 0,
+            scale: &[],
+            bias: &[],
+            dst: Rows::NONE,
+            residual: Rows::NONE,
+        })
+    }
+
+    #[inline(always)]
+    fn of<T: Element>(grid: &Grid<'a>, epilogue: &TileEpilogue<'a, T>) -> Option<Self> {
+        let simple = epilogue.direct()?;
+        let residual = match simple.residual {
+            Some(_) => Rows::new(&epilogue.residual(), grid, epilogue),
+            None => Rows::NONE,
+        };
+        let &TileEpilogue { channel, scale, bias, dst, .. } = epilogue;
+        debug_assert_eq!(scale.is_empty(), T::DTYPE == DType::F32);
+        let dst = Rows::new(&dst.read(), grid, epilogue);
+        Some(Self { stored: Some(T::DTYPE), simple, channel, scale, bias, dst, residual })
     }
 
     /// Asks for the lines of dst that a tile of `NV` vectors will be stored to.
@@ -459,28 +463,13 @@ impl<'a, const R: usize> Direct<'a, R> {
     /// The CPU has `V`'s instruction set.
     #[inline(always)]
     pub(crate) unsafe fn fetch<V: Simd, const NV: usize>(&self, at: At) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Direct::F32(direct) => direct.dst.fetch::<V, NV>(at),
-                Direct::F16(direct) => direct.dst.fetch::<V, NV>(at),
-                Direct::Bf16(direct) => direct.dst.fetch::<V, NV>(at),
+        let Some(dtype) = self.stored else { return };
+        for row in self.dst.of::<u8>(at) {
+            for v in 0..NV {
+                // SAFETY: the caller's promise.
+                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES * dtype.size()).cast()) }
             }
         }
-    }
-}
-
-impl<'a, T: Element, const R: usize> DirectOf<'a, T, R> {
-    #[inline(always)]
-    fn new(grid: &Grid<'a>, epilogue: &'a TileEpilogue<'a, T>) -> Option<Self> {
-        let simple = epilogue.direct()?;
-        let dst = Rows::new(&epilogue.dst, grid, epilogue);
-        let residual = match simple.residual {
-            Some(_) => Rows::new(&epilogue.residual(), grid, epilogue),
-            None => Rows { ptr: ptr::null(), offsets: [0; R], step: [0; 2] },
-        };
-        debug_assert_eq!(epilogue.scale.is_empty(), T::DTYPE == DType::F32);
-        Some(Self { simple, epilogue, dst, residual })
     }
 }
 
@@ -506,36 +495,24 @@ pub(crate) unsafe fn finish<
     tail: V::Tail,
     grid: &Grid<'_>,
     at: At,
-    direct: &Option<Direct<'_, R>>,
+    direct: &Direct<'_, R>,
     buffered: FinishBuffered,
 ) {
     // SAFETY: the caller's promises are those of the callees; the buffer has room for `R` rows
     // of `NV` vectors.
     unsafe {
-        // Constants alone in their conditions, so that what they exclude is not even compiled.
-        match direct {
-            Some(Direct::F32(direct)) => {
-                if const { registers::<V, P, TAIL>()[0] } {
-                    return finish_direct::<V, P, _, R, NV, TAIL, ROWS>(
-                        acc, tail, grid, at, direct,
-                    );
-                }
+        // What a constant excludes is not even compiled.
+        match direct.stored {
+            Some(DType::F32) if const { registers::<V, P, TAIL>()[0] } => {
+                return finish_direct::<V, P, f32, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct);
             }
-            Some(Direct::F16(direct)) => {
-                if const { registers::<V, P, TAIL>()[1] } {
-                    return finish_direct::<V, P, _, R, NV, TAIL, ROWS>(
-                        acc, tail, grid, at, direct,
-                    );
-                }
+            Some(DType::F16) if const { registers::<V, P, TAIL>()[1] } => {
+                return finish_direct::<V, P, f16, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct);
             }
-            Some(Direct::Bf16(direct)) => {
-                if const { registers::<V, P, TAIL>()[2] } {
-                    return finish_direct::<V, P, _, R, NV, TAIL, ROWS>(
-                        acc, tail, grid, at, direct,
-                    );
-                }
+            Some(DType::Bf16) if const { registers::<V, P, TAIL>()[2] } => {
+                return finish_direct::<V, P, bf16, R, NV, TAIL, ROWS>(acc, tail, grid, at, direct);
             }
-            None => {}
+            _ => {}
         }
         const { assert!(R.next_multiple_of(V::LANES) * NV * V::LANES <= BUFFER_LEN) };
         let mut buffer = Buffer::uninit();
@@ -627,7 +604,7 @@ unsafe fn finish_direct<
     tail: V::Tail,
     grid: &Grid<'_>,
     at: At,
-    direct: &DirectOf<'_, T, R>,
+    direct: &Direct<'_, R>,
 ) {
     let Simple { lower, upper, residual } = direct.simple;
     // Bias, then the body, then the store, row by row: sums are complete in that order, and what
@@ -636,7 +613,7 @@ unsafe fn finish_direct<
     macro_rules! each_row {
         (|$x:ident, $residual:ident| $body:expr) => {{
             let [i, j] = at;
-            let TileEpilogue { channel, scale, bias, .. } = *direct.epilogue;
+            let &Direct { channel, scale, bias, .. } = direct;
             let [down, right] = grid.channel_step;
             let channel =
                 channel.wrapping_add(i.wrapping_mul(down)).wrapping_add(j.wrapping_mul(right));
@@ -652,7 +629,7 @@ unsafe fn finish_direct<
                     true => none,
                     false => load_row::<V, f32, NV, TAIL>(scale, tail),
                 };
-                let rows = acc.iter().zip(direct.dst.of(at)).zip(direct.residual.of(at));
+                let rows = acc.iter().zip(direct.dst.of::<T>(at)).zip(direct.residual.of::<T>(at));
                 for (row, ((sums, dst), $residual)) in rows.enumerate() {
                     let bias = if ROWS { [V::splat(*bias.add(row)); NV] } else { lanes };
                     let $x = if scaled {
@@ -674,17 +651,17 @@ unsafe fn finish_direct<
         }};
     }
     let none = [f32::NEG_INFINITY, f32::INFINITY];
-    let clip = [lower.unwrap_or(none[0]), upper.unwrap_or(none[1])];
+    let clip = [lower, upper];
     // SAFETY: the CPU has V's instruction set, here and below.
     let (low, high) = unsafe { (V::splat(clip[0]), V::splat(clip[1])) };
-    match (lower, upper, residual) {
-        (None, None, None) if T::DTYPE == DType::F32 => each_row!(|x, _residual| x),
-        (Some(_), None, None) if T::DTYPE == DType::F32 => {
+    match ([lower > none[0], upper < none[1]], residual) {
+        ([false, false], None) if T::DTYPE == DType::F32 => each_row!(|x, _residual| x),
+        ([true, false], None) if T::DTYPE == DType::F32 => {
             each_row!(|x, _residual| max_row(x, low))
         }
-        (_, _, None) => each_row!(|x, _residual| clip_row(x, low, high)),
+        (_, None) => each_row!(|x, _residual| clip_row(x, low, high)),
         // One body for both orders: bounds that are infinite change nothing.
-        (_, _, Some(order)) => {
+        (_, Some(order)) => {
             let (before, after) = match order {
                 ResidualOrder::BeforeClip => (none, clip),
                 ResidualOrder::AfterClip => (clip, none),

@@ -335,7 +335,7 @@ unsafe fn tiles<
             let mut terms = outer;
             for j in 0..grid.tiles[1] {
                 let at = [i, j];
-                if let (true, Some(direct)) = (grid.far_dst, &direct) {
+                if grid.far_dst {
                     direct.fetch::<V, NV>(at);
                 }
                 let acc =

@@ -246,11 +246,11 @@ impl<V: Simd> Tile<V> {
             if simple.residual == Some(ResidualOrder::BeforeClip) {
                 x = x + self.residual_vector(row, v, epilogue);
             }
-            if let Some(lower) = simple.lower {
-                x = x.max(x.like(lower));
+            if simple.lower > f32::NEG_INFINITY {
+                x = x.max(x.like(simple.lower));
             }
-            if let Some(upper) = simple.upper {
-                x = x.min(x.like(upper));
+            if simple.upper < f32::INFINITY {
+                x = x.min(x.like(simple.upper));
             }
             if simple.residual == Some(ResidualOrder::AfterClip) {
                 x = x + self.residual_vector(row, v, epilogue);
