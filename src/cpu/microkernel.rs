@@ -312,7 +312,7 @@ unsafe fn tiles<
     // SAFETY: the caller's promises.
     unsafe {
         let tail = V::tail(grid.cols - (NV - 1) * V::LANES);
-        let direct = Direct::<R>::new(grid, const { epilogue::registers::<V, P, TAIL>() });
+        let direct = Direct::<R>::new::<V, P, TAIL>(grid);
         let mut segments = grid.segments;
         while let [Segment { k: 0, .. }, rest @ ..] = segments {
             segments = rest;

@@ -28,9 +28,6 @@ per_isa! {
     /// `src` is readable at every channel and position.
     pub(crate) [unsafe] fn turn(src: *const f32, channel: usize, channels: usize, positions: usize, row: usize, out: &mut [f32]) = turn_block;
 
-    /// Copies values, widened. The slices have one length.
-    pub(crate) fn widen<T: Element>(x: &[T], out: &mut [f32]) = widen_run;
-
     /// Copies `rows` rows of `len` values, widened: row `r` from `src + r * from` to `out[r * to..]`.
     ///
     /// # Safety
@@ -206,12 +203,6 @@ unsafe fn gather_paired_runs<V: Simd>(
         }
         c += if both { 2 } else { 1 };
     }
-}
-
-#[inline(always)]
-unsafe fn widen_run<V: Simd, T: Element>(x: &[T], out: &mut [f32]) {
-    // SAFETY: the CPU has V's instruction set; the values are there.
-    unsafe { gather_run::<V, T>(x.as_ptr(), 1, false, &mut out[..x.len()]) }
 }
 
 #[inline(always)]

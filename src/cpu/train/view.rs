@@ -318,7 +318,7 @@ unsafe fn widen<T: Element>(isa: Supported, from: *const T, to: &mut [f32]) {
     unsafe {
         match T::DTYPE {
             DType::F32 => from.cast::<f32>().copy_to_nonoverlapping(to.as_mut_ptr(), to.len()),
-            _ => runs::widen(isa, std::slice::from_raw_parts(from, to.len()), to),
+            _ => runs::widen_rows(isa, from, 0, 1, to.len(), 0, to),
         }
     }
 }
