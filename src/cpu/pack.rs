@@ -415,6 +415,7 @@ impl<T: Element> Block<'_, T> {
                                     hi - lo,
                                     odd,
                                     runs,
+                                    self.gaps,
                                     out,
                                 );
                             }
@@ -554,17 +555,28 @@ impl<T: Element> Block<'_, T> {
 mod tests {
     use super::*;
     use crate::cpu::isa::Isa;
+    use crate::dtype::f16;
 
-    #[test]
-    fn a_copy_by_channel_holds_every_value_where_tiles_look_for_it() {
+    /// What a copy holds for a term and a position, for a source of small integers.
+    fn check_copies<T: Element, const N: usize>(
+        terms: TermKind,
+        steps: &[SourceStep],
+        want: impl Fn([Option<f32>; N]) -> f32,
+    ) {
         // Two samples of nothing else: rows of `width` positions, every `stride`-th of them kept.
-        for (width, stride, first, positions) in
-            [(7, 1, 0, 49), (9, 2, 0, 25), (14, 2, 3, 40), (30, 1, 17, 131), (5, 3, 1, 3)]
-        {
+        for (width, stride, first, positions) in [
+            (7, 1, 0, 49),
+            (9, 2, 0, 25),
+            (14, 2, 3, 40),
+            (30, 1, 17, 131),
+            (63, 2, 40, 130),
+            (5, 3, 1, 3),
+        ] {
             let kept = usize::div_ceil(width, stride);
             let plane = width * width;
             let (channels, start, k) = (7, 2, 5);
-            let src: Vec<f32> = (0..channels * plane).map(|i| i as f32).collect();
+            let src: Vec<T> =
+                (0..channels * plane).map(|i| T::from_f32((i * 37 % 251) as f32)).collect();
             let walk =
                 Positions::new(&[(kept, (width * stride) as isize), (kept, stride as isize)]);
             // The group's channels lie in two sources.
@@ -580,11 +592,8 @@ mod tests {
                 for len in [8, 16, 24, 48, 64, positions] {
                     let block = Block {
                         isa,
-                        terms: TermKind::F32,
-                        steps: &[SourceStep::Affine {
-                            scale: vec![2.0; channels],
-                            shift: vec![1.0; channels],
-                        }],
+                        terms,
+                        steps,
                         gate: None,
                         channels: (start, k),
                         positions,
@@ -600,23 +609,39 @@ mod tests {
                     };
                     for tile in (0..positions).step_by(len) {
                         let count = len.min(positions - tile);
-                        let (ptr, channel, step) = part.tiles(tile, count);
+                        let (ptr, term, step) = part.tiles(tile, count);
                         if count == len && tile + len < positions {
                             let (next, ..) = part.tiles(tile + len, 1);
                             assert_eq!(ptr.wrapping_offset(step), next);
                         }
-                        for (c, p) in (0..k).flat_map(|c| (0..count).map(move |p| (c, p))) {
+                        for (t, p) in (0..block.k()).flat_map(|t| (0..count).map(move |p| (t, p))) {
                             let at = first + tile + p;
                             let at = at / kept * stride * width + at % kept * stride;
-                            let want = src[(start + c) * plane + at] * 2.0 + 1.0;
+                            let value = |c: usize| src[(start + c) * plane + at].to_f32();
+                            let of_term = std::array::from_fn(|i| Some(N * t + i));
+                            let want = want(of_term.map(|c| c.filter(|&c| c < k).map(value)));
                             // SAFETY: inside the copy.
-                            let got = unsafe { *ptr.offset(c as isize * channel).add(p) };
-                            assert_eq!(got, want, "{isa:?} {width} {stride} {len}: {c} {p}");
+                            let got = unsafe { *ptr.offset(t as isize * term).add(p) };
+                            let place = format!("{isa:?} {width} {stride} {len}: {t} {p}");
+                            assert_eq!(got.to_bits(), want.to_bits(), "{place}");
                         }
                     }
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_copy_by_channel_holds_every_value_where_tiles_look_for_it() {
+        let steps = [SourceStep::Affine { scale: vec![2.0; 7], shift: vec![1.0; 7] }];
+        let want = |[x]: [Option<f32>; 1]| x.expect("k terms") * 2.0 + 1.0;
+        check_copies::<f32, 1>(TermKind::F32, &steps, want);
+        check_copies::<f16, 1>(TermKind::F32, &steps, want);
+        check_copies::<bf16, 1>(TermKind::F32, &steps, want);
+        check_copies::<bf16, 2>(TermKind::Bf16Pair, &[], |pair| {
+            let [low, high] = pair.map(|x| u32::from(bf16::from_f32(x.unwrap_or(0.0)).to_bits()));
+            f32::from_bits(low | high << 16)
+        });
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use crate::cpu::math;
 use crate::cpu::simd::{self, Simd, per_isa};
-use crate::dtype::{DType, Element, bf16};
+use crate::dtype::{Element, bf16};
 use crate::stages::Activation;
 
 per_isa! {
@@ -19,8 +19,8 @@ per_isa! {
     /// `odd`, and a first one whose second is not there has a zero beside it.
     ///
     /// # Safety
-    /// Every channel is readable at the positions of every run.
-    pub(crate) [unsafe] fn gather_pairs(src: *const bf16, channel: isize, channels: usize, odd: bool, runs: &[Spaced], out: &mut [f32]) = gather_paired_runs;
+    /// As for [`gather`].
+    pub(crate) [unsafe] fn gather_pairs(src: *const bf16, channel: isize, channels: usize, odd: bool, runs: &[Spaced], gaps: bool, out: &mut [f32]) = gather_paired_runs;
 
     /// `out[p * row + c] = src[c * channel + p]`, for positions and channels below the given numbers.
     ///
@@ -106,7 +106,6 @@ unsafe fn gather_runs<V: Simd, T: Element>(
 #[inline(always)]
 unsafe fn gather_run<V: Simd, T: Element>(src: *const T, stride: isize, gaps: bool, x: &mut [f32]) {
     let len = x.len();
-    let gaps = gaps && T::DTYPE == DType::F32;
     let vectors = (stride == 1 || stride == 2 && gaps) && len >= V::LANES;
     if !vectors {
         for (i, value) in x.iter_mut().enumerate() {
@@ -122,7 +121,7 @@ unsafe fn gather_run<V: Simd, T: Element>(src: *const T, stride: isize, gaps: bo
         unsafe {
             let values = match stride {
                 1 => simd::load(src.add(at)),
-                _ => V::load_even(src.add(2 * at).cast()),
+                _ => simd::load_even(src.add(2 * at)),
             };
             V::store(values, x.as_mut_ptr().add(at));
         }
@@ -167,6 +166,7 @@ unsafe fn gather_paired_runs<V: Simd>(
     channels: usize,
     odd: bool,
     runs: &[Spaced],
+    gaps: bool,
     out: &mut [f32],
 ) {
     let pair = |first: u16, second: u16| f32::from_bits(u32::from(first) | u32::from(second) << 16);
@@ -181,12 +181,16 @@ unsafe fn gather_paired_runs<V: Simd>(
             // SAFETY: the CPU has V's instruction set; the caller's promise; a vector that lies in the run
             // lies in what it is copied to.
             unsafe {
-                if both && run.stride == 1 && run.len >= V::LANES {
+                let vectors = run.stride == 1 || run.stride == 2 && gaps;
+                if both && vectors && run.len >= V::LANES {
                     let (first, second) = (src.cast::<bf16>(), src.offset(channel).cast::<bf16>());
                     // The last vector overlaps the one before.
                     let last = run.len - V::LANES;
                     for at in (0..last).step_by(V::LANES).chain([last]) {
-                        let pairs = V::load_pairs(first.add(at), second.add(at));
+                        let pairs = match run.stride {
+                            1 => V::load_pairs(first.add(at), second.add(at)),
+                            _ => V::load_even_pairs(first.add(2 * at), second.add(2 * at)),
+                        };
                         pairs.store(to.as_mut_ptr().add(at));
                     }
                     continue;

@@ -20,7 +20,7 @@ pub(crate) mod portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod sse2;
 
-pub(crate) use element::{load, load_tail, store, store_tail};
+pub(crate) use element::{load, load_even, load_tail, store, store_tail};
 
 /// The vector of [`Isa::Portable`](crate::cpu::isa::Isa::Portable): what the target guarantees.
 #[cfg(target_arch = "x86_64")]
@@ -94,7 +94,7 @@ pub(crate) unsafe trait Simd:
     #[inline(always)]
     unsafe fn load_f16(src: *const f16) -> Self {
         // SAFETY: the caller's promise.
-        unsafe { element::load_each(src) }
+        unsafe { element::load_each(src, 1) }
     }
 
     /// As [`load`](Self::load), widened.
@@ -104,7 +104,7 @@ pub(crate) unsafe trait Simd:
     #[inline(always)]
     unsafe fn load_bf16(src: *const bf16) -> Self {
         // SAFETY: the caller's promise.
-        unsafe { element::load_each(src) }
+        unsafe { element::load_each(src, 1) }
     }
 
     /// As [`load_tail`](Self::load_tail), widened.
@@ -173,14 +173,8 @@ pub(crate) unsafe trait Simd:
     /// As for `load`, of both.
     #[inline(always)]
     unsafe fn load_pairs(first: *const bf16, second: *const bf16) -> Self {
-        let mut lanes = [0.0f32; 16];
-        for (i, lane) in lanes[..Self::LANES].iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            let [low, high] = unsafe { [*first.add(i), *second.add(i)] };
-            *lane = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
-        }
-        // SAFETY: the caller's promise; no vector has more than 16 lanes.
-        unsafe { Self::load(lanes.as_ptr()) }
+        // SAFETY: the caller's promise.
+        unsafe { element::load_each_pair(first, second, 1) }
     }
 
     /// Every other one of `2 * LANES - 1` values, from the first to the last.
@@ -188,6 +182,36 @@ pub(crate) unsafe trait Simd:
     /// # Safety
     /// The CPU has the instruction set of this type; `src` is valid for `2 * LANES - 1` reads.
     unsafe fn load_even(src: *const f32) -> Self;
+
+    /// As [`load_even`](Self::load_even), widened.
+    ///
+    /// # Safety
+    /// As for `load_even`.
+    #[inline(always)]
+    unsafe fn load_even_f16(src: *const f16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_each(src, 2) }
+    }
+
+    /// As [`load_even`](Self::load_even), widened.
+    ///
+    /// # Safety
+    /// As for `load_even`.
+    #[inline(always)]
+    unsafe fn load_even_bf16(src: *const bf16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_each(src, 2) }
+    }
+
+    /// As [`load_pairs`](Self::load_pairs), of every other value.
+    ///
+    /// # Safety
+    /// As for `load_even`, of both.
+    #[inline(always)]
+    unsafe fn load_even_pairs(first: *const bf16, second: *const bf16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { element::load_each_pair(first, second, 2) }
+    }
 
     /// Asks for a cache line to be fetched, where the CPU can be asked; never faults.
     ///

@@ -32,6 +32,31 @@ unsafe fn two_rows(src: *const f32, stride: usize) -> __m256 {
     }
 }
 
+/// Eight values of bf16.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn widened(x: __m128i) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
+}
+
+/// Every other one of fifteen halves, from the first to the last.
+///
+/// # Safety
+/// The CPU has AVX; the fifteen are readable.
+#[inline(always)]
+unsafe fn even_halves(src: *const __m128i) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // The low halves of the first words, the high ones of those that end with the last half.
+        let low = _mm_and_si128(_mm_loadu_si128(src), _mm_set1_epi32(0xffff));
+        let high = _mm_srli_epi32::<16>(_mm_loadu_si128(src.byte_add(14)));
+        _mm_packus_epi32(low, high)
+    }
+}
+
 // SAFETY: masked moves touch the lanes of their mask only; safe methods are given a value.
 unsafe impl Simd for F32x8 {
     const LANES: usize = 8;
@@ -68,10 +93,7 @@ unsafe impl Simd for F32x8 {
     #[inline(always)]
     unsafe fn load_bf16(src: *const bf16) -> Self {
         // SAFETY: the caller has the instruction set and gives eight readable values.
-        Self(unsafe {
-            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-        })
+        Self(unsafe { widened(_mm_loadu_si128(src.cast())) })
     }
 
     #[inline(always)]
@@ -121,6 +143,18 @@ unsafe impl Simd for F32x8 {
             let pairs = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_10_00>(a, b));
             Self(_mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn load_even_f16(src: *const f16) -> Self {
+        // SAFETY: fifteen values are readable; the instruction set is the caller's promise.
+        Self(unsafe { _mm256_cvtph_ps(even_halves(src.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_even_bf16(src: *const bf16) -> Self {
+        // SAFETY: fifteen values are readable; the instruction set is the caller's promise.
+        Self(unsafe { widened(even_halves(src.cast())) })
     }
 
     #[inline(always)]

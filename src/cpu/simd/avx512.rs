@@ -14,6 +14,16 @@ pub(crate) struct F32x8(__m256);
 
 /// The instructions of [`F32x16`].
 mod wide {
+    /// Words of every other half of thirty-one, and of zero.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512; those halves are readable.
+    #[inline(always)]
+    pub(super) unsafe fn load_even_16(src: *const i16) -> super::__m512i {
+        // SAFETY: only what the mask names is read.
+        unsafe { super::_mm512_maskz_loadu_epi16(0x5555_5555, src) }
+    }
+
     pub(super) use std::arch::x86_64::{
         _mm256_loadu_si256 as loadu_16, _mm256_mask_storeu_epi16 as mask_storeu_16,
         _mm256_maskz_loadu_epi16 as maskz_loadu_16, _mm256_storeu_si256 as storeu_16,
@@ -38,6 +48,16 @@ mod wide {
 
 /// The instructions of [`F32x8`].
 mod half {
+    /// Words of every other half of fifteen, and of zero.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512; those halves are readable.
+    #[inline(always)]
+    pub(super) unsafe fn load_even_16(src: *const i16) -> super::__m256i {
+        // SAFETY: only what the mask names is read.
+        unsafe { super::_mm256_maskz_loadu_epi16(0x5555, src) }
+    }
+
     pub(super) use std::arch::x86_64::{
         _mm_loadu_si128 as loadu_16, _mm_mask_storeu_epi16 as mask_storeu_16,
         _mm_maskz_loadu_epi16 as maskz_loadu_16, _mm_storeu_si128 as storeu_16,
@@ -363,6 +383,30 @@ macro_rules! vector {
                     let (a, b) = ($ops::loadu(src), $ops::loadu(src.add($lanes - 1)));
                     Self($ops::permutex2var(a, $evens(), b))
                 }
+            }
+
+            #[inline(always)]
+            unsafe fn load_even_f16(src: *const f16) -> Self {
+                // SAFETY: the caller has the instruction set; only even values are read.
+                Self(unsafe { $ops::cvtph($ops::low_16($ops::load_even_16(src.cast()))) })
+            }
+
+            #[inline(always)]
+            unsafe fn load_even_bf16(src: *const bf16) -> Self {
+                // SAFETY: the caller has the instruction set; only even values are read.
+                Self(unsafe {
+                    $ops::from_bits($ops::slli::<16>($ops::load_even_16(src.cast())))
+                })
+            }
+
+            #[inline(always)]
+            unsafe fn load_even_pairs(first: *const bf16, second: *const bf16) -> Self {
+                // SAFETY: the caller has the instruction set; only even values are read.
+                Self(unsafe {
+                    let low = $ops::load_even_16(first.cast());
+                    let high = $ops::load_even_16(second.cast());
+                    $ops::from_bits($ops::or_32(low, $ops::slli::<16>(high)))
+                })
             }
 
             #[inline(always)]

@@ -1,7 +1,7 @@
 //! Vectors of f32 in and out of memory that holds another type.
 
 use super::Simd;
-use crate::dtype::{DType, Element};
+use crate::dtype::{DType, Element, bf16};
 
 /// As [`Simd::load`].
 ///
@@ -15,6 +15,22 @@ pub(crate) unsafe fn load<V: Simd, T: Element>(src: *const T) -> V {
             DType::F32 => V::load(src.cast()),
             DType::F16 => V::load_f16(src.cast()),
             DType::Bf16 => V::load_bf16(src.cast()),
+        }
+    }
+}
+
+/// As [`Simd::load_even`].
+///
+/// # Safety
+/// As [`Simd::load_even`], for values of `T`.
+#[inline(always)]
+pub(crate) unsafe fn load_even<V: Simd, T: Element>(src: *const T) -> V {
+    // SAFETY: as in `load`.
+    unsafe {
+        match T::DTYPE {
+            DType::F32 => V::load_even(src.cast()),
+            DType::F16 => V::load_even_f16(src.cast()),
+            DType::Bf16 => V::load_even_bf16(src.cast()),
         }
     }
 }
@@ -67,16 +83,36 @@ pub(crate) unsafe fn store_tail<V: Simd, T: Element>(x: V, dst: *mut T, tail: V:
     }
 }
 
-/// [`load`], value by value.
+/// [`load`], value by value, of values that are `step` apart.
 ///
 /// # Safety
-/// As [`load`].
+/// As [`load`], for those values.
 #[inline(always)]
-pub(super) unsafe fn load_each<V: Simd, T: Element>(src: *const T) -> V {
+pub(super) unsafe fn load_each<V: Simd, T: Element>(src: *const T, step: usize) -> V {
     let mut lanes = [0.0f32; 16];
     for (i, lane) in lanes[..V::LANES].iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *lane = unsafe { *src.add(i) }.to_f32();
+        *lane = unsafe { *src.add(i * step) }.to_f32();
+    }
+    // SAFETY: the caller's promise; no vector has more than 16 lanes.
+    unsafe { V::load(lanes.as_ptr()) }
+}
+
+/// [`Simd::load_pairs`], pair by pair, of values that are `step` apart.
+///
+/// # Safety
+/// As [`Simd::load_pairs`], for those values.
+#[inline(always)]
+pub(super) unsafe fn load_each_pair<V: Simd>(
+    first: *const bf16,
+    second: *const bf16,
+    step: usize,
+) -> V {
+    let mut lanes = [0.0f32; 16];
+    for (i, lane) in lanes[..V::LANES].iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let [low, high] = unsafe { [*first.add(i * step), *second.add(i * step)] };
+        *lane = f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
     }
     // SAFETY: the caller's promise; no vector has more than 16 lanes.
     unsafe { V::load(lanes.as_ptr()) }
@@ -134,7 +170,7 @@ mod tests {
     use super::*;
     use crate::cpu::isa::Supported;
     use crate::cpu::simd::per_isa;
-    use crate::dtype::{bf16, f16};
+    use crate::dtype::f16;
 
     per_isa! {
         fn widened<T: Element>(x: &[T], out: &mut [f32]) = widen;
