@@ -139,6 +139,12 @@ mod cuda {
     fn kernel_table() -> String {
         let text = read("kernels/kernels.def");
         let (mut rows, mut int8, mut fp8) = (String::new(), String::new(), String::new());
+        let tile = |c, positions, depth, blocks, shared| {
+            format!(
+                "tile: Tile {{ rows: {c}, positions: {positions}, depth: {depth}, \
+                 blocks_per_sm: {blocks}, shared_bytes: {shared} }}"
+            )
+        };
         for line in text.lines().map(str::trim) {
             if line.is_empty() || line.starts_with("//") {
                 continue;
@@ -159,10 +165,10 @@ mod cuda {
             ) = (bytes, numbers.as_slice())
             {
                 let threads = 32 * (c / warp_c) * (positions / warp_positions);
+                let tile = tile(c, positions, depth, blocks, shared);
                 *table += &format!(
-                    "    ByteKernel {{ name: \"fprop_{name}_{c}x{positions}x{depth}\", rows: {c}, \
-                     positions: {positions}, depth: {depth}, threads: {threads}, \
-                     blocks_per_sm: {blocks}, shared_bytes: {shared} }},\n"
+                    "    ByteKernel {{ name: \"fprop_{name}_{c}x{positions}x{depth}\", {tile}, \
+                     threads: {threads} }},\n"
                 );
                 continue;
             }
@@ -209,12 +215,12 @@ mod cuda {
                         _ => fail(&format!("kernels/kernels.def: not understood: {line}")),
                     };
                 let threads = c * positions / (slow * fast);
+                let tile = tile(c, positions, depth, blocks, shared);
                 rows += &format!(
                     "    Kernel {{ name: \"fprop_{isa}_{c}x{positions}x{depth}_{layout}\", \
-                     family: Family::{family}, dtype: DType::{dtype}, rows: {c}, \
-                     positions: {positions}, depth: {depth}, slow: {slow}, fast: {fast}, \
-                     vector: {vector}, threads: {threads}, blocks_per_sm: {blocks}, \
-                     shared_bytes: {shared}, channels_fast: {channels_fast} }},\n"
+                     family: Family::{family}, dtype: DType::{dtype}, {tile}, slow: {slow}, \
+                     fast: {fast}, vector: {vector}, threads: {threads}, \
+                     channels_fast: {channels_fast} }},\n"
                 );
             }
         }

@@ -4,20 +4,32 @@
 
 #include "tiles.cuh"
 
+template <class Sum>
+struct FourSums;
+template <>
+struct FourSums<float> {
+    using Type = float4;
+};
+template <>
+struct FourSums<int32_t> {
+    using Type = int4;
+};
+
 // Every block leaves its sums in device memory; the last one to arrive adds them, in the order of the
 // splits whoever came when, so that results are the same from run to run. True in that block, which
 // then holds the whole sums; the others are done. Every thread of the block calls it.
-template <class Tile>
-__device__ bool add_up(const pw_fprop& p, const TileAt& tile, float (&acc)[Tile::kSlow][Tile::kFast]) {
-    constexpr int kVectors = Tile::kSlow * Tile::kFast / 4;
+template <class Tile, class Sum, int kSlow, int kFast>
+__device__ bool add_up(const pw_fprop& p, const TileAt& tile, Sum (&acc)[kSlow][kFast]) {
+    using Four = typename FourSums<Sum>::Type;
+    constexpr int kVectors = kSlow * kFast / 4;
     // Threads lie side by side, so that a warp's accesses are whole lines.
-    float4* const mine = reinterpret_cast<float4*>(p.partial) +
-                         tile.index * (kVectors * Tile::kThreads) + threadIdx.x;
+    Four* const mine = reinterpret_cast<Four*>(p.partial) +
+                       tile.index * (kVectors * Tile::kThreads) + threadIdx.x;
     const int64_t apart = tile.tiles * (kVectors * Tile::kThreads);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-        const float* v = &acc[i * 4 / Tile::kFast][i * 4 % Tile::kFast];
-        mine[tile.split * apart + i * Tile::kThreads] = make_float4(v[0], v[1], v[2], v[3]);
+        const Sum* v = &acc[i * 4 / kFast][i * 4 % kFast];
+        mine[tile.split * apart + i * Tile::kThreads] = {v[0], v[1], v[2], v[3]};
     }
 
     // One thread speaks for the block: what the barrier has ordered before it, its fence makes
@@ -33,9 +45,9 @@ __device__ bool add_up(const pw_fprop& p, const TileAt& tile, float (&acc)[Tile:
     if (!__syncthreads_or(last)) return false;
 
 #pragma unroll
-    for (int s = 0; s < Tile::kSlow; ++s) {
+    for (int s = 0; s < kSlow; ++s) {
 #pragma unroll
-        for (int f = 0; f < Tile::kFast; ++f) acc[s][f] = 0.f;
+        for (int f = 0; f < kFast; ++f) acc[s][f] = 0;
     }
     // Small tiles have few sums per thread: several splits are then read at once.
     constexpr int kAtOnce = kVectors < 16 ? 16 / kVectors : 1;
@@ -44,8 +56,8 @@ __device__ bool add_up(const pw_fprop& p, const TileAt& tile, float (&acc)[Tile:
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
             // Past L1, which is not coherent between multiprocessors.
-            const float4 v = __ldcg(mine + split * apart + i * Tile::kThreads);
-            float* to = &acc[i * 4 / Tile::kFast][i * 4 % Tile::kFast];
+            const Four v = __ldcg(mine + split * apart + i * Tile::kThreads);
+            Sum* to = &acc[i * 4 / kFast][i * 4 % kFast];
             to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
         }
     }

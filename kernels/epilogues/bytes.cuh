@@ -6,6 +6,7 @@
 #include "../elements.cuh"
 #include "../mainloops/bytes.cuh"
 #include "../params.h"
+#include "../splits.cuh"
 #include "../tiles.cuh"
 
 // Bounds keep NaN.
@@ -254,7 +255,11 @@ __device__ void fprop_bytes(const pw_bytes& p, ByteShared<Tile>& shared) {
     fill_positions<true>(shared.at, p.fprop, p.fprop.sources[0], tile.position, Tile::kThreads);
     __syncthreads();
     typename Tile::Sum acc[Tile::kRowBlocks][Tile::kPositionBlocks][4] = {};
-    sum_bytes<Tile>(p, tile, shared, acc);
+    sum_bytes<Tile>(p, shared.tile, shared, acc);
+    if (p.fprop.splits > 1) {
+        using Rows = typename Tile::Sum[Tile::kRowBlocks][Tile::kPositionBlocks * 4];
+        if (!add_up<Tile>(p.fprop, shared.tile, reinterpret_cast<Rows&>(acc))) return;
+    }
     ByteWriter<Tile>(p, shared).write(acc);
 }
 

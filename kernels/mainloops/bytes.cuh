@@ -96,8 +96,9 @@ class ByteCopier {
     const pw_bytes& p;
     const pw_source& source;
     const PositionTable<Tile::kPositions>& at;
-    const uint8_t* weight;  // of the tile's first row
-    const uint8_t* src;     // of the group's first channel
+    const uint8_t* weight;  // of the tile's first row, from the block's first channel on
+    const uint8_t* src;     // of its first channel
+    const int& depth;       // channels that the block sums
     int rows, valid;        // rows and positions of the tile that exist
     int next_k = 0;         // the slab to be asked for
     int k = 0;              // of the slab in registers
@@ -106,11 +107,12 @@ class ByteCopier {
 public:
     __device__ ByteCopier(const pw_bytes& p, const TileAt& tile,
                           const PositionTable<Tile::kPositions>& at)
-        : p(p), source(p.fprop.sources[0]), at(at) {
+        : p(p), source(p.fprop.sources[0]), at(at), depth(tile.depth) {
         const pw_fprop& f = p.fprop;
         const int64_t first = int64_t(tile.group) * f.rows + tile.row;
-        weight = static_cast<const uint8_t*>(f.weight) + first * p.depth_pitch;
-        src = static_cast<const uint8_t*>(source.data) + int64_t(tile.group) * f.depth * source.channel;
+        weight = static_cast<const uint8_t*>(f.weight) + first * p.depth_pitch + tile.depth_begin;
+        const int64_t channel = int64_t(tile.group) * f.depth + tile.depth_begin;
+        src = static_cast<const uint8_t*>(source.data) + channel * source.channel;
         rows = min(int(f.rows - tile.row), Tile::kRows);
         valid = int(min(f.positions - tile.position, int64_t(Tile::kPositions)));
     }
@@ -119,7 +121,7 @@ public:
     // registers is on its way to them.
     __device__ void next(uint4* weight_slab, uint4* src_slab) {
         k = next_k;
-        if (k < int(p.fprop.depth)) {
+        if (k < depth) {
             copy_weight(weight_slab);
             if (asynchronous()) {
                 copy_src(src_slab);
@@ -133,7 +135,7 @@ public:
 
     // Puts it where `next` was told.
     __device__ void store(uint4* src_slab) const {
-        if (asynchronous() || k >= int(p.fprop.depth)) return;
+        if (asynchronous() || k >= depth) return;
         uint32_t* const slab = reinterpret_cast<uint32_t*>(src_slab);
         const bool channels = reads_channels(source);
 #pragma unroll
@@ -174,7 +176,7 @@ private:
 #pragma unroll
         for (int i = threadIdx.x; i < Tile::kRows * 4; i += kThreads) {
             const int row = i / 4, v = i % 4;
-            const bool in = row < rows && k + 16 * v < int(p.depth_pitch);
+            const bool in = row < rows && k + 16 * v < depth;
             const uint8_t* const from = weight + int64_t(row) * p.depth_pitch + k + 16 * v;
             ptx::copy_async<16>(slab + Tile::at(row, v), in ? from : weight, in);
         }
@@ -184,7 +186,7 @@ private:
 #pragma unroll
         for (int i = threadIdx.x; i < Tile::kPositions * 4; i += kThreads) {
             const int position = i / 4, v = i % 4;
-            const bool in = position < valid && k + 16 * v < int(p.fprop.depth);
+            const bool in = position < valid && k + 16 * v < depth;
             const uint8_t* const from = src + at.src[position] + k + 16 * v;
             ptx::copy_async<16>(slab + Tile::at(position, v), in ? from : src, in);
         }
@@ -210,9 +212,11 @@ private:
                 break;
             default:
                 each_word([&](const Unit& unit, const uint8_t*, int i) {
+                    // More would spill in kernels of floats.
+                    constexpr int kAtOnce = Tile::kFloats ? 2 : 4;
                     const bool channels = reads_channels(source);
                     uint32_t word = 0;
-#pragma unroll
+#pragma unroll kAtOnce
                     for (int j = 0; j < 4; ++j) {
                         const int position = unit.position + (channels ? i : j);
                         const int of_slab = unit.k + (channels ? j : i);
@@ -227,12 +231,12 @@ private:
 
     // Whether a channel of the slab is to be zero.
     __device__ bool leaves_out(int of_slab) const {
-        return Tile::kFloats && k + of_slab >= int(p.fprop.depth);
+        return Tile::kFloats && k + of_slab >= depth;
     }
 
     // A channel of the slab; the last stands in for those beyond the end.
     __device__ int64_t channel(int of_slab) const {
-        return min(k + of_slab, int(p.fprop.depth) - 1) * source.channel;
+        return min(k + of_slab, depth - 1) * source.channel;
     }
 
     template <class Read>
@@ -240,7 +244,7 @@ private:
 #pragma unroll
         for (int n = 0; n < kUnits; ++n) {
             const Unit unit = this->unit(n);
-            const bool in = unit.position < valid && k + unit.k < int(p.fprop.depth);
+            const bool in = unit.position < valid && k + unit.k < depth;
             // Positions beyond the end have a place in the table.
             const uint8_t* const first = src + at.src[unit.position];
 #pragma unroll
@@ -307,7 +311,7 @@ __device__ void multiply_bytes(pw_operands operands, const uint4* weight, const 
     }
 }
 
-// The products of all channels of one tile. Every thread of the block calls it after the position
+// The products of the block's channels of one tile. Every thread of the block calls it after the position
 // table is filled and visible; nobody reads the slabs any more when it returns.
 template <class Tile>
 __device__ void sum_bytes(const pw_bytes& p, const TileAt& tile, ByteShared<Tile>& shared,
@@ -321,7 +325,7 @@ __device__ void sum_bytes(const pw_bytes& p, const TileAt& tile, ByteShared<Tile
     }
     int read = 0, write = Tile::kStages - 1;
 #pragma unroll 1
-    for (int done = 0; done < int(p.fprop.depth); done += Tile::kDepth) {
+    for (int done = 0; done < tile.depth; done += Tile::kDepth) {
         // This slab is there for every thread, and every thread is done with the one before, whose
         // place the next one takes.
         ptx::wait<Tile::kStages - 2>();

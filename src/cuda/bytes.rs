@@ -8,12 +8,12 @@ use super::device::{Buffer, CudaDevice};
 use super::launch::{Bytes, Call, Moments, Sources, Tensor, start_bytes, start_quantization};
 use super::layer::{channels_of, on_device};
 use super::params::{pw_bytes, pw_element, pw_operands, pw_quantization};
-use super::plan::{ByteKernel, Helper, Letters, choose_bytes};
+use super::plan::{ByteKernel, Choice, Forced, Helper, Letters, choose_bytes};
 use super::staging::{self, HostCall, Moved, Slice};
 use crate::cpu::{fp8, int8};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::plan::{Candidate, forced_kernel};
+use crate::plan::{Candidate, wanted_kernel};
 use crate::prepared::PrepareOptions;
 use crate::problem::{DstShape, LayerShape, Operand, same_place};
 use crate::quantized::{ElementType, Fp8, Per};
@@ -27,7 +27,10 @@ pub(crate) struct Layer {
     device: CudaDevice,
     weights: Arc<Weights>,
     /// One of the [`Bytes`]' kernels.
-    forced: Option<usize>,
+    forced: Option<Forced>,
+    /// Whether blocks may share sums where that is not asked for: sums of integers are exact, others
+    /// would then depend on the batch.
+    shares: bool,
     /// The most that a slice of a call on host tensors may take on the device.
     slice_bytes: usize,
 }
@@ -164,10 +167,12 @@ impl Weights {
 }
 
 /// The kernel that options or the environment force.
-fn forced(options: &PrepareOptions, bytes: Bytes) -> Result<Option<usize>> {
+fn forced(options: &PrepareOptions, bytes: Bytes) -> Result<Option<Forced>> {
     let names: Vec<_> = bytes.kernels().iter().map(|kernel| kernel.name).collect();
-    let forced = forced_kernel(options.kernel.as_deref(), &names)?;
-    Ok(forced.and_then(|name| names.iter().position(|known| *known == name)))
+    let parse = |kernel: String| {
+        Forced::parse(&kernel, &names).map_err(|reason| Error::Kernel { kernel, reason })
+    };
+    wanted_kernel(options.kernel.as_deref()).map(parse).transpose()
 }
 
 /// Appends words, from a multiple of 16 bytes on, and gives where.
@@ -220,11 +225,12 @@ impl Layer {
     fn new(
         device: &CudaDevice,
         options: &PrepareOptions,
-        forced: Option<usize>,
+        forced: Option<Forced>,
         weights: Weights,
     ) -> Self {
         let slice_bytes = options.slice_bytes.unwrap_or(staging::SLICE_BYTES);
-        Layer { device: device.clone(), weights: Arc::new(weights), forced, slice_bytes }
+        let shares = weights.bytes == Bytes::Integers || !options.batch_invariant;
+        Layer { device: device.clone(), weights: Arc::new(weights), forced, shares, slice_bytes }
     }
 
     fn kernels(&self) -> &'static [ByteKernel] {
@@ -248,37 +254,33 @@ impl Layer {
 
     /// The kernel that runs calls of so many positions.
     pub(crate) fn kernel_for(&self, positions: u64) -> &'static str {
-        self.kernels()[self.choose(positions)].name
+        self.kernels()[self.choose(positions, self.forced).kernel].name
     }
 
     /// The kernel that would run a call with a dst of this shape, and how.
     pub(crate) fn explain(&self, dst: &DstShape) -> (&'static str, String) {
-        let kernel = self.choose(positions(dst));
+        let choice = self.choose(positions(dst), self.forced);
         let forced = if self.forced.is_some() { "forced; " } else { "" };
-        (self.kernels()[kernel].name, format!("{forced}{}", self.describe(kernel, dst)))
+        (self.kernels()[choice.kernel].name, format!("{forced}{}", self.describe(choice, dst)))
     }
 
     /// Every kernel and what it says to such a call, the one that would run first.
     pub(crate) fn plans(&self, dst: &DstShape) -> Vec<Candidate> {
-        let first = self.choose(positions(dst));
-        let mut order: Vec<usize> = (0..self.kernels().len()).collect();
-        order.sort_by_key(|&kernel| kernel != first);
-        let candidate = |kernel: usize| Candidate {
-            kernel: self.kernels()[kernel].name,
-            verdict: Ok(self.describe(kernel, dst)),
+        let first = self.choose(positions(dst), self.forced);
+        let others = self.kernels().iter().enumerate().filter(|&(index, _)| index != first.kernel);
+        let others = others.map(|(_, kernel)| {
+            self.choose(positions(dst), Some(Forced { kernel: kernel.name, splits: None }))
+        });
+        let candidate = |choice: Choice| Candidate {
+            kernel: self.kernels()[choice.kernel].name,
+            verdict: Ok(self.describe(choice, dst)),
         };
-        order.into_iter().map(candidate).collect()
+        std::iter::once(first).chain(others).map(candidate).collect()
     }
 
-    fn describe(&self, kernel: usize, dst: &DstShape) -> String {
-        let kernel = &self.kernels()[kernel];
-        format!(
-            "{} tiles of {} channels x {} positions on {} multiprocessors",
-            kernel.tiles(&self.letters(positions(dst))),
-            kernel.rows,
-            kernel.positions,
-            self.device.facts().multiprocessors,
-        )
+    fn describe(&self, choice: Choice, dst: &DstShape) -> String {
+        let tile = &self.kernels()[choice.kernel].tile;
+        tile.describe(&self.letters(positions(dst)), choice.splits, self.device.facts())
     }
 
     fn letters(&self, positions: u64) -> Letters {
@@ -287,9 +289,9 @@ impl Layer {
     }
 
     /// One of [`kernels`](Self::kernels).
-    fn choose(&self, positions: u64) -> usize {
-        let chosen = || choose_bytes(self.kernels(), &self.letters(positions), self.device.facts());
-        self.forced.unwrap_or_else(chosen)
+    fn choose(&self, positions: u64, forced: Option<Forced>) -> Choice {
+        let (letters, facts) = (self.letters(positions), self.device.facts());
+        choose_bytes(self.kernels(), &letters, facts, forced, self.shares)
     }
 
     /// Runs a call whose tensors have been checked against the layer and each other: on device
@@ -318,8 +320,9 @@ impl Layer {
         let streams = [src.stream(), dst.view().stream(), residual.and_then(TensorRef::stream)];
         let (src, dst) = (whole.subsampled(self.weights.stride), Operand::new(dst.view()));
         let residual = residual.map(Operand::new);
-        // All kernels give the same sums: exact ones, or those of the same slabs in the same order.
-        let kernel = self.choose(positions(shape));
+        // Slices take that of the whole: kernels give the same sums, exact ones or those of the same slabs in
+        // the same order, but floats as many blocks share them.
+        let choice = self.choose(positions(shape), self.forced);
         // Before anything is queued.
         match place {
             Place::Host => staging::check_capture(&self.device)?,
@@ -341,7 +344,7 @@ impl Layer {
                     ..self.call(extents.map(|n| n as u64), on_device(&src), on_device(&dst))
                 };
                 let reaches = reaches.as_ref().map(|reaches| reaches.pairs);
-                self.launch(kernel, &call, types, reaches)
+                self.launch(choice, &call, types, reaches)
             });
         }
         let host = HostCall {
@@ -385,7 +388,7 @@ impl Layer {
         let compute = |slice: &Slice| {
             let &Slice { extents, src, residual, dst, .. } = slice;
             let call = Call { residual, ..self.call(extents, src, dst) };
-            self.launch(kernel, &call, types, of(slice))
+            self.launch(choice, &call, types, of(slice))
         };
         // SAFETY: as above.
         unsafe { staging::run(&self.device, &host, compute) }
@@ -445,13 +448,13 @@ impl Layer {
     /// Queues a call, after the quantisation of its source if that is f32.
     fn launch(
         &self,
-        kernel: usize,
+        choice: Choice,
         call: &Call,
         types: (ElementType, ElementType),
         reaches: Option<Tensor>,
     ) -> Result<()> {
         if self.weights.per.is_none() {
-            return self.multiply(kernel, call, types);
+            return self.multiply(choice, call, types);
         }
         let Call { groups, depth, extents: [n, d, h, w], .. } = *call;
         let what = "bytes of a source";
@@ -475,12 +478,12 @@ impl Layer {
         // SAFETY: the call's views vouch for its tensors; the memory is for all bytes and quantisations.
         unsafe { start_quantization(&self.device, Helper::Quantize, &quantize)? };
         let call = Call { sources: Sources::one(src, rows), gate, ..*call };
-        self.multiply(kernel, &call, types)
+        self.multiply(choice, &call, types)
     }
 
     fn multiply(
         &self,
-        kernel: usize,
+        choice: Choice,
         call: &Call,
         (dst, residual): (ElementType, ElementType),
     ) -> Result<()> {
@@ -489,7 +492,7 @@ impl Layer {
         call.convolution_of_bytes((dst.size(), residual.size()), &mut params.fprop);
         // SAFETY: the call's views vouch for its tensors, `Weights` for what the parameters point to,
         // and both live until the launch is queued; what frees them is queued later.
-        unsafe { start_bytes(&self.device, (self.weights.bytes, kernel), call, &mut params) }
+        unsafe { start_bytes(&self.device, (self.weights.bytes, choice), call, &mut params) }
     }
 }
 

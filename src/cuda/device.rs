@@ -744,7 +744,7 @@ fn byte_function(
     kernel: &ByteKernel,
 ) -> Result<CudaFunction, result::DriverError> {
     let function = module.load_function(kernel.name)?;
-    allow_shared(&function, kernel.shared_bytes)?;
+    allow_shared(&function, kernel.tile.shared_bytes)?;
     Ok(function)
 }
 

@@ -10,7 +10,7 @@ use super::params::{
     pw_norm_job, pw_read, pw_source,
 };
 use super::plan::{
-    ByteKernel, Choice, FP8_KERNELS, Helper, INT8_KERNELS, KERNELS, Kernel, Letters, Training,
+    ByteKernel, Choice, FP8_KERNELS, Helper, INT8_KERNELS, KERNELS, Kernel, Letters, Tile, Training,
 };
 use super::scratch::{Given, Need, Room, given, in_graph};
 use crate::dtype::DType;
@@ -378,7 +378,6 @@ impl Call {
     pub(super) fn convolution_of_bytes(&self, sizes: (usize, usize), params: &mut pw_fprop) {
         let axes = self.describe(params, &self.sources, (1, 16), [0; MAX_AXES]);
         (params.groups, params.rows, params.depth) = (self.groups, self.rows, self.depth);
-        params.splits = 1;
         let channels_fast = self.letters().channels_fast;
         self.set_vectors(&axes, (channels_fast, 4), sizes, params);
         if channels_fast {
@@ -503,12 +502,8 @@ pub(super) unsafe fn launch(
     let sums_dtype = if beside.is_some() { DType::F32 } else { program.dst_dtype };
     Call { dst: sums, ..*call }.convolution(kernel, sums_dtype, &mut params);
     let _bound = device.bind()?;
-    let mut queue = |splits: u32, scratch: Option<Room>| {
-        params.splits = splits;
-        params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
-        params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
-        let blocks = kernel.tiles(&letters).saturating_mul(u64::from(splits));
-        let grid = Kernel::grid(blocks).ok_or_else(|| too_large(&letters))?;
+    let queue = |splits: u32, scratch: Option<Room>| {
+        let grid = share(&kernel.tile, &letters, (splits, scratch), &mut params)?;
         // SAFETY: the caller's promises; `describe` keeps those of params.h. The sums of splits are
         // read before what comes next in stream order writes moments in their place.
         unsafe {
@@ -518,22 +513,48 @@ pub(super) unsafe fn launch(
     };
     let [sums, moments] = needs(choice, call, program)?;
     let need = sums.or(moments);
+    with_room(device, (need, call.scratch), choice.splits, moments == Need::default(), queue)
+}
+
+/// Queues a launch of so many blocks to a tile, with room for what it needs: the caller's, the stream's,
+/// or a graph's own. Where nothing can be allocated for the graph alone, one block has a tile, if that
+/// needs no room.
+fn with_room(
+    device: &CudaDevice,
+    (need, caller): (Need, Option<Given>),
+    splits: u32,
+    one_needs_none: bool,
+    queue: impl FnOnce(u32, Option<Room>) -> Result<()>,
+) -> Result<()> {
     if need == Need::default() {
         return queue(1, None);
     }
-    if let Some(memory) = call.scratch {
-        return queue(choice.splits, Some(given(device, memory, need)?));
+    if let Some(memory) = caller {
+        return queue(splits, Some(given(device, memory, need)?));
     }
     if !device.is_capturing()? {
         let mut scratch = device.scratch();
         let place = scratch.room(device, need)?;
-        return queue(choice.splits, Some(place));
+        return queue(splits, Some(place));
     }
-    if moments == Need::default() && !device.has_pools() {
-        // Nothing can be allocated for the graph alone.
+    if one_needs_none && !device.has_pools() {
         return queue(1, None);
     }
-    in_graph(device, need, |place| queue(choice.splits, Some(place)))
+    in_graph(device, need, |place| queue(splits, Some(place)))
+}
+
+/// The part of a launch's parameters that says how blocks share tiles, and the grid of them.
+fn share(
+    tile: &Tile,
+    letters: &Letters,
+    (splits, scratch): (u32, Option<Room>),
+    params: &mut pw_fprop,
+) -> Result<(u32, u32)> {
+    params.splits = splits;
+    params.partial = scratch.map_or(0, |place| place.sums) as *mut f32;
+    params.arrived = scratch.map_or(0, |place| place.arrived) as *mut u32;
+    let blocks = tile.count(letters).saturating_mul(u64::from(splits));
+    Kernel::grid(blocks).ok_or_else(|| too_large(letters))
 }
 
 /// Memory for the f32 values of a call's dst, with its order of axes.
@@ -555,10 +576,7 @@ fn leaves_moments(call: &Call, program: &Program) -> bool {
 /// What a launch needs for sums that blocks share, and then for moments.
 fn needs(choice: Choice, call: &Call, program: &Program) -> Result<[Need; 2]> {
     let letters = call.letters();
-    let sums = match choice.splits {
-        1 => Some(Need::default()),
-        splits => KERNELS[choice.kernel].scratch(&letters, splits),
-    };
+    let sums = KERNELS[choice.kernel].tile.scratch(&letters, choice.splits);
     let moments = match leaves_moments(call, program) {
         true => moments_need(call)?,
         false => Need::default(),
@@ -749,8 +767,8 @@ impl Launch {
     }
 
     fn bytes(kernel: &ByteKernel, function: usize) -> Launch {
-        let &ByteKernel { name, threads, shared_bytes, .. } = kernel;
-        Launch { function, name, threads, shared_bytes }
+        let &ByteKernel { name, threads, tile } = kernel;
+        Launch { function, name, threads, shared_bytes: tile.shared_bytes }
     }
 
     fn training(kernel: Training) -> Launch {
@@ -820,20 +838,23 @@ impl Bytes {
 /// As [`launch`], for what the parameters point to.
 pub(super) unsafe fn start_bytes(
     device: &CudaDevice,
-    (bytes, kernel): (Bytes, usize),
+    (bytes, choice): (Bytes, Choice),
     call: &Call,
     params: &mut pw_bytes,
 ) -> Result<()> {
     let letters = call.letters();
-    let tiles = bytes.kernels()[kernel].tiles(&letters);
-    let grid = Kernel::grid(tiles).ok_or_else(|| too_large(&letters))?;
+    let tile = &bytes.kernels()[choice.kernel].tile;
+    let need = tile.scratch(&letters, choice.splits).ok_or_else(|| too_large(&letters))?;
     let _bound = device.bind()?;
     let launch = match bytes {
-        Bytes::Integers => Launch::int8(kernel),
-        Bytes::Floats => Launch::fp8(kernel),
+        Bytes::Integers => Launch::int8(choice.kernel),
+        Bytes::Floats => Launch::fp8(choice.kernel),
     };
-    // SAFETY: the caller's promise.
-    unsafe { start(device, launch, grid, params) }
+    with_room(device, (need, call.scratch), choice.splits, true, |splits, scratch| {
+        let grid = share(tile, &letters, (splits, scratch), &mut params.fprop)?;
+        // SAFETY: the caller's promise; the room is for the sums of all splits.
+        unsafe { start(device, launch, grid, params) }
+    })
 }
 
 /// Queues the merge of the moments of so many samples, each of at most `PW_MERGED` items.

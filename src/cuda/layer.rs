@@ -47,7 +47,11 @@ impl Layer {
     ) -> Result<Self> {
         let forced = match wanted_kernel(options.kernel.as_deref()) {
             Some(kernel) => {
-                Some(Forced::parse(&kernel).map_err(|reason| Error::Kernel { kernel, reason })?)
+                let names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+                Some(
+                    Forced::parse(&kernel, &names)
+                        .map_err(|reason| Error::Kernel { kernel, reason })?,
+                )
             }
             None => None,
         };

@@ -38,20 +38,13 @@ pub(crate) struct Kernel {
     pub family: Family,
     /// What its tensors hold.
     pub dtype: DType,
-    /// Output channels of a tile.
-    pub rows: u32,
-    pub positions: u32,
-    pub depth: u32,
+    pub tile: Tile,
     /// A thread's share of the tile.
     pub slow: u32,
     pub fast: u32,
     /// Neighbours along the fast axis that it stores at once.
     pub vector: u32,
     pub threads: u32,
-    /// Blocks of a multiprocessor that its registers are for.
-    pub blocks_per_sm: u32,
-    /// Shared memory of a block.
-    pub shared_bytes: u32,
     /// Whether it stores along channels (NHWC) instead of positions (NCHW).
     pub channels_fast: bool,
 }
@@ -61,11 +54,21 @@ pub(crate) struct Kernel {
 pub(crate) struct ByteKernel {
     /// `fprop_i8_mma_{rows}x{positions}x{depth}` or `fprop_fp8_sm89_…`, also its symbol.
     pub name: &'static str,
+    pub tile: Tile,
+    pub threads: u32,
+}
+
+/// What a block of a kernel computes, and what it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tile {
+    /// Output channels.
     pub rows: u32,
     pub positions: u32,
+    /// Of a slab: the input channels that are summed at once.
     pub depth: u32,
-    pub threads: u32,
+    /// Blocks of a multiprocessor that the kernel's registers are for.
     pub blocks_per_sm: u32,
+    /// Shared memory of a block.
     pub shared_bytes: u32,
 }
 
@@ -235,12 +238,100 @@ impl Training {
     }
 }
 
-/// How many of a kernel's blocks a multiprocessor works on at a time: as many as it has registers for,
-/// but no more than its shared memory holds, of which the driver takes a part for each.
-fn at_once(blocks_per_sm: u32, shared_bytes: u32, facts: &Facts) -> u64 {
-    let bytes = shared_bytes + facts.shared_per_block;
-    let fit = facts.shared_bytes / bytes.max(1);
-    blocks_per_sm.min(fit).max(1).into()
+impl Tile {
+    /// Tiles that cover a problem; saturates, which the grid then refuses.
+    pub(crate) fn count(&self, problem: &Letters) -> u64 {
+        let rows = u64::from(problem.rows.div_ceil(self.rows));
+        let positions = problem.positions.div_ceil(u64::from(self.positions));
+        rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
+    }
+
+    /// Outputs.
+    fn area(&self) -> f64 {
+        f64::from(self.rows * self.positions)
+    }
+
+    /// What blocks that share tiles leave for one another; `None` if no memory holds it.
+    pub(crate) fn scratch(&self, problem: &Letters, splits: u32) -> Option<Need> {
+        if splits == 1 {
+            return Some(Need::default());
+        }
+        let tiles = usize::try_from(self.count(problem)).ok()?;
+        let area = (self.rows * self.positions) as usize;
+        let sums = tiles.checked_mul(area)?.checked_mul(splits as usize)?;
+        // Addresses and paddings must fit, too.
+        (sums < usize::MAX / 16).then_some(Need { sums, tiles })
+    }
+
+    /// How deep the sums are, in slabs; no split has less than one.
+    pub(crate) fn slabs(&self, problem: &Letters) -> u32 {
+        problem.depth.div_ceil(self.depth)
+    }
+
+    /// How many blocks a multiprocessor works on at a time: as many as it has registers for, but no
+    /// more than its shared memory holds, of which the driver takes a part for each.
+    fn at_once(&self, facts: &Facts) -> u64 {
+        let bytes = self.shared_bytes + facts.shared_per_block;
+        let fit = facts.shared_bytes / bytes.max(1);
+        self.blocks_per_sm.min(fit).max(1).into()
+    }
+
+    /// In how many splits a problem may run. Blocks share tiles only where all of them run at once.
+    fn splits(&self, problem: &Letters, facts: &Facts) -> impl Iterator<Item = u32> + use<> {
+        let room = u64::from(facts.multiprocessors) * self.at_once(facts);
+        let most = (room / self.count(problem).max(1)).min(self.slabs(problem).into()).max(1);
+        SPLITS.into_iter().take_while(move |&splits| u64::from(splits) <= most)
+    }
+
+    /// The blocks of the busiest multiprocessor, which works on [`at_once`](Self::at_once) of them at a
+    /// time: a last round of fewer leaves it waiting, and counts as `least` of a full one at least.
+    fn busiest(&self, problem: &Letters, splits: u32, facts: &Facts, least: f64) -> f64 {
+        let blocks = self.count(problem).saturating_mul(u64::from(splits));
+        let blocks = blocks.div_ceil(u64::from(facts.multiprocessors));
+        let at_once = self.at_once(facts);
+        let last = match blocks % at_once {
+            0 => 0.0,
+            blocks => (blocks as f64).max(least * at_once as f64),
+        };
+        (blocks / at_once * at_once) as f64 + last
+    }
+
+    /// How a problem would run, in words.
+    pub(crate) fn describe(&self, problem: &Letters, splits: u32, facts: &Facts) -> String {
+        let shared = match splits {
+            1 => String::new(),
+            splits => format!(", each shared by {splits} blocks of {} slabs", {
+                let slabs = self.slabs(problem);
+                if slabs.is_multiple_of(splits) {
+                    (slabs / splits).to_string()
+                } else {
+                    format!("{} or {}", slabs / splits, slabs / splits + 1)
+                }
+            }),
+        };
+        format!(
+            "{} tiles of {} channels x {} positions{shared} on {} multiprocessors",
+            self.count(problem),
+            self.rows,
+            self.positions,
+            facts.multiprocessors,
+        )
+    }
+}
+
+/// What blocks that share a tile cost: for each of its outputs, and for waiting for memory a few times;
+/// where each writes its sums, and the last one reads all of them, `per_split` of that.
+fn sharing(splits: u32, per_split: f64) -> (f64, f64) {
+    match splits {
+        1 => (0.0, 0.0),
+        splits => (8.0 + per_split * f64::from(splits), 3e5),
+    }
+}
+
+/// The first number of splits with the least estimate, and that.
+fn least(splits: impl Iterator<Item = u32>, estimate: impl Fn(u32) -> f64) -> (u32, f64) {
+    let costs = splits.map(|splits| (splits, estimate(splits)));
+    costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
 }
 
 /// In how many splits the channels of a tile may be summed.
@@ -283,9 +374,11 @@ pub(crate) struct Forced {
 }
 
 impl Forced {
+    /// One of the kernels of these names.
+    ///
     /// # Errors
     /// The reason, if there is no such kernel or no such number.
-    pub(crate) fn parse(text: &str) -> Result<Forced, String> {
+    pub(crate) fn parse(text: &str, names: &[&'static str]) -> Result<Forced, String> {
         let (name, splits) = match text.split_once('/') {
             Some((name, splits)) => (name, Some(splits)),
             None => (text, None),
@@ -296,15 +389,14 @@ impl Forced {
             Some(splits) => splits,
             None => None,
         };
-        let names = || KERNELS.iter().map(|kernel| kernel.name);
-        match names().find(|known| *known == name) {
+        match names.iter().find(|known| **known == name) {
             Some(kernel) => Ok(Forced { kernel, splits }),
-            None => Err(format!("this device has {}", names().collect::<Vec<_>>().join(", "))),
+            None => Err(format!("this device has {}", names.join(", "))),
         }
     }
 }
 
-/// A kernel, an index of [`KERNELS`], and how many blocks share the depth of a tile.
+/// A kernel, an index of [`KERNELS`] or of those for bytes, and how many blocks share the depth of a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Choice {
     pub kernel: usize,
@@ -314,23 +406,7 @@ pub(crate) struct Choice {
 impl Kernel {
     /// The shared memory that a launch brings: on the FMA units kernels declare theirs.
     pub(crate) fn brought_bytes(&self) -> u32 {
-        if self.family == Family::Simt { 0 } else { self.shared_bytes }
-    }
-
-    /// Tiles that cover a problem; saturates, which the grid then refuses.
-    pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
-        let rows = u64::from(problem.rows.div_ceil(self.rows));
-        let positions = problem.positions.div_ceil(u64::from(self.positions));
-        rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
-    }
-
-    /// What blocks that share tiles leave for one another; `None` if no memory holds it.
-    pub(crate) fn scratch(&self, problem: &Letters, splits: u32) -> Option<Need> {
-        let tiles = usize::try_from(self.tiles(problem)).ok()?;
-        let area = (self.rows * self.positions) as usize;
-        let sums = tiles.checked_mul(area)?.checked_mul(splits as usize)?;
-        // Addresses and paddings must fit, too.
-        (sums < usize::MAX / 16).then_some(Need { sums, tiles })
+        if self.family == Family::Simt { 0 } else { self.tile.shared_bytes }
     }
 
     /// The grid that holds this many blocks, or a few more; `None` if none does.
@@ -385,37 +461,23 @@ impl Kernel {
         matches!(self.family, Family::Pairs | Family::PairsSm75)
     }
 
-    /// How deep the sums are, in the slabs that a kernel works on; no split has less than one.
-    pub(crate) fn slabs(&self, problem: &Letters) -> u32 {
-        problem.depth.div_ceil(self.depth)
-    }
-
     /// The time that the busiest multiprocessor needs, in units that compare kernels: products of
     /// one lane.
     ///
     /// A tile costs its products, padding included, and they run the slower, the more operands a
     /// thread reads from shared memory per product; then come its first reads, which nothing hides,
-    /// and its stores, which touch a sector per element if they go across the memory order. A
-    /// multiprocessor works on [`at_once`] tiles at a time, and a last round of fewer leaves it
-    /// waiting: that takes three quarters of a full one at least. The weights of kernels on the FMA units
-    /// and of 16 bits are those that lose least over the layers of `benches/layers.csv` on an H100.
+    /// and its stores, which touch a sector per element if they go across the memory order. The weights of
+    /// kernels on the FMA units and of 16 bits are those that lose least over the layers of
+    /// `benches/layers.csv` on an H100.
     ///
-    /// Where blocks share a tile, each has its part of the depth, writes its sums, and the last one
-    /// reads them all, after it has waited for memory a few times. These weights, but for 16 bits, and those of
-    /// TF32 are computed from latencies and bandwidths, and not measured.
+    /// Where blocks share a tile, each has its part of the depth. The weights of that, but for 16 bits, and
+    /// those of TF32 are computed from latencies and bandwidths, and not measured.
     fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
-        let blocks = self.tiles(problem).saturating_mul(u64::from(splits));
-        let tiles = blocks.div_ceil(u64::from(facts.multiprocessors));
-        let at_once = at_once(self.blocks_per_sm, self.shared_bytes, facts);
         let least = match self.family {
             Family::Simt | Family::Pairs => 0.75,
             _ => 0.3,
         };
-        let last = match tiles % at_once {
-            0 => 0.0,
-            tiles => (tiles as f64).max(least * at_once as f64),
-        };
-        let tiles = (tiles / at_once * at_once) as f64 + last;
+        let tiles = self.tile.busiest(problem, splits, facts, least);
         let product = match self.family {
             Family::Simt => {
                 let (slow, fast) = (f64::from(self.slow), f64::from(self.fast));
@@ -423,7 +485,7 @@ impl Kernel {
             }
             // Tensor cores outrun shared memory and L2, which then set the pace.
             family => {
-                let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
+                let (rows, positions) = (f64::from(self.tile.rows), f64::from(self.tile.positions));
                 let (products, traffic) = match family {
                     Family::Tf32x3 => (0.6, 16.0),
                     Family::Pairs => (0.1, 8.0),
@@ -433,84 +495,80 @@ impl Kernel {
                 products + traffic * (1.0 / rows + 1.0 / positions)
             }
         };
-        let depth = f64::from(self.slabs(problem).div_ceil(splits) * self.depth);
+        let depth = f64::from(self.tile.slabs(problem).div_ceil(splits) * self.tile.depth);
         let ends = match (self.family, self.channels_fast == problem.channels_fast) {
             (Family::Pairs, true) => 10.0,
             (Family::Pairs, false) => 40.0,
             (_, true) => 72.0,
             (_, false) => 128.0,
         };
-        let (sharing, waiting) = match splits {
-            1 => (0.0, 0.0),
-            splits if self.family == Family::Pairs => (8.0 + 16.0 * f64::from(splits), 3e5),
-            splits => (8.0 + 8.0 * f64::from(splits), 3e5),
-        };
-        let area = f64::from(self.rows * self.positions);
-        tiles * area * (depth * product + ends + sharing) + waiting
+        let per_split = if self.family == Family::Pairs { 16.0 } else { 8.0 };
+        let (sharing, waiting) = sharing(splits, per_split);
+        tiles * self.tile.area() * (depth * product + ends + sharing) + waiting
     }
 
-    /// In how many splits it may run a problem. Blocks share tiles only where all of them run at once.
+    /// In how many splits it may run a problem.
     fn splits(
         &self,
         problem: &Letters,
         facts: &Facts,
         terms: &Terms,
     ) -> impl Iterator<Item = u32> + use<> {
-        let most = match terms.batch_invariant {
-            true => 1,
-            false => {
-                let at_once = at_once(self.blocks_per_sm, self.shared_bytes, facts);
-                let room = u64::from(facts.multiprocessors) * at_once;
-                (room / self.tiles(problem).max(1)).min(self.slabs(problem).into()).max(1)
-            }
-        };
-        SPLITS.into_iter().take_while(move |&splits| u64::from(splits) <= most)
+        let most = if terms.batch_invariant { 1 } else { usize::MAX };
+        self.tile.splits(problem, facts).take(most)
     }
 
     /// The number of splits with the least estimate, and that.
     fn best_splits(&self, problem: &Letters, facts: &Facts, terms: &Terms) -> (u32, f64) {
         let forced = terms.forced.filter(|forced| forced.kernel == self.name);
         if let Some(splits) = forced.and_then(|forced| forced.splits) {
-            let splits = splits.min(self.slabs(problem)).max(1);
+            let splits = splits.min(self.tile.slabs(problem)).max(1);
             return (splits, self.estimate(problem, splits, facts));
         }
-        let costs = self.splits(problem, facts, terms);
-        let costs = costs.map(|splits| (splits, self.estimate(problem, splits, facts)));
-        // The first of equals.
-        costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
+        let splits = self.splits(problem, facts, terms);
+        least(splits, |splits| self.estimate(problem, splits, facts))
     }
 }
 
 impl ByteKernel {
-    /// As [`Kernel::tiles`].
-    pub(crate) fn tiles(&self, problem: &Letters) -> u64 {
-        let rows = u64::from(problem.rows.div_ceil(self.rows));
-        let positions = problem.positions.div_ceil(u64::from(self.positions));
-        rows.saturating_mul(u64::from(problem.groups)).saturating_mul(positions)
-    }
-
     /// As [`Kernel::estimate`], with weights computed from data sheets: operands are a quarter of
-    /// f32's.
-    fn estimate(&self, problem: &Letters, facts: &Facts) -> f64 {
-        let tiles = self.tiles(problem).div_ceil(u64::from(facts.multiprocessors));
-        let at_once = at_once(self.blocks_per_sm, self.shared_bytes, facts);
-        let last = match tiles % at_once {
-            0 => 0.0,
-            tiles => (tiles as f64).max(0.3 * at_once as f64),
-        };
-        let tiles = (tiles / at_once * at_once) as f64 + last;
-        let (rows, positions) = (f64::from(self.rows), f64::from(self.positions));
+    /// f32's, sums that blocks share are as large as those of 16 bits.
+    fn estimate(&self, problem: &Letters, splits: u32, facts: &Facts) -> f64 {
+        let tiles = self.tile.busiest(problem, splits, facts, 0.3);
+        let (rows, positions) = (f64::from(self.tile.rows), f64::from(self.tile.positions));
         let product = 0.05 + 4.0 * (1.0 / rows + 1.0 / positions);
-        let depth = f64::from(problem.depth.next_multiple_of(self.depth));
-        tiles * rows * positions * (depth * product + 72.0)
+        let depth = f64::from(self.tile.slabs(problem).div_ceil(splits) * self.tile.depth);
+        let (sharing, waiting) = sharing(splits, 16.0);
+        tiles * self.tile.area() * (depth * product + 72.0 + sharing) + waiting
     }
 }
 
-/// The kernel with the least estimate.
-pub(crate) fn choose_bytes(kernels: &[ByteKernel], problem: &Letters, facts: &Facts) -> usize {
-    let costs = kernels.iter().map(|kernel| kernel.estimate(problem, facts));
+/// How a problem runs on kernels for bytes: as forced, or as estimates least. `share` says whether blocks
+/// may share sums unasked.
+pub(crate) fn choose_bytes(
+    kernels: &[ByteKernel],
+    problem: &Letters,
+    facts: &Facts,
+    forced: Option<Forced>,
+    share: bool,
+) -> Choice {
+    let most = if share { usize::MAX } else { 1 };
+    let asked = |kernel: &ByteKernel| forced.is_none_or(|forced| forced.kernel == kernel.name);
+    let costs =
+        kernels.iter().enumerate().filter(|(_, kernel)| asked(kernel)).map(|(index, kernel)| {
+            let estimate = |splits| kernel.estimate(problem, splits, facts);
+            let (splits, cost) = match forced.and_then(|forced| forced.splits) {
+                Some(splits) => {
+                    let splits = splits.min(kernel.tile.slabs(problem)).max(1);
+                    (splits, estimate(splits))
+                }
+                None => least(kernel.tile.splits(problem, facts).take(most), estimate),
+            };
+            (Choice { kernel: index, splits }, cost)
+        });
     // The first of equals.
-    costs.enumerate().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(index, _)| index)
+    let best = costs.min_by(|a, b| a.1.total_cmp(&b.1));
+    best.map_or(Choice { kernel: 0, splits: 1 }, |(choice, _)| choice)
 }
 
 /// How a problem runs: on the forced kernel, or on the one with the least estimate.
@@ -573,27 +631,12 @@ pub(crate) fn no_tf32(facts: &Facts) -> String {
 /// How a kernel would run a problem, in words.
 pub(crate) fn describe(choice: Choice, problem: &Letters, facts: &Facts) -> String {
     let kernel = &KERNELS[choice.kernel];
-    let tiles = kernel.tiles(problem);
     let used = problem.rows as f64 * problem.positions as f64 * f64::from(problem.groups)
-        / (tiles as f64 * f64::from(kernel.rows * kernel.positions)).max(1.0);
+        / (kernel.tile.count(problem) as f64 * kernel.tile.area()).max(1.0);
     let along = if kernel.channels_fast { "channels" } else { "positions" };
-    let shared = match choice.splits {
-        1 => String::new(),
-        splits => format!(", each shared by {splits} blocks of {} slabs", {
-            let slabs = kernel.slabs(problem);
-            if slabs.is_multiple_of(splits) {
-                (slabs / splits).to_string()
-            } else {
-                format!("{} or {}", slabs / splits, slabs / splits + 1)
-            }
-        }),
-    };
     format!(
-        "{tiles} tiles of {} channels x {} positions{shared} on {} multiprocessors, {:.0} % of \
-         them filled, stores along {along}",
-        kernel.rows,
-        kernel.positions,
-        facts.multiprocessors,
+        "{}, {:.0} % of them filled, stores along {along}",
+        kernel.tile.describe(problem, choice.splits, facts),
         used * 100.0,
     )
 }
@@ -642,17 +685,18 @@ mod tests {
     #[test]
     fn a_forced_number_of_splits_is_taken_as_far_as_there_are_slabs() {
         let name = KERNELS[0].name;
-        let forced = Forced::parse(&format!("{name}/5"));
+        let parse = |text: &str| Forced::parse(text, &[KERNELS[1].name, name]);
+        let forced = parse(&format!("{name}/5"));
         assert_eq!(forced, Ok(Forced { kernel: name, splits: Some(5) }));
         let terms = Terms { batch_invariant: true, forced: forced.ok(), ..Terms::default() };
         let problem =
             |depth| Letters { groups: 1, rows: 9, depth, positions: 1 << 20, channels_fast: false };
         let splits = |depth| choose(&problem(depth), &facts(), &terms).splits;
-        let slab = KERNELS[0].depth;
+        let slab = KERNELS[0].tile.depth;
         assert_eq!([1, 2 * slab, 2 * slab + 1, 100 * slab].map(splits), [1, 2, 3, 5]);
-        assert_eq!(Forced::parse(name), Ok(Forced { kernel: name, splits: None }));
+        assert_eq!(parse(name), Ok(Forced { kernel: name, splits: None }));
         for wrong in ["", "fprop", "/2", &format!("{name}/"), &format!("{name}/0")] {
-            assert!(Forced::parse(wrong).is_err(), "{wrong}");
+            assert!(parse(wrong).is_err(), "{wrong}");
         }
     }
 
@@ -660,7 +704,7 @@ mod tests {
     fn names_follow_the_grammar_and_say_what_the_kernel_is() {
         for kernel in KERNELS {
             let layout = if kernel.channels_fast { "nhwc" } else { "nchw" };
-            let (c, p, d) = (kernel.rows, kernel.positions, kernel.depth);
+            let Tile { rows: c, positions: p, depth: d, blocks_per_sm, .. } = kernel.tile;
             let isa = match kernel.family {
                 Family::Simt => format!("{}_simt", kernel.dtype),
                 Family::Tf32 => "tf32_sm80".into(),
@@ -670,7 +714,7 @@ mod tests {
             };
             assert_eq!(kernel.name, format!("fprop_{isa}_{c}x{p}x{d}_{layout}"));
             assert_eq!(kernel.threads * kernel.slow * kernel.fast, c * p);
-            assert!(kernel.threads % 32 == 0 && kernel.threads * kernel.blocks_per_sm <= 2048);
+            assert!(kernel.threads % 32 == 0 && kernel.threads * blocks_per_sm <= 2048);
         }
         let mut names: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
         names.sort_unstable();
@@ -763,13 +807,11 @@ mod tests {
             let kernels = KERNELS.iter().filter(move |kernel| {
                 (kernel.family, kernel.dtype, kernel.channels_fast) == (family, dtype, false)
             });
-            kernels.map(|kernel| (kernel.blocks_per_sm, kernel.shared_bytes)).collect()
+            kernels.map(|kernel| kernel.tile).collect()
         };
-        let of_bytes = |kernels: &[ByteKernel]| {
-            kernels.iter().map(|kernel| (kernel.blocks_per_sm, kernel.shared_bytes)).collect()
-        };
-        let now = |kernels: &Vec<(u32, u32)>, facts: &Facts| -> Vec<u64> {
-            kernels.iter().map(|&(blocks, bytes)| at_once(blocks, bytes, facts)).collect()
+        let of_bytes = |kernels: &[ByteKernel]| kernels.iter().map(|kernel| kernel.tile).collect();
+        let now = |tiles: &Vec<Tile>, facts: &Facts| -> Vec<u64> {
+            tiles.iter().map(|tile| tile.at_once(facts)).collect()
         };
         let tf32 = of_family(Family::Tf32, DType::F32);
         // 45 KiB a block, of 164.
@@ -797,7 +839,7 @@ mod tests {
         for facts in [&turing, &ampere, &ada, &hopper] {
             for kernel in KERNELS {
                 let blocks = most(kernel, facts).div_ceil(4);
-                let bytes = blocks * (kernel.shared_bytes + facts.shared_per_block);
+                let bytes = blocks * (kernel.tile.shared_bytes + facts.shared_per_block);
                 assert!(blocks == 1 || bytes <= facts.shared_bytes, "{} {facts:?}", kernel.name);
             }
         }
@@ -807,9 +849,32 @@ mod tests {
         // itself, which costs nothing where there is no room for four.
         let problem =
             Letters { groups: 1, rows: 128, depth: 1 << 15, positions: 6000, channels_fast: false };
-        let chosen = |facts: &Facts| INT8_KERNELS[choose_bytes(INT8_KERNELS, &problem, facts)].name;
+        let chosen = |facts: &Facts| {
+            let choice = choose_bytes(INT8_KERNELS, &problem, facts, None, true);
+            assert_eq!(choice.splits, 1);
+            INT8_KERNELS[choice.kernel].name
+        };
         assert_eq!(chosen(&turing), "fprop_i8_mma_64x64x64");
         assert_eq!(chosen(&ampere), "fprop_i8_mma_128x128x64");
+    }
+
+    #[test]
+    fn deep_sums_of_bytes_with_few_tiles_are_shared() {
+        let problem =
+            Letters { groups: 1, rows: 512, depth: 2048, positions: 49, channels_fast: false };
+        let choose = |forced, share| choose_bytes(INT8_KERNELS, &problem, &facts(), forced, share);
+        let splits = choose(None, true).splits;
+        assert!((2..=8).contains(&splits), "resnet50 s4.c1b at n = 1: {splits}");
+        assert_eq!(choose(None, false).splits, 1);
+        for (index, kernel) in INT8_KERNELS.iter().enumerate() {
+            let forced = |splits| Some(Forced { kernel: kernel.name, splits });
+            // 32 slabs.
+            for (asked, splits) in [(1, 1), (5, 5), (100, 32)] {
+                let choice = choose(forced(Some(asked)), false);
+                assert_eq!(choice, Choice { kernel: index, splits });
+            }
+            assert_eq!(choose(forced(None), false), Choice { kernel: index, splits: 1 });
+        }
     }
 
     #[test]

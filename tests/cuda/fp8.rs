@@ -9,6 +9,7 @@ use pointwise::quantized::{
 use pointwise::{CudaDevice, CudaTensor, Device, Error, PrepareOptions, bf16, f16, reference};
 
 use super::cases::{Case, Held, LAYOUTS, Layout, Placed, force};
+use super::int8::ways;
 use super::numbers::Random;
 use super::tensor_cores;
 use super::{OnDevice, Outcome};
@@ -145,14 +146,14 @@ fn integers(device: &CudaDevice) -> Outcome {
             call = call.residual(residual);
         }
         let expected: Array5<O> = call.run()?.into_dimensionality()?;
-        for kernel in kernels(&gpu)? {
-            let prepared = layer.prepare_with(&gpu, force(kernel))?;
+        for way in ways(kernels(&gpu)?, shape.1, i) {
+            let prepared = layer.prepare_with(&gpu, force(&way))?;
             for layouts in layouts(i) {
                 let tensors = (&src, residual, case.dst_shape());
                 let got: Array5<O> = placed(device, &prepared, tensors, layouts)?;
                 let mut both = got.indexed_iter().zip(&expected);
                 if let Some(((index, _), _)) = both.find(|((_, got), x)| !got.same(**x)) {
-                    let what = format!("{kernel}, {case:?}, {layouts:?}, {:?}", layer.weight().0);
+                    let what = format!("{way}, {case:?}, {layouts:?}, {:?}", layer.weight().0);
                     return Err(format!("{what}: wrong at {index:?}").into());
                 }
             }
@@ -221,15 +222,15 @@ fn random_layers(device: &CudaDevice) -> Outcome {
             * scale
             / dst.map_or(1.0, |dst| f64::from(dst.scale));
         let mut worst = 0.0f64;
-        for kernel in kernels(&gpu)? {
-            let prepared = layer.prepare_with(&gpu, force(kernel))?;
+        for way in ways(kernels(&gpu)?, shape.1, i) {
+            let prepared = layer.prepare_with(&gpu, force(&way))?;
             for layouts in [[LAYOUTS[i % 2]; 3], [LAYOUTS[1 - i % 2], LAYOUTS[0], LAYOUTS[i % 8]]] {
                 let tensors = (&src, None::<&Array5<S>>, case.dst_shape());
                 let got: Array5<O> = placed(device, &prepared, tensors, layouts)?;
                 for (got, &exact) in got.iter().zip(&exact) {
                     let (error, bound) =
                         ((real(*got) - exact).abs(), bound(&layer, largest, exact, greatest));
-                    assert!(error <= bound, "{kernel}, {case:?}: {} for {exact}", real(*got));
+                    assert!(error <= bound, "{way}, {case:?}: {} for {exact}", real(*got));
                     worst = worst.max(error / bound);
                 }
             }
@@ -395,6 +396,13 @@ fn plans(device: &CudaDevice) -> Outcome {
     let positions = 32 * 28 * 28;
     assert_eq!((cost.src_bytes, cost.dst_bytes), (512 * positions, 4 * 512 * positions));
     assert_eq!(prepared.kernel(), prepared.explain(&[32, 512, 28, 28])?.kernel);
+    // Sums of floats depend on how many blocks share them, and that on the batch.
+    let layer = QuantizedFp8::new(Array2::from_elem((512, 4096), F8E4M3::ONE), vec![1.0], E4M3);
+    for (batch_invariant, shared) in [(false, true), (true, false)] {
+        let options = PrepareOptions { batch_invariant, ..PrepareOptions::default() };
+        let few = layer.prepare_with(&gpu, options)?.explain(&[1, 4096, 7, 7])?;
+        assert_eq!(few.reason.contains(", each shared by "), shared, "{few}");
+    }
     Ok(())
 }
 

@@ -92,6 +92,17 @@ pub fn kernels(gpu: &Device) -> Result<Vec<&'static str>, Error> {
     Ok(plans.into_iter().map(|plan| plan.kernel).collect())
 }
 
+/// Names that force each of these kernels on sums of so many channels, where these are more than a slab
+/// also with several blocks to a tile, by turns.
+pub fn ways(kernels: Vec<&str>, k: usize, turn: usize) -> Vec<String> {
+    let shared = |kernel: &str| format!("{kernel}/{}", [2, 3, 1000][turn % 3]);
+    let ways = kernels.into_iter().map(|kernel| match k > 64 {
+        true => vec![kernel.into(), shared(kernel)],
+        false => vec![kernel.into()],
+    });
+    ways.flatten().collect()
+}
+
 /// Runs a layer in the common layouts and in others, every one of which `at` reaches in some case.
 fn in_layouts<S: Byte, R: Byte, O: Held + QuantizedElement>(
     device: &CudaDevice,
@@ -148,9 +159,9 @@ fn check<S: Byte, R: Byte, O: Held + QuantizedElement>(
         call = call.residual(residual);
     }
     let expected = call.run::<O>()?.into_dimensionality()?;
-    for kernel in kernels(&gpu)? {
-        let prepared = layer.prepare_with(&gpu, force(kernel))?;
-        let what = format!("{kernel}, {case:?}, {} to {}", S::TYPE.name(), O::TYPE.name());
+    for way in ways(kernels(&gpu)?, case.c_in / case.groups, at) {
+        let prepared = layer.prepare_with(&gpu, force(&way))?;
+        let what = format!("{way}, {case:?}, {} to {}", S::TYPE.name(), O::TYPE.name());
         in_layouts(device, &prepared, (&src, residual.as_ref(), &expected), at, &what)?;
     }
     Ok(())
@@ -212,8 +223,8 @@ fn dynamic(device: &CudaDevice) -> Outcome {
         let call = if i % 2 == 0 { call.residual(&residual) } else { call };
         let expected = call.run::<O>()?;
         let shape = case.dst_shape();
-        for kernel in kernels(&gpu)? {
-            let prepared = layer.prepare_with(&gpu, force(kernel))?;
+        for way in ways(kernels(&gpu)?, case.c_in / case.groups, i) {
+            let prepared = layer.prepare_with(&gpu, force(&way))?;
             for j in [0, 1, i % 8] {
                 let (from, to) = (LAYOUTS[j], LAYOUTS[(j + i) % 8]);
                 let src = Placed::<f32>::holding(device, src.view(), from);
@@ -225,7 +236,7 @@ fn dynamic(device: &CudaDevice) -> Outcome {
                 call.run_into(&mut dst.view_mut())?;
                 let got = dst.held().into_dyn();
                 let same = got.iter().zip(&expected).all(|(got, &expected)| got.same(expected));
-                assert!(same, "{kernel}, {case:?}, {per:?}, {from:?} to {to:?}");
+                assert!(same, "{way}, {case:?}, {per:?}, {from:?} to {to:?}");
             }
         }
         // Host arrays in slices: ranges are those of all that they are of.
@@ -299,9 +310,9 @@ fn extremes(device: &CudaDevice) -> Outcome {
         let layer = layer.bias(bias.clone()).dst(Quantization::i8(1.0 / scale, 5));
         let src = Array5::from_shape_fn((1, k, 1, 2, 70), |(_, _, _, h, _)| [255u8, 0][h]);
         let expected = layer.prepare(&Device::cpu())?.forward::<u8, i8, _>(&src)?;
-        for kernel in kernels(&gpu)? {
-            let prepared = layer.prepare_with(&gpu, force(kernel))?;
-            in_layouts::<u8, u8, i8>(device, &prepared, (&src, None, &expected), 2, kernel)?;
+        for way in ways(kernels(&gpu)?, k, 1) {
+            let prepared = layer.prepare_with(&gpu, force(&way))?;
+            in_layouts::<u8, u8, i8>(device, &prepared, (&src, None, &expected), 2, &way)?;
         }
     }
     Ok(())
@@ -361,7 +372,8 @@ fn captured(device: &CudaDevice) -> Outcome {
     let own = device.with_new_stream()?;
     let case = Case::new(2, 70, 24, [1, 1, 9]);
     let layer = layer::<i8>(&mut random, &case, None).dst(quantization::<i8>(&mut random, 8e-3));
-    let prepared = layer.prepare(&own.clone().into())?;
+    // Two blocks share a tile: the graph has memory of its own for that, where there are pools.
+    let prepared = layer.prepare_with(&own.clone().into(), force("fprop_i8_mma_64x64x64/2"))?;
     let src = CudaTensor::from_host(&own, bytes::<i8>(&mut random, case.src_shape()).view())?;
     let expected = prepared.forward_cuda::<i8, i8>(&src)?.to_host()?;
     let mut dst = CudaTensor::<i8>::zeros(&own, &case.dst_shape())?;
@@ -373,8 +385,11 @@ fn captured(device: &CudaDevice) -> Outcome {
     queued?;
     let graph = graph.ok_or("nothing was captured")?;
     assert!(dst.to_host()?.iter().all(|&x| x == 0), "a capture runs nothing");
-    graph.launch().map_err(code)?;
-    assert!(dst.to_host()? == expected);
+    assert_eq!(nodes(&graph), if own.stream().context().has_async_alloc() { 4 } else { 1 });
+    for _ in 0..2 {
+        graph.launch().map_err(code)?;
+        assert!(dst.to_host()? == expected);
+    }
 
     // What is quantised in the call takes memory nodes; a call on host tensors is refused before it
     // queues any.
@@ -428,14 +443,23 @@ fn plans(device: &CudaDevice) -> Outcome {
     assert!(large.reason.starts_with("784 tiles of 128 channels x 128 positions"), "{large}");
     assert_eq!(prepared.kernel(), large.kernel);
     assert_eq!(prepared.explain(&[1, 512, 1, 1])?.kernel, "fprop_i8_mma_64x64x64");
+    let weight = Array2::ones((512, 2048));
+    let deep = Quantized::new(weight, vec![1.0; 512], Quantization::u8(1.0, 0)).prepare(&gpu)?;
+    let few = deep.explain(&[1, 2048, 7, 7])?;
+    assert!(few.reason.contains(" positions, each shared by "), "{few}");
     Ok(())
 }
 
 fn bad_calls(device: &CudaDevice) -> Outcome {
     let gpu = Device::from(device.clone());
     let layer = Quantized::new(Array2::ones((3, 2)), vec![1.0; 3], Quantization::u8(1.0, 0));
-    let error = layer.prepare_with(&gpu, force("fprop_f32_simt_64x64x16_nchw")).unwrap_err();
-    assert!(error.to_string().contains("this device has fprop_i8_mma_128x128x64, "), "{error}");
+    for (wrong, reason) in [
+        ("fprop_f32_simt_64x64x16_nchw", "this device has fprop_i8_mma_128x128x64, "),
+        ("fprop_i8_mma_64x64x64/0", "how many blocks share a sum"),
+    ] {
+        let error = layer.prepare_with(&gpu, force(wrong)).unwrap_err().to_string();
+        assert!(error.contains(wrong) && error.contains(reason), "{error}");
+    }
     let prepared = layer.prepare(&gpu)?;
     let src = Array4::<u8>::zeros((1, 2, 3, 3));
     let on_device = CudaTensor::from_host(device, src.view())?;

@@ -513,6 +513,7 @@ fn in_fp8(device: &CudaDevice) -> Outcome {
         let anywhere = [
             "no wait for copies",
             "a wait for one copy too few",
+            "no fences around the arrival of a block",
             "fragments of the weight swapped",
             "fragments of src swapped",
             "halves of words swapped",
@@ -644,11 +645,11 @@ fn of_f32(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     Ok("right".into())
 }
 
-/// Four slabs of bytes of either sign, in either layout: the CPU's bytes, of which some are beyond both
+/// Four slabs of bytes of either sign, in either layout, and shared by blocks: the CPU's bytes, of which some are beyond both
 /// ends.
 fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     let mut random = Random::new(85);
-    for layout in [Layout::First, Layout::Last] {
+    for (layout, splits) in [(Layout::First, 1), (Layout::Last, 1), (Layout::First, 2)] {
         let case = Case::new(1, 256, 64, [1, 4, 16]);
         let weight = Array2::from_shape_simple_fn((64, 256), || random.integer() as i8);
         let quantization = Quantization::u8(0.05, 128);
@@ -657,23 +658,24 @@ fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
         let src =
             Array5::from_shape_simple_fn(case.src_shape(), || (random.uniform() * 256.0) as u8);
         let expected: ArrayD<u8> = layer.prepare(&Device::cpu())?.call(&src).run()?.into_dyn();
-        let layer = layer.prepare_with(&Device::from(device.clone()), force(kernel))?;
+        let options = force(&format!("{kernel}/{splits}"));
+        let layer = layer.prepare_with(&Device::from(device.clone()), options)?;
         let src = Placed::holding(device, src.view(), layout);
         let mut dst = Placed::<u8>::blank(device, case.dst_shape(), layout);
         layer.call(&src.view()).run_into(&mut dst.view_mut())?;
         device.synchronize()?;
         if dst.held().into_dyn() != expected {
-            return Ok(format!("wrong: {layout:?}"));
+            return Ok(format!("wrong: {layout:?}, {splits} splits"));
         }
     }
     Ok("right".into())
 }
 
-/// Four slabs of integers, in either layout: the CPU's results, of which some are clipped above and some
+/// Four slabs of integers, in either layout, and shared by blocks: the CPU's results, of which some are clipped above and some
 /// beyond e4m3 below.
 fn of_fp8(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     let mut random = Random::new(87);
-    for layout in [Layout::First, Layout::Last] {
+    for (layout, splits) in [(Layout::First, 1), (Layout::Last, 1), (Layout::First, 2)] {
         let case = Case::new(1, 256, 64, [1, 4, 16]);
         let weight = Array2::from_shape_simple_fn((64, 256), || F8E4M3::from_f32(random.integer()));
         let scale: Vec<f32> = (0..64).map(|c| 2f32.powi(c % 4 - 1)).collect();
@@ -683,13 +685,14 @@ fn of_fp8(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
         let src =
             Array5::from_shape_simple_fn(case.src_shape(), || F8E4M3::from_f32(random.integer()));
         let expected: ArrayD<F8E4M3> = layer.prepare(&Device::cpu())?.call(&src).run()?.into_dyn();
-        let layer = layer.prepare_with(&Device::from(device.clone()), force(kernel))?;
+        let options = force(&format!("{kernel}/{splits}"));
+        let layer = layer.prepare_with(&Device::from(device.clone()), options)?;
         let src = Placed::holding(device, src.view(), layout);
         let mut dst = Placed::<F8E4M3>::blank(device, case.dst_shape(), layout);
         layer.call(&src.view()).run_into(&mut dst.view_mut())?;
         device.synchronize()?;
         if !dst.held().iter().zip(&expected).all(|(got, want)| got.to_bits() == want.to_bits()) {
-            return Ok(format!("wrong: {layout:?}"));
+            return Ok(format!("wrong: {layout:?}, {splits} splits"));
         }
     }
     Ok("right".into())

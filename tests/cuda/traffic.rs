@@ -234,10 +234,6 @@ fn every_kernel(device: &CudaDevice) -> Vec<Counted> {
             layout,
             stages: Stages::None,
         };
-        if on == On::Bytes {
-            counted.push(of(kernel.into(), 2, PLANE));
-            continue;
-        }
         counted.push(of(format!("{kernel}/1"), 2, PLANE));
         // Blocks that share sums, of a few positions.
         counted.push(of(format!("{kernel}/{}", 2 + i % 3), 1, [1, 8, 8]));
@@ -303,7 +299,7 @@ fn chosen_of(on: On, device: &CudaDevice, src: [usize; 4], dst: (usize, usize, L
             let layer =
                 Quantized::new(Array2::ones((c_out, src[1])), vec![1.0; c_out], one).dst(one);
             let layer = layer.stride(stride).prepare(&device.clone().into()).unwrap();
-            layer.explain(&src).unwrap().kernel.into()
+            format!("{}/1", layer.explain(&src).unwrap().kernel)
         }
     }
 }
