@@ -396,7 +396,7 @@ impl<T: Element> Block<'_, T> {
                         for (position, count, row) in self.panels.each() {
                             let mut to = panel + self.first_term(lo - start) * row;
                             for (offset, stride, len) in walk.runs(first + position, count) {
-                                runs.push(Spaced { offset, stride, len, to, row });
+                                runs.push(Spaced { offset, stride, len, gaps: self.gaps, to, row });
                                 to += len;
                             }
                             panel += self.k() * row;
@@ -404,7 +404,7 @@ impl<T: Element> Block<'_, T> {
                         let (isa, channel) = (self.isa, source.channel);
                         match self.terms {
                             TermKind::F32 => {
-                                runs::gather(isa, src, channel, hi - lo, runs, self.gaps, out);
+                                runs::gather(isa, src, channel, hi - lo, runs, out);
                             }
                             TermKind::Bf16Pair => {
                                 let odd = (lo - start) % 2 == 1;
@@ -415,7 +415,6 @@ impl<T: Element> Block<'_, T> {
                                     hi - lo,
                                     odd,
                                     runs,
-                                    self.gaps,
                                     out,
                                 );
                             }

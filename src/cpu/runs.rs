@@ -9,18 +9,18 @@ use crate::stages::Activation;
 
 per_isa! {
     /// Copies runs of positions of `channels` channels, which are `channel` apart, to where each run
-    /// belongs in `out`. `gaps` says that what lies between the positions of a run may be read too.
+    /// belongs in `out`.
     ///
     /// # Safety
-    /// Every channel is readable at the positions of every run, and between them if `gaps`.
-    pub(crate) [unsafe] fn gather<T: Element>(src: *const T, channel: isize, channels: usize, runs: &[Spaced], gaps: bool, out: &mut [f32]) = gather_runs;
+    /// Every channel is readable at the positions of every run, and between them where it says so.
+    pub(crate) [unsafe] fn gather<T: Element>(src: *const T, channel: isize, channels: usize, runs: &[Spaced], out: &mut [f32]) = gather_runs;
 
     /// As [`gather`], two channels to each of `out`'s values: channel 0 is the second of its pair if
     /// `odd`, and a first one whose second is not there has a zero beside it.
     ///
     /// # Safety
     /// As for [`gather`].
-    pub(crate) [unsafe] fn gather_pairs(src: *const bf16, channel: isize, channels: usize, odd: bool, runs: &[Spaced], gaps: bool, out: &mut [f32]) = gather_paired_runs;
+    pub(crate) [unsafe] fn gather_pairs(src: *const bf16, channel: isize, channels: usize, odd: bool, runs: &[Spaced], out: &mut [f32]) = gather_paired_runs;
 
     /// `out[p * row + c] = src[c * channel + p]`, for positions and channels below the given numbers.
     ///
@@ -76,6 +76,8 @@ pub(crate) struct Spaced {
     pub offset: isize,
     pub stride: isize,
     pub len: usize,
+    /// Whether what lies between them may be read too.
+    pub gaps: bool,
     /// The copy of the first channel, and the distance of the next channel's.
     pub to: usize,
     pub row: usize,
@@ -87,7 +89,6 @@ unsafe fn gather_runs<V: Simd, T: Element>(
     channel: isize,
     channels: usize,
     runs: &[Spaced],
-    gaps: bool,
     out: &mut [f32],
 ) {
     for c in 0..channels {
@@ -95,7 +96,9 @@ unsafe fn gather_runs<V: Simd, T: Element>(
         for run in runs {
             let to = &mut out[run.to + c * run.row..][..run.len];
             // SAFETY: the CPU has V's instruction set; the caller's promise.
-            unsafe { gather_run::<V, T>(src.wrapping_offset(run.offset), run.stride, gaps, to) };
+            unsafe {
+                gather_run::<V, T>(src.wrapping_offset(run.offset), run.stride, run.gaps, to)
+            };
         }
     }
 }
@@ -166,7 +169,6 @@ unsafe fn gather_paired_runs<V: Simd>(
     channels: usize,
     odd: bool,
     runs: &[Spaced],
-    gaps: bool,
     out: &mut [f32],
 ) {
     let pair = |first: u16, second: u16| f32::from_bits(u32::from(first) | u32::from(second) << 16);
@@ -181,7 +183,7 @@ unsafe fn gather_paired_runs<V: Simd>(
             // SAFETY: the CPU has V's instruction set; the caller's promise; a vector that lies in the run
             // lies in what it is copied to.
             unsafe {
-                let vectors = run.stride == 1 || run.stride == 2 && gaps;
+                let vectors = run.stride == 1 || run.stride == 2 && run.gaps;
                 if both && vectors && run.len >= V::LANES {
                     let (first, second) = (src.cast::<bf16>(), src.offset(channel).cast::<bf16>());
                     // The last vector overlaps the one before.
