@@ -98,7 +98,7 @@ class ByteCopier {
     const PositionTable<Tile::kPositions>& at;
     const uint8_t* weight;  // of the tile's first row, from the block's first channel on
     const uint8_t* src;     // of its first channel
-    const int& depth;       // channels that the block sums
+    const int& depth;       // channels that the block sums, in shared memory: registers are short
     int rows, valid;        // rows and positions of the tile that exist
     int next_k = 0;         // the slab to be asked for
     int k = 0;              // of the slab in registers

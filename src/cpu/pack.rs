@@ -556,8 +556,10 @@ mod tests {
     use crate::cpu::isa::Isa;
     use crate::dtype::f16;
 
-    /// What a copy holds for a term and a position, for a source of small integers.
+    /// Copies of a source of integers below `distinct` hold `want` of a term's channels; `None` is one
+    /// beyond the last.
     fn check_copies<T: Element, const N: usize>(
+        distinct: usize,
         terms: TermKind,
         steps: &[SourceStep],
         want: impl Fn([Option<f32>; N]) -> f32,
@@ -575,7 +577,7 @@ mod tests {
             let plane = width * width;
             let (channels, start, k) = (7, 2, 5);
             let src: Vec<T> =
-                (0..channels * plane).map(|i| T::from_f32((i * 37 % 251) as f32)).collect();
+                (0..channels * plane).map(|i| T::from_f32((i % distinct) as f32)).collect();
             let walk =
                 Positions::new(&[(kept, (width * stride) as isize), (kept, stride as isize)]);
             // The group's channels lie in two sources.
@@ -634,10 +636,11 @@ mod tests {
     fn a_copy_by_channel_holds_every_value_where_tiles_look_for_it() {
         let steps = [SourceStep::Affine { scale: vec![2.0; 7], shift: vec![1.0; 7] }];
         let want = |[x]: [Option<f32>; 1]| x.expect("k terms") * 2.0 + 1.0;
-        check_copies::<f32, 1>(TermKind::F32, &steps, want);
-        check_copies::<f16, 1>(TermKind::F32, &steps, want);
-        check_copies::<bf16, 1>(TermKind::F32, &steps, want);
-        check_copies::<bf16, 2>(TermKind::Bf16Pair, &[], |pair| {
+        // As many integers as each type holds exactly, and prime to every distance.
+        check_copies::<f32, 1>(1 << 20, TermKind::F32, &steps, want);
+        check_copies::<f16, 1>(2039, TermKind::F32, &steps, want);
+        check_copies::<bf16, 1>(251, TermKind::F32, &steps, want);
+        check_copies::<bf16, 2>(251, TermKind::Bf16Pair, &[], |pair| {
             let [low, high] = pair.map(|x| u32::from(bf16::from_f32(x.unwrap_or(0.0)).to_bits()));
             f32::from_bits(low | high << 16)
         });

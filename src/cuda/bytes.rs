@@ -320,8 +320,8 @@ impl Layer {
         let streams = [src.stream(), dst.view().stream(), residual.and_then(TensorRef::stream)];
         let (src, dst) = (whole.subsampled(self.weights.stride), Operand::new(dst.view()));
         let residual = residual.map(Operand::new);
-        // Slices take that of the whole: kernels give the same sums, exact ones or those of the same slabs in
-        // the same order, but floats as many blocks share them.
+        // Slices run as the whole would. All kernels give the same sums, exact ones, or those of the same
+        // slabs in the same order; but those of floats depend on how many blocks share them.
         let choice = self.choose(positions(shape), self.forced);
         // Before anything is queued.
         match place {

@@ -276,11 +276,36 @@ impl Tile {
         self.blocks_per_sm.min(fit).max(1).into()
     }
 
-    /// In how many splits a problem may run. Blocks share tiles only where all of them run at once.
-    fn splits(&self, problem: &Letters, facts: &Facts) -> impl Iterator<Item = u32> + use<> {
+    /// In how many splits a problem may run: one, unless blocks may `share` tiles, which they do only where
+    /// all of them run at once.
+    fn splits(
+        &self,
+        problem: &Letters,
+        facts: &Facts,
+        share: bool,
+    ) -> impl Iterator<Item = u32> + use<> {
         let room = u64::from(facts.multiprocessors) * self.at_once(facts);
         let most = (room / self.count(problem).max(1)).min(self.slabs(problem).into()).max(1);
+        let most = if share { most } else { 1 };
         SPLITS.into_iter().take_while(move |&splits| u64::from(splits) <= most)
+    }
+
+    /// The number of splits that is asked for, as far as there are slabs, or else the one of
+    /// [`splits`](Self::splits) with the least estimate; and its estimate.
+    fn best_splits(
+        &self,
+        problem: &Letters,
+        facts: &Facts,
+        (asked, share): (Option<u32>, bool),
+        estimate: impl Fn(u32) -> f64,
+    ) -> (u32, f64) {
+        if let Some(splits) = asked {
+            let splits = splits.min(self.slabs(problem)).max(1);
+            return (splits, estimate(splits));
+        }
+        let costs = self.splits(problem, facts, share).map(|splits| (splits, estimate(splits)));
+        // The first of equals.
+        costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
     }
 
     /// The blocks of the busiest multiprocessor, which works on [`at_once`](Self::at_once) of them at a
@@ -319,19 +344,13 @@ impl Tile {
     }
 }
 
-/// What blocks that share a tile cost: for each of its outputs, and for waiting for memory a few times;
-/// where each writes its sums, and the last one reads all of them, `per_split` of that.
+/// What it costs that so many blocks share a tile: for each of its outputs, which every block writes and the
+/// last one reads `per_split`, and once, for waiting for memory a few times.
 fn sharing(splits: u32, per_split: f64) -> (f64, f64) {
     match splits {
         1 => (0.0, 0.0),
         splits => (8.0 + per_split * f64::from(splits), 3e5),
     }
-}
-
-/// The first number of splits with the least estimate, and that.
-fn least(splits: impl Iterator<Item = u32>, estimate: impl Fn(u32) -> f64) -> (u32, f64) {
-    let costs = splits.map(|splits| (splits, estimate(splits)));
-    costs.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or((1, f64::INFINITY))
 }
 
 /// In how many splits the channels of a tile may be summed.
@@ -514,19 +533,15 @@ impl Kernel {
         facts: &Facts,
         terms: &Terms,
     ) -> impl Iterator<Item = u32> + use<> {
-        let most = if terms.batch_invariant { 1 } else { usize::MAX };
-        self.tile.splits(problem, facts).take(most)
+        self.tile.splits(problem, facts, !terms.batch_invariant)
     }
 
     /// The number of splits with the least estimate, and that.
     fn best_splits(&self, problem: &Letters, facts: &Facts, terms: &Terms) -> (u32, f64) {
         let forced = terms.forced.filter(|forced| forced.kernel == self.name);
-        if let Some(splits) = forced.and_then(|forced| forced.splits) {
-            let splits = splits.min(self.tile.slabs(problem)).max(1);
-            return (splits, self.estimate(problem, splits, facts));
-        }
-        let splits = self.splits(problem, facts, terms);
-        least(splits, |splits| self.estimate(problem, splits, facts))
+        let asked = forced.and_then(|forced| forced.splits);
+        let estimate = |splits| self.estimate(problem, splits, facts);
+        self.tile.best_splits(problem, facts, (asked, !terms.batch_invariant), estimate)
     }
 }
 
@@ -543,8 +558,8 @@ impl ByteKernel {
     }
 }
 
-/// How a problem runs on kernels for bytes: as forced, or as estimates least. `share` says whether blocks
-/// may share sums unasked.
+/// How a problem runs on kernels for bytes: as forced, or with the least estimate. `share` says whether
+/// blocks may share sums unasked.
 pub(crate) fn choose_bytes(
     kernels: &[ByteKernel],
     problem: &Letters,
@@ -552,20 +567,14 @@ pub(crate) fn choose_bytes(
     forced: Option<Forced>,
     share: bool,
 ) -> Choice {
-    let most = if share { usize::MAX } else { 1 };
-    let asked = |kernel: &ByteKernel| forced.is_none_or(|forced| forced.kernel == kernel.name);
-    let costs =
-        kernels.iter().enumerate().filter(|(_, kernel)| asked(kernel)).map(|(index, kernel)| {
-            let estimate = |splits| kernel.estimate(problem, splits, facts);
-            let (splits, cost) = match forced.and_then(|forced| forced.splits) {
-                Some(splits) => {
-                    let splits = splits.min(kernel.tile.slabs(problem)).max(1);
-                    (splits, estimate(splits))
-                }
-                None => least(kernel.tile.splits(problem, facts).take(most), estimate),
-            };
-            (Choice { kernel: index, splits }, cost)
-        });
+    let takes = |kernel: &ByteKernel| forced.is_none_or(|forced| forced.kernel == kernel.name);
+    let kernels = kernels.iter().enumerate().filter(|(_, kernel)| takes(kernel));
+    let asked = forced.and_then(|forced| forced.splits);
+    let costs = kernels.map(|(index, kernel)| {
+        let estimate = |splits| kernel.estimate(problem, splits, facts);
+        let (splits, cost) = kernel.tile.best_splits(problem, facts, (asked, share), estimate);
+        (Choice { kernel: index, splits }, cost)
+    });
     // The first of equals.
     let best = costs.min_by(|a, b| a.1.total_cmp(&b.1));
     best.map_or(Choice { kernel: 0, splits: 1 }, |(choice, _)| choice)

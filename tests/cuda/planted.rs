@@ -645,8 +645,8 @@ fn of_f32(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     Ok("right".into())
 }
 
-/// Four slabs of bytes of either sign, in either layout, and shared by blocks: the CPU's bytes, of which some are beyond both
-/// ends.
+/// Four slabs of bytes of either sign, in either layout, and shared by blocks: the CPU's bytes, of which
+/// some are beyond both ends.
 fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     let mut random = Random::new(85);
     for (layout, splits) in [(Layout::First, 1), (Layout::Last, 1), (Layout::First, 2)] {
@@ -671,8 +671,8 @@ fn of_bytes(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     Ok("right".into())
 }
 
-/// Four slabs of integers, in either layout, and shared by blocks: the CPU's results, of which some are clipped above and some
-/// beyond e4m3 below.
+/// Four slabs of integers, in either layout, and shared by blocks: the CPU's results, of which some are
+/// clipped above and some beyond e4m3 below.
 fn of_fp8(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     let mut random = Random::new(87);
     for (layout, splits) in [(Layout::First, 1), (Layout::Last, 1), (Layout::First, 2)] {
