@@ -6,7 +6,7 @@
 //! | `NVCC` | the CUDA compiler; else `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` are searched |
 //! | `POINTWISE_CUDA_ARCHS` | chips, as `80,90+ptx`; `+ptx` adds PTX for later chips, `compute_90` is PTX alone, which takes a fraction of the time |
 //! | `CUDA_COMPUTE_CAP` | one chip, as other crates read it |
-//! | `POINTWISE_FATBIN` | a fatbin made elsewhere, taken where there is no nvcc; with fp8's beside it, `-fp8` behind its name, if there is one |
+//! | `POINTWISE_FATBIN` | a fatbin made elsewhere, taken in place of nvcc's; with fp8's beside it, `-fp8` behind its name, if there is one |
 //! | `POINTWISE_STRICT_PTXAS` | `1`: spilled registers are an error |
 
 fn main() {
@@ -65,25 +65,26 @@ mod cuda {
             return;
         }
         params(&out.join("params.rs"));
-        match find_nvcc() {
-            Some(nvcc) => compile(&nvcc, &fatbin, &fp8),
-            None => match env::var_os("POINTWISE_FATBIN") {
-                Some(prebuilt) => {
-                    let prebuilt = Path::new(&prebuilt);
-                    println!("cargo::rerun-if-changed={}", prebuilt.display());
-                    copy(prebuilt, &fatbin);
-                    let stem = prebuilt.file_stem().unwrap_or_default().to_string_lossy();
-                    let beside = prebuilt.with_file_name(format!("{stem}-fp8.fatbin"));
-                    println!("cargo::rerun-if-changed={}", beside.display());
-                    if beside.is_file() {
-                        copy(&beside, &fp8)
-                    } else {
-                        write(&fp8, b"")
-                    }
-                    describe("unknown", "those of POINTWISE_FATBIN");
+        let prebuilt = env::var_os("POINTWISE_FATBIN").filter(|path| !path.is_empty());
+        match (prebuilt, find_nvcc()) {
+            (Some(prebuilt), _) => {
+                let prebuilt = Path::new(&prebuilt);
+                println!("cargo::rerun-if-changed={}", prebuilt.display());
+                copy(prebuilt, &fatbin);
+                let stem = prebuilt.file_stem().unwrap_or_default().to_string_lossy();
+                let beside = prebuilt.with_file_name(format!("{stem}-fp8.fatbin"));
+                println!("cargo::rerun-if-changed={}", beside.display());
+                if beside.is_file() {
+                    copy(&beside, &fp8)
+                } else {
+                    write(&fp8, b"")
                 }
-                None => fail(&format!("the feature `cuda` needs nvcc, and none was found\n{HELP}")),
-            },
+                describe("unknown", "those of POINTWISE_FATBIN");
+            }
+            (None, Some(nvcc)) => compile(&nvcc, &fatbin, &fp8),
+            (None, None) => {
+                fail(&format!("the feature `cuda` needs nvcc, and none was found\n{HELP}"))
+            }
         }
     }
 

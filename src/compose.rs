@@ -5,9 +5,7 @@ use std::cell::RefCell;
 use crate::alias::share_memory;
 use crate::dtype::{Element, bf16, f16};
 use crate::error::{Error, Result};
-#[cfg(feature = "cuda")]
-use crate::prepared::run_chain;
-use crate::prepared::{Extra, Prepared, run_together};
+use crate::prepared::{Extra, Prepared};
 use crate::problem::{Operands, expect_shape};
 #[cfg(feature = "cuda")]
 use crate::tensor::Place;
@@ -181,7 +179,7 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
                 }
             }
         }
-        run_together(layers, &operands, &mut dsts)
+        T::run_together(layers, &operands, &mut dsts)
     }
 
     /// Runs into new tensors, each in the memory order of the source.
@@ -322,7 +320,7 @@ impl<T: Element> Sequence<T> {
             return Err(Error::Aliased { tensor: "src" });
         }
         #[cfg(feature = "cuda")]
-        if self.layers[0].place() != Place::Host && run_chain(&self.layers, &src, &dst)? {
+        if self.layers[0].place() != Place::Host && T::run_chain(&self.layers, &src, &dst)? {
             return Ok(());
         }
         T::with(|between| match between.try_borrow_mut() {

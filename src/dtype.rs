@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 pub use half::{bf16, f16};
 
+use crate::compiled::Compiled;
 use crate::compose::Between;
 use crate::cpu::Stored;
 #[cfg(feature = "cuda")]
@@ -85,7 +86,7 @@ impl FromStr for DType {
 /// nearest, ties to even.
 #[expect(private_bounds, reason = "sealed: a backend has to know the type")]
 pub trait Element:
-    Between + Stored + Held + Copy + Default + fmt::Debug + Send + Sync + 'static
+    Compiled + Between + Stored + Held + Copy + Default + fmt::Debug + Send + Sync + 'static
 {
     /// The type as a value.
     const DTYPE: DType;

@@ -49,6 +49,7 @@
 mod alias;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
+mod compiled;
 mod compose;
 mod cost;
 mod cpu;

@@ -408,6 +408,10 @@ impl<T: Element> Prepared<T> {
     /// # Errors
     /// As [`explain`](Self::explain).
     pub fn explain_in(&self, src: &[usize], layout: Layout) -> Result<Explanation> {
+        T::explain(self, src, layout)
+    }
+
+    pub(crate) fn explain_on_backend(&self, src: &[usize], layout: Layout) -> Result<Explanation> {
         self.with_problem(src, layout, |problem| {
             let (kernel, reason) = match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().explain(problem),
@@ -446,6 +450,10 @@ impl<T: Element> Prepared<T> {
     /// # Errors
     /// As [`plans`](Self::plans).
     pub fn plans_in(&self, src: &[usize], layout: Layout) -> Result<Vec<Candidate>> {
+        T::plans(self, src, layout)
+    }
+
+    pub(crate) fn plans_on_backend(&self, src: &[usize], layout: Layout) -> Result<Vec<Candidate>> {
         self.with_problem(src, layout, |problem| {
             Ok(match &self.inner.backend {
                 Backend::Cpu(layer) => layer.get().plans(problem),
@@ -483,6 +491,10 @@ impl<T: Element> Prepared<T> {
     /// memory; on CUDA [`Error::DeviceMemory`] for that, [`Error::Cuda`], and [`Error::Unsupported`]
     /// while the layer's stream is captured.
     pub fn tune(&self, shapes: &[(&[usize], Layout)]) -> Result<Tuning> {
+        T::tune(self, shapes)
+    }
+
+    pub(crate) fn tune_on_backend(&self, shapes: &[(&[usize], Layout)]) -> Result<Tuning> {
         let LayerShape { c_in, residual, gate, .. } = self.inner.shape;
         let mut tuning = Tuning::default();
         for &(src, layout) in shapes {
@@ -635,11 +647,11 @@ impl<T: Element> Prepared<T> {
         Ok(dst_shape(&self.inner.shape, src, std::iter::empty())?.padded())
     }
 
-    fn run(
+    pub(crate) fn run_on_backend(
         &self,
         operands: &Operands<'_, T>,
         dst: &mut TensorMut<'_, T>,
-        #[cfg(feature = "cuda")] scratch: Option<&TensorMut<'_>>,
+        scratch: Option<&TensorMut<'_>>,
     ) -> Result<()> {
         if self.place() == Place::Host {
             on_host(&operands.src)?;
@@ -647,7 +659,10 @@ impl<T: Element> Prepared<T> {
         let problem = Problem::new(&self.inner.shape, operands, dst)?;
         let _span = self.span(&problem);
         match &self.inner.backend {
-            Backend::Cpu(layer) => cpu::run(&[(&layer.get(), &problem)]),
+            Backend::Cpu(layer) => {
+                let _ = scratch;
+                cpu::run(&[(&layer.get(), &problem)])
+            }
             #[cfg(feature = "cuda")]
             Backend::Cuda(layer) => layer.get().run(&problem, scratch)?,
         }
@@ -840,12 +855,11 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> Call<'a, S, T> {
             return Err(error);
         }
         let operands = Operands { src: self.src.as_tensor()?, more: &more, residual, gate };
-        self.layer.run(
-            &operands,
-            &mut dst.as_tensor_mut()?,
-            #[cfg(feature = "cuda")]
-            self.scratch.as_ref(),
-        )
+        #[cfg(feature = "cuda")]
+        let scratch = self.scratch.as_ref();
+        #[cfg(not(feature = "cuda"))]
+        let scratch = None;
+        T::run(self.layer, &operands, &mut dst.as_tensor_mut()?, scratch)
     }
 
     /// Runs into a new tensor in the memory order of the first source.

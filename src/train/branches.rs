@@ -194,7 +194,7 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
         check_apart(&written, &read)?;
         let passes = layers.iter().zip(&operands).zip(&mut dsts);
         let workspaces = passes
-            .map(|((layer, operands), dst)| layer.run_forward(operands, dst))
+            .map(|((layer, operands), dst)| T::run_forward(layer, operands, dst))
             .collect::<Result<Vec<_>>>()?;
         // All of them have gone well.
         for (layer, workspace) in layers.iter_mut().zip(&workspaces) {
@@ -320,12 +320,12 @@ impl<'a, T: Element> BranchesBackwardCall<'a, T> {
         for (i, layer) in layers.iter().enumerate() {
             let to = outputs(i, d_src, &mut d_seconds[i], accumulate);
             let (workspace, grads) = (&self.workspaces[i], &grads[i]);
-            layer.check_backward(&operands[i], workspace, &d_dsts[i], &to, grads)?;
+            T::check_backward(layer, &operands[i], workspace, &d_dsts[i], &to, grads)?;
         }
         let passes = layers.iter().zip(&operands).zip(self.workspaces).zip(&d_dsts).zip(grads);
         for (i, ((((layer, operands), workspace), d_dst), grads)) in passes.enumerate() {
             let mut to = outputs(i, d_src, &mut d_seconds[i], accumulate);
-            layer.run_backward(operands, workspace, d_dst, &mut to, grads, self.accumulate)?;
+            T::run_backward(layer, operands, workspace, d_dst, &mut to, grads, self.accumulate)?;
         }
         Ok(())
     }

@@ -224,7 +224,7 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> Call<'a, S, T> {
             return Err(error);
         }
         let operands = Operands { src: self.src.as_tensor()?, more: &more, residual, gate };
-        let workspace = self.params.run_forward(&operands, &mut dst.as_tensor_mut()?)?;
+        let workspace = T::run_forward(self.params, &operands, &mut dst.as_tensor_mut()?)?;
         self.params.follow(&workspace);
         Ok(workspace)
     }
@@ -338,8 +338,8 @@ impl<'a, T: Element> BackwardCall<'a, T> {
             accumulate: accumulate_inputs,
         };
         let d_dst = self.d_dst?;
-        params.check_backward(&operands, &workspace, &d_dst, &outputs, grads)?;
-        params.run_backward(&operands, workspace, &d_dst, &mut outputs, grads, accumulate)
+        T::check_backward(params, &operands, &workspace, &d_dst, &outputs, grads)?;
+        T::run_backward(params, &operands, workspace, &d_dst, &mut outputs, grads, accumulate)
     }
 }
 
@@ -374,7 +374,7 @@ impl Params {
     }
 
     /// A forward pass that leaves the running statistics to [`follow`](Self::follow).
-    pub(super) fn run_forward<T: Element>(
+    pub(crate) fn run_forward<T: Element>(
         &self,
         operands: &Operands<'_, T>,
         dst: &mut TensorMut<'_, T>,
@@ -484,7 +484,7 @@ impl Params {
         Ok(())
     }
 
-    pub(super) fn check_backward<T: Element>(
+    pub(crate) fn check_backward<T: Element>(
         &self,
         operands: &Operands<'_, T>,
         workspace: &Workspace,
@@ -554,7 +554,7 @@ impl Params {
         Ok(())
     }
 
-    pub(super) fn run_backward<T: Element>(
+    pub(crate) fn run_backward<T: Element>(
         &self,
         operands: &Operands<'_, T>,
         workspace: Workspace,

@@ -1,8 +1,6 @@
 //! The operator against PyTorch: the f64 specification, then the layer on the CPU.
 
-mod common;
-
-use common::{Case, Fixtures, activation, channels_last, close, difference};
+use crate::common::{Case, Fixtures, activation, channels_last, close, difference};
 use ndarray::ArrayD;
 use pointwise::init::{Fan, Init, Nonlinearity};
 use pointwise::{Device, Error, Prepared, reference};

@@ -917,7 +917,7 @@ fn checkpoints_without_what_is_asked_for() {
 /// of its own: this binary again, running [`in_a_child`] alone.
 fn child(job: &str, variables: &[(&str, &str)]) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "in_a_child", "--ignored", "--nocapture"]);
+    command.args(["--exact", "errors::in_a_child", "--ignored", "--nocapture"]);
     for name in ["POINTWISE_CPU_ISA", "POINTWISE_KERNEL", "POINTWISE_DEVICE"] {
         command.env_remove(name);
     }
@@ -1031,7 +1031,7 @@ fn variables_need_not_be_text() {
         [("POINTWISE_DEVICE", "best"), ("POINTWISE_CPU_ISA", "cpu"), ("POINTWISE_KERNEL", "cpu")]
     {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "in_a_child", "--ignored", "--nocapture"]);
+        command.args(["--exact", "errors::in_a_child", "--ignored", "--nocapture"]);
         command.env("POINTWISE_TEST_JOB", job).env(variable, OsStr::from_bytes(b"\xff\xfe"));
         let output = command.output().unwrap();
         let stdout = String::from_utf8_lossy(&output.stdout);

@@ -1,13 +1,10 @@
 //! Training on the CPU against the f64 reference, and the reference against finite differences.
 
-mod common;
-#[path = "common/training.rs"]
-mod training;
-
-use common::{Fixtures, channels_last};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use crate::common::{Fixtures, channels_last};
+use crate::training::*;
 use ndarray::{Array2, Array4, ArrayD, ArrayView4, ArrayViewMut4, Axis, IxDyn, Slice, s};
 use pointwise::reference::{self, Inputs};
 use pointwise::train::{
@@ -18,7 +15,6 @@ use pointwise::{
     Activation, BatchNorm, Device, Error, LayerNorm, Place, Pointwise, Stage, TensorMut, TensorRef,
     nhwc_mut,
 };
-use training::*;
 
 #[test]
 fn every_case_of_the_fixtures_has_the_references_gradients() {

@@ -1,14 +1,11 @@
 //! Layers of 8-bit integers: against ONNX Runtime and PyTorch, against the specification, at the
 //! ends of every range, and with bad input.
 
-#[path = "common/counting.rs"]
-mod counting;
-
 use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 
-use counting::allocated;
+use crate::counting::allocated;
 use ndarray::{Array, Array1, Array2, Array4, ArrayD, Dimension, Ix1, IxDyn, array, s};
 use pointwise::quantized::{
     Calibration, DynamicQuantized, ElementType, Int8, Per, PreparedQuantized, QuantizedElement,

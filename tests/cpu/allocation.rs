@@ -1,9 +1,6 @@
 //! `forward_into` allocates nothing after warm-up, as long as no helper is called.
 
-#[path = "common/counting.rs"]
-mod counting;
-
-use counting::allocated;
+use crate::counting::allocated;
 use ndarray::{Array2, ArrayD, IxDyn};
 use pointwise::{
     Activation, BatchNorm, Device, LayerNorm, Pointwise, PrepareOptions, Prepared, Sequence,

@@ -1,21 +1,16 @@
 //! Training on tensors of f16 and bf16 on the CPU: bitwise what f32's passes give, rounded once, exact
 //! where the arithmetic is, and against the f64 reference.
 
-mod common;
-#[path = "common/training.rs"]
-#[allow(dead_code, reason = "every test binary uses its own part")]
-mod training;
-
-use common::Fixtures;
+use crate::common::Fixtures;
+use crate::training::{
+    Got, Tensors, d_dst, large_tensors, largest, named, norm, random, terms, trainable, vector,
+    weight, with_statistics,
+};
 use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Axis, Dimension, IxDyn, Slice};
 use pointwise::reference::{self, Gradients};
 use pointwise::train::{Accumulate, Branches, Options, Params, Statistics, name};
 use pointwise::{
     Activation, AsTensor, DType, Device, Element, Error, LayerNorm, Pointwise, Stage, bf16, f16,
-};
-use training::{
-    Got, Tensors, d_dst, large_tensors, largest, named, norm, random, terms, trainable, vector,
-    weight, with_statistics,
 };
 
 /// Runs a check in both types.
@@ -411,7 +406,7 @@ fn integers<T: Element>() {
             let mut whole = shapes[0].clone();
             whole[1] = all;
             let mut tensors = large_tensors(&layer, &whole, last);
-            let order = |t: ArrayD<f32>| if last { common::channels_last(&t) } else { t };
+            let order = |t: ArrayD<f32>| if last { crate::common::channels_last(&t) } else { t };
             tensors.sources = shapes.iter().map(|shape| order(small(shape, 1, 2.0))).collect();
             tensors.residual = tensors.residual.map(|t| order(small(t.shape(), 2, 3.0)));
             tensors.gate = tensors.gate.map(|t| small(t.shape(), 5, 2.0));
