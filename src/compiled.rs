@@ -1,5 +1,5 @@
 //! The calls of each type of elements, compiled here, once: a generic function is compiled again in
-//! every crate that calls it, and these are half of the library's own code.
+//! every crate that calls it, and these are large.
 
 use crate::dtype::{bf16, f16};
 use crate::error::Result;

@@ -75,8 +75,7 @@ pub(crate) type At = [usize; 2];
 /// builds do not check it in every kernel.
 #[inline(always)]
 pub(crate) fn offset(at: At, step: [isize; 2]) -> isize {
-    let [i, j] = at.map(|i| i as isize);
-    i.wrapping_mul(step[0]).wrapping_add(j.wrapping_mul(step[1]))
+    (at[0] as isize).wrapping_mul(step[0]).wrapping_add((at[1] as isize).wrapping_mul(step[1]))
 }
 
 /// The sizes that an instruction set's registers hold, and the code for them.
@@ -370,6 +369,7 @@ const WEIGHT_AHEAD: isize = 16;
 /// # Safety
 /// As [`run`]; `k` is not zero.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "iterators take the compiler longer, every time")]
 unsafe fn sums<
     V: Simd,
     P: Product<V>,
@@ -380,7 +380,7 @@ unsafe fn sums<
 >(
     mut terms: Terms,
     k: usize,
-    rest: &[Segment],
+    mut rest: &[Segment],
     at: At,
     ahead: isize,
     tail: V::Tail,
@@ -389,7 +389,6 @@ unsafe fn sums<
     // the tile; the pointers past the last k are not used, and fetching never faults.
     unsafe {
         let mut acc = [[V::splat(0.0); NV]; R];
-        let mut rest = rest.iter();
         let mut left = k;
         // Rows of a channels-last src that follow one another are walked as one run of memory.
         let mut next = terms.a[0].wrapping_offset(ahead);
@@ -411,11 +410,12 @@ unsafe fn sums<
                 V::fetch(next);
                 next = next.wrapping_add(row_part);
             }
-            for (row, sums) in acc.iter_mut().enumerate() {
+            for row in 0..R {
                 // Pairs of a src that is read in place may begin at any of its values.
-                let x = P::splat(if PACKED { terms.a[0].add(row) } else { terms.row(row) });
-                for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                    *sum = P::mul_add(x, lanes, *sum);
+                let x =
+                    P::splat(if PACKED { terms.a[0].wrapping_add(row) } else { terms.row(row) });
+                for v in 0..NV {
+                    acc[row][v] = P::mul_add(x, lanes[v], acc[row][v]);
                 }
             }
             left -= 1;
@@ -423,7 +423,13 @@ unsafe fn sums<
                 terms = terms.next();
                 continue;
             }
-            let Some(segment) = rest.find(|segment| segment.k > 0) else { return acc };
+            let segment = loop {
+                let Some((segment, others)) = rest.split_first() else { return acc };
+                rest = others;
+                if segment.k > 0 {
+                    break segment;
+                }
+            };
             left = segment.k;
             terms = Terms::new(segment, Strides::new(segment), at);
         }
@@ -487,7 +493,12 @@ impl Terms {
 
     #[inline(always)]
     fn moved(self, a: isize, b: isize) -> Self {
-        Self { a: self.a.map(|ptr| ptr.wrapping_offset(a)), b: self.b.wrapping_offset(b), ..self }
+        let [first, eighth] = self.a;
+        Self {
+            a: [first.wrapping_offset(a), eighth.wrapping_offset(a)],
+            b: self.b.wrapping_offset(b),
+            ..self
+        }
     }
 
     /// The next term.

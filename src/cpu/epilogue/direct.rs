@@ -1,4 +1,8 @@
 //! The epilogue of a tile in registers: bias, a clip and a residual, stored straight to dst.
+//!
+//! It is compiled for every size of every instruction set, so that what it is written in tells in the
+//! time that the crate takes to compile: loops over indices, not iterators.
+#![expect(clippy::needless_range_loop, reason = "as said above")]
 
 use super::{AnyEpilogue, Operand, ResidualOrder, Simple, TileEpilogue};
 use crate::cpu::microkernel::{At, Grid, Product, offset};
@@ -38,23 +42,20 @@ impl<const R: usize> Rows<R> {
         epilogue: &TileEpilogue<'_, T>,
     ) -> Self {
         let bytes = |elements: isize| elements.wrapping_mul(size_of::<T>() as isize);
-        Self {
-            ptr: operand.ptr.cast_mut().cast(),
-            offsets: operand.row_offsets(epilogue.axis, epilogue.channel).map(bytes),
-            step: [0, 1].map(|i| {
-                bytes(offset(
-                    [grid.channel_step[i], grid.position_step[i]],
-                    [operand.channel_stride, operand.position_stride],
-                ))
-            }),
+        let mut offsets = operand.row_offsets(epilogue.axis, epilogue.channel);
+        for offset in &mut offsets {
+            *offset = bytes(*offset);
         }
+        let strides = [operand.channel_stride, operand.position_stride];
+        let step = |i: usize| [grid.channel_step[i], grid.position_step[i]];
+        let step = [bytes(offset(step(0), strides)), bytes(offset(step(1), strides))];
+        Self { ptr: operand.ptr.cast_mut().cast(), offsets, step }
     }
 
-    /// Lane 0 of each row of a tile.
+    /// What the offsets of a tile's rows count from.
     #[inline(always)]
-    fn of<T>(&self, at: At) -> impl Iterator<Item = *mut T> {
-        let ptr = self.ptr.wrapping_byte_offset(offset(at, self.step));
-        self.offsets.iter().map(move |&offset| ptr.wrapping_byte_offset(offset).cast())
+    fn tile(&self, at: At) -> *mut () {
+        self.ptr.wrapping_byte_offset(offset(at, self.step))
     }
 }
 
@@ -89,7 +90,7 @@ impl<'a, const R: usize> Direct<'a, R> {
             None => Rows::NONE,
         };
         let &TileEpilogue { channel, scale, bias, dst, .. } = epilogue;
-        debug_assert_eq!(scale.is_empty(), T::DTYPE == DType::F32);
+        debug_assert_eq!(scale.is_empty(), !scaled::<T>());
         let dst = Rows::new(&dst.read(), grid, epilogue);
         Some(Self { stored: Some(T::DTYPE), simple, channel, scale, bias, dst, residual })
     }
@@ -101,10 +102,12 @@ impl<'a, const R: usize> Direct<'a, R> {
     #[inline(always)]
     pub(crate) unsafe fn fetch<V: Simd, const NV: usize>(&self, at: At) {
         let Some(dtype) = self.stored else { return };
-        for row in self.dst.of::<u8>(at) {
+        let dst = self.dst.tile(at);
+        for &offset in &self.dst.offsets {
+            let row = dst.wrapping_byte_offset(offset).cast::<f32>();
             for v in 0..NV {
                 // SAFETY: the caller's promise.
-                unsafe { V::fetch_mut(row.wrapping_add(v * V::LANES * dtype.size()).cast()) }
+                unsafe { V::fetch_mut(row.wrapping_byte_add(v * V::LANES * dtype.size())) }
             }
         }
     }
@@ -130,37 +133,67 @@ pub(crate) unsafe fn load_row<V: Simd, T: Element, const NV: usize, const TAIL: 
     // SAFETY: the caller's promise.
     unsafe {
         let mut row = [V::splat(0.0); NV];
-        for (v, x) in row.iter_mut().enumerate() {
-            let src = src.add(v * V::LANES);
-            *x = match TAIL && v == NV - 1 {
-                true => simd::load_tail(src, tail),
-                false => simd::load(src),
-            };
+        for v in 0..NV {
+            let src = src.wrapping_add(v * V::LANES);
+            row[v] = if TAIL && v == NV - 1 { simd::load_tail(src, tail) } else { simd::load(src) };
         }
         row
     }
 }
 
+/// A row of one value.
+///
+/// # Safety
+/// The CPU has `V`'s instruction set; the value is readable.
+#[inline(always)]
+unsafe fn splat_row<V: Simd, const NV: usize>(value: *const f32) -> [V; NV] {
+    // SAFETY: the caller's promises. A read that demands no alignment is not checked for it.
+    unsafe { [V::splat(value.read_unaligned()); NV] }
+}
+
+/// Stores a row's vectors, the last one cut to `tail` if `TAIL`.
+///
+/// # Safety
+/// As [`Simd::store`] and [`Simd::store_tail`].
+#[inline(always)]
+unsafe fn store_row<V: Simd, P: Product<V>, T: Element, const NV: usize, const TAIL: bool>(
+    row: [V; NV],
+    dst: *mut T,
+    tail: V::Tail,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for v in 0..NV {
+            let dst = dst.wrapping_add(v * V::LANES);
+            if TAIL && v == NV - 1 {
+                P::store_tail(row[v], dst, tail);
+            } else {
+                P::store(row[v], dst);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV]) -> [V; NV] {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x = *x + y;
+    for v in 0..NV {
+        x[v] = x[v] + y[v];
     }
     x
 }
 
 #[inline(always)]
 fn mul_add_row<V: Simd, const NV: usize>(mut x: [V; NV], y: [V; NV], z: [V; NV]) -> [V; NV] {
-    for (x, (y, z)) in x.iter_mut().zip(y.into_iter().zip(z)) {
-        *x = x.mul_add(y, z);
+    for v in 0..NV {
+        x[v] = x[v].mul_add(y[v], z[v]);
     }
     x
 }
 
 #[inline(always)]
 fn max_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
-    for x in &mut x {
-        *x = x.max(bound);
+    for v in 0..NV {
+        x[v] = x[v].max(bound);
     }
     x
 }
@@ -168,10 +201,15 @@ fn max_row<V: Simd, const NV: usize>(mut x: [V; NV], bound: V) -> [V; NV] {
 #[inline(always)]
 fn clip_row<V: Simd, const NV: usize>(x: [V; NV], low: V, high: V) -> [V; NV] {
     let mut x = max_row(x, low);
-    for x in &mut x {
-        *x = x.min(high);
+    for v in 0..NV {
+        x[v] = x[v].min(high);
     }
     x
+}
+
+/// Whether the sums of tensors of this type are scaled: a weight of 16 bits stays as it is.
+const fn scaled<T: Element>() -> bool {
+    !matches!(T::DTYPE, DType::F32)
 }
 
 /// Applies the epilogue to a tile in registers, and stores it.
@@ -194,46 +232,42 @@ pub(super) unsafe fn finish_direct<
     at: At,
     direct: &Direct<'_, R>,
 ) {
-    let Simple { lower, upper, residual } = direct.simple;
+    let &Direct { simple: Simple { lower, upper, residual }, channel, scale, bias, .. } = direct;
+    let [[i, j], [down, right]] = [at, grid.channel_step];
+    let channel = channel.wrapping_add(i.wrapping_mul(down)).wrapping_add(j.wrapping_mul(right));
+    let (scale, bias) = (scale.as_ptr().wrapping_add(channel), bias.as_ptr().wrapping_add(channel));
+    let (dst, added) = (direct.dst.tile(at), direct.residual.tile(at));
+    // SAFETY: the CPU has V's instruction set; the parameters cover the lanes of the tile.
+    let (lanes, scales) = unsafe {
+        let none = [V::splat(0.0); NV];
+        let lanes = if ROWS { none } else { load_row::<V, f32, NV, TAIL>(bias, tail) };
+        let scales = match ROWS || const { !scaled::<T>() } {
+            true => none,
+            false => load_row::<V, f32, NV, TAIL>(scale, tail),
+        };
+        (lanes, scales)
+    };
     // Bias, then the body, then the store, row by row: sums are complete in that order, and what
     // waits in the CPU's queues for a sum that is not there yet keeps the next tile's
     // multiplications out of them. Each body is straight code.
     macro_rules! each_row {
         (|$x:ident, $residual:ident| $body:expr) => {{
-            let [i, j] = at;
-            let &Direct { channel, scale, bias, .. } = direct;
-            let [down, right] = grid.channel_step;
-            let channel =
-                channel.wrapping_add(i.wrapping_mul(down)).wrapping_add(j.wrapping_mul(right));
-            let scaled = T::DTYPE != DType::F32;
-            // SAFETY: the parameters cover rows and lanes of the tile, tails cut the rest; the
-            // rows of dst and of the residual are valid for every lane of the tile.
-            unsafe {
-                let (scale, bias) =
-                    (scale.as_ptr().wrapping_add(channel), bias.as_ptr().add(channel));
-                let none = [V::splat(0.0); NV];
-                let lanes = if ROWS { none } else { load_row::<V, f32, NV, TAIL>(bias, tail) };
-                let scales = match ROWS || !scaled {
-                    true => none,
-                    false => load_row::<V, f32, NV, TAIL>(scale, tail),
-                };
-                let rows = acc.iter().zip(direct.dst.of::<T>(at)).zip(direct.residual.of::<T>(at));
-                for (row, ((sums, dst), $residual)) in rows.enumerate() {
-                    let bias = if ROWS { [V::splat(*bias.add(row)); NV] } else { lanes };
-                    let $x = if scaled {
-                        let scale = if ROWS { [V::splat(*scale.add(row)); NV] } else { scales };
-                        mul_add_row(*sums, scale, bias)
+            for row in 0..R {
+                // SAFETY: as above; they cover its rows, too, and tails cut the rest; the rows of dst
+                // and of the residual are valid for every lane of the tile.
+                unsafe {
+                    let bias = if ROWS { splat_row(bias.wrapping_add(row)) } else { lanes };
+                    let $x = if const { scaled::<T>() } {
+                        let scale = if ROWS { splat_row(scale.wrapping_add(row)) } else { scales };
+                        mul_add_row(acc[row], scale, bias)
                     } else {
-                        add_row(*sums, bias)
+                        add_row(acc[row], bias)
                     };
-                    let row: [V; NV] = $body;
-                    for (v, x) in row.iter().enumerate() {
-                        let dst = dst.add(v * V::LANES);
-                        match TAIL && v == NV - 1 {
-                            true => P::store_tail(*x, dst, tail),
-                            false => P::store(*x, dst),
-                        }
-                    }
+                    let $residual =
+                        added.wrapping_byte_offset(direct.residual.offsets[row]).cast::<T>();
+                    let x: [V; NV] = $body;
+                    let dst = dst.wrapping_byte_offset(direct.dst.offsets[row]).cast::<T>();
+                    store_row::<V, P, T, NV, TAIL>(x, dst, tail);
                 }
             }
         }};
@@ -242,9 +276,10 @@ pub(super) unsafe fn finish_direct<
     let clip = [lower, upper];
     // SAFETY: the CPU has V's instruction set, here and below.
     let (low, high) = unsafe { (V::splat(clip[0]), V::splat(clip[1])) };
+    // What a constant excludes is not even compiled.
     match ([lower > none[0], upper < none[1]], residual) {
-        ([false, false], None) if T::DTYPE == DType::F32 => each_row!(|x, _residual| x),
-        ([true, false], None) if T::DTYPE == DType::F32 => {
+        ([false, false], None) if const { !scaled::<T>() } => each_row!(|x, _residual| x),
+        ([true, false], None) if const { !scaled::<T>() } => {
             each_row!(|x, _residual| max_row(x, low))
         }
         (_, None) => each_row!(|x, _residual| clip_row(x, low, high)),

@@ -3,6 +3,7 @@
 //!
 //! Bounds are applied to the bytes: what is rounded keeps its order, so that the nearest integers of a
 //! range's ends cut it down as the ends do.
+#![expect(clippy::needless_range_loop, reason = "as in `sums`")]
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -93,32 +94,32 @@ pub(super) unsafe fn strip<
     unsafe {
         let vectors = |from: *const u32| {
             let mut vectors = [D::zero(); NV];
-            for (v, vector) in vectors.iter_mut().enumerate() {
-                *vector = D::load(from.add(v * D::LANES));
+            for v in 0..NV {
+                vectors[v] = D::load(from.wrapping_add(v * D::LANES));
             }
             vectors
         };
         for t in 0..tiles {
             let first = t * R;
             let mut sums = [[D::zero(); NV]; R];
-            for (r, sums) in sums.iter_mut().enumerate() {
-                *sums = match WEIGHT_IS_A {
-                    true => [D::splat(offset.add(first + r).cast()); NV],
+            for r in 0..R {
+                sums[r] = match WEIGHT_IS_A {
+                    true => [D::splat(offset.wrapping_add(first + r).cast()); NV],
                     false => vectors(offset),
                 };
             }
             sums::add::<D, R, NV, WEIGHT_IS_A>(&tile, rows, &mut sums);
-            for (r, sums) in sums.into_iter().enumerate() {
+            for r in 0..R {
                 let (scale, to) = match WEIGHT_IS_A {
                     true => {
-                        let scale = [D::splat(scale.add(first + r).cast()); NV];
+                        let scale = [D::splat(scale.wrapping_add(first + r).cast()); NV];
                         (scale, dst.wrapping_offset((first + r) as isize * channel))
                     }
                     false => (vectors(scale), dst.wrapping_offset(*positions.add(first + r))),
                 };
-                let mut steps = sums;
-                for (steps, scale) in steps.iter_mut().zip(scale) {
-                    *steps = steps.steps(scale);
+                let mut steps = sums[r];
+                for v in 0..NV {
+                    steps[v] = steps[v].steps(scale[v]);
                 }
                 D::store_bytes(steps, &bytes, to, lanes);
             }
@@ -268,7 +269,13 @@ macro_rules! avx512 {
                 lanes: usize,
             ) {
                 // SAFETY: the caller's promises.
-                unsafe { store_avx512(steps.map(|steps| steps.0), bytes, dst, lanes) }
+                unsafe {
+                    let mut registers = [_mm512_setzero_si512(); NV];
+                    for v in 0..NV {
+                        registers[v] = steps[v].0;
+                    }
+                    store_avx512(registers, bytes, dst, lanes)
+                }
             }
         }
     )*};

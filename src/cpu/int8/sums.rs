@@ -4,6 +4,10 @@
 //! CPU multiplies bytes (VNNI), elsewhere two 16-bit integers. One side is unsigned (src), the other
 //! one signed (the weight). Sums wrap, so that whatever is added to them, before or afterwards, is
 //! exact as long as the result fits an i32.
+//!
+//! Tiles are compiled in every size, so that what they are written in tells in the time that the crate
+//! takes to compile: loops over indices, not iterators.
+#![expect(clippy::needless_range_loop, reason = "as said above")]
 
 use std::hint::black_box;
 
@@ -175,7 +179,7 @@ impl Rows {
     /// from the optimiser, which would make one long chain of additions of them.
     #[inline(always)]
     pub(super) fn new(one: isize) -> Self {
-        let [three, five, seven] = [3, 5, 7].map(|times| black_box(times * one));
+        let [three, five, seven] = [black_box(3 * one), black_box(5 * one), black_box(7 * one)];
         Rows { one, three, five, seven }
     }
 }
@@ -197,10 +201,10 @@ pub(super) unsafe fn add<D: Dot, const R: usize, const NV: usize, const WEIGHT_I
     unsafe {
         for _ in 0..tile.words {
             let mut lanes = [D::zero(); NV];
-            for (v, lanes) in lanes.iter_mut().enumerate() {
-                *lanes = D::load(b.add(v * D::LANES));
+            for v in 0..NV {
+                lanes[v] = D::load(b.wrapping_add(v * D::LANES));
             }
-            for (row, sums) in sums.iter_mut().enumerate() {
+            for row in 0..R {
                 let word = D::splat(bases[row / 7].wrapping_offset(match row % 7 {
                     0 => 0,
                     1 => one,
@@ -210,11 +214,13 @@ pub(super) unsafe fn add<D: Dot, const R: usize, const NV: usize, const WEIGHT_I
                     5 => five,
                     _ => three * 2,
                 }));
-                for (sum, lanes) in sums.iter_mut().zip(lanes) {
-                    *sum = if WEIGHT_IS_A { sum.dot(lanes, word) } else { sum.dot(word, lanes) };
+                for v in 0..NV {
+                    let sum = sums[row][v];
+                    sums[row][v] =
+                        if WEIGHT_IS_A { sum.dot(lanes[v], word) } else { sum.dot(word, lanes[v]) };
                 }
             }
-            bases = bases.map(|base| base.wrapping_offset(tile.a_word));
+            bases = [bases[0].wrapping_offset(tile.a_word), bases[1].wrapping_offset(tile.a_word)];
             b = b.wrapping_add(tile.b_word);
         }
     }
@@ -233,9 +239,9 @@ pub(super) unsafe fn tile<D: Dot, const R: usize, const NV: usize, const WEIGHT_
     unsafe {
         let mut sums = [[D::zero(); NV]; R];
         add::<D, R, NV, WEIGHT_IS_A>(tile, Rows::new(tile.a_row), &mut sums);
-        for (row, sums) in sums.into_iter().enumerate() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                sum.store(out.add(row * SUMS_STRIDE + v * D::LANES));
+        for row in 0..R {
+            for v in 0..NV {
+                sums[row][v].store(out.wrapping_add(row * SUMS_STRIDE + v * D::LANES));
             }
         }
     }
