@@ -5,13 +5,14 @@
 //! known here is an error with its text and line, never a guess.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 use crate::alu::{self, Alu, Approx, Flags, HalfOp, Ty, carry, setp};
 use crate::float::{self, F16, Fp8, Round};
 use crate::isa::{
     Access, Address, AtomOp, Atomic, BarKind, Barrier, Base, Call, CpAsync, Inst, Kernel, Kind,
     LOCAL_WINDOW, Matrix, Op, Origin, PARAM_WINDOW, Redux, SHARED_START, SHARED_WINDOW, SharedVar,
-    Shuffle, Special, Target, Vote,
+    Shuffle, Special, Target, Touch, Vote,
 };
 use crate::mma::Mma;
 use crate::parse::{Class, Function, Loc, Module, Operand, Reg, Space, Statement};
@@ -76,6 +77,8 @@ pub fn link(
             words: Vec::new(),
             longs: Vec::new(),
             specials: Vec::new(),
+            touches: Vec::new(),
+            unset: OnceLock::new(),
             shared: Vec::new(),
             static_shared: 0,
             local: 0,
@@ -563,14 +566,32 @@ impl Decoder<'_, '_, '_> {
         self.frame().base[reg.class as usize] + reg.index
     }
 
+    /// The row of a register that holds a `ty`.
+    fn reg_row_of(&self, reg: Reg, ty: Ty) -> Decode<u32> {
+        match (reg.class, ty.long()) {
+            (Class::Word, false) | (Class::Long, true) => Ok(self.reg_row(reg)),
+            _ => Err(format!("a register of {} bits where {ty:?} is needed", reg.bits)),
+        }
+    }
+
+    /// Notes that the instruction reads or writes a register. What a guard may leave out is no write.
+    fn touch(&mut self, reg: Reg, write: bool) {
+        let always = self.inst.guard == ALWAYS && self.inst.guard_flip == 0;
+        if reg.class != Class::Pred && (always || !write) {
+            let (inst, row) = (self.linker.kernel.insts.len() as u32, self.reg_row(reg));
+            let long = reg.class == Class::Long;
+            self.linker.kernel.touches.push(Touch { inst, row, long, write });
+        }
+    }
+
     /// The row of a source of type `ty`.
     pub fn src(&mut self, operand: &Operand, ty: Ty) -> Decode<u32> {
         let long = ty.long();
         match operand {
-            Operand::Reg(reg) => match (reg.class, long) {
-                (Class::Word, false) | (Class::Long, true) => Ok(self.reg_row(*reg)),
-                _ => Err(format!("a register of {} bits where {ty:?} is needed", reg.bits)),
-            },
+            Operand::Reg(reg) => {
+                self.touch(*reg, false);
+                self.reg_row_of(*reg, ty)
+            }
             Operand::Int(n) => {
                 let bits = match ty {
                     Ty::F32 => (*n as f32).to_bits().into(),
@@ -599,7 +620,10 @@ impl Decoder<'_, '_, '_> {
     /// The row of a destination of type `ty`.
     pub fn dst(&mut self, operand: &Operand, ty: Ty) -> Decode<u32> {
         match operand {
-            Operand::Reg(_) => self.src(operand, ty),
+            Operand::Reg(reg) => {
+                self.touch(*reg, true);
+                self.reg_row_of(*reg, ty)
+            }
             Operand::Sink => Ok(0),
             other => Err(format!("{other:?} cannot be written")),
         }
@@ -650,6 +674,7 @@ impl Decoder<'_, '_, '_> {
         let offset = *offset;
         match &**base {
             Operand::Reg(reg) => {
+                self.touch(*reg, false);
                 let row = self.reg_row(*reg);
                 let base = match reg.class {
                     Class::Word => Base::Word(row),
@@ -1815,7 +1840,10 @@ impl Decoder<'_, '_, '_> {
             regs.push(match item {
                 Operand::Sink if !store => None,
                 // Narrow types fit wide registers.
-                Operand::Reg(reg) if reg.class != Class::Pred => Some(self.reg_row(*reg)),
+                Operand::Reg(reg) if reg.class != Class::Pred => {
+                    self.touch(*reg, !store);
+                    Some(self.reg_row(*reg))
+                }
                 _ if store => Some(self.src(item, register)?),
                 other => return Err(format!("{other:?} cannot be loaded")),
             });

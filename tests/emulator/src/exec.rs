@@ -281,11 +281,21 @@ impl Grid<'_> {
         block
     }
 
-    /// Poisons all registers, then sets those that hold constants and special values.
+    /// Poisons registers, then sets those that hold constants and special values.
     fn reset_registers(&self, regs: &mut Regs, w: usize, index: [u32; 3]) {
         let kernel = self.kernel;
-        regs.w.fill([POISON; 32]);
-        regs.l.fill([u64::from(POISON) << 32 | u64::from(POISON); 32]);
+        let (word, long) = ([POISON; 32], [u64::from(POISON) << 32 | u64::from(POISON); 32]);
+        match kernel.unset() {
+            // A kernel has thousands of registers: to set all of them takes longer than a short block.
+            Some([words, longs]) => {
+                words.iter().for_each(|&row| regs.w[row as usize] = word);
+                longs.iter().for_each(|&row| regs.l[row as usize] = long);
+            }
+            None => {
+                regs.w.fill(word);
+                regs.l.fill(long);
+            }
+        }
         regs.p.fill(POISON_PREDICATE);
         regs.p[0] = u32::MAX;
         for &(row, value) in &kernel.words {

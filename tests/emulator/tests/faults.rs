@@ -295,6 +295,26 @@ fn registers_that_nothing_set_are_poison_in_every_block() {
 }
 
 #[test]
+fn registers_that_some_path_does_not_set_are_poison_in_every_block() {
+    // Set under a guard; on one side of a branch; in a loop, after it is read there first.
+    let text = ".version 9.0\n.target sm_80\n.visible .entry k(.param .u64 dst) {\n\
+        .reg .b32 %g, %s, %o, %b, %t, %i; .reg .b64 %d; .reg .pred %p, %q;\n\
+        ld.param.u64 %d, [dst]; mov.u32 %t, %tid.x; mov.u32 %b, %ctaid.x;\n\
+        mad.lo.u32 %i, %b, 32, %t; mad.wide.u32 %d, %i, 16, %d; setp.lt.u32 %p, %t, 16;\n\
+        @%p mov.b32 %g, 1; @!%p bra OTHER; mov.b32 %s, 2; OTHER: mov.b32 %i, 0;\n\
+        LOOP: setp.ne.u32 %q, %i, 0; @%q bra SET; st.global.b32 [%d+8], %o; SET: mov.b32 %o, 3;\n\
+        add.u32 %i, %i, 1; setp.lt.u32 %q, %i, 2; @%q bra LOOP;\n\
+        st.global.b32 [%d], %g; st.global.b32 [%d+4], %s; st.global.b32 [%d+12], %o; ret; }";
+    let mut gpu = Gpu::new(text);
+    let dst = gpu.empty(3 * 32 * 16);
+    gpu.launch("k", [3, 1, 1], [32, 1, 1], 0, &[(8, dst)]).unwrap();
+    for (i, words) in gpu.words(dst, 3 * 32 * 4).chunks(4).enumerate() {
+        let [g, s] = if i % 32 < 16 { [1, 2] } else { [0x7fff_7fff; 2] };
+        assert_eq!(words, [g, s, 0x7fff_7fff, 3], "thread {i}");
+    }
+}
+
+#[test]
 fn the_read_only_path_does_not_see_stores_of_the_launch() {
     let at =
         "mul.wide.u32 %e, %t, 4; add.u64 %d, %d, %e; mov.u32 %b, %ctaid.x; setp.eq.u32 %p, %b, 0;";
