@@ -65,26 +65,23 @@ mod cuda {
             return;
         }
         params(&out.join("params.rs"));
-        let prebuilt = env::var_os("POINTWISE_FATBIN").filter(|path| !path.is_empty());
-        match (prebuilt, find_nvcc()) {
-            (Some(prebuilt), _) => {
-                let prebuilt = Path::new(&prebuilt);
-                println!("cargo::rerun-if-changed={}", prebuilt.display());
-                copy(prebuilt, &fatbin);
-                let stem = prebuilt.file_stem().unwrap_or_default().to_string_lossy();
-                let beside = prebuilt.with_file_name(format!("{stem}-fp8.fatbin"));
-                println!("cargo::rerun-if-changed={}", beside.display());
-                if beside.is_file() {
-                    copy(&beside, &fp8)
-                } else {
-                    write(&fp8, b"")
-                }
-                describe("unknown", "those of POINTWISE_FATBIN");
+        if let Some(prebuilt) = env::var_os("POINTWISE_FATBIN").filter(|path| !path.is_empty()) {
+            let prebuilt = Path::new(&prebuilt);
+            println!("cargo::rerun-if-changed={}", prebuilt.display());
+            copy(prebuilt, &fatbin);
+            let stem = prebuilt.file_stem().unwrap_or_default().to_string_lossy();
+            let beside = prebuilt.with_file_name(format!("{stem}-fp8.fatbin"));
+            println!("cargo::rerun-if-changed={}", beside.display());
+            if beside.is_file() {
+                copy(&beside, &fp8)
+            } else {
+                write(&fp8, b"")
             }
-            (None, Some(nvcc)) => compile(&nvcc, &fatbin, &fp8),
-            (None, None) => {
-                fail(&format!("the feature `cuda` needs nvcc, and none was found\n{HELP}"))
-            }
+            return describe("unknown", "those of POINTWISE_FATBIN");
+        }
+        match find_nvcc() {
+            Some(nvcc) => compile(&nvcc, &fatbin, &fp8),
+            None => fail(&format!("the feature `cuda` needs nvcc, and none was found\n{HELP}")),
         }
     }
 

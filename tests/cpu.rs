@@ -17,6 +17,8 @@ mod fp8;
 mod properties;
 #[path = "cpu/quantized.rs"]
 mod quantized;
+#[path = "common/rng.rs"]
+mod rng;
 #[path = "cpu/semantics.rs"]
 mod semantics;
 #[path = "cpu/train.rs"]

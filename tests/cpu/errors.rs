@@ -3,6 +3,7 @@
 
 use std::process::Command;
 
+use crate::rng::Rng;
 use ndarray::{
     Array, Array1, Array2, Array3, Array4, ArrayD, ArrayView4, ArrayViewMut4, Axis, IxDyn, s,
 };
@@ -1041,31 +1042,8 @@ fn variables_need_not_be_text() {
     }
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Rng(u64);
-
 impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn pick<T: Clone>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len())].clone()
-    }
-
-    fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-
-    fn float(&mut self) -> f32 {
+    fn odd_float(&mut self) -> f32 {
         self.pick(&[
             0.0,
             -0.0,
@@ -1088,14 +1066,15 @@ impl Rng {
         self.pick(&[0, 1, 2, 3, 5, 1 << 50, 1 << 62, usize::MAX - 2, usize::MAX])
     }
 
-    fn vector(&mut self, len: usize) -> Array1<f32> {
+    fn odd_vector(&mut self, len: usize) -> Array1<f32> {
         let len = if self.chance(95) { len } else { self.below(6) };
         let wild = self.chance(15);
-        Array1::from_shape_fn(len, |_| if wild { self.float() } else { 1.0 })
+        Array1::from_shape_fn(len, |_| if wild { self.odd_float() } else { 1.0 })
     }
 
     fn activation(&mut self) -> Activation {
-        let (a, b) = if self.chance(70) { (-1.0, 1.0) } else { (self.float(), self.float()) };
+        let (a, b) =
+            if self.chance(70) { (-1.0, 1.0) } else { (self.odd_float(), self.odd_float()) };
         self.pick(&[
             Activation::Relu,
             Activation::Clip { lo: a, hi: b },
@@ -1107,22 +1086,22 @@ impl Rng {
     }
 
     fn batch_norm(&mut self, channels: usize) -> BatchNorm {
-        let norm = BatchNorm::new(self.vector(channels), self.vector(channels));
-        let norm = if self.chance(10) { norm.eps(self.float()) } else { norm };
+        let norm = BatchNorm::new(self.odd_vector(channels), self.odd_vector(channels));
+        let norm = if self.chance(10) { norm.eps(self.odd_float()) } else { norm };
         if self.chance(50) {
             norm
         } else {
-            norm.affine(self.vector(channels), self.vector(channels))
+            norm.affine(self.odd_vector(channels), self.odd_vector(channels))
         }
     }
 
     fn layer_norm(&mut self, channels: usize) -> LayerNorm {
         let norm = self.pick(&[LayerNorm::over_channels(), LayerNorm::over_all()]);
-        let norm = if self.chance(10) { norm.eps(self.float()) } else { norm };
+        let norm = if self.chance(10) { norm.eps(self.odd_float()) } else { norm };
         if self.chance(50) {
             norm
         } else {
-            norm.affine(self.vector(channels), self.vector(channels))
+            norm.affine(self.odd_vector(channels), self.odd_vector(channels))
         }
     }
 
@@ -1156,7 +1135,7 @@ fn throw_garbage(seed: u64) -> bool {
     let weight_rows = if rng.chance(97) { c_out } else { rng.below(4) };
     let weight_k = if rng.chance(97) { k } else { 0 };
     let mut layer = Pointwise::new(Array2::from_shape_fn((weight_rows, weight_k), |_| {
-        if rng.chance(95) { 1.0 } else { rng.float() }
+        if rng.chance(95) { 1.0 } else { rng.odd_float() }
     }))
     .groups(rng.size(groups));
     let stride = rng.pick(&[1, 1, 1, 2, 3]);
@@ -1171,7 +1150,7 @@ fn throw_garbage(seed: u64) -> bool {
     for _ in 0..rng.pick(&[0, 0, 1, 2]) {
         let stage = match rng.below(4) {
             0 => SourceStage::BatchNorm(rng.batch_norm(c_in)),
-            1 => SourceStage::Affine { scale: rng.vector(c_in), shift: rng.vector(c_in) },
+            1 => SourceStage::Affine { scale: rng.odd_vector(c_in), shift: rng.odd_vector(c_in) },
             2 => SourceStage::Gate,
             _ => SourceStage::Activation(rng.activation()),
         };
@@ -1179,9 +1158,9 @@ fn throw_garbage(seed: u64) -> bool {
     }
     for _ in 0..rng.pick(&[0, 1, 2, 3]) {
         let stage = match rng.below(7) {
-            0 => Stage::Bias(rng.vector(c_out)),
+            0 => Stage::Bias(rng.odd_vector(c_out)),
             1 => Stage::BatchNorm(rng.batch_norm(c_out)),
-            2 => Stage::PRelu(rng.vector(c_out)),
+            2 => Stage::PRelu(rng.odd_vector(c_out)),
             3 => Stage::Residual,
             4 => Stage::LayerNorm(rng.layer_norm(c_out)),
             5 => Stage::ChannelShuffle { groups: rng.size(groups) },
@@ -1215,7 +1194,7 @@ fn throw_garbage(seed: u64) -> bool {
     let residual_shape = shape_of(rng, before + c_out + after, stride);
     let gate_shape = if rng.chance(90) { vec![n, c_in] } else { shape_of(rng, c_in, 1) };
 
-    let data = vec![if rng.chance(90) { 1.0f32 } else { rng.float() }; 4000];
+    let data = vec![if rng.chance(90) { 1.0f32 } else { rng.odd_float() }; 4000];
     let view = |rng: &mut Rng, shape: &[usize]| {
         let (offset, strides) = rng.strides(shape);
         TensorRef::from_slice(&data, offset, shape, &strides).ok()

@@ -1,6 +1,7 @@
 //! Random layers on random shapes and strides, in every dtype, against the f64 reference.
 
-use ndarray::{Array1, Array2, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn, Slice};
+use crate::rng::Rng;
+use ndarray::{Array2, ArrayD, ArrayViewD, ArrayViewMutD, Axis, IxDyn, Slice};
 use pointwise::init::Init;
 use pointwise::{
     Activation, BatchNorm, DType, Device, Element, LayerNorm, Pointwise, PrepareOptions,
@@ -8,40 +9,6 @@ use pointwise::{
 };
 use proptest::prelude::*;
 use std::sync::{Arc, LazyLock};
-
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len())]
-    }
-
-    fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-
-    /// Uniform in `lo..hi`.
-    fn float(&mut self, lo: f32, hi: f32) -> f32 {
-        lo + (hi - lo) * (self.next() >> 40) as f32 / (1u64 << 24) as f32
-    }
-
-    fn vector(&mut self, len: usize, lo: f32, hi: f32) -> Array1<f32> {
-        Array1::from_shape_fn(len, |_| self.float(lo, hi))
-    }
-}
 
 /// A tensor inside a larger one: axes in random memory order, gaps, steps of either sign.
 struct Strided<T = f32> {

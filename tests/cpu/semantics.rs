@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::rng::Rng;
 use ndarray::{
     ArcArray, Array, Array1, Array2, Array3, Array4, Array5, ArrayD, ArrayView2, ArrayView4, Axis,
     CowArray, Dimension, Ix4, IxDyn, s,
@@ -16,16 +17,12 @@ use pointwise::{
 const INF: f32 = f32::INFINITY;
 const NAN: f32 = f32::NAN;
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Rng(u64);
+/// Layers and tensors of values between -1 and 1.
+struct Random(Rng);
 
-impl Rng {
+impl Random {
     fn float(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        self.0.float(-1.0, 1.0)
     }
 
     fn array<D: Dimension>(&mut self, shape: impl ndarray::ShapeBuilder<Dim = D>) -> Array<f32, D> {
@@ -168,7 +165,7 @@ fn infinities<T: Element>() {
 }
 
 fn nan_goes<T: Element>() {
-    let rng = &mut Rng(1);
+    let rng = &mut Random(Rng(1));
     let (rows, k, n, h, w) = (19, 6, 3, 5, 7);
     let base = rng.layer(2 * rows, k).groups(2);
     let mut layers = vec![("bare".to_owned(), base.clone())];
@@ -238,7 +235,7 @@ fn nan_goes<T: Element>() {
 }
 
 fn nan_of_others<T: Element>() {
-    let rng = &mut Rng(2);
+    let rng = &mut Random(Rng(2));
     let nan = T::from_f32(NAN);
     let source = rng.array((2, 4, 3, 3)).mapv(T::from_f32);
     let mut residual = rng.array((2, 6, 3, 3)).mapv(T::from_f32);
@@ -268,7 +265,7 @@ fn channels_last<T: Element>(of: &Array4<T>) -> Array4<T> {
 
 #[test]
 fn empty_tensors_give_empty_tensors() {
-    let rng = &mut Rng(3);
+    let rng = &mut Random(Rng(3));
     let layers = [
         rng.layer(5, 3),
         rng.layer(5, 3).bias(vec![1.0; 5]).relu(),
@@ -320,7 +317,7 @@ fn empty_tensors_give_empty_tensors() {
 }
 
 /// Layers of many kinds, 24 to 40 channels; all that a call takes is src.
-fn kinds(rng: &mut Rng) -> Vec<(&'static str, Pointwise)> {
+fn kinds(rng: &mut Random) -> Vec<(&'static str, Pointwise)> {
     let over_all = rng.layer_norm(LayerNorm::over_all(), 40);
     vec![
         ("relu", rng.layer(40, 24).bias(rng.vector(40)).relu()),
@@ -344,7 +341,7 @@ fn kinds(rng: &mut Rng) -> Vec<(&'static str, Pointwise)> {
 }
 
 fn bits_repeat<T: Element>() {
-    let rng = &mut Rng(4);
+    let rng = &mut Random(Rng(4));
     let pool = |threads: usize| {
         Arc::new(rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap())
     };
@@ -376,7 +373,7 @@ fn bits_repeat<T: Element>() {
 }
 
 fn samples<T: Element>() {
-    let rng = &mut Rng(5);
+    let rng = &mut Random(Rng(5));
     for (name, layer) in kinds(rng) {
         let prepared = cpu_as::<T>(&layer);
         for shape in [(6, 24, 1, 1), (5, 24, 7, 7), (3, 24, 31, 29), (9, 24, 4, 8)] {
@@ -396,7 +393,7 @@ fn samples<T: Element>() {
 
 #[test]
 fn a_result_has_its_source_s_memory_order() {
-    let rng = &mut Rng(6);
+    let rng = &mut Random(Rng(6));
     let layer = cpu(rng.layer(7, 3));
     let first = rng.array((2, 3, 4, 5));
     let want = layer.forward(&first).unwrap();
@@ -563,7 +560,7 @@ fn what_is_shared_between_threads_may_be() {
 
 #[test]
 fn many_threads_share_a_layer() {
-    let rng = &mut Rng(7);
+    let rng = &mut Random(Rng(7));
     for (name, layer) in kinds(rng) {
         let prepared = cpu(layer);
         let sources: Vec<_> = (0..4).map(|i| rng.array((1 + i, 24, 23, 31))).collect();
@@ -587,7 +584,7 @@ fn many_threads_share_a_layer() {
 #[test]
 fn calls_inside_a_pool() {
     use rayon::prelude::*;
-    let rng = &mut Rng(8);
+    let rng = &mut Random(Rng(8));
     let layers: Vec<_> =
         kinds(rng).into_iter().filter(|(name, _)| !name.contains("partial")).collect();
     let source = rng.array((2, 24, 61, 53));
@@ -614,7 +611,7 @@ fn calls_inside_a_pool() {
 
 #[test]
 fn a_sequence_equals_its_layers_one_by_one() {
-    let rng = &mut Rng(9);
+    let rng = &mut Random(Rng(9));
     let layers = [
         rng.layer(50, 12).bias(rng.vector(50)).silu(),
         rng.layer(20, 50).layer_norm(LayerNorm::over_all()).stride(2),
@@ -649,7 +646,7 @@ fn a_sequence_equals_its_layers_one_by_one() {
 
 #[test]
 fn branches_equal_their_layers_one_by_one() {
-    let rng = &mut Rng(10);
+    let rng = &mut Random(Rng(10));
     let mut layers: Vec<_> = kinds(rng).into_iter().map(|(_, layer)| layer).collect();
     layers.push(rng.layer(8, 24).residual().relu());
     layers.push(rng.layer(8, 24).gate());
@@ -690,7 +687,7 @@ fn branches_equal_their_layers_one_by_one() {
 
 #[test]
 fn branches_write_into_one_concatenation() {
-    let rng = &mut Rng(11);
+    let rng = &mut Random(Rng(11));
     let widths = [16, 3, 33];
     let layers: Vec<_> = widths.iter().map(|&c| cpu(rng.layer(c, 20).relu())).collect();
     let source = rng.array((2, 20, 9, 7));
@@ -711,7 +708,7 @@ fn branches_write_into_one_concatenation() {
 
 #[test]
 fn a_shuffle_is_a_permutation_by_hand() {
-    let rng = &mut Rng(12);
+    let rng = &mut Random(Rng(12));
     // Torch: view(groups, c / groups), transposed, flattened.
     let shuffled = |dst: &Array4<f32>, groups: usize| {
         let per_group = dst.shape()[1] / groups;
@@ -764,7 +761,7 @@ fn a_shuffle_is_a_permutation_by_hand() {
 /// DenseNet: each layer reads the channels in front of those that it appends to.
 #[test]
 fn a_dense_block_grows_in_place() {
-    let rng = &mut Rng(13);
+    let rng = &mut Random(Rng(13));
     let (start, growth, layers, n, h, w) = (10, 6, 4, 2, 9, 11);
     let total = start + growth * layers;
     let source = rng.array((n, start, h, w));
@@ -821,7 +818,7 @@ fn ranges_of_large_tensors_are_no_alias() {
 /// Strided views, reversed and broadcast ones, are read where they are.
 #[test]
 fn any_view_is_its_values() {
-    let rng = &mut Rng(14);
+    let rng = &mut Random(Rng(14));
     let layer = cpu(rng.layer(5, 4).bias(rng.vector(5)).relu());
     let whole = rng.array((3, 9, 8, 10));
     let line = whole.slice(s![0..1, ..4, ..1, ..]);
@@ -851,7 +848,7 @@ fn any_view_is_its_values() {
 #[cfg(feature = "serde")]
 #[test]
 fn a_description_survives_serialisation() {
-    let rng = &mut Rng(15);
+    let rng = &mut Random(Rng(15));
     let layer = rng
         .layer(8, 3)
         .groups(2)

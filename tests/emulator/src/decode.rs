@@ -562,25 +562,24 @@ impl Decoder<'_, '_, '_> {
         Err(format!("needs .target sm_{arch} or higher, the module has sm_{target}"))
     }
 
-    fn reg_row(&self, reg: Reg) -> u32 {
-        self.frame().base[reg.class as usize] + reg.index
-    }
-
-    /// The row of a register that holds a `ty`.
-    fn reg_row_of(&self, reg: Reg, ty: Ty) -> Decode<u32> {
-        match (reg.class, ty.long()) {
-            (Class::Word, false) | (Class::Long, true) => Ok(self.reg_row(reg)),
-            _ => Err(format!("a register of {} bits where {ty:?} is needed", reg.bits)),
-        }
-    }
-
-    /// Notes that the instruction reads or writes a register. What a guard may leave out is no write.
-    fn touch(&mut self, reg: Reg, write: bool) {
+    /// The row of a register that the instruction reads or writes, which is noted. What a guard may
+    /// leave out is no write.
+    fn reg_row(&mut self, reg: Reg, write: bool) -> u32 {
+        let row = self.frame().base[reg.class as usize] + reg.index;
         let always = self.inst.guard == ALWAYS && self.inst.guard_flip == 0;
         if reg.class != Class::Pred && (always || !write) {
-            let (inst, row) = (self.linker.kernel.insts.len() as u32, self.reg_row(reg));
+            let inst = self.linker.kernel.insts.len() as u32;
             let long = reg.class == Class::Long;
             self.linker.kernel.touches.push(Touch { inst, row, long, write });
+        }
+        row
+    }
+
+    /// The same of a register that holds a `ty`.
+    fn reg_row_as(&mut self, reg: Reg, ty: Ty, write: bool) -> Decode<u32> {
+        match (reg.class, ty.long()) {
+            (Class::Word, false) | (Class::Long, true) => Ok(self.reg_row(reg, write)),
+            _ => Err(format!("a register of {} bits where {ty:?} is needed", reg.bits)),
         }
     }
 
@@ -588,10 +587,7 @@ impl Decoder<'_, '_, '_> {
     pub fn src(&mut self, operand: &Operand, ty: Ty) -> Decode<u32> {
         let long = ty.long();
         match operand {
-            Operand::Reg(reg) => {
-                self.touch(*reg, false);
-                self.reg_row_of(*reg, ty)
-            }
+            Operand::Reg(reg) => self.reg_row_as(*reg, ty, false),
             Operand::Int(n) => {
                 let bits = match ty {
                     Ty::F32 => (*n as f32).to_bits().into(),
@@ -620,10 +616,7 @@ impl Decoder<'_, '_, '_> {
     /// The row of a destination of type `ty`.
     pub fn dst(&mut self, operand: &Operand, ty: Ty) -> Decode<u32> {
         match operand {
-            Operand::Reg(reg) => {
-                self.touch(*reg, true);
-                self.reg_row_of(*reg, ty)
-            }
+            Operand::Reg(reg) => self.reg_row_as(*reg, ty, true),
             Operand::Sink => Ok(0),
             other => Err(format!("{other:?} cannot be written")),
         }
@@ -674,8 +667,7 @@ impl Decoder<'_, '_, '_> {
         let offset = *offset;
         match &**base {
             Operand::Reg(reg) => {
-                self.touch(*reg, false);
-                let row = self.reg_row(*reg);
+                let row = self.reg_row(*reg, false);
                 let base = match reg.class {
                     Class::Word => Base::Word(row),
                     Class::Long => Base::Long(row),
@@ -1840,10 +1832,7 @@ impl Decoder<'_, '_, '_> {
             regs.push(match item {
                 Operand::Sink if !store => None,
                 // Narrow types fit wide registers.
-                Operand::Reg(reg) if reg.class != Class::Pred => {
-                    self.touch(*reg, !store);
-                    Some(self.reg_row(*reg))
-                }
+                Operand::Reg(reg) if reg.class != Class::Pred => Some(self.reg_row(*reg, !store)),
                 _ if store => Some(self.src(item, register)?),
                 other => return Err(format!("{other:?} cannot be loaded")),
             });

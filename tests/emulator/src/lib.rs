@@ -16,6 +16,7 @@ pub mod exec;
 pub mod fatbin;
 pub mod float;
 pub mod isa;
+pub mod liveness;
 pub mod memory;
 pub mod mma;
 pub mod parse;
