@@ -5,7 +5,7 @@
 //! known here is an error with its text and line, never a guess.
 
 use std::collections::HashMap;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::alu::{self, Alu, Approx, Flags, HalfOp, Ty, carry, setp};
 use crate::float::{self, F16, Fp8, Round};
@@ -15,7 +15,7 @@ use crate::isa::{
     Shuffle, Special, Target, Touch, Vote,
 };
 use crate::mma::Mma;
-use crate::parse::{Class, Function, Loc, Module, Operand, Reg, Space, Statement};
+use crate::parse::{Class, Function, Module, Operand, Reg, Space, Statement};
 
 /// What `assert` calls when it fails.
 const ASSERT: &str = "__assertfail";
@@ -47,30 +47,34 @@ struct Frame {
 struct Linker<'m> {
     /// The device's architecture, as 90.
     device: u32,
-    module: &'m Module,
+    text: &'m Arc<str>,
+    module: &'m Module<'m>,
     globals: &'m dyn Fn(&str) -> Option<u64>,
     kernel: Kernel,
-    frames: HashMap<String, Frame>,
+    /// Of each function, in the order of their numbers.
+    frames: Vec<(&'m str, Frame)>,
     words: HashMap<u32, u32>,
     longs: HashMap<u64, u32>,
     specials: HashMap<Special, u32>,
     next_shared: u32,
 }
 
-/// Decodes the kernel `entry` of `module` for a device of architecture `device` (as 90); `globals`
-/// gives the addresses of module variables.
-pub fn link(
+/// Decodes the kernel `entry` of `module`, which was parsed from `text`, for a device of architecture
+/// `device` (as 90); `globals` gives the addresses of module variables.
+pub fn link<'m>(
     device: u32,
-    module: &Module,
-    entry: &Function,
-    globals: &dyn Fn(&str) -> Option<u64>,
+    text: &'m Arc<str>,
+    module: &'m Module<'m>,
+    entry: &'m Function<'m>,
+    globals: &'m dyn Fn(&str) -> Option<u64>,
 ) -> Decode<Kernel> {
     let mut linker = Linker {
         device,
+        text,
         module,
         globals,
         kernel: Kernel {
-            name: entry.name.clone(),
+            name: entry.name.to_string(),
             insts: Vec::new(),
             origins: Vec::new(),
             rows: [1, 1, 3],
@@ -86,10 +90,11 @@ pub fn link(
             param_bytes: 0,
             max_threads: entry.max_threads,
             required_threads: entry.required_threads,
+            text: text.clone(),
             files: module.files.clone(),
             version: (module.version, module.target),
         },
-        frames: HashMap::new(),
+        frames: Vec::new(),
         words: HashMap::new(),
         longs: HashMap::new(),
         specials: HashMap::new(),
@@ -101,8 +106,8 @@ pub fn link(
         linker.place(function)?;
     }
     linker.place_shared(&order)?;
-    for function in &order {
-        linker.function(function)?;
+    for (number, function) in order.iter().enumerate() {
+        linker.function(number, function)?;
     }
     Ok(linker.kernel)
 }
@@ -114,30 +119,30 @@ fn align(x: u32, to: u32) -> u32 {
 impl<'m> Linker<'m> {
     fn collect(
         &self,
-        function: &'m Function,
+        function: &'m Function<'m>,
         path: &mut Vec<&'m str>,
-        order: &mut Vec<&'m Function>,
+        order: &mut Vec<&'m Function<'m>>,
     ) -> Decode<()> {
-        if path.contains(&function.name.as_str()) {
+        if path.contains(&function.name) {
             return Err(format!("recursion in '{}' is not supported", function.name));
         }
         if order.iter().any(|f| f.name == function.name) {
             return Ok(());
         }
         order.push(function);
-        path.push(&function.name);
+        path.push(function.name);
         for statement in &function.body {
             if statement.opcode == "call" || statement.opcode.starts_with("call.") {
-                let name = callee(statement)?;
+                let name = callee(statement).map_err(|e| self.describe(statement, &e))?;
                 let Some(next) = self.module.functions.iter().find(|f| f.name == name) else {
-                    return Err(describe(statement, &format!("no function '{name}'")));
+                    return Err(self.describe(statement, &format!("no function '{name}'")));
                 };
                 if next.name == ASSERT {
                     continue;
                 }
                 if !next.defined {
                     let what = format!("'{name}' is a library function that is not modelled");
-                    return Err(describe(statement, &what));
+                    return Err(self.describe(statement, &what));
                 }
                 self.collect(next, path, order)?;
             }
@@ -147,7 +152,7 @@ impl<'m> Linker<'m> {
     }
 
     /// Gives a function its registers, its frame and the numbers of its instructions.
-    fn place(&mut self, function: &Function) -> Decode<()> {
+    fn place(&mut self, function: &'m Function<'m>) -> Decode<()> {
         let first = self.kernel.insts_reserved();
         let mut at = Vec::with_capacity(function.body.len() + 1);
         let mut next = first;
@@ -156,10 +161,7 @@ impl<'m> Linker<'m> {
             next += 1 + u32::from(statement.opcode.starts_with("call"));
         }
         at.push(next);
-        self.kernel.origins.resize(
-            next as usize + 1,
-            Origin { text: String::from("(end of function)"), line: 0, loc: Loc::default() },
-        );
+        self.kernel.origins.resize(next as usize + 1, Origin::default());
         let base: [u32; 3] = [self.kernel.rows[2], self.kernel.rows[0], self.kernel.rows[1]];
         self.kernel.rows[2] += function.regs[Class::Pred as usize];
         self.kernel.rows[0] += function.regs[Class::Word as usize];
@@ -188,7 +190,7 @@ impl<'m> Linker<'m> {
                 }
             });
         }
-        self.frames.insert(function.name.clone(), Frame { first, at, base, places, link });
+        self.frames.push((function.name, Frame { first, at, base, places, link }));
         Ok(())
     }
 
@@ -201,27 +203,24 @@ impl<'m> Linker<'m> {
                 names(&statement.operands, &mut used);
             }
         }
-        for function in order {
+        for (number, function) in order.iter().enumerate() {
             for (i, var) in function.vars.iter().enumerate() {
                 if var.space == Space::Shared {
-                    let address = self.shared_var(&var.name, var.align, var.size as u32);
-                    if let Some(frame) = self.frames.get_mut(&function.name) {
-                        frame.places[i] = Place::Shared(address);
-                    }
+                    let address = self.shared_var(var.name, var.align, var.size as u32);
+                    self.frames[number].1.places[i] = Place::Shared(address);
                 }
             }
         }
         let module = self.module;
-        let wanted =
-            |v: &&crate::parse::Var| v.space == Space::Shared && used.contains(&v.name.as_str());
+        let wanted = |v: &&crate::parse::Var| v.space == Space::Shared && used.contains(&v.name);
         for var in module.vars.iter().filter(wanted).filter(|v| v.size > 0) {
-            self.shared_var(&var.name, var.align, var.size as u32);
+            self.shared_var(var.name, var.align, var.size as u32);
         }
         let dynamic: Vec<_> = module.vars.iter().filter(wanted).filter(|v| v.size == 0).collect();
         if let Some(strictest) = dynamic.iter().map(|v| v.align).max() {
             let address = odd_multiple(self.next_shared, strictest);
             for var in dynamic {
-                let name = var.name.clone();
+                let name = var.name.to_string();
                 self.kernel.shared.push(SharedVar { name, address, size: 0, dynamic: true });
             }
         }
@@ -238,16 +237,16 @@ impl<'m> Linker<'m> {
         address
     }
 
-    fn function(&mut self, function: &'m Function) -> Decode<()> {
+    fn function(&mut self, number: usize, function: &'m Function<'m>) -> Decode<()> {
         for (i, statement) in function.body.iter().enumerate() {
-            let index = self.frames[&function.name].at[i] as usize;
-            let origin =
-                Origin { text: statement.text.clone(), line: statement.line, loc: statement.loc };
-            self.kernel.origins[index] = origin.clone();
+            let index = self.frames[number].1.at[i] as usize;
+            let origin = Origin { span: statement.span, line: statement.line, loc: statement.loc };
+            self.kernel.origins[index] = origin;
             let mut decoder = Decoder {
                 linker: self,
                 function,
-                mods: Mods::new(&statement.opcode),
+                number,
+                mods: Mods::new(statement.opcode),
                 inst: Inst {
                     op: Op::Nop,
                     kind: Kind::Integer,
@@ -265,11 +264,12 @@ impl<'m> Linker<'m> {
                 decoder.inst.guard = decoder.pred_row(reg);
                 decoder.inst.guard_flip = if negated { u32::MAX } else { 0 };
             }
-            let more = decoder.statement(statement).map_err(|e| describe(statement, &e))?;
-            if let Some(unknown) = decoder.mods.unused() {
-                return Err(describe(statement, &format!("unknown modifier '.{unknown}'")));
-            }
+            let more = decoder.statement(statement).and_then(|more| match decoder.mods.unused() {
+                Some(unknown) => Err(format!("unknown modifier '.{unknown}'")),
+                None => Ok(more),
+            });
             let inst = decoder.inst;
+            let more = more.map_err(|e| self.describe(statement, &e))?;
             self.kernel.insts.push(inst.clone());
             if let Some(op) = more {
                 self.kernel.origins[index + 1] = origin;
@@ -277,7 +277,7 @@ impl<'m> Linker<'m> {
             }
         }
         // Falling off the end returns.
-        let op = if function.entry { Op::Exit } else { Op::Ret(self.frames[&function.name].link) };
+        let op = if function.entry { Op::Exit } else { Op::Ret(self.frames[number].1.link) };
         self.kernel.insts.push(Inst {
             op,
             kind: Kind::Control,
@@ -291,6 +291,15 @@ impl<'m> Linker<'m> {
             imm: 0,
         });
         Ok(())
+    }
+
+    fn describe(&self, statement: &Statement, what: &str) -> String {
+        format!("PTX line {}: {what}: {}", statement.line, statement.span.of(self.text))
+    }
+
+    fn frame_of(&self, name: &str) -> Decode<&Frame> {
+        let found = self.frames.iter().find(|(of, _)| *of == name);
+        found.map(|(_, frame)| frame).ok_or_else(|| format!("no function '{name}'"))
     }
 
     fn word(&mut self, value: u32) -> u32 {
@@ -333,7 +342,7 @@ fn odd_multiple(from: u32, alignment: u32) -> u32 {
     }
 }
 
-fn names<'s>(operands: &'s [Operand], out: &mut Vec<&'s str>) {
+fn names<'t>(operands: &[Operand<'t>], out: &mut Vec<&'t str>) {
     for operand in operands {
         match operand {
             Operand::Name(name, ..) => out.push(name),
@@ -344,16 +353,12 @@ fn names<'s>(operands: &'s [Operand], out: &mut Vec<&'s str>) {
     }
 }
 
-fn callee(statement: &Statement) -> Decode<&str> {
+fn callee<'t>(statement: &Statement<'t>) -> Decode<&'t str> {
     let name = statement.operands.iter().find_map(|o| match o {
-        Operand::Name(name, ..) => Some(name.as_str()),
+        Operand::Name(name, ..) => Some(*name),
         _ => None,
     });
-    name.ok_or_else(|| describe(statement, "indirect calls are not supported"))
-}
-
-fn describe(statement: &Statement, what: &str) -> String {
-    format!("PTX line {}: {what}: {}", statement.line, statement.text)
+    name.ok_or_else(|| String::from("indirect calls are not supported"))
 }
 
 /// An opcode's modifiers, each of which must be taken by somebody.
@@ -419,7 +424,9 @@ impl<'a> Mods<'a> {
 /// Decodes one statement.
 pub struct Decoder<'l, 'm, 's> {
     linker: &'l mut Linker<'m>,
-    function: &'m Function,
+    function: &'m Function<'m>,
+    /// The function's number.
+    number: usize,
     /// Modifiers that nobody has taken yet.
     pub mods: Mods<'s>,
     inst: Inst,
@@ -545,7 +552,7 @@ impl Decoder<'_, '_, '_> {
     }
 
     fn frame(&self) -> &Frame {
-        &self.linker.frames[&self.function.name]
+        &self.linker.frames[self.number].1
     }
 
     /// The architecture of the device that is to run it.
@@ -687,7 +694,7 @@ impl Decoder<'_, '_, '_> {
         }
     }
 
-    fn operands<const N: usize>(&self, statement: &Statement) -> Decode<[Operand; N]> {
+    fn operands<'t, const N: usize>(&self, statement: &Statement<'t>) -> Decode<[Operand<'t>; N]> {
         let found = statement.operands.len();
         statement
             .operands
@@ -811,7 +818,7 @@ impl Decoder<'_, '_, '_> {
             return Ok(self.alu(Kind::Integer, alu::pred2(|a, _| a)));
         }
         if let Operand::Special(name) = &a {
-            let long = match name.as_str() {
+            let long = match *name {
                 "%clock" | "%clock_hi" | "%globaltimer_lo" => Some(false),
                 "%clock64" | "%globaltimer" => Some(true),
                 _ => None,
@@ -1952,7 +1959,7 @@ impl Decoder<'_, '_, '_> {
                 Op::Brx(targets?)
             }
             "call" => {
-                let name = callee(s)?.to_string();
+                let name = callee(s)?;
                 let module = self.linker.module;
                 let function =
                     module.functions.iter().find(|f| f.name == name).ok_or("unknown function")?;
@@ -1966,23 +1973,23 @@ impl Decoder<'_, '_, '_> {
                     .iter()
                     .position(|o| matches!(o, Operand::Name(..)))
                     .ok_or("no function")?;
-                let list = |o: Option<&Operand>| match o {
-                    Some(Operand::List(items)) => items.clone(),
-                    _ => Vec::new(),
+                let list = |at: Option<usize>| match at.and_then(|at| s.operands.get(at)) {
+                    Some(Operand::List(items)) => items.as_slice(),
+                    _ => &[],
                 };
-                let results = if at == 0 { Vec::new() } else { list(s.operands.first()) };
-                let arguments = list(s.operands.get(at + 1));
+                let results = list(at.checked_sub(1));
+                let arguments = list(Some(at + 1));
                 if results.len() != function.returns.len()
                     || arguments.len() != function.params.len()
                 {
                     return Err(String::from("the arguments do not fit the function"));
                 }
-                let mut back = self.copies(&results, function, &function.returns)?;
+                let mut back = self.copies(results, function, &function.returns)?;
                 for copy in &mut back {
                     *copy = (copy.1, copy.0, copy.2);
                 }
-                let copies = self.copies(&arguments, function, &function.params)?;
-                let callee = &self.linker.frames[&name];
+                let copies = self.copies(arguments, function, &function.params)?;
+                let callee = self.linker.frame_of(name)?;
                 more = Some(Op::CopyBack(back));
                 Op::Call(Box::new(Call { target: callee.first, link: callee.link, copies }))
             }
@@ -2009,7 +2016,7 @@ impl Decoder<'_, '_, '_> {
             let (Target::Local, mine) = self.symbol(name, *scope)? else {
                 return Err(format!("'{name}' is not a local parameter"));
             };
-            let Place::Local(theirs) = self.linker.frames[&callee.name].places[formal] else {
+            let Place::Local(theirs) = self.linker.frame_of(callee.name)?.places[formal] else {
                 return Err(String::from("a kernel cannot be called"));
             };
             out.push((mine as u32, theirs, callee.vars[formal].size as u32));

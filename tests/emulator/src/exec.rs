@@ -7,6 +7,7 @@
 //! that runs for very long makes room for others, as blocks that wait for each other need.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
 
 use crate::alu::{self, Regs, Ty};
 use crate::async_copy::Copies;
@@ -73,6 +74,12 @@ const POISON_PREDICATE: u32 = 0x5555_5555;
 const QUANTUM: u64 = 4_000_000;
 /// Warp instructions after which a group of lanes yields to another group of its warp.
 const PATIENCE: u32 = 100_000;
+
+/// Registers of finished launches: megabytes, which a system takes longer to hand out than a short block
+/// takes to run.
+static SPARE_REGISTERS: Mutex<Vec<Regs>> = Mutex::new(Vec::new());
+/// For as many warps as a block has.
+const MOST_SPARE: usize = 32;
 
 struct Group {
     pc: u32,
@@ -232,6 +239,9 @@ pub fn run(
             resident.push_front(grid.begin(number, spare.take()));
         }
     }
+    let mut pool = SPARE_REGISTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    pool.extend(spare.into_iter().flat_map(|block| block.warps).map(|warp| warp.regs));
+    pool.truncate(MOST_SPARE);
     grid.counters.steps = grid.steps;
     grid.memory.trim();
     Ok(grid.counters)
@@ -335,15 +345,18 @@ impl Grid<'_> {
         }
     }
 
+    /// Registers hold anything: [`Grid::reset_registers`] sets those that could be read before they are
+    /// written.
     fn new_warp(&self) -> Warp {
         let kernel = self.kernel;
         let local = kernel.local as usize * 32;
+        let spare = SPARE_REGISTERS.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut regs = spare.unwrap_or_default();
+        regs.w.resize(kernel.rows[0] as usize, [0; 32]);
+        regs.l.resize(kernel.rows[1] as usize, [0; 32]);
+        regs.p.resize(kernel.rows[2] as usize, 0);
         Warp {
-            regs: Regs {
-                w: vec![[0; 32]; kernel.rows[0] as usize],
-                l: vec![[0; 32]; kernel.rows[1] as usize],
-                p: vec![0; kernel.rows[2] as usize],
-            },
+            regs,
             pc: 0,
             active: 0,
             groups: Vec::new(),

@@ -1,12 +1,12 @@
 //! What an instruction is once it is decoded, and what a kernel is made of.
 
 use std::collections::HashMap;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use crate::alu::{Alu, Ty};
 use crate::liveness;
 use crate::mma::Mma;
-use crate::parse::Loc;
+use crate::parse::{Loc, Span};
 
 /// Where a memory instruction looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -400,10 +400,10 @@ pub struct SharedVar {
 }
 
 /// Text and position of an instruction.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Origin {
     /// PTX text.
-    pub text: String,
+    pub span: Span,
     /// PTX line.
     pub line: u32,
     /// CUDA source.
@@ -445,6 +445,8 @@ pub struct Kernel {
     pub max_threads: Option<u32>,
     /// `.reqntid`.
     pub required_threads: Option<[u32; 3]>,
+    /// The PTX that it was made of.
+    pub text: Arc<str>,
     /// `.file` table.
     pub files: HashMap<u32, String>,
     /// PTX version and target.
@@ -488,6 +490,9 @@ impl Kernel {
         if let Some((at, line)) = origin.loc.inlined_at {
             out += &format!(" (inlined at {}:{line})", file(at));
         }
-        format!("{out}, PTX line {}: {}", origin.line, origin.text)
+        match origin.line {
+            0 => format!("{out}, (end of function)"),
+            line => format!("{out}, PTX line {line}: {}", origin.span.of(&self.text)),
+        }
     }
 }

@@ -280,21 +280,32 @@ impl Mma {
         };
         let of_b = b.map(|row| row.map(|x| exponent(x, least)));
         for (sums, a) in sums.iter_mut().zip(a) {
-            let of_a = a.map(|x| exponent(x, least));
-            for (column, sum) in sums.iter_mut().enumerate() {
-                let products = |k: usize| a[k] * b[k][column];
-                let largest = (0..self.depth).map(|k| of_a[k] + of_b[k][column]).max();
-                let largest = largest.unwrap_or(i32::MIN).max(exponent(*sum, -126));
-                let plain = (0..self.depth).map(products).sum::<f64>() + *sum;
-                if !plain.is_finite() || largest < -2000 {
-                    *sum = plain;
-                    continue;
+            // A column after the other, which is a lane of a vector.
+            let mut largest = sums.map(|sum| exponent(sum, -126));
+            let mut plain = *sums;
+            for k in 0..self.depth {
+                let of_a = exponent(a[k], least);
+                for column in 0..8 {
+                    largest[column] = largest[column].max(of_a + of_b[k][column]);
+                    plain[column] += a[k] * b[k][column];
                 }
-                // Whole numbers of what the last bit kept is worth.
-                let scale = float::power_of_two(25 - largest);
-                let whole = (0..self.depth).map(|k| (products(k) * scale) as i64).sum::<i64>()
-                    + (*sum * scale) as i64;
-                *sum = whole as f64 * float::power_of_two(largest - 25);
+            }
+            // Whole numbers of what the last bit kept is worth, exact in f64.
+            let scale = largest.map(|largest| float::power_of_two(25 - largest));
+            let mut whole = [0_f64; 8];
+            for k in 0..self.depth {
+                for column in 0..8 {
+                    whole[column] += (a[k] * b[k][column] * scale[column]).trunc();
+                }
+            }
+            for column in 0..8 {
+                let sum = &mut sums[column];
+                *sum = if !plain[column].is_finite() || largest[column] < -2000 {
+                    plain[column]
+                } else {
+                    let whole = whole[column] + (*sum * scale[column]).trunc();
+                    whole * float::power_of_two(largest[column] - 25)
+                };
             }
         }
     }

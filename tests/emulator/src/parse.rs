@@ -2,6 +2,8 @@
 //!
 //! Nothing here knows what an instruction means: an opcode is a string and its operands are
 //! trees. What the text says about CUDA source lines (`.file`, `.loc`) is kept per instruction.
+//! Names, opcodes and instructions are borrowed from the text: it has megabytes, and every process
+//! reads it.
 
 use std::collections::HashMap;
 
@@ -58,7 +60,7 @@ pub enum Space {
 
 /// One operand as written.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Operand {
+pub enum Operand<'t> {
     /// A register.
     Reg(Reg),
     /// `!%p`.
@@ -70,43 +72,55 @@ pub enum Operand {
     /// `0d…` or a decimal fraction: an f64.
     F64(f64),
     /// A label, variable or function, plus an offset; with the scope in which it was used.
-    Name(String, i64, usize),
+    Name(&'t str, i64, usize),
     /// `%tid.x` and its like.
-    Special(String),
+    Special(&'t str),
     /// `{a, b}`.
-    Vector(Vec<Operand>),
+    Vector(Vec<Operand<'t>>),
     /// `[base + offset]`.
-    Mem(Box<Operand>, i64),
+    Mem(Box<Operand<'t>>, i64),
     /// `d | p`.
-    Pair(Box<Operand>, Box<Operand>),
+    Pair(Box<Operand<'t>>, Box<Operand<'t>>),
     /// `(a, b)` of a call.
-    List(Vec<Operand>),
+    List(Vec<Operand<'t>>),
     /// `_`.
     Sink,
 }
 
 /// An instruction as written.
 #[derive(Clone, Debug)]
-pub struct Statement {
+pub struct Statement<'t> {
     /// The opcode with all its modifiers.
-    pub opcode: String,
+    pub opcode: &'t str,
     /// `@p` or `@!p`.
     pub guard: Option<(Reg, bool)>,
     /// Operands in order.
-    pub operands: Vec<Operand>,
+    pub operands: Vec<Operand<'t>>,
     /// Line in the PTX text.
     pub line: u32,
     /// CUDA source position.
     pub loc: Loc,
-    /// The instruction's text, for messages.
-    pub text: String,
+    /// Where the instruction stands in the text, for messages.
+    pub span: Span,
+}
+
+/// A part of a PTX text: its first byte, and the one behind its last.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Span(pub u32, pub u32);
+
+impl Span {
+    /// What stands there, on one line.
+    pub fn of(self, text: &str) -> String {
+        let words = text.get(self.0 as usize..self.1 as usize).unwrap_or_default();
+        words.split_whitespace().collect::<Vec<_>>().join(" ")
+    }
 }
 
 /// A variable.
 #[derive(Clone, Debug)]
-pub struct Var {
+pub struct Var<'t> {
     /// Name as declared.
-    pub name: String,
+    pub name: &'t str,
     /// Where it lives.
     pub space: Space,
     /// Alignment in bytes.
@@ -118,26 +132,26 @@ pub struct Var {
     /// Initial bytes (shorter than `size` when the tail is zero).
     pub init: Vec<u8>,
     /// Addresses to store into the initial bytes: (offset, variable, addend).
-    pub relocations: Vec<(usize, String, i64)>,
+    pub relocations: Vec<(usize, &'t str, i64)>,
 }
 
 /// A lexical scope of a function: inline assembly opens its own.
 #[derive(Debug, Default)]
-pub struct Scope {
+pub struct Scope<'t> {
     parent: Option<usize>,
-    regs: HashMap<String, Reg>,
+    regs: HashMap<&'t str, Reg>,
     /// `%r<9>` families: prefix to (class, bits, first index, count).
-    families: Vec<(String, Class, u8, u32, u32)>,
-    labels: HashMap<String, usize>,
-    vars: HashMap<String, usize>,
-    tables: HashMap<String, Vec<String>>,
+    families: Vec<(&'t str, Class, u8, u32, u32)>,
+    labels: HashMap<&'t str, usize>,
+    vars: HashMap<&'t str, usize>,
+    tables: HashMap<&'t str, Vec<&'t str>>,
 }
 
 /// A kernel or a device function.
 #[derive(Debug, Default)]
-pub struct Function {
+pub struct Function<'t> {
     /// Its symbol.
-    pub name: String,
+    pub name: &'t str,
     /// A kernel, launchable from the host.
     pub entry: bool,
     /// Has a body here.
@@ -147,11 +161,11 @@ pub struct Function {
     /// Return parameters (indices into `vars`).
     pub returns: Vec<usize>,
     /// Parameters, locals and shared variables declared inside.
-    pub vars: Vec<Var>,
+    pub vars: Vec<Var<'t>>,
     /// The instructions.
-    pub body: Vec<Statement>,
+    pub body: Vec<Statement<'t>>,
     /// Scopes; 0 is the function's own.
-    pub scopes: Vec<Scope>,
+    pub scopes: Vec<Scope<'t>>,
     /// Registers used per class: predicates, words, longs.
     pub regs: [u32; 3],
     /// `.maxntid` or `.reqntid` as a product, if given.
@@ -162,7 +176,7 @@ pub struct Function {
     pub min_blocks: Option<u32>,
 }
 
-impl Function {
+impl<'t> Function<'t> {
     /// The instruction index that `label` stands for when used in `scope`.
     pub fn label(&self, label: &str, scope: usize) -> Option<usize> {
         self.walk(scope).find_map(|s| s.labels.get(label).copied())
@@ -174,11 +188,11 @@ impl Function {
     }
 
     /// The labels of a `.branchtargets` table.
-    pub fn table(&self, name: &str, scope: usize) -> Option<&[String]> {
+    pub fn table(&self, name: &str, scope: usize) -> Option<&[&'t str]> {
         self.walk(scope).find_map(|s| s.tables.get(name).map(Vec::as_slice))
     }
 
-    fn walk(&self, scope: usize) -> impl Iterator<Item = &Scope> {
+    fn walk(&self, scope: usize) -> impl Iterator<Item = &Scope<'t>> {
         let mut at = Some(scope);
         std::iter::from_fn(move || {
             let scope = &self.scopes[at?];
@@ -189,18 +203,21 @@ impl Function {
 
     fn reg(&self, name: &str, scope: usize) -> Option<Reg> {
         self.walk(scope).find_map(|s| {
-            if let Some(&r) = s.regs.get(name) {
+            if !s.regs.is_empty()
+                && let Some(&r) = s.regs.get(name)
+            {
                 return Some(r);
             }
-            s.families.iter().find_map(|(prefix, class, bits, first, count)| {
-                let tail = name.strip_prefix(prefix.as_str())?;
+            s.families.iter().find_map(|&(prefix, class, bits, first, count)| {
+                let tail = name.strip_prefix(prefix)?;
                 // `%r01` is not a member of `%r<9>`.
+                if !tail.starts_with(|c: char| c.is_ascii_digit())
+                    || tail.len() > 1 && tail.starts_with('0')
+                {
+                    return None;
+                }
                 let number: u32 = tail.parse().ok()?;
-                (number < *count && number.to_string() == tail).then_some(Reg {
-                    class: *class,
-                    bits: *bits,
-                    index: first + number,
-                })
+                (number < count).then_some(Reg { class, bits, index: first + number })
             })
         })
     }
@@ -208,7 +225,7 @@ impl Function {
 
 /// A whole PTX text.
 #[derive(Debug, Default)]
-pub struct Module {
+pub struct Module<'t> {
     /// `.version`, as major * 10 + minor.
     pub version: u32,
     /// `.target` architecture, e.g. 80.
@@ -218,95 +235,122 @@ pub struct Module {
     /// `.file` table.
     pub files: HashMap<u32, String>,
     /// Module-level variables.
-    pub vars: Vec<Var>,
+    pub vars: Vec<Var<'t>>,
     /// Kernels and functions.
-    pub functions: Vec<Function>,
+    pub functions: Vec<Function<'t>>,
 }
 
-#[derive(Clone, Debug, PartialEq)]
-enum Tok {
-    Word(String),
-    Str(String),
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Tok<'t> {
+    Word(&'t str),
+    Str(&'t str),
     Punct(char),
+    /// A byte that PTX does not have.
+    Strange(u8),
+    End,
 }
 
-struct Token {
-    tok: Tok,
+#[derive(Clone, Copy)]
+struct Token<'t> {
+    tok: Tok<'t>,
     line: u32,
     start: usize,
     end: usize,
 }
 
-fn lex(text: &str) -> ParseResult<Vec<Token>> {
-    let bytes = text.as_bytes();
-    let is_word = |c: u8| c.is_ascii_alphanumeric() || b"_$%.".contains(&c);
-    let (mut at, mut line) = (0, 1);
-    let mut out = Vec::new();
-    while at < bytes.len() {
-        let (c, start) = (bytes[at], at);
-        if c == b'\n' {
-            line += 1;
-            at += 1;
-        } else if c.is_ascii_whitespace() || c == 0 {
-            at += 1;
-        } else if bytes[at..].starts_with(b"//") {
-            while at < bytes.len() && bytes[at] != b'\n' {
-                at += 1;
-            }
-        } else if bytes[at..].starts_with(b"/*") {
-            while at < bytes.len() && !bytes[at..].starts_with(b"*/") {
-                line += u32::from(bytes[at] == b'\n');
-                at += 1;
-            }
-            at = (at + 2).min(bytes.len());
-        } else if c == b'"' {
-            at += 1;
-            while at < bytes.len() && bytes[at] != b'"' {
-                at += 1 + usize::from(bytes[at] == b'\\');
-            }
-            let tok = Tok::Str(text.get(start + 1..at).unwrap_or_default().to_string());
-            at += 1;
-            let end = at.min(bytes.len());
-            out.push(Token { tok, line, start, end });
-        } else if is_word(c) {
-            while at < bytes.len() {
-                if c == b'.' && at > start && bytes[at] == b'.' {
-                    // `.reg.b16` is two directives.
-                    break;
-                } else if is_word(bytes[at]) {
-                    at += 1;
-                } else if bytes[at..].starts_with(b"::")
-                    && bytes.get(at + 2).is_some_and(|&c| is_word(c))
-                {
-                    // `.L2::128B` is one modifier.
-                    at += 2;
-                } else {
-                    break;
-                }
-            }
-            out.push(Token { tok: Tok::Word(text[start..at].to_string()), line, start, end: at });
-        } else if c.is_ascii() {
-            at += 1;
-            out.push(Token { tok: Tok::Punct(c as char), line, start, end: at });
-        } else {
-            return Err(format!("line {line}: unexpected byte {c:#x}"));
-        }
-    }
-    Ok(out)
+#[derive(Clone, Copy)]
+struct Lexer<'t> {
+    text: &'t str,
+    at: usize,
+    line: u32,
 }
 
-struct Parser<'a> {
-    text: &'a str,
-    toks: Vec<Token>,
-    at: usize,
-    module: Module,
+impl<'t> Lexer<'t> {
+    /// The byte `ahead` of this one; 0 behind the end.
+    fn byte(&self, ahead: usize) -> u8 {
+        self.text.as_bytes().get(self.at + ahead).copied().unwrap_or(0)
+    }
+
+    /// White space and comments.
+    fn skip(&mut self) {
+        let bytes = self.text.as_bytes();
+        while let Some(&c) = bytes.get(self.at) {
+            if c == b'/' && self.byte(1) == b'/' {
+                while bytes.get(self.at).is_some_and(|&c| c != b'\n') {
+                    self.at += 1;
+                }
+            } else if c == b'/' && self.byte(1) == b'*' {
+                while self.at < bytes.len() && !bytes[self.at..].starts_with(b"*/") {
+                    self.line += u32::from(bytes[self.at] == b'\n');
+                    self.at += 1;
+                }
+                self.at = (self.at + 2).min(bytes.len());
+            } else if c.is_ascii_whitespace() || c == 0 {
+                self.line += u32::from(c == b'\n');
+                self.at += 1;
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn next(&mut self) -> Token<'t> {
+        self.skip();
+        let (text, line, start) = (self.text, self.line, self.at);
+        let bytes = text.as_bytes();
+        let is_word = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'$' | b'%' | b'.');
+        let tok = match bytes.get(start) {
+            None => Tok::End,
+            Some(b'"') => {
+                self.at += 1;
+                while bytes.get(self.at).is_some_and(|&c| c != b'"') {
+                    self.at += 1 + usize::from(bytes[self.at] == b'\\');
+                }
+                let inner = text.get(start + 1..self.at).unwrap_or_default();
+                self.at = (self.at + 1).min(bytes.len());
+                Tok::Str(inner)
+            }
+            Some(&first) if is_word(first) => {
+                self.at += 1;
+                loop {
+                    let c = self.byte(0);
+                    if is_word(c) && !(first == b'.' && c == b'.') {
+                        // `.reg.b16` is two directives.
+                        self.at += 1;
+                    } else if c == b':' && self.byte(1) == b':' && is_word(self.byte(2)) {
+                        // `.L2::128B` is one modifier.
+                        self.at += 2;
+                    } else {
+                        break;
+                    }
+                }
+                Tok::Word(&text[start..self.at])
+            }
+            Some(&c) => {
+                self.at += 1;
+                if c.is_ascii() { Tok::Punct(c.into()) } else { Tok::Strange(c) }
+            }
+        };
+        Token { tok, line, start, end: self.at }
+    }
+}
+
+struct Parser<'t> {
+    /// Behind `now`.
+    lexer: Lexer<'t>,
+    now: Token<'t>,
+    module: Module<'t>,
     loc: Loc,
 }
 
 /// Reads one PTX text.
-pub fn parse(text: &str) -> ParseResult<Module> {
-    let mut parser =
-        Parser { text, toks: lex(text)?, at: 0, module: Module::default(), loc: Loc::default() };
+pub fn parse(text: &str) -> ParseResult<Module<'_>> {
+    if u32::try_from(text.len()).is_err() {
+        return Err(format!("a PTX text of {} bytes; at most 4 GB are read", text.len()));
+    }
+    let mut lexer = Lexer { text, at: 0, line: 1 };
+    let now = lexer.next();
+    let mut parser = Parser { lexer, now, module: Module::default(), loc: Loc::default() };
     parser.module()?;
     Ok(parser.module)
 }
@@ -337,29 +381,28 @@ fn integer(word: &str) -> Option<i128> {
     word.parse().ok()
 }
 
-impl Parser<'_> {
-    fn line(&self) -> u32 {
-        let at = self.at.min(self.toks.len().saturating_sub(1));
-        self.toks.get(at).map_or(0, |t| t.line)
-    }
-
+impl<'t> Parser<'t> {
     fn fail<T>(&self, what: impl std::fmt::Display) -> ParseResult<T> {
-        let near =
-            self.toks.get(self.at).map_or(String::from("the end"), |t| format!("{:?}", t.tok));
-        Err(format!("PTX line {}: {what} at {near}", self.line()))
+        let near = match self.now.tok {
+            Tok::End => String::from("the end"),
+            tok => format!("{tok:?}"),
+        };
+        Err(format!("PTX line {}: {what} at {near}", self.now.line))
     }
 
-    fn peek(&self) -> Option<&Tok> {
-        self.toks.get(self.at).map(|t| &t.tok)
+    fn advance(&mut self) {
+        self.now = self.lexer.next();
     }
 
     fn is(&self, c: char) -> bool {
-        self.peek() == Some(&Tok::Punct(c))
+        self.now.tok == Tok::Punct(c)
     }
 
     fn eat(&mut self, c: char) -> bool {
         let found = self.is(c);
-        self.at += usize::from(found);
+        if found {
+            self.advance();
+        }
         found
     }
 
@@ -370,51 +413,65 @@ impl Parser<'_> {
         self.fail(format!("expected '{c}'"))
     }
 
-    fn peek_word(&self) -> Option<&str> {
-        match self.peek() {
-            Some(Tok::Word(w)) => Some(w),
+    fn peek_word(&self) -> Option<&'t str> {
+        match self.now.tok {
+            Tok::Word(w) => Some(w),
             _ => None,
         }
     }
 
-    fn word(&mut self) -> ParseResult<String> {
-        match self.peek() {
-            Some(Tok::Word(w)) => {
-                let w = w.clone();
-                self.at += 1;
-                Ok(w)
-            }
-            _ => self.fail("expected a word"),
-        }
+    fn word(&mut self) -> ParseResult<&'t str> {
+        let Tok::Word(w) = self.now.tok else {
+            return self.fail("expected a word");
+        };
+        self.advance();
+        Ok(w)
     }
 
-    fn string(&mut self) -> ParseResult<String> {
-        match self.peek() {
-            Some(Tok::Str(s)) => {
-                let s = s.clone();
-                self.at += 1;
-                Ok(s)
-            }
-            _ => self.fail("expected a string"),
-        }
+    fn string(&mut self) -> ParseResult<&'t str> {
+        let Tok::Str(s) = self.now.tok else {
+            return self.fail("expected a string");
+        };
+        self.advance();
+        Ok(s)
     }
 
     fn number(&mut self) -> ParseResult<i128> {
         let negative = self.eat('-');
         let word = self.word()?;
-        match integer(&word) {
+        match integer(word) {
             Some(n) => Ok(if negative { -n } else { n }),
             None => self.fail(format!("'{word}' is not an integer")),
         }
     }
 
     fn module(&mut self) -> ParseResult<()> {
-        while self.at < self.toks.len() {
-            let word = self.word()?;
-            match word.as_str() {
+        while self.now.tok != Tok::End {
+            let Some(word) = self.peek_word() else {
+                return self.fail("expected a directive");
+            };
+            if !matches!(
+                word,
+                ".version"
+                    | ".target"
+                    | ".address_size"
+                    | ".file"
+                    | ".section"
+                    | ".loc"
+                    | ".pragma"
+                    | ".visible"
+                    | ".extern"
+                    | ".weak"
+                    | ".common"
+            ) {
+                self.definition(false)?;
+                continue;
+            }
+            self.advance();
+            match word {
                 ".version" => {
                     let version = self.word()?;
-                    let (major, minor) = version.split_once('.').unwrap_or((&version, "0"));
+                    let (major, minor) = version.split_once('.').unwrap_or((version, "0"));
                     let (Ok(major), Ok(minor)) = (major.parse::<u32>(), minor.parse::<u32>())
                     else {
                         return self.fail("bad .version");
@@ -439,34 +496,31 @@ impl Parser<'_> {
                     }
                 }
                 ".file" => self.file()?,
-                ".section" => {
-                    self.word()?;
-                    self.expect('{')?;
-                    let mut depth = 1;
-                    while depth > 0 {
-                        match self.peek() {
-                            Some(Tok::Punct('{')) => depth += 1,
-                            Some(Tok::Punct('}')) => depth -= 1,
-                            None => return self.fail("unclosed .section"),
-                            _ => {}
-                        }
-                        self.at += 1;
-                    }
-                }
+                ".section" => self.section()?,
                 ".loc" => self.loc_directive()?,
                 ".pragma" => {
                     self.string()?;
                     self.expect(';')?;
                 }
-                ".visible" | ".extern" | ".weak" | ".common" => {
-                    let external = word == ".extern";
-                    self.definition(external)?;
-                }
-                _ => {
-                    self.at -= 1;
-                    self.definition(false)?;
-                }
+                _ => self.definition(word == ".extern")?,
             }
+        }
+        Ok(())
+    }
+
+    /// Debug information, which nobody needs.
+    fn section(&mut self) -> ParseResult<()> {
+        self.word()?;
+        self.expect('{')?;
+        let mut depth = 1;
+        while depth > 0 {
+            match self.now.tok {
+                Tok::Punct('{') => depth += 1,
+                Tok::Punct('}') => depth -= 1,
+                Tok::End => return self.fail("unclosed .section"),
+                _ => {}
+            }
+            self.advance();
         }
         Ok(())
     }
@@ -474,7 +528,7 @@ impl Parser<'_> {
     fn file(&mut self) -> ParseResult<()> {
         let number = self.number()? as u32;
         let name = self.string()?;
-        self.module.files.insert(number, name);
+        self.module.files.insert(number, name.to_string());
         while self.eat(',') {
             self.number()?;
         }
@@ -482,13 +536,13 @@ impl Parser<'_> {
     }
 
     fn loc_directive(&mut self) -> ParseResult<()> {
-        let line = self.line();
+        let line = self.now.line;
         let (file, source_line) = (self.number()? as u32, self.number()? as u32);
         self.number()?;
         let mut inlined_at = None;
-        while self.is(',') && self.line() == line {
-            self.at += 1;
-            match self.word()?.as_str() {
+        while self.is(',') && self.now.line == line {
+            self.advance();
+            match self.word()? {
                 "function_name" => {
                     self.word()?;
                     if self.eat('+') {
@@ -509,11 +563,11 @@ impl Parser<'_> {
     fn definition(&mut self, external: bool) -> ParseResult<()> {
         match self.peek_word() {
             Some(".entry") => {
-                self.at += 1;
+                self.advance();
                 self.function(true)
             }
             Some(".func") => {
-                self.at += 1;
+                self.advance();
                 self.function(false)
             }
             _ => {
@@ -525,34 +579,33 @@ impl Parser<'_> {
     }
 
     /// `.shared .align 16 .b8 a[64], b[4] = {…}`.
-    fn variables(&mut self, external: bool) -> ParseResult<Vec<Var>> {
-        let space = match self.word()?.as_str() {
-            ".global" => Space::Global,
-            ".const" => Space::Const,
-            ".shared" => Space::Shared,
-            ".local" => Space::Local,
-            ".param" => Space::Param,
-            _ => {
-                self.at -= 1;
-                return self.fail("unknown directive");
-            }
+    fn variables(&mut self, external: bool) -> ParseResult<Vec<Var<'t>>> {
+        let space = match self.peek_word() {
+            Some(".global") => Space::Global,
+            Some(".const") => Space::Const,
+            Some(".shared") => Space::Shared,
+            Some(".local") => Space::Local,
+            Some(".param") => Space::Param,
+            _ => return self.fail("unknown directive"),
         };
+        self.advance();
         let (mut align, mut elem, mut vector) = (None, None, 1);
-        loop {
-            let word = self.word()?;
-            match word.as_str() {
-                ".align" => align = Some(self.number()? as u32),
+        while let Some(word) = self.peek_word() {
+            match word {
+                ".align" => {
+                    self.advance();
+                    align = Some(self.number()? as u32);
+                    continue;
+                }
                 ".v2" => vector = 2,
                 ".v4" => vector = 4,
                 ".ptr" | ".global" | ".shared" | ".const" | ".local" | ".managed" => {}
-                _ => match fundamental(&word) {
+                _ => match fundamental(word) {
                     Some((_, bits)) => elem = Some(u64::from(bits / 8) * vector),
-                    None => {
-                        self.at -= 1;
-                        break;
-                    }
+                    None => break,
                 },
             }
+            self.advance();
         }
         let Some(elem) = elem else {
             return self.fail("a variable without a type");
@@ -590,7 +643,7 @@ impl Parser<'_> {
         }
     }
 
-    fn initialiser(&mut self, var: &mut Var, elem: usize) -> ParseResult<()> {
+    fn initialiser(&mut self, var: &mut Var<'t>, elem: usize) -> ParseResult<()> {
         if self.eat('{') {
             while !self.eat('}') {
                 self.initialiser(var, elem)?;
@@ -612,7 +665,7 @@ impl Parser<'_> {
                     && let Operand::List(list) = self.operand(&Function::default(), 0)?
                     && let [Operand::Name(inner, off, _)] = &list[..]
                 {
-                    (name, offset) = (inner.clone(), *off);
+                    (name, offset) = (*inner, *off);
                 }
                 var.relocations.push((var.init.len(), name, offset));
                 [0; 16]
@@ -623,13 +676,13 @@ impl Parser<'_> {
         Ok(())
     }
 
-    fn parameter_list(&mut self, function: &mut Function) -> ParseResult<Vec<usize>> {
+    fn parameter_list(&mut self, function: &mut Function<'t>) -> ParseResult<Vec<usize>> {
         let mut out = Vec::new();
         self.expect('(')?;
         while !self.eat(')') {
             for var in self.variables(false)? {
                 out.push(function.vars.len());
-                function.scopes[0].vars.insert(var.name.clone(), function.vars.len());
+                function.scopes[0].vars.insert(var.name, function.vars.len());
                 function.vars.push(var);
             }
             self.eat(',');
@@ -648,9 +701,8 @@ impl Parser<'_> {
             function.params = self.parameter_list(&mut function)?;
         }
         while let Some(word) = self.peek_word() {
-            let word = word.to_string();
-            self.at += 1;
-            match word.as_str() {
+            self.advance();
+            match word {
                 ".maxntid" | ".reqntid" => {
                     let mut dims = [1_u32; 3];
                     for (i, dim) in dims.iter_mut().enumerate() {
@@ -681,7 +733,7 @@ impl Parser<'_> {
             self.body(&mut function, 0)?;
         }
         // A definition replaces an earlier declaration.
-        let name = function.name.clone();
+        let name = function.name;
         match self.module.functions.iter_mut().find(|f| f.name == name) {
             Some(old) if !old.defined => *old = function,
             Some(_) if !function.defined => {}
@@ -690,7 +742,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    fn body(&mut self, function: &mut Function, scope: usize) -> ParseResult<()> {
+    fn body(&mut self, function: &mut Function<'t>, scope: usize) -> ParseResult<()> {
         loop {
             if self.eat('}') {
                 return Ok(());
@@ -707,35 +759,38 @@ impl Parser<'_> {
                 self.statement(function, scope)?;
                 continue;
             }
-            let Some(word) = self.peek_word().map(str::to_string) else {
+            let Some(word) = self.peek_word() else {
                 return self.fail("expected a statement");
             };
-            if matches!(self.toks.get(self.at + 1).map(|t| &t.tok), Some(Tok::Punct(':'))) {
-                self.at += 2;
+            let mut ahead = self.lexer;
+            ahead.skip();
+            if ahead.byte(0) == b':' {
+                self.advance();
+                self.advance();
                 self.label(function, scope, word)?;
                 continue;
             }
-            match word.as_str() {
+            match word {
                 ".reg" => {
-                    self.at += 1;
+                    self.advance();
                     self.registers(function, scope)?;
                 }
                 ".loc" => {
-                    self.at += 1;
+                    self.advance();
                     self.loc_directive()?;
                 }
                 ".file" => {
-                    self.at += 1;
+                    self.advance();
                     self.file()?;
                 }
                 ".pragma" => {
-                    self.at += 1;
+                    self.advance();
                     self.string()?;
                     self.expect(';')?;
                 }
                 ".shared" | ".local" | ".param" | ".global" | ".const" => {
                     for var in self.variables(false)? {
-                        function.scopes[scope].vars.insert(var.name.clone(), function.vars.len());
+                        function.scopes[scope].vars.insert(var.name, function.vars.len());
                         function.vars.push(var);
                     }
                     self.expect(';')?;
@@ -748,10 +803,15 @@ impl Parser<'_> {
         }
     }
 
-    fn label(&mut self, function: &mut Function, scope: usize, name: String) -> ParseResult<()> {
+    fn label(
+        &mut self,
+        function: &mut Function<'t>,
+        scope: usize,
+        name: &'t str,
+    ) -> ParseResult<()> {
         match self.peek_word() {
             Some(".branchtargets") => {
-                self.at += 1;
+                self.advance();
                 let mut targets = Vec::new();
                 while !self.eat(';') {
                     targets.push(self.word()?);
@@ -764,7 +824,7 @@ impl Parser<'_> {
             }
             _ => {
                 let here = function.body.len();
-                if function.scopes[scope].labels.insert(name.clone(), here).is_some() {
+                if function.scopes[scope].labels.insert(name, here).is_some() {
                     return self.fail(format!("label '{name}' is defined twice"));
                 }
             }
@@ -772,15 +832,15 @@ impl Parser<'_> {
         Ok(())
     }
 
-    fn registers(&mut self, function: &mut Function, scope: usize) -> ParseResult<()> {
+    fn registers(&mut self, function: &mut Function<'t>, scope: usize) -> ParseResult<()> {
         let ty = self.word()?;
-        let Some((class, bits)) = fundamental(&ty) else {
+        let Some((class, bits)) = fundamental(ty) else {
             return self.fail(format!("unsupported register type '{ty}'"));
         };
         loop {
             let name = self.word()?;
             let known = &function.scopes[scope];
-            if known.regs.contains_key(&name) || known.families.iter().any(|f| f.0 == name) {
+            if known.regs.contains_key(name) || known.families.iter().any(|f| f.0 == name) {
                 return self.fail(format!("'{name}' is declared twice"));
             }
             let slot = class as usize;
@@ -802,36 +862,32 @@ impl Parser<'_> {
         }
     }
 
-    fn statement(&mut self, function: &mut Function, scope: usize) -> ParseResult<()> {
-        let first = self.at;
+    fn statement(&mut self, function: &mut Function<'t>, scope: usize) -> ParseResult<()> {
+        let (line, start) = (self.now.line, self.now.start);
         let mut guard = None;
         if self.eat('@') {
             let negated = self.eat('!');
             let name = self.word()?;
-            match function.reg(&name, scope) {
+            match function.reg(name, scope) {
                 Some(reg) if reg.class == Class::Pred => guard = Some((reg, negated)),
                 _ => return self.fail(format!("guard '{name}' is not a predicate")),
             }
         }
         let opcode = self.word()?;
-        let mut operands = Vec::new();
+        let mut operands = Vec::with_capacity(4);
         while !self.is(';') {
             operands.push(self.operand(function, scope)?);
             if !self.eat(',') && !self.is(';') {
                 return self.fail("expected ',' or ';'");
             }
         }
-        let text = self.text[self.toks[first].start..self.toks[self.at].end]
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" ");
-        let line = self.toks[first].line;
-        self.at += 1;
-        function.body.push(Statement { opcode, guard, operands, line, loc: self.loc, text });
+        let span = Span(start as u32, self.now.end as u32);
+        self.advance();
+        function.body.push(Statement { opcode, guard, operands, line, loc: self.loc, span });
         Ok(())
     }
 
-    fn operand(&mut self, function: &Function, scope: usize) -> ParseResult<Operand> {
+    fn operand(&mut self, function: &Function<'t>, scope: usize) -> ParseResult<Operand<'t>> {
         if self.eat('{') {
             let mut items = Vec::new();
             while !self.eat('}') {
@@ -862,7 +918,7 @@ impl Parser<'_> {
         }
         if self.eat('!') {
             let name = self.word()?;
-            return match function.reg(&name, scope) {
+            return match function.reg(name, scope) {
                 Some(reg) if reg.class == Class::Pred => Ok(Operand::Not(reg)),
                 _ => self.fail(format!("'!{name}' is not a predicate")),
             };
@@ -873,12 +929,12 @@ impl Parser<'_> {
             return Ok(Operand::Sink);
         }
         if word.starts_with(|c: char| c.is_ascii_digit()) {
-            return self.literal(&word, negative);
+            return self.literal(word, negative);
         }
         if word == "WARP_SZ" {
             return Ok(Operand::Int(32));
         }
-        let first = match function.reg(&word, scope) {
+        let first = match function.reg(word, scope) {
             Some(reg) => Operand::Reg(reg),
             None if word.starts_with('%') => Operand::Special(word),
             None => {
@@ -897,7 +953,7 @@ impl Parser<'_> {
         Ok(first)
     }
 
-    fn literal(&mut self, word: &str, negative: bool) -> ParseResult<Operand> {
+    fn literal(&self, word: &str, negative: bool) -> ParseResult<Operand<'t>> {
         let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
         if let Some(bits) = word.strip_prefix("0f").or(word.strip_prefix("0F"))
             && bits.len() == 8

@@ -649,6 +649,7 @@ impl State {
                 Err(e) => return Err(self.complain(999, &e)),
             },
         };
+        let text: Arc<str> = text.into();
         let module = match parse::parse(&text) {
             Ok(module) => module,
             Err(e) => return Err(self.complain(218, &e)),
@@ -674,11 +675,11 @@ impl State {
             let Some(at) = self.devices[device].memory.allocate(var.size, what) else {
                 return Err(2);
             };
-            globals.push((var.name.clone(), at, var.size));
+            globals.push((var.name.to_string(), at, var.size));
         }
         let address = |name: &str| globals.iter().find(|g| g.0 == name).map(|g| g.1);
         for var in &module.vars {
-            let Some(at) = address(&var.name) else { continue };
+            let Some(at) = address(var.name) else { continue };
             let mut bytes = var.init.clone();
             bytes.resize(var.size as usize, 0);
             for (offset, name, addend) in &var.relocations {
@@ -694,9 +695,9 @@ impl State {
         }
         let mut kernels = HashMap::new();
         for function in module.functions.iter().filter(|f| f.entry) {
-            match decode::link(config.arch, &module, function, &address) {
+            match decode::link(config.arch, &text, &module, function, &address) {
                 Ok(kernel) => {
-                    kernels.insert(function.name.clone(), Arc::new(kernel));
+                    kernels.insert(function.name.to_string(), Arc::new(kernel));
                 }
                 Err(e) => {
                     let text = format!("in kernel '{}': {e}", function.name);

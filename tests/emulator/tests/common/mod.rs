@@ -27,7 +27,8 @@ impl Gpu {
     }
 
     pub fn try_new(ptx: &str) -> Result<Gpu, String> {
-        let module = parse::parse(ptx)?;
+        let text = std::sync::Arc::from(ptx);
+        let module = parse::parse(&text)?;
         let mut memory = DeviceMemory::new(0, 8 << 30, GAP);
         let mut globals = std::collections::HashMap::new();
         for var in &module.vars {
@@ -36,14 +37,14 @@ impl Gpu {
                 let mut bytes = var.init.clone();
                 bytes.resize(var.size as usize, 0);
                 memory.write(at, &bytes).unwrap();
-                globals.insert(var.name.clone(), at);
+                globals.insert(var.name, at);
             }
         }
         let kernels = module
             .functions
             .iter()
             .filter(|f| f.entry)
-            .map(|f| decode::link(90, &module, f, &|name| globals.get(name).copied()))
+            .map(|f| decode::link(90, &text, &module, f, &|name| globals.get(name).copied()))
             .collect::<Result<_, _>>()?;
         Ok(Gpu { memory, kernels, machine: Machine::default(), launches: 0, seconds: 0.0 })
     }
