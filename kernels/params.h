@@ -240,8 +240,6 @@ struct pw_bytes {
 #define PW_WGRAD_THREADS 256
 #define PW_WGRAD_TILE 64
 #define PW_WGRAD_SLAB 16
-/* The same on tensor cores, whose tiles are in the kernels' names. */
-#define PW_WGRAD_MMA_SLAB 32
 
 struct pw_part {
     void *data;

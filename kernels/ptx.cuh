@@ -65,6 +65,9 @@ __device__ inline uint32_t round_tf32(float x) {
     return bits;
 }
 
+// The same, of which a NaN stays one: of its bits those that count may be an infinity's.
+__device__ inline uint32_t round_number_to_tf32(float x) { return x == x ? round_tf32(x) : 0x7FFFFFFF; }
+
 // c += a * b, [16, 8] * [8, 8] of TF32 (the low 13 bits of an operand do not count). sm_80.
 // With g = lane / 4 and t = lane % 4, a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4),
 // b holds (t, g), (t + 4, g), and c holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).

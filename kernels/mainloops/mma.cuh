@@ -385,11 +385,7 @@ __device__ void multiply_whole(const uint4* weight, const uint4* src,
     uint32_t columns[2][kCount][2];
     read_columns<Tile, kAlongChannels>(src, [&](int s, int r, int j, uint32_t x) {
         columns[s][j][r] = x;
-        if (sizeof(Element) == 4) {
-            // Of a NaN, the bits that are left may be those of an infinity.
-            const float value = __uint_as_float(x);
-            columns[s][j][r] = value == value ? ptx::round_tf32(value) : 0x7FFFFFFF;
-        }
+        if (sizeof(Element) == 4) columns[s][j][r] = ptx::round_number_to_tf32(__uint_as_float(x));
     });
 #pragma unroll
     for (int s = 0; s < 2; ++s) {

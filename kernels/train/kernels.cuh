@@ -55,21 +55,24 @@ extern "C" __global__ void __launch_bounds__(PW_WGRAD_THREADS)
 }
 
 // wgrad_{dtype}_{isa}_{rows}x{columns}x{positions}. As of fprop, a launch brings the shared memory.
-#define PW_WGRAD_MMA(dtype, rows, columns, warp_rows, warp_columns, stages, blocks, bytes)      \
+#define PW_WGRAD_MMA(dtype, element, rows, columns, depth, warp_rows, warp_columns, stages, blocks, bytes) \
     extern "C" __global__ void __launch_bounds__(                                                 \
         32 * (rows) / (warp_rows) * (columns) / (warp_columns), blocks)                           \
-        wgrad_##dtype##_mma_##rows##x##columns##x32(const __grid_constant__ pw_wgrad p) {      \
-        using Tile = WgradTile<dtype, rows, columns, warp_rows, warp_columns, stages>;             \
+        wgrad_##dtype##_mma_##rows##x##columns##x##depth(const __grid_constant__ pw_wgrad p) {     \
+        using Tile = WgradTile<element, rows, columns, warp_rows, warp_columns, stages>;           \
+        static_assert(Tile::kSlab == (depth), "plan.rs says how deep a slab is");                  \
         static_assert(sizeof(WgradMmaShared<Tile>) == (bytes), "plan.rs says how much a launch brings"); \
         extern __shared__ float4 brought[];                                                       \
         wgrad_mma<Tile>(p, *reinterpret_cast<WgradMmaShared<Tile>*>(brought), blockIdx.x);         \
     }
-PW_WGRAD_MMA(f16, 64, 64, 32, 32, 4, 4, 34816)
-PW_WGRAD_MMA(f16, 128, 128, 64, 32, 3, 1, 50688)
-// Before sm_80 bf16 has no instruction.
+PW_WGRAD_MMA(f16, f16, 64, 64, 32, 32, 32, 4, 4, 34816)
+PW_WGRAD_MMA(f16, f16, 128, 128, 32, 64, 32, 3, 1, 50688)
+// Before sm_80 neither has an instruction.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-PW_WGRAD_MMA(bf16, 64, 64, 32, 32, 4, 4, 34816)
-PW_WGRAD_MMA(bf16, 128, 128, 64, 32, 3, 1, 50688)
+PW_WGRAD_MMA(bf16, bf16, 64, 64, 32, 32, 32, 4, 4, 34816)
+PW_WGRAD_MMA(bf16, bf16, 128, 128, 32, 64, 32, 3, 1, 50688)
+PW_WGRAD_MMA(tf32, float, 64, 64, 16, 32, 32, 4, 4, 33792)
+PW_WGRAD_MMA(tf32, float, 128, 128, 16, 64, 32, 3, 1, 49920)
 #endif
 
 extern "C" __global__ void __launch_bounds__(PW_WGRAD_THREADS)

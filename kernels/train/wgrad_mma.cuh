@@ -1,5 +1,6 @@
-// The gradient by the weight on tensor cores, of f16 or bf16: as in wgrad.cuh, with sums in f32. Slabs of d
-// and src, 32 positions deep, arrive by asynchronous copies, several ahead of those that are multiplied.
+// The gradient by the weight on tensor cores, of f16 or bf16, or of f32 rounded to TF32: as in wgrad.cuh,
+// with sums in f32. Slabs of d and src, 16 words of positions deep, arrive by asynchronous copies, several
+// ahead of those that are multiplied.
 #pragma once
 
 #include "../mainloops/mma.cuh"
@@ -7,11 +8,11 @@
 
 // A tile of kRows x kColumns of the weight; a warp has kWarpRows x kWarpColumns of them.
 //
-// Positions are the instructions' depth. A word is two neighbours of them, and word 8s + 4r + t of the 16
-// of a slab is word 4t + 2s + r, as in MmaTile: of a slab that lies along positions, [channel][position],
-// a lane reads four words at once. Of one along channels, [position][channel], it reads vectors of V
-// channels at two neighbouring positions and puts words together of them. So element g of group j of
-// eight is channel 8j + g along positions, and V (8 (j / V) + g) + j % V along channels.
+// Positions are the instructions' depth. A word is one of them, or two neighbours of 16 bits, and word
+// 8s + 4r + t of the 16 of a slab is word 4t + 2s + r, as in MmaTile: of a slab that lies along positions,
+// [channel][position], a lane reads four words at once. Of one along channels, [position][channel], it
+// reads vectors of V channels, of 16 bits at two neighbouring positions, which it puts together. So element
+// g of group j of eight is channel 8j + g along positions, and V (8 (j / V) + g) + j % V along channels.
 template <class Element_, int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kStages_>
 struct WgradTile {
     using Element = Element_;
@@ -20,14 +21,15 @@ struct WgradTile {
     static constexpr int kWarpRows = kWarpRows_;
     static constexpr int kWarpColumns = kWarpColumns_;
     static constexpr int kStages = kStages_;
-    static constexpr int kSlab = PW_WGRAD_MMA_SLAB;
+    static constexpr int kPerWord = 4 / sizeof(Element);
+    static constexpr int kPer16Bytes = 16 / sizeof(Element);
+    static constexpr int kSlab = 16 * kPerWord;  // two instructions deep
     static constexpr int kRowWarps = kRows / kWarpRows;
     static constexpr int kThreads = 32 * kRowWarps * (kColumns / kWarpColumns);
     // Groups of eight of a warp.
     static constexpr int kRowGroups = kWarpRows / 8;
     static constexpr int kColumnGroups = kWarpColumns / 8;
 
-    static_assert(kSlab == 32, "two instructions deep");
     static_assert(kRows % 64 == 0 && kColumns % 64 == 0, "a row of a slab along channels fills all banks");
     static_assert(kWarpRows % 32 == 0 && kWarpColumns % 32 == 0, "vectors of four at least");
     static_assert(kThreads >= 2 * kSlab, "a thread has one entry of the tables");
@@ -37,6 +39,7 @@ struct WgradTile {
 };
 
 // Where the positions of a slab lie in a tensor. Every fourth or eighth of them is read at once.
+template <int kSlab>
 class WgradTable {
 public:
     __device__ int64_t operator[](int q) const { return offsets[slot(q)]; }
@@ -44,15 +47,15 @@ public:
 
 private:
     static __device__ int slot(int q) { return q ^ (q >> 4 & 1); }
-    int64_t offsets[PW_WGRAD_MMA_SLAB];
+    int64_t offsets[kSlab];
 };
 
 template <class Tile>
 struct WgradMmaShared {
-    uint4 d[Tile::kStages][Tile::kRows * Tile::kSlab / 8];
-    uint4 src[Tile::kStages][Tile::kColumns * Tile::kSlab / 8];
-    WgradTable d_at[Tile::kStages];
-    WgradTable src_at[Tile::kStages];
+    uint4 d[Tile::kStages][Tile::kRows * Tile::kSlab / Tile::kPer16Bytes];
+    uint4 src[Tile::kStages][Tile::kColumns * Tile::kSlab / Tile::kPer16Bytes];
+    WgradTable<Tile::kSlab> d_at[Tile::kStages];
+    WgradTable<Tile::kSlab> src_at[Tile::kStages];
 };
 
 // The slabs of one operand, of kChannels channels. Along channels they lie at `channel ^ swizzle(q)`.
@@ -60,6 +63,7 @@ template <class Tile, int kChannels, bool kAlongChannels>
 class WgradOperand {
     using Element = typename Tile::Element;
     static constexpr int kSlab = Tile::kSlab, kThreads = Tile::kThreads;
+    static constexpr int kPer16Bytes = Tile::kPer16Bytes;
 
 public:
     __device__ WgradOperand(const pw_part& part, pw_read read, int64_t first, int count)
@@ -67,14 +71,15 @@ public:
           read(read), count(count) {}
 
     // Starts the copies of a slab of which so many positions exist; what does not exist arrives as zero.
-    __device__ void copy(uint4* slab, const WgradTable& at, int positions) const {
+    __device__ void copy(uint4* slab, const WgradTable<kSlab>& at, int positions) const {
         Element* const to = reinterpret_cast<Element*>(slab);
         switch (read) {
-            case PW_READ_POSITIONS_VEC8:
-            case PW_READ_CHANNELS_VEC8: copy_vectors<8>(to, at, positions); break;
+            case PW_READ_POSITIONS:
+            case PW_READ_CHANNELS: copy_vectors<1>(to, at, positions); break;
             case PW_READ_POSITIONS_VEC4:
             case PW_READ_CHANNELS_VEC4: copy_vectors<4>(to, at, positions); break;
-            default: copy_vectors<1>(to, at, positions);
+            // f32 has no such reads.
+            default: copy_vectors<kPer16Bytes>(to, at, positions);
         }
     }
 
@@ -90,8 +95,9 @@ public:
 #pragma unroll
                 for (int j = 0; j < kGroups; j += kVector) {
                     uint32_t some[kVector];
-                    const int column = (first + kVector * g) ^ swizzle(8 * t);
-                    read_words<kChannels>(some, from, 8 * t + 2 * i, column + 8 * j);
+                    const int k = kPer16Bytes * t;
+                    const int column = (first + kVector * g) ^ swizzle(k);
+                    read_words<kChannels>(some, from, k + Tile::kPerWord * i, column + 8 * j);
 #pragma unroll
                     for (int n = 0; n < kVector; ++n) to[i / 2][i % 2][j + n] = some[n];
                 }
@@ -99,8 +105,18 @@ public:
         } else {
 #pragma unroll
             for (int j = 0; j < kGroups; ++j) {
-                const uint4 v = slab[(first + 8 * j + g) * (kSlab / 8) + t];
+                const uint4 v = slab[(first + 8 * j + g) * 4 + t];
                 to[0][0][j] = v.x, to[0][1][j] = v.y, to[1][0][j] = v.z, to[1][1][j] = v.w;
+            }
+        }
+        if constexpr (sizeof(Element) == 4) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                for (int j = 0; j < kGroups; ++j) {
+                    uint32_t& word = to[i / 2][i % 2][j];
+                    word = ptx::round_number_to_tf32(__uint_as_float(word));
+                }
             }
         }
     }
@@ -119,11 +135,11 @@ private:
     int count;
 
     template <int kGroups>
-    static __device__ constexpr int vector() { return kGroups < 8 ? 4 : 8; }
-    static __device__ int swizzle(int q) { return (q / 8 & 3) * 16; }
+    static __device__ constexpr int vector() { return kGroups < 8 ? 4 : kPer16Bytes; }
+    static __device__ int swizzle(int q) { return (q / kPer16Bytes & 3) * 2 * kPer16Bytes; }
 
     template <int kWidth>
-    __device__ void copy_vectors(Element* slab, const WgradTable& at, int positions) const {
+    __device__ void copy_vectors(Element* slab, const WgradTable<kSlab>& at, int positions) const {
         // Neighbouring threads take neighbours along the axis of the slab's rows.
         constexpr int kVectors = (kAlongChannels ? kChannels : kSlab) / kWidth;
         constexpr int kStep = kThreads / kVectors;
@@ -132,8 +148,9 @@ private:
         // Addresses would not fit the registers of the loop over slabs.
         const int thread = ptx::opaque(threadIdx.x);
         const int fast = thread % kVectors * kWidth, slow = thread / kVectors;
-        // Elements of 16 bits pass through registers, of which there are not enough for all.
-        constexpr int kAtOnce = kWidth > 1 ? kTurns : 4;
+        // Single elements of 16 bits pass through registers, of which there are not enough for all.
+        constexpr bool kAsynchronous = kWidth * sizeof(Element) >= 4;
+        constexpr int kAtOnce = kAsynchronous ? kTurns : 4;
 #pragma unroll kAtOnce
         for (int i = 0; i < kTurns; ++i) {
             const int other = slow + i * kStep;
@@ -142,7 +159,7 @@ private:
             const bool in = c < count && q < positions;
             // The last position, which stands in for those past the end, may not be aligned.
             const Element* const from = in ? data + c * stride + at[q] : data;
-            if constexpr (kWidth > 1) {
+            if constexpr (kAsynchronous) {
                 ptx::copy_async<kWidth * int(sizeof(Element))>(to, from, in);
             } else {
                 *to = in ? load_one(from) : Element{0};

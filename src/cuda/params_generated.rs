@@ -17,7 +17,6 @@ pub const PW_SUM_LANES: u32 = 32;
 pub const PW_WGRAD_THREADS: u32 = 256;
 pub const PW_WGRAD_TILE: u32 = 64;
 pub const PW_WGRAD_SLAB: u32 = 16;
-pub const PW_WGRAD_MMA_SLAB: u32 = 32;
 impl pw_op {
     pub const PW_OP_AFFINE: pw_op = pw_op(0);
     pub const PW_OP_PRELU: pw_op = pw_op(1);

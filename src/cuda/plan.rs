@@ -167,17 +167,19 @@ pub(super) enum Training {
     Sum,
     /// Gradients by the weight.
     Wgrad,
-    /// The same on tensor cores, of 16 bits, by a small and by a large tile.
+    /// The same on tensor cores, of 16 bits or TF32, by a small and by a large tile.
     WgradF16,
     WgradF16Large,
     WgradBf16,
     WgradBf16Large,
+    WgradTf32,
+    WgradTf32Large,
     /// Those of several splits as one.
     WgradSum,
 }
 
 impl Training {
-    pub(super) const ALL: [Training; 13] = [
+    pub(super) const ALL: [Training; 15] = [
         Training::Moments,
         Training::Forward,
         Training::Sums,
@@ -190,13 +192,18 @@ impl Training {
         Training::WgradF16Large,
         Training::WgradBf16,
         Training::WgradBf16Large,
+        Training::WgradTf32,
+        Training::WgradTf32Large,
         Training::WgradSum,
     ];
 
     /// The oldest chip that has it.
     pub(super) fn oldest(self) -> (u32, u32) {
         match self {
-            Training::WgradBf16 | Training::WgradBf16Large => (8, 0),
+            Training::WgradBf16
+            | Training::WgradBf16Large
+            | Training::WgradTf32
+            | Training::WgradTf32Large => (8, 0),
             _ => (0, 0),
         }
     }
@@ -204,7 +211,7 @@ impl Training {
     /// Of a block.
     pub(super) fn threads(self) -> u32 {
         match self {
-            Training::WgradF16 | Training::WgradBf16 => 128,
+            Training::WgradF16 | Training::WgradBf16 | Training::WgradTf32 => 128,
             _ => Helper::THREADS,
         }
     }
@@ -214,6 +221,8 @@ impl Training {
         match self {
             Training::WgradF16 | Training::WgradBf16 => 34816,
             Training::WgradF16Large | Training::WgradBf16Large => 50688,
+            Training::WgradTf32 => 33792,
+            Training::WgradTf32Large => 49920,
             _ => 0,
         }
     }
@@ -233,6 +242,8 @@ impl Training {
             Training::WgradF16Large => "wgrad_f16_mma_128x128x32",
             Training::WgradBf16 => "wgrad_bf16_mma_64x64x32",
             Training::WgradBf16Large => "wgrad_bf16_mma_128x128x32",
+            Training::WgradTf32 => "wgrad_tf32_mma_64x64x16",
+            Training::WgradTf32Large => "wgrad_tf32_mma_128x128x16",
             Training::WgradSum => "wgrad_sum_f32_256",
         }
     }

@@ -180,9 +180,8 @@ pub struct Options {
     /// Rows of the weight (output channels) that keep their values: their gradients are zero, and
     /// [`Params::update`] does not change them.
     pub frozen_rows: Vec<Range<usize>>,
-    /// What the products of the convolution and of its gradient by src may round. No effect on the
-    /// CPU; gradients by the weight are of f32 products, on tensors of 16 bits on CUDA of products of
-    /// that type.
+    /// What the products of the convolution and of its gradients by src and by the weight may round.
+    /// No effect on the CPU, nor on tensors of 16 bits on CUDA, whose products are of that type.
     pub math: Math,
 }
 

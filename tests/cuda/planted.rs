@@ -6,16 +6,17 @@ use std::path::PathBuf;
 
 use ndarray::{Array2, Array5, ArrayD};
 use pointwise::quantized::{F8E4M3, Fp8Quantization, QuantizedFp8};
-use pointwise::train::Params;
+use pointwise::train::{Options, Params};
 use pointwise::{
-    CudaDevice, Device, Error, Math, PrepareOptions, Quantization, Quantized, bf16, f16, reference,
+    CudaDevice, DType, Device, Error, Math, PrepareOptions, Quantization, Quantized, bf16, f16,
+    reference,
 };
 
 use super::cases::{Case, Layout, Placed, Value, chain, force, kernels_of, rounded};
 use super::driver::{ask, expect};
 use super::fp8::on_fp8;
 use super::numbers::Random;
-use super::tensor_cores::nearest;
+use super::tensor_cores::{ALMOST_TF32, nearest};
 use super::{OnDevice, Outcome};
 
 pub const STAND_IN_TRIALS: &[OnDevice] = &[
@@ -491,18 +492,22 @@ fn in_others(device: &CudaDevice) -> Outcome {
 /// The small tile of each dtype, which has code of its own for every pair of layouts.
 fn in_wgrad(device: &CudaDevice) -> Outcome {
     let mut all = vec!["wgrad_f16_mma_64x64x32"];
-    let asynchronous = device.compute_capability() >= (8, 0);
-    if asynchronous {
-        all.push("wgrad_bf16_mma_64x64x32");
+    let since_80 = device.compute_capability() >= (8, 0);
+    if since_80 {
+        all.extend(["wgrad_bf16_mma_64x64x32", "wgrad_tf32_mma_64x64x16"]);
     }
     all_are_found(device, "open", &all, |what| {
-        let since_80 =
-            ["no wait for copies", "a wait for one copy too few", "fragments of src swapped"];
+        let of_80 = [
+            "no wait for copies",
+            "a wait for one copy too few",
+            "fragments of src swapped",
+            "one operand not rounded to TF32",
+        ];
         let anywhere =
             ["fragments of the weight swapped", "halves of words swapped", COPIES_OF_WGRAD];
         let planted = what == NO_BARRIER_OF_WGRAD
             || anywhere.contains(&what)
-            || asynchronous && since_80.contains(&what);
+            || since_80 && of_80.contains(&what);
         !planted
     })
 }
@@ -544,6 +549,7 @@ pub fn child(device: &CudaDevice) -> Result<String, Error> {
     match kernel.split('_').nth(1) {
         Some("bf16") if kernel.starts_with("wgrad") => of_wgrad::<bf16>(device),
         Some("f16") if kernel.starts_with("wgrad") => of_wgrad::<f16>(device),
+        Some("tf32") if kernel.starts_with("wgrad") => of_wgrad::<f32>(device),
         Some("bf16") => of::<bf16>(device, &kernel),
         Some("f16") => of::<f16>(device, &kernel),
         Some("i8") => of_bytes(device, &kernel),
@@ -581,7 +587,8 @@ fn of<T: Value>(device: &CudaDevice, kernel: &str) -> Result<String, Error> {
     Ok("right".into())
 }
 
-/// A backward pass in every pair of layouts, aligned and not, of eight slabs.
+/// A backward pass in every pair of layouts, aligned and not, of eight slabs, or of sixteen of numbers that
+/// take rounding to be TF32.
 fn of_wgrad<T: Value>(device: &CudaDevice) -> Result<String, Error> {
     let mut random = Random::new(86);
     for width in [64, 61] {
@@ -596,11 +603,14 @@ fn of_wgrad<T: Value>(device: &CudaDevice) -> Result<String, Error> {
             }
         }
         let (first, last) = (Layout::First, Layout::Last);
+        let almost = if T::DTYPE == DType::F32 { ALMOST_TF32 } else { 1.0 };
+        let (src, d) = (src * almost, d * almost);
         for layouts in [(first, first), (last, last), (first, last), (last, first)] {
             let src = Placed::<T>::filled(device, src.view(), layouts.0);
             let d = Placed::<T>::filled(device, d.view(), layouts.1);
             let (src, d) = (src.view(), d.view());
-            let mut params = Params::new(&layer, &device.clone().into())?;
+            let options = Options { math: Math::Tf32, ..Options::default() };
+            let mut params = Params::with_options(&layer, &device.clone().into(), options)?;
             let mut grads = params.grads();
             let mut dst = Placed::<T>::blank(device, case.dst_shape(), layouts.1);
             let workspace = params.call(&src).run_into(&mut dst.view_mut())?;

@@ -83,6 +83,9 @@ fn integers(device: &CudaDevice) -> Outcome {
     Ok(())
 }
 
+/// Makes of a TF32 a number of which it is the nearest, and which is cut to another one.
+pub const ALMOST_TF32: f32 = 1.0 - 1.0 / 8192.0;
+
 /// The nearest value with 10 bits of mantissa, ties away from zero.
 pub fn nearest(x: f32) -> f32 {
     let unit = 2f32.powi(x.abs().log2().floor() as i32 - 10);

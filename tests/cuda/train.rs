@@ -724,6 +724,8 @@ fn refusals(device: &CudaDevice) -> Outcome {
     let has_them = device.compute_capability() >= (8, 0);
     assert_eq!(may.dst != exact.dst, has_them, "products forward");
     assert_eq!(may.d_sources != exact.d_sources, has_them, "products backward");
+    let weights = [&may, &exact].map(|got| got.grads.get(name::WEIGHT));
+    assert_eq!(weights[0] != weights[1], has_them, "products of the gradient by the weight");
     // Seventeen sources are one too many, on the host or on the device.
     let layer = Pointwise::new(weight(4, 17));
     let mut params = Params::new(&layer, &on)?;

@@ -1,16 +1,18 @@
-//! Training on tensors of f16 and bf16: exact where the arithmetic is, else against the f64 reference.
+//! Training on tensors of f16 and bf16, and its products of TF32: exact where the arithmetic is, else
+//! against the f64 reference.
 
 use std::ops::Range;
 
 use ndarray::{Array2, Array5, ArrayD, Axis, Ix5, Slice};
 use pointwise::reference::{self, Gradients, Inputs};
 use pointwise::train::{Accumulate, Options, Params, Statistics, name};
-use pointwise::{BatchNorm, CudaDevice, DType, Device, Pointwise, bf16, f16};
+use pointwise::{BatchNorm, CudaDevice, DType, Device, Math, Pointwise, bf16, f16};
 
 use super::cases::{Case, LAYOUTS, Layout, Placed, Value, chain, rounded, same_bits};
 use super::fixtures::Fixtures;
 use super::half::unit;
 use super::numbers::Random;
+use super::tensor_cores::ALMOST_TF32;
 use super::training::{
     Got, Tensors, d_dst, large_tensors, largest, named, terms, trainable, with_statistics,
 };
@@ -19,6 +21,7 @@ use super::{OnDevice, Outcome, tensor_cores, train};
 pub const TRIALS: &[OnDevice] = &[
     ("training_in_f16_sums_integers_exactly", integers::<f16>),
     ("training_in_bf16_sums_integers_exactly", integers::<bf16>),
+    ("training_in_tf32_sums_integers_exactly", integers::<f32>),
     ("training_in_f16_on_every_case_of_the_fixtures_has_the_references_gradients", fixtures::<f16>),
     (
         "training_in_bf16_on_every_case_of_the_fixtures_has_the_references_gradients",
@@ -285,10 +288,14 @@ fn cases() -> Vec<Case> {
     cases
 }
 
+/// Products of f32 may be TF32's: then also of numbers that take rounding to be integers.
 fn integers<T: Value>(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(91);
+    let since_80 = device.compute_capability() >= (8, 0);
     // Without tensor cores one kernel takes all weights' gradients, and the stand-in takes long for it.
-    let step = if T::DTYPE == DType::Bf16 && device.compute_capability() < (8, 0) { 4 } else { 1 };
+    let step = if T::DTYPE == DType::F16 || since_80 { 1 } else { 4 };
+    let rounds = T::DTYPE == DType::F32 && since_80;
+    let options = Options { math: Math::Tf32, ..Options::default() };
     for (i, case) in cases().iter().enumerate().step_by(step) {
         let weight = random.integers(case.c_out * case.c_in / case.groups);
         let bias = random.integers(case.c_out);
@@ -314,12 +321,14 @@ fn integers<T: Value>(device: &CudaDevice) -> Outcome {
         let pairs = [(first, first), (last, last), (first, last), (last, first)];
         for layouts in [pairs[i % 4], pairs[(i + 1 + i / 4) % 4], other] {
             let what = format!("{case:?}, {layouts:?}");
+            let values = (&src, &d);
             let (src, d) = (
                 Placed::<T>::filled(device, src.view(), layouts.0),
                 Placed::<T>::filled(device, d.view(), layouts.1),
             );
             let (src, d) = (src.view(), d.view());
-            let mut params = Params::new(&layer, &device.clone().into())?;
+            let on = Device::from(device.clone());
+            let mut params = Params::with_options(&layer, &on, options.clone())?;
             let mut to = Placed::<T>::blank(device, case.dst_shape(), layouts.1);
             let workspace = params.call(&src).run_into(&mut to.view_mut())?;
             same_bits(&to.read(), &dst, &format!("{what}: dst"))?;
@@ -337,6 +346,18 @@ fn integers<T: Value>(device: &CudaDevice) -> Outcome {
                     return Err(format!("{what}: {name}[{at}] = {got}, expected {want}").into());
                 }
             }
+            if !rounds {
+                continue;
+            }
+            let almost = |values: &Array5<f32>, layout| {
+                Placed::<T>::filled(device, (values * ALMOST_TF32).view(), layout)
+            };
+            let (src, d) = (almost(values.0, layouts.0), almost(values.1, layouts.1));
+            let (src, d) = (src.view(), d.view());
+            let mut to = Placed::<T>::blank(device, case.dst_shape(), layouts.1);
+            let workspace = params.call(&src).run_into(&mut to.view_mut())?;
+            params.backward_call(&src, workspace, &d).run(&mut grads)?;
+            assert!(grads.get(name::WEIGHT) == Some(&d_weight), "{what}: rounded to TF32");
         }
     }
     Ok(())

@@ -502,6 +502,7 @@ impl Training<'_> {
             extents: source.extents,
             d,
             src,
+            math: self.math,
             channels_fast: [channels_fast, source.channels_fast],
         };
         wgrad.run()

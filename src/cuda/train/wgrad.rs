@@ -3,13 +3,13 @@
 use crate::cuda::device::{Buffer, CudaDevice};
 use crate::cuda::launch::start_training;
 use crate::cuda::params::{
-    PW_WGRAD_MMA_SLAB, PW_WGRAD_SLAB, PW_WGRAD_THREADS, PW_WGRAD_TILE, pw_read, pw_wgrad,
-    pw_wgrad_sum,
+    PW_WGRAD_SLAB, PW_WGRAD_THREADS, PW_WGRAD_TILE, pw_read, pw_wgrad, pw_wgrad_sum,
 };
 use crate::cuda::plan::Training as Kernel;
 use crate::cuda::train::sweep::{Axes, Typed, grid, positions_of};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::prepared::Math;
 use crate::tensor::checked_product;
 
 /// Positions that are worth a block of their own.
@@ -26,6 +26,8 @@ pub(super) struct Wgrad<'a> {
     /// Of one dtype.
     pub d: Typed,
     pub src: Typed,
+    /// What products of f32 may round.
+    pub math: Math,
     /// Whether the channels of `d` and of `src` lie closer together than their positions.
     pub channels_fast: [bool; 2],
 }
@@ -34,21 +36,19 @@ impl Wgrad<'_> {
     /// The kernel, the side of its tiles, and how many positions it multiplies at a time.
     fn kernel(&self) -> (Kernel, usize, usize) {
         let large = self.rows > 64 && self.depth > 64;
-        let kernel = match self.d.dtype {
-            DType::F16 if large => Kernel::WgradF16Large,
-            DType::F16 => Kernel::WgradF16,
-            DType::Bf16 if large => Kernel::WgradBf16Large,
-            DType::Bf16 => Kernel::WgradBf16,
-            DType::F32 => Kernel::Wgrad,
+        let [small_tile, large_tile] = match (self.d.dtype, self.math) {
+            (DType::F16, _) => [Kernel::WgradF16, Kernel::WgradF16Large],
+            (DType::Bf16, _) => [Kernel::WgradBf16, Kernel::WgradBf16Large],
+            (DType::F32, Math::Tf32) => [Kernel::WgradTf32, Kernel::WgradTf32Large],
+            (DType::F32, Math::F32) => [Kernel::Wgrad; 2],
         };
-        let has = self.device.has_training(kernel);
-        match kernel {
-            Kernel::Wgrad => {}
-            _ if has && large => return (kernel, 128, PW_WGRAD_MMA_SLAB as usize),
-            _ if has => return (kernel, 64, PW_WGRAD_MMA_SLAB as usize),
-            _ => {}
+        let kernel = if large { large_tile } else { small_tile };
+        if kernel == Kernel::Wgrad || !self.device.has_training(kernel) {
+            return (Kernel::Wgrad, PW_WGRAD_TILE as usize, PW_WGRAD_SLAB as usize);
         }
-        (Kernel::Wgrad, PW_WGRAD_TILE as usize, PW_WGRAD_SLAB as usize)
+        // Two instructions, of words of two positions or of one.
+        let slab = if self.d.dtype == DType::F32 { 16 } else { 32 };
+        (kernel, if large { 128 } else { 64 }, slab)
     }
 
     /// How many blocks share the positions of a tile: a pure function of the problem and the device.
@@ -59,21 +59,19 @@ impl Wgrad<'_> {
         (positions.div_ceil(chunk), chunk)
     }
 
-    /// How an operand is read: of 16 bits several neighbours at once, where a vector is never cut by
-    /// the end of an axis or of a group and is always aligned.
+    /// How an operand is read: several neighbours at once, at most 16 bytes, where a vector is never cut
+    /// by the end of an axis or of a group and is always aligned.
     fn read(&self, axes: &Axes, index: usize, operand: &Typed, channels: usize) -> pw_read {
         let channels_fast = self.channels_fast[index];
         let one = match channels_fast {
             true => pw_read::PW_READ_CHANNELS,
             false => pw_read::PW_READ_POSITIONS,
         };
-        if operand.dtype == DType::F32 {
-            return one;
-        }
         let strides = &axes.strides[index][..axes.count as usize];
         let vectors = |width: i64| {
             let whole = |n: i64| n % width == 0;
-            let aligned = operand.at.address.is_multiple_of(width as u64 * 2);
+            let bytes = width as usize * operand.dtype.size();
+            let aligned = bytes <= 16 && operand.at.address.is_multiple_of(bytes as u64);
             let rest = match (channels_fast, strides.split_first()) {
                 (true, _) => {
                     operand.at.channel == 1
