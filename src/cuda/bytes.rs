@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 
-use super::device::{Buffer, CudaDevice};
+use super::device::CudaDevice;
 use super::launch::{Bytes, Call, Moments, Sources, Tensor, start_bytes, start_quantization};
 use super::layer::{channels_of, on_device};
+use super::memory::Buffer;
 use super::params::{pw_bytes, pw_element, pw_operands, pw_quantization};
 use super::plan::{ByteKernel, Choice, Forced, Helper, Letters, choose_bytes};
 use super::staging::{self, HostCall, Moved, Slice};

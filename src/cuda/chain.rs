@@ -3,9 +3,9 @@
 //! A kernel computes each position by itself, so the positions that a later layer's stride leaves
 //! out are left out from the start, or from behind the last normalisation over all positions on.
 
-use super::device::Buffer;
 use super::launch::{self, Tensor};
 use super::layer::{Layer, channels_of, on_device};
+use super::memory::Buffer;
 use super::plan::KERNELS;
 use super::staging::{self, HostCall, Slice};
 use crate::dtype::{DType, Element};

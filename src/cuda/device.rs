@@ -4,33 +4,17 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{
-    self, CUcontext, CUdevice_attribute as Attribute, CUfunction_attribute, CUstream,
-    CUstreamCaptureStatus,
-};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::sys::{self, CUcontext, CUstream, CUstreamCaptureStatus};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, result};
 
 use super::driver::{self, failed};
-use super::plan::{
-    ByteKernel, FP8_KERNELS, Family, Helper, INT8_KERNELS, KERNELS, Kernel, Terms, Training,
-};
+use super::facts::Facts;
+use super::image;
+use super::plan::{Family, Helper, KERNELS, Training};
 use super::scratch::Scratch;
 use super::staging::Staging;
-use crate::cost::Roof;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Place;
-
-/// The kernels' machine code and PTX, as nvcc made it.
-static FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise.fatbin"));
-/// The kernels of fp8; empty where the build has none.
-static FP8_FATBIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pointwise-fp8.fatbin"));
-/// The first compute capability whose tensor cores multiply fp8.
-const FP8: (u32, u32) = (8, 9);
-
-/// `CUDA_ERROR_INVALID_IMAGE`.
-const INVALID_IMAGE: u32 = 200;
 
 /// `CU_STREAM_PER_THREAD`.
 const PER_THREAD: usize = 2;
@@ -38,32 +22,13 @@ const PER_THREAD: usize = 2;
 /// The oldest chip that the kernels are written for.
 const OLDEST: (u32, u32) = (7, 5);
 
-/// What the planner knows of a device.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Facts {
-    pub name: String,
-    pub compute_capability: (u32, u32),
-    pub multiprocessors: u32,
-    /// Whether the image has the kernels for tensor cores of sm_80 and later for this device, and
-    /// those for tensor cores before.
-    pub sm80: bool,
-    pub sm75: bool,
-    pub l2_bytes: u64,
-    pub memory_bytes: u64,
-    /// Shared memory of a multiprocessor, and what the driver takes of it beside a block's own.
-    pub shared_bytes: u32,
-    pub shared_per_block: u32,
-    /// Ceilings of arithmetic and memory, computed from clocks and widths.
-    pub roof: Roof,
-}
-
 /// What is loaded once per context.
 struct Context {
     context: Arc<CudaContext>,
-    /// In the order of [`KERNELS`], then of [`Helper`], of [`Training`] and of [`INT8_KERNELS`]; `None`
-    /// is for other chips.
+    /// In the order of [`KERNELS`], then of [`Helper`], of [`Training`] and of
+    /// [`INT8_KERNELS`](super::plan::INT8_KERNELS); `None` is for other chips.
     functions: Vec<Option<CudaFunction>>,
-    /// Of [`FP8_KERNELS`], once they are asked for.
+    /// Of [`FP8_KERNELS`](super::plan::FP8_KERNELS), once they are asked for.
     fp8: OnceLock<Vec<CudaFunction>>,
     facts: Facts,
     /// The stream of [`CudaDevice::open`]; non-blocking, so that it is independent of others.
@@ -347,12 +312,16 @@ impl CudaDevice {
         })
     }
 
+    pub(super) fn context(&self) -> &CudaContext {
+        &self.shared.context
+    }
+
     pub(crate) fn facts(&self) -> &Facts {
         &self.shared.facts
     }
 
     /// The function of a row of [`KERNELS`], or behind them of a [`Helper`] and so on, if it runs on this
-    /// device; behind all others, those of [`FP8_KERNELS`].
+    /// device; behind all others, those of [`FP8_KERNELS`](super::plan::FP8_KERNELS).
     pub(super) fn function(&self, kernel: usize) -> Option<&CudaFunction> {
         let Context { functions, fp8, .. } = &*self.shared;
         match kernel.checked_sub(functions.len()) {
@@ -380,29 +349,9 @@ impl CudaDevice {
             device: self.to_string(),
             what: format!("layers of fp8: {reason}"),
         };
-        let (major, minor) = facts.compute_capability;
-        if facts.compute_capability < FP8 {
-            return Err(unsupported(format!(
-                "it has compute capability {major}.{minor}, tensor cores multiply fp8 from {}.{} on",
-                FP8.0, FP8.1
-            )));
-        }
-        if FP8_FATBIN.is_empty() {
-            return Err(unsupported(format!(
-                "the kernels of this build, by nvcc {} for {}, have none; these take nvcc 12.4 or later \
-                 and a chip from 8.0 on among POINTWISE_CUDA_ARCHS",
-                env!("POINTWISE_BUILT_NVCC"),
-                env!("POINTWISE_BUILT_ARCHS"),
-            )));
-        }
+        image::check_fp8(facts).map_err(unsupported)?;
         let _bound = self.bind()?;
-        let functions = context
-            .load_module(Ptx::from_binary(FP8_FATBIN.to_vec()))
-            .and_then(|module| FP8_KERNELS.iter().map(|k| byte_function(&module, k)).collect())
-            .map_err(|error| match driver::probe() {
-                Ok(driver) => unsupported(cannot_load(&driver, facts, error.0 as u32)),
-                Err(reason) => unsupported(reason.into()),
-            })?;
+        let functions = image::load_fp8(context, facts).map_err(unsupported)?;
         // Another thread may have been faster.
         let _ = fp8.set(functions);
         Ok(())
@@ -663,8 +612,8 @@ impl Context {
                 facts.name, OLDEST.0, OLDEST.1
             )));
         }
-        let functions =
-            load(&context, &facts).map_err(|code| missing(cannot_load(&driver, &facts, code)))?;
+        let functions = image::load(&context, &facts)
+            .map_err(|code| missing(image::cannot_load(&driver, &facts, code)))?;
         let loaded_for = |oldest: (u32, u32)| {
             let all = KERNELS.iter().zip(&functions);
             let mut all = all.filter(|(kernel, _)| {
@@ -691,329 +640,9 @@ impl Context {
     }
 }
 
-fn load(context: &Arc<CudaContext>, facts: &Facts) -> Result<Vec<Option<CudaFunction>>, u32> {
-    let code = |error: result::DriverError| error.0 as u32;
-    if FATBIN.is_empty() {
-        // Built under DOCS_RS, to be read and not to be run.
-        return Err(INVALID_IMAGE);
-    }
-    let module: Arc<CudaModule> =
-        context.load_module(Ptx::from_binary(FATBIN.to_vec())).map_err(code)?;
-    let mut later = false;
-    let function = |kernel: &Kernel| {
-        // What is for older chips is of use where there is nothing else; kernels.def lists it last.
-        let older = later && kernel.family == Family::PairsSm75;
-        if facts.compute_capability < kernel.family.oldest() || older {
-            return Ok(None);
-        }
-        let function = match module.load_function(kernel.name).map_err(code) {
-            // Not compiled for this chip, or for older ones only, which every chip since them runs.
-            Err(driver::NOT_FOUND) if kernel.family != Family::Simt => return Ok(None),
-            function => function?,
-        };
-        if kernel.brought_bytes() > 0 {
-            allow_shared(&function, kernel.brought_bytes()).map_err(code)?;
-        }
-        later |= kernel.family == Family::Pairs;
-        Ok(Some(function))
-    };
-    let helpers = Helper::ALL.map(Helper::name).into_iter();
-    let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
-    let training = |kernel: Training| {
-        if facts.compute_capability < kernel.oldest() {
-            return Ok(None);
-        }
-        let function = match module.load_function(kernel.name()).map_err(code) {
-            // An image for older chips only, which has those of every chip.
-            Err(driver::NOT_FOUND) if kernel.oldest() > (0, 0) => return Ok(None),
-            function => function?,
-        };
-        if kernel.shared_bytes() > 0 {
-            allow_shared(&function, kernel.shared_bytes()).map_err(code)?;
-        }
-        Ok(Some(function))
-    };
-    let helpers = helpers.chain(Training::ALL.into_iter().map(training));
-    let int8 = INT8_KERNELS.iter();
-    let int8 = int8.map(|kernel| byte_function(&module, kernel).map(Some).map_err(code));
-    KERNELS.iter().map(function).chain(helpers).chain(int8).collect()
-}
-
-fn byte_function(
-    module: &Arc<CudaModule>,
-    kernel: &ByteKernel,
-) -> Result<CudaFunction, result::DriverError> {
-    let function = module.load_function(kernel.name)?;
-    allow_shared(&function, kernel.tile.shared_bytes)?;
-    Ok(function)
-}
-
-/// Lets launches of a function bring so much shared memory.
-fn allow_shared(function: &CudaFunction, bytes: u32) -> Result<(), result::DriverError> {
-    let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(most, bytes as i32)
-}
-
-fn cannot_load(driver: &driver::Driver, facts: &Facts, code: u32) -> String {
-    let (major, minor) = facts.compute_capability;
-    format!(
-        "{} cannot load the kernels for {} (compute capability {major}.{minor}): {}; they were \
-         built by nvcc {} for {}. A newer driver, an older nvcc or other POINTWISE_CUDA_ARCHS help",
-        driver.describe(),
-        facts.name,
-        driver::Code(code),
-        env!("POINTWISE_BUILT_NVCC"),
-        env!("POINTWISE_BUILT_ARCHS"),
-    )
-}
-
-impl Facts {
-    /// Whether tensor cores multiply what a layer on these terms has.
-    pub(crate) fn multiplies(&self, terms: &Terms) -> bool {
-        match terms.dtype {
-            DType::F32 => terms.tf32 && self.sm80,
-            DType::F16 => self.sm80 || self.sm75,
-            DType::Bf16 => self.sm80,
-        }
-    }
-
-    /// The ceilings of products of bytes on tensor cores: those of f32 as many times as data sheets say.
-    pub(crate) fn int8_roof(&self) -> Roof {
-        let times = match self.compute_capability {
-            (7, _) => 16.0,
-            (8, 0) => 32.0,
-            (8, _) | (12, _) => 8.0,
-            _ => 32.0,
-        };
-        Roof { flops_per_second: times * self.roof.flops_per_second, ..self.roof }
-    }
-
-    fn of(context: &Arc<CudaContext>) -> Result<Facts> {
-        let needed = |attribute| {
-            let value = context.attribute(attribute).map_err(failed("cuDeviceGetAttribute"))?;
-            Ok::<u32, Error>(u32::try_from(value).unwrap_or(0))
-        };
-        // Of use for estimates only.
-        let optional = |attribute| context.attribute(attribute).map_or(0.0, f64::from);
-        let compute_capability = (
-            needed(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            needed(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        );
-        let multiprocessors = needed(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1);
-        let clock = optional(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE) * 1e3;
-        let memory_clock = optional(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE) * 1e3;
-        let bus = optional(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
-        Ok(Facts {
-            name: context.name().map_err(failed("cuDeviceGetName"))?,
-            compute_capability,
-            multiprocessors,
-            sm80: false,
-            sm75: false,
-            l2_bytes: optional(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE) as u64,
-            memory_bytes: context.total_mem().map_err(failed("cuDeviceTotalMem"))? as u64,
-            shared_bytes: needed(
-                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
-            )?,
-            shared_per_block: needed(
-                Attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK,
-            )?,
-            roof: roof(compute_capability, multiprocessors, clock, memory_clock, bus),
-        })
-    }
-}
-
-/// The ceilings that a data sheet would give. Where the driver does not tell a clock, one that is
-/// usual for the chips in question stands in.
-fn roof(chip: (u32, u32), multiprocessors: u32, clock: f64, memory_clock: f64, bus: f64) -> Roof {
-    let lanes = match chip {
-        (7, _) | (8, 0) => 64.0,
-        _ => 128.0,
-    };
-    let clock = if clock > 0.0 { clock } else { 1.5e9 };
-    // Two transfers per clock.
-    let bytes = 2.0 * memory_clock * bus / 8.0;
-    Roof {
-        flops_per_second: 2.0 * lanes * f64::from(multiprocessors) * clock,
-        bytes_per_second: if bytes > 0.0 { bytes } else { 1e12 },
-    }
-}
-
-/// An allocation on a device, freed in stream order.
-pub(super) struct Buffer {
-    address: u64,
-    bytes: usize,
-    device: CudaDevice,
-}
-
-impl Buffer {
-    /// Fresh memory, its contents unspecified; no bytes are no allocation. `what` it is for, an
-    /// error says.
-    pub(super) fn new(device: &CudaDevice, what: &'static str, bytes: usize) -> Result<Self> {
-        let mut buffer = Buffer { address: 0, bytes, device: device.clone() };
-        if bytes > 0 {
-            let _bound = device.bind()?;
-            buffer.address = allocate(device, what, bytes)?;
-        }
-        Ok(buffer)
-    }
-
-    pub(super) fn address(&self) -> u64 {
-        self.address
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(super) fn device(&self) -> &CudaDevice {
-        &self.device
-    }
-
-    /// Puts what frees it, on the stream that it is of, behind what `user`'s stream still runs.
-    pub(super) fn outlive(&self, user: &CudaDevice) {
-        let home = self.device.stream().cu_stream().addr();
-        // SAFETY: this handle keeps its stream alive.
-        if unsafe { user.make_wait(home) }.is_err() {
-            // Nothing orders the two, so the user's stream must be done. An error of this, too, is the
-            // echo of an earlier one.
-            let _ = user.synchronize();
-        }
-    }
-
-    /// Copies from the host and waits for it, so that `from` may go at once.
-    pub(super) fn upload<T: Plain>(&mut self, from: &[T]) -> Result<()> {
-        assert!(size_of_val(from) <= self.bytes, "a copy stays within its allocation");
-        if from.is_empty() {
-            return Ok(());
-        }
-        let _bound = self.device.bind()?;
-        let stream = self.device.stream().cu_stream();
-        // SAFETY: within the allocation; `from` lives until the copy is done, two lines below.
-        unsafe { result::memcpy_htod_async(self.address, from, stream) }
-            .map_err(self.device.failed("cuMemcpyHtoDAsync"))?;
-        self.device.synchronize()
-    }
-
-    /// Copies to the host, after what is queued on the stream, and waits for it.
-    pub(super) fn download<T: Plain>(&self, to: &mut [T]) -> Result<()> {
-        self.download_from(0, to)
-    }
-
-    /// The same from so many bytes behind the first one on.
-    pub(super) fn download_from<T: Plain>(&self, first: u64, to: &mut [T]) -> Result<()> {
-        let end = first.saturating_add(size_of_val(to) as u64);
-        assert!(end <= self.bytes as u64, "a copy stays within its allocation");
-        if to.is_empty() {
-            return Ok(());
-        }
-        let _bound = self.device.bind()?;
-        let stream = self.device.stream().cu_stream();
-        // SAFETY: within the allocation; `to` is borrowed until the copy is done, two lines below,
-        // and any bits are a value of a plain type.
-        unsafe { result::memcpy_dtoh_async(to, self.address + first, stream) }
-            .map_err(self.device.failed("cuMemcpyDtoHAsync"))?;
-        self.device.synchronize()
-    }
-
-    /// Sets every byte, in stream order.
-    pub(super) fn fill(&mut self, byte: u8) -> Result<()> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        let _bound = self.device.bind()?;
-        let stream = self.device.stream().cu_stream();
-        // SAFETY: the whole allocation and no more.
-        unsafe { result::memset_d8_async(self.address, byte, self.bytes, stream) }
-            .map_err(self.device.failed("cuMemsetD8Async"))
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        if self.address == 0 {
-            return;
-        }
-        // A failure here is the echo of an earlier one, and there is nobody to tell: the next call
-        // on the context reports it again.
-        let Ok(_bound) = self.device.bind() else {
-            return;
-        };
-        // SAFETY: allocated in `new`, and not used by anyone after work that is already queued.
-        unsafe { free(&self.device.shared.context, self.device.stream(), self.address) };
-    }
-}
-
-/// Fresh memory in the order of the handle's stream; `what` it is for, an error says. The context is
-/// bound.
-pub(super) fn allocate(device: &CudaDevice, what: &'static str, bytes: usize) -> Result<u64> {
-    // SAFETY: a plain allocation, which only `free` frees.
-    unsafe {
-        if device.has_pools() {
-            result::malloc_async(device.stream().cu_stream(), bytes).map_err(device.no_memory(
-                "cuMemAllocAsync",
-                what,
-                bytes,
-            ))
-        } else {
-            result::malloc_sync(bytes).map_err(device.no_memory("cuMemAlloc", what, bytes))
-        }
-    }
-}
-
-/// Frees after what is queued on the stream. The context is bound. A failure is the echo of an
-/// earlier one, and there is nobody to tell: the next call on the context reports it again.
-///
-/// # Safety
-/// The address is one that [`allocate`] gave, and nobody uses it after work that is queued already.
-pub(super) unsafe fn free(context: &CudaContext, stream: &CudaStream, address: u64) {
-    let stream = stream.cu_stream();
-    // SAFETY: the caller's promise.
-    let _ = unsafe {
-        if context.has_async_alloc() {
-            result::free_async(address, stream)
-        } else {
-            result::stream::synchronize(stream).and_then(|()| result::free_sync(address))
-        }
-    };
-}
-
-/// Types whose every bit pattern is a value and that hold no references: safe to copy as bytes.
-///
-/// # Safety
-/// As said.
-pub(super) unsafe trait Plain: Copy + Send + Sync + 'static {}
-
-// SAFETY: plain numbers.
-unsafe impl Plain for u8 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for i8 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for f32 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for f64 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for u64 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for half::f16 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for half::bf16 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for float8::F8E4M3 {}
-// SAFETY: plain numbers.
-unsafe impl Plain for float8::F8E5M2 {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_roof_is_positive_whatever_the_driver_tells() {
-        let known = roof((9, 0), 132, 1.98e9, 3.201e9, 6144.0);
-        assert!((known.flops_per_second / 66.9e12 - 1.0).abs() < 0.01, "{known:?}");
-        assert!((known.bytes_per_second / 4.92e12 - 1.0).abs() < 0.01, "{known:?}");
-        let unknown = roof((7, 5), 1, 0.0, 0.0, 0.0);
-        assert!(unknown.flops_per_second > 0.0 && unknown.bytes_per_second > 0.0);
-    }
 
     #[test]
     fn an_ordinal_that_is_not_there_is_an_error_with_a_reason() {

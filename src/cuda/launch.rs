@@ -4,7 +4,8 @@ use std::ffi::c_void;
 
 use cudarc::driver::result;
 
-use super::device::{Buffer, CudaDevice};
+use super::device::CudaDevice;
+use super::memory::Buffer;
 use super::params::{
     PW_MAX_AXES, PW_MAX_SOURCES, PW_MERGED, pw_bytes, pw_epilogue, pw_flags, pw_fprop, pw_merge,
     pw_norm_job, pw_read, pw_source,

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use cudarc::driver::sys::{CUstream, cuStreamQuery, cudaError_enum};
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
-use crate::cuda::device::{Buffer, CudaDevice, Plain};
+use crate::cuda::device::CudaDevice;
+use crate::cuda::memory::{Buffer, Plain};
 use crate::error::{Error, Result};
 use crate::train::{AllReduce, Launch};
 

@@ -1,7 +1,8 @@
 //! A layer as the kernels read it: its weight packed, its stages as steps, all of it uploaded once.
 
-use super::device::{Buffer, CudaDevice};
+use super::device::CudaDevice;
 use super::launch::Program;
+use super::memory::Buffer;
 use super::params::{
     PW_INLINE_SOURCE_STEPS, PW_INLINE_STEPS, PW_ROW_ALIGN, PW_ROW_ALIGN_16BIT, pw_epilogue,
     pw_fprop, pw_norm, pw_op, pw_step,

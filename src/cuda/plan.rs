@@ -1,7 +1,7 @@
 //! The kernels there are, and which of them runs a problem: pure functions of the problem's letters
 //! and the device's facts.
 
-use super::device::Facts;
+use super::facts::Facts;
 use super::scratch::Need;
 use crate::dtype::DType;
 

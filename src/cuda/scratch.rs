@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result};
 
-use super::device::{CudaDevice, allocate, free};
+use super::device::CudaDevice;
+use super::memory::{allocate, free};
 use crate::error::{Error, Result};
 use crate::problem::same_place;
 use crate::tensor::{Place, TensorMut};

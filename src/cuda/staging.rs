@@ -4,8 +4,9 @@
 use cudarc::driver::result;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
-use super::device::{Buffer, CudaDevice, Event};
+use super::device::{CudaDevice, Event};
 use super::launch::Tensor;
+use super::memory::Buffer;
 use crate::error::{Error, Result};
 use crate::problem::Operand;
 use crate::tensor::{MAX_RANK, MAX_SPATIAL};

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use ndarray::{Array, ArrayD, ArrayView, Dimension, IxDyn, ShapeBuilder};
 
-use super::device::{Buffer, CudaDevice, Plain};
+use super::device::CudaDevice;
+use super::memory::{Buffer, Plain};
 use crate::error::{Error, Result};
 use crate::tensor::{
     AsTensor, AsTensorMut, Place, Source, TensorMut, TensorRef, checked_product, strides_like,

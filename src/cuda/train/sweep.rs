@@ -4,9 +4,10 @@ mod norm;
 
 use std::ffi::c_void;
 
-use crate::cuda::device::{Buffer, CudaDevice};
+use crate::cuda::device::CudaDevice;
 use crate::cuda::launch::{self, Tensor, start_training};
 use crate::cuda::layer::on_device;
+use crate::cuda::memory::Buffer;
 use crate::cuda::pack::activation_op;
 use crate::cuda::params::{
     PW_MAX_AXES, PW_MAX_PARTS, PW_MAX_STAGES, PW_MAX_SUMMED, PW_MERGED, PW_NOT_SUMMED,

@@ -1,7 +1,8 @@
 //! The gradient by the weight.
 
-use crate::cuda::device::{Buffer, CudaDevice};
+use crate::cuda::device::CudaDevice;
 use crate::cuda::launch::start_training;
+use crate::cuda::memory::Buffer;
 use crate::cuda::params::{
     PW_WGRAD_SLAB, PW_WGRAD_THREADS, PW_WGRAD_TILE, pw_read, pw_wgrad, pw_wgrad_sum,
 };

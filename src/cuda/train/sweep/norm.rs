@@ -1,7 +1,7 @@
 //! What a chain's layer norm sums over the rows of each position, or of each sample.
 
-use crate::cuda::device::Buffer;
 use crate::cuda::launch::{self, start_training};
+use crate::cuda::memory::Buffer;
 use crate::cuda::params::{PW_SWEEP_POSITIONS, pw_sweep};
 use crate::cuda::plan::Training as Kernel;
 use crate::cuda::train::sweep::{Backward, Coefficients, Parts, Sweep, grid};
