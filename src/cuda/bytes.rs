@@ -4,8 +4,9 @@
 
 use std::sync::Arc;
 
+use super::call::{Call, Moments, Sources, Tensor};
 use super::device::CudaDevice;
-use super::launch::{Bytes, Call, Moments, Sources, Tensor, start_bytes, start_quantization};
+use super::launch::{Bytes, start_bytes, start_quantization};
 use super::layer::{channels_of, on_device};
 use super::memory::Buffer;
 use super::params::{pw_bytes, pw_element, pw_operands, pw_quantization};

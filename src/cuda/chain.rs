@@ -3,7 +3,8 @@
 //! A kernel computes each position by itself, so the positions that a later layer's stride leaves
 //! out are left out from the start, or from behind the last normalisation over all positions on.
 
-use super::launch::{self, Tensor};
+use super::call::Tensor;
+use super::launch;
 use super::layer::{Layer, channels_of, on_device};
 use super::memory::Buffer;
 use super::plan::KERNELS;

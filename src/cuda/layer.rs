@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use super::call::{Call, MAX_SOURCES, Moments, Sources, Tensor};
 use super::device::CudaDevice;
-use super::launch::{self, Call, MAX_SOURCES, Moments, Sources, Tensor, launch};
+use super::launch::{self, launch};
 use super::memory::Buffer;
 use super::pack::Weights;
 use super::plan::{self, Choice, Family, Forced, KERNELS, Terms};

@@ -1,13 +1,14 @@
 //! The CUDA backend, a mirror of the CPU's: `driver` asks what is there, `device` holds context,
 //! kernels and stream, `facts` is what the planner knows of a device, `image` has the kernels as nvcc made
 //! them, `memory` is the device's, `plan` chooses a kernel, `pack` lays a layer out and uploads it, `layer`
-//! runs its calls, `launch` is the one place where a kernel starts, `scratch` what a stream's launches may
-//! use in between, `tensor` owns device memory, `slice` borrows cudarc's, `staging` brings host tensors
-//! there and back, `chain` runs layers one after another, `train` has the passes of training, `nccl` sums
-//! over processes, `bytes` runs layers of 8-bit integers and of fp8, `tune` measures what `plan` only
-//! estimates.
+//! runs its calls, `call` describes each to the kernels, `launch` is the one place where a kernel starts,
+//! `scratch` what a stream's launches may use in between, `tensor` owns device memory, `slice` borrows
+//! cudarc's, `staging` brings host tensors there and back, `chain` runs layers one after another, `train`
+//! has the passes of training, `nccl` sums over processes, `bytes` runs layers of 8-bit integers and of
+//! fp8, `tune` measures what `plan` only estimates.
 
 pub(crate) mod bytes;
+mod call;
 pub(crate) mod chain;
 mod device;
 mod driver;

@@ -4,8 +4,8 @@
 use cudarc::driver::result;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
+use super::call::Tensor;
 use super::device::{CudaDevice, Event};
-use super::launch::Tensor;
 use super::memory::Buffer;
 use crate::error::{Error, Result};
 use crate::problem::Operand;

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 
+use super::call::Call;
 use super::device::CudaDevice;
 use super::facts::Facts;
-use super::launch::Call;
 use super::layer::Layer;
 use super::memory::Buffer;
 use super::plan::{self, Choice, KERNELS, Letters};

@@ -15,8 +15,8 @@ mod sweep;
 mod wgrad;
 
 use super::Layer;
+use super::call::Tensor;
 use super::device::CudaDevice;
-use super::launch::Tensor;
 use super::memory::Buffer;
 use crate::cuda::train::sweep::{Backward, MAX_PARTS, MAX_STAGES, Parts, Sweep, Typed, bits_bytes};
 use crate::cuda::train::wgrad::Wgrad;

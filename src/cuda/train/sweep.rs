@@ -4,8 +4,9 @@ mod norm;
 
 use std::ffi::c_void;
 
+use crate::cuda::call::Tensor;
 use crate::cuda::device::CudaDevice;
-use crate::cuda::launch::{self, Tensor, start_training};
+use crate::cuda::launch::{self, start_training};
 use crate::cuda::layer::on_device;
 use crate::cuda::memory::Buffer;
 use crate::cuda::pack::activation_op;
