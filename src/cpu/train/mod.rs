@@ -2,7 +2,8 @@
 //!
 //! The convolution, its gradient by src (the transposed weight) and its gradient by the weight are
 //! the microkernels' ([`wgrad`]); the stages around it are a [chain](crate::train::chain) that [`sweep`] replays over
-//! blocks of a [`view`], by the operations of [`lanes`]; [`fused`] has the chain that most layers have.
+//! blocks of a [`view`], forward and backward, by the operations of [`lanes`]; [`fused`] has the chain that
+//! most layers have.
 //!
 //! Everything is computed in f32. Tensors of 16 bits are widened where a product or a view reads them,
 //! and rounded where one writes them; what is in between is f32 values in memory of a [`Pool`].
