@@ -77,7 +77,9 @@ PW_COPY(b16, f16)
     extern "C" __global__ void __launch_bounds__(kNormThreads)                                   \
         norm_##dtype##_8x32(const __grid_constant__ pw_fprop p) {                                \
         __shared__ NormShared shared;                                                            \
-        layer_norm<element>(p, shared, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);            \
+        extern __shared__ float4 brought[];                                                      \
+        float* const room = reinterpret_cast<float*>(brought);                                   \
+        layer_norm<element>(p, shared, room, int64_t(blockIdx.y) * gridDim.x + blockIdx.x);      \
     }
 PW_NORM(f32, float)
 PW_NORM(f16, f16)

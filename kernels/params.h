@@ -114,8 +114,13 @@ struct pw_norm {
     double *moments;    /* pairs; their strides count pairs */
     double values;      /* behind the moments of a sample */
     float eps;
-    uint32_t reserved;
+    uint32_t held;      /* whether the launch brings room for the channels of a block's positions */
 };
+
+/* Channels of a turn of the norm kernel, the bytes of a block's values of them, and what it has beside. */
+#define PW_NORM_TURN 32
+#define PW_NORM_TURN_BYTES 4096
+#define PW_NORM_SHARED_BYTES 2176
 
 /* What the norm kernel does with each position of dst. */
 enum pw_norm_job {

@@ -5,16 +5,21 @@
 // Sums have an order that depends on nothing but the number of channels, whatever the layout and
 // wherever a position lies: eight lanes take four channels each in turn, and their sums are added in
 // a tree. Sums of squares are those of deviations from the mean, as a second pass knows it.
+//
+// Moments and values take three passes. Where there is room each thread keeps what it has read of its
+// position in shared memory, all of which is asked for at once; nobody else reads it.
 #pragma once
 
 #include "../elements.cuh"
 #include "../params.h"
+#include "../ptx.cuh"
 #include "../steps.cuh"
 #include "../tiles.cuh"
 
 constexpr int kNormPositions = 32;
 constexpr int kNormLanes = 8;
 constexpr int kNormThreads = kNormPositions * kNormLanes;
+static_assert(4 * kNormLanes == PW_NORM_TURN && 16 * kNormThreads == PW_NORM_TURN_BYTES, "a thread takes four");
 
 struct NormShared {
     // Rows four banks apart, so that lanes side by side meet all of them.
@@ -24,6 +29,7 @@ struct NormShared {
     int64_t residual[kNormPositions];
     int64_t moments[kNormPositions];
 };
+static_assert(sizeof(NormShared) == PW_NORM_SHARED_BYTES, "params.h says what a block has");
 
 // A mean as the sum of two floats (one would shift every value where the mean is large), and
 // 1 / sqrt(variance + eps).
@@ -36,8 +42,8 @@ struct Scaling {
 template <class T>
 class NormPosition {
 public:
-    __device__ NormPosition(const pw_fprop& p, NormShared& shared, int64_t first)
-        : p(p), shared(shared) {
+    __device__ NormPosition(const pw_fprop& p, NormShared& shared, float* room, int64_t first)
+        : p(p), shared(shared), room(room) {
         const int t = threadIdx.x;
         if (t < kNormPositions) {
             int64_t src = 0, dst = 0, residual = 0, moments = 0;
@@ -56,6 +62,7 @@ public:
         column = channels_fast ? t / kNormLanes : t % kNormPositions;
         lane = channels_fast ? t % kNormLanes : t / kNormPositions;
         exists = first + column < p.positions;
+        if (p.norm.held && exists) hold();
     }
 
     // Every thread of the block calls it, and gets its position's moments.
@@ -106,6 +113,7 @@ public:
 private:
     const pw_fprop& p;
     NormShared& shared;
+    float* room;
     int column, lane;
     bool exists;
 
@@ -135,10 +143,58 @@ private:
                channel(row, p.dst_map) * p.dst_channel;
     }
 
-    __device__ void read(float (&to)[4], uint32_t row) const {
-        if (p.sources[0].read == PW_READ_CHANNELS_VEC4) return load_vector<false>(to, from(row));
+    __device__ bool reads_vectors() const { return p.sources[0].read == PW_READ_CHANNELS_VEC4; }
+
+    // Where this thread keeps the values from a row on: neighbouring threads side by side, vectors or
+    // single values as they are read.
+    __device__ float* kept(uint32_t row) const { return room + row / PW_NORM_TURN * (4 * kNormThreads); }
+    __device__ float* kept_vector(uint32_t row) const { return kept(row) + 4 * threadIdx.x; }
+    __device__ float* kept_value(uint32_t row, int i) const {
+        return kept(row) + i * kNormThreads + threadIdx.x;
+    }
+
+    __device__ void hold() const {
+#if __CUDA_ARCH__ >= 800
+#pragma unroll 1
+        for (uint32_t row = lane * 4; row < p.rows; row += PW_NORM_TURN) {
+            if (reads_vectors()) {
+                ptx::copy_async<16>(kept_vector(row), from(row), true);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const bool in = row + i < p.rows;
+                ptx::copy_async<4>(kept_value(row, i), from(in ? row + i : row), in);
+            }
+        }
+        ptx::commit();
+        ptx::wait<0>();
+#else
+#pragma unroll 4
+        for (uint32_t row = lane * 4; row < p.rows; row += PW_NORM_TURN) {
+            float v[4];
+            load(v, row);
+            if (reads_vectors()) {
+                store_vector(kept_vector(row), v);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) *kept_value(row, i) = v[i];
+        }
+#endif
+    }
+
+    __device__ void load(float (&to)[4], uint32_t row) const {
+        if (reads_vectors()) return load_vector<false>(to, from(row));
 #pragma unroll
         for (int i = 0; i < 4; ++i) to[i] = row + i < p.rows ? *from(row + i) : 0.f;
+    }
+
+    __device__ void read(float (&to)[4], uint32_t row) const {
+        if (!p.norm.held) return load(to, row);
+        if (reads_vectors()) return load_vector<false>(to, kept_vector(row));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to[i] = *kept_value(row, i);
     }
 
     __device__ void write(const float (&v)[4], uint32_t row) const {
@@ -185,10 +241,10 @@ private:
 };
 
 template <class T>
-__device__ void layer_norm(const pw_fprop& p, NormShared& shared, int64_t block) {
+__device__ void layer_norm(const pw_fprop& p, NormShared& shared, float* room, int64_t block) {
     const int64_t first = block * kNormPositions;
     if (first >= p.positions) return;
-    const NormPosition<T> position(p, shared, first);
+    const NormPosition<T> position(p, shared, room, first);
     switch (p.norm_job) {
         case PW_NORM_CHANNELS: {
             double mean;

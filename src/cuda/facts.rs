@@ -6,6 +6,7 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::driver::failed;
+use super::params::PW_NORM_SHARED_BYTES;
 use super::plan::Terms;
 use crate::cost::Roof;
 use crate::dtype::DType;
@@ -38,6 +39,11 @@ impl Facts {
             DType::F16 => self.sm80 || self.sm75,
             DType::Bf16 => self.sm80,
         }
+    }
+
+    /// Bytes that a block of the norm kernel may keep of its positions, two blocks to a multiprocessor.
+    pub(crate) fn norm_room(&self) -> u32 {
+        (self.shared_bytes / 2).saturating_sub(self.shared_per_block + PW_NORM_SHARED_BYTES)
     }
 
     /// The ceilings of products of bytes on tensor cores: those of f32 as many times as data sheets say.

@@ -51,8 +51,14 @@ pub(super) fn load(
         later |= kernel.family == Family::Pairs;
         Ok(Some(function))
     };
-    let helpers = Helper::ALL.map(Helper::name).into_iter();
-    let helpers = helpers.map(|name| module.load_function(name).map(Some).map_err(code));
+    let helper = |helper: Helper| {
+        let function = module.load_function(helper.name()).map_err(code)?;
+        if helper.is_norm() {
+            allow_shared(&function, facts.norm_room()).map_err(code)?;
+        }
+        Ok(Some(function))
+    };
+    let helpers = Helper::ALL.into_iter().map(helper);
     let training = |kernel: Training| {
         if facts.compute_capability < kernel.oldest() {
             return Ok(None);

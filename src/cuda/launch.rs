@@ -7,7 +7,10 @@ use cudarc::driver::result;
 use super::call::{Call, MAX_AXES, Moments, Sources, Tensor};
 use super::device::CudaDevice;
 use super::memory::Buffer;
-use super::params::{PW_MERGED, pw_bytes, pw_flags, pw_fprop, pw_merge, pw_norm_job};
+use super::params::{
+    PW_MERGED, PW_NORM_TURN, PW_NORM_TURN_BYTES, pw_bytes, pw_flags, pw_fprop, pw_merge,
+    pw_norm_job,
+};
 use super::plan::{
     ByteKernel, Choice, FP8_KERNELS, Helper, INT8_KERNELS, KERNELS, Kernel, Letters, Tile, Training,
 };
@@ -184,8 +187,16 @@ unsafe fn normalise(
         let norm = Helper::norm(program.dtype);
         let grid = Kernel::grid(letters.positions.div_ceil(norm.positions()));
         let grid = grid.ok_or_else(|| too_large(&letters))?;
+        let mut launch = Launch::helper(norm);
+        // One pass over the values needs no room for them.
+        if job != pw_norm_job::PW_NORM_APPLY {
+            let bytes = params.rows.div_ceil(PW_NORM_TURN).saturating_mul(PW_NORM_TURN_BYTES);
+            if bytes <= device.facts().norm_room() {
+                (params.norm.held, launch.shared_bytes) = (1, bytes);
+            }
+        }
         // SAFETY: the caller's promise.
-        unsafe { start(device, Launch::helper(norm), grid, &mut params) }
+        unsafe { start(device, launch, grid, &mut params) }
     };
     let of_samples = |address| Tensor { address, channel: 0, axes: [1, 0, 0, 0] };
     match (over, call.moments) {

@@ -5,6 +5,9 @@ pub const PW_INLINE_SOURCE_STEPS: u32 = 4;
 pub const PW_ROW_ALIGN: u32 = 4;
 pub const PW_ROW_ALIGN_16BIT: u32 = 8;
 pub const PW_MERGED: u32 = 1024;
+pub const PW_NORM_TURN: u32 = 32;
+pub const PW_NORM_TURN_BYTES: u32 = 4096;
+pub const PW_NORM_SHARED_BYTES: u32 = 2176;
 pub const PW_MAX_PARTS: u32 = 16;
 pub const PW_MAX_STAGES: u32 = 16;
 pub const PW_MAX_SUMMED: u32 = 4;
@@ -161,7 +164,7 @@ pub struct pw_norm {
     pub moments: *mut f64,
     pub values: f64,
     pub eps: f32,
-    pub reserved: u32,
+    pub held: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -172,7 +175,7 @@ const _: () = {
     ["Offset of field: pw_norm::moments"][::core::mem::offset_of!(pw_norm, moments) - 16usize];
     ["Offset of field: pw_norm::values"][::core::mem::offset_of!(pw_norm, values) - 24usize];
     ["Offset of field: pw_norm::eps"][::core::mem::offset_of!(pw_norm, eps) - 32usize];
-    ["Offset of field: pw_norm::reserved"][::core::mem::offset_of!(pw_norm, reserved) - 36usize];
+    ["Offset of field: pw_norm::held"][::core::mem::offset_of!(pw_norm, held) - 36usize];
 };
 impl Default for pw_norm {
     fn default() -> Self {

@@ -123,6 +123,10 @@ impl Helper {
         }
     }
 
+    pub(super) fn is_norm(self) -> bool {
+        matches!(self, Helper::Norm | Helper::NormF16 | Helper::NormBf16)
+    }
+
     /// Also its symbol.
     pub(super) fn name(self) -> &'static str {
         match self {

@@ -140,8 +140,10 @@ impl Counted {
         let loads = size * (weight + src) as f64 + shared + looked_up;
         let mut launches = vec![(loads, size * dst + shared)];
         if self.stages == Stages::LayerNorm {
-            // For the mean, for the deviations, for the values.
-            launches.push((3.0 * 4.0 * dst, 4.0 * dst));
+            // Beside the values gamma and beta, of which a warp's lanes ask for one vector, or channels last
+            // for eight per four positions.
+            let looked_up = if self.layout == Layout::Last { 0.5 } else { 0.125 };
+            launches.push((4.0 * (1.0 + looked_up) * dst, 4.0 * dst));
         }
         launches
     }
@@ -272,7 +274,7 @@ fn layers(device: &CudaDevice) -> Vec<Counted> {
             });
         }
     }
-    // Stages of src cost no traffic worth the name; layer norm reads dst again.
+    // Stages of src cost no traffic worth the name; layer norm reads dst once more.
     for (name, c_in, c_out, stages) in [
         ("densenet b2.bottleneck", 256, 128, Stages::BatchNormRelu),
         ("efficientnet_b0 b15.proj, gated", 1152, 192, Stages::Gate),
