@@ -24,6 +24,9 @@ mod cuda {
 
     /// What runs on every supported chip: machine code of sm_80 on 8.6 and 8.9 too, PTX on later ones.
     const DEFAULT_ARCHS: &str = "75+ptx,80+ptx,90";
+    const OUR_ARCHS: &str = "POINTWISE_CUDA_ARCHS";
+    /// Another crate's variable, of one chip.
+    const THEIR_ARCH: &str = "CUDA_COMPUTE_CAP";
     const CHECKED_IN_PARAMS: &str = "src/cuda/params_generated.rs";
     const OLDEST_NVCC: (u32, u32) = (12, 0);
     /// The first that knows products of fp8 (PTX 8.4), and the first chip that has them.
@@ -42,8 +45,8 @@ mod cuda {
             "CXX",
             "NVCC_PREPEND_FLAGS",
             "NVCC_APPEND_FLAGS",
-            "POINTWISE_CUDA_ARCHS",
-            "CUDA_COMPUTE_CAP",
+            OUR_ARCHS,
+            THEIR_ARCH,
             "POINTWISE_FATBIN",
             "POINTWISE_STRICT_PTXAS",
             "LIBCLANG_PATH",
@@ -264,11 +267,17 @@ mod cuda {
                 OLDEST_NVCC.1
             ));
         }
-        let list = ["POINTWISE_CUDA_ARCHS", "CUDA_COMPUTE_CAP"]
+        let (variable, list) = [OUR_ARCHS, THEIR_ARCH]
             .into_iter()
-            .find_map(|v| env::var(v).ok().filter(|list| !list.is_empty()))
-            .unwrap_or_else(|| DEFAULT_ARCHS.into());
-        let archs: Vec<Arch> = list.split(',').map(Arch::parse).collect();
+            .find_map(|v| Some((v, env::var(v).ok().filter(|list| !list.is_empty())?)))
+            .unwrap_or_else(|| (OUR_ARCHS, DEFAULT_ARCHS.into()));
+        if variable == THEIR_ARCH {
+            println!(
+                "cargo::warning={THEIR_ARCH}={list} decides for which chip kernels are compiled; \
+                 {OUR_ARCHS} goes before it"
+            );
+        }
+        let archs: Vec<Arch> = list.split(',').map(|arch| Arch::parse(variable, arch)).collect();
 
         // SAFETY: the build script has one thread. `cc` takes its CUDA compiler from here.
         unsafe { env::set_var("NVCC", nvcc) };
@@ -330,7 +339,7 @@ mod cuda {
 
     impl Arch {
         /// `80`, `8.0`, `sm_80`, `90a`, `80+ptx`, `compute_80`.
-        fn parse(text: &str) -> Arch {
+        fn parse(variable: &str, text: &str) -> Arch {
             let text = text.trim().to_ascii_lowercase();
             let (chip, code, ptx) = match (text.strip_suffix("+ptx"), text.strip_prefix("compute_"))
             {
@@ -343,8 +352,7 @@ mod cuda {
             match digits.parse() {
                 Ok(number) if number >= 75 => Arch { number, code, ptx, name },
                 _ => fail(&format!(
-                    "POINTWISE_CUDA_ARCHS: {text:?} is not a chip from 75 on, as in \
-                     `{DEFAULT_ARCHS}`"
+                    "{variable}: {text:?} is not a chip from 75 on, as in `{DEFAULT_ARCHS}`"
                 )),
             }
         }

@@ -175,7 +175,8 @@ impl<'a, T: Element, S: AsTensor<T> + ?Sized> BranchesCall<'a, S, T> {
                 let read = [operands[j].residual, operands[j].gate];
                 let shared = read.iter().flatten().any(|tensor| share_memory(tensor, dst.view()));
                 if i != j && (shared || share_memory(dst.view(), other.view())) {
-                    return Err(Error::Aliased { tensor: "another branch's tensors" });
+                    let (written, tensor) = ("a branch's dst", "another branch's tensors");
+                    return Err(Error::Aliased { written, tensor });
                 }
             }
         }
@@ -248,14 +249,19 @@ impl<T: Element> Sequence<T> {
     /// run on the first one's stream.
     ///
     /// # Errors
-    /// [`Error::NoLayers`] for an empty list; [`Error::MissingInput`] if a layer takes a second tensor;
+    /// [`Error::NoLayers`] for an empty list; [`Error::Unsupported`] if a layer takes a second tensor;
     /// [`Error::Channels`] if a layer does not take the channels of the one before;
     /// [`Error::WrongDevice`] if they were prepared for different devices.
     pub fn new(layers: Vec<Prepared<T>>) -> Result<Self> {
         composable(&layers)?;
-        for layer in &layers {
+        for (i, layer) in layers.iter().enumerate() {
             if let Some(input) = layer.second_input() {
-                return Err(Error::MissingInput { input });
+                return Err(Error::Unsupported {
+                    device: layer.device().to_string(),
+                    what: format!(
+                        "a sequence whose layer {i} takes a {input}: it passes on one tensor only"
+                    ),
+                });
             }
         }
         // The channels between the layers, known from the first one on that convolves all of them.
@@ -317,7 +323,7 @@ impl<T: Element> Sequence<T> {
         let mut dst = dst.as_tensor_mut()?;
         let src = src.as_tensor()?;
         if share_memory(&src, dst.view()) {
-            return Err(Error::Aliased { tensor: "src" });
+            return Err(Error::Aliased { written: "dst", tensor: "src" });
         }
         #[cfg(feature = "cuda")]
         if self.layers[0].place() != Place::Host && T::run_chain(&self.layers, &src, &dst)? {

@@ -14,6 +14,26 @@ pub enum Error {
         /// The rank that was given.
         got: usize,
     },
+    /// A tensor has not as many strides as axes.
+    #[error("{tensor} has {} axes (shape {shape:?}) and {} strides ({strides:?})", shape.len(), strides.len())]
+    StrideCount {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The strides that were given.
+        strides: Vec<isize>,
+    },
+    /// A tensor has no such channels.
+    #[error("channels {start}..{end} of a tensor of {channels}")]
+    ChannelRange {
+        /// The first of them.
+        start: usize,
+        /// The one behind the last.
+        end: usize,
+        /// The tensor's channels.
+        channels: usize,
+    },
     /// A tensor's shape is not the one that the layer and its source call for.
     #[error("{tensor} has shape {got:?}, expected {expected:?}")]
     Shape {
@@ -145,9 +165,11 @@ pub enum Error {
         strides: Vec<isize>,
     },
     /// The result would be written over a tensor that is still to be read.
-    #[error("dst shares memory with {tensor}; in-place operation is not possible")]
+    #[error("{written} shares memory with {tensor}; in-place operation is not possible")]
     Aliased {
-        /// The tensor that is read.
+        /// The tensor that is written: dst, or the gradient by an input.
+        written: &'static str,
+        /// The tensor that is read, or written as well.
         tensor: &'static str,
     },
     /// The layer's description calls for a tensor that the call did not give.
@@ -176,13 +198,13 @@ pub enum Error {
         reason: String,
     },
     /// A tensor lives on another device than the layer.
-    #[error("{tensor} is on {got}, the layer is on {expected}")]
+    #[error("{tensor} is on {got}, expected on {expected}")]
     WrongDevice {
-        /// Which tensor.
+        /// Which tensor, or what else lives on a device.
         tensor: &'static str,
-        /// The layer's device.
+        /// The device of the layer, or the one that was asked for.
         expected: String,
-        /// The tensor's device.
+        /// The device that it is on.
         got: String,
     },
     /// A device cannot do this (yet).

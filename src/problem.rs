@@ -254,7 +254,7 @@ impl<'a, T: Element> Problem<'a, T> {
         let sources = std::iter::once(&operands.src).chain(operands.more);
         for (tensor, view) in sources.map(|source| ("src", source)).chain(optional) {
             if share_memory(view, dst.view()) {
-                return Err(Error::Aliased { tensor });
+                return Err(Error::Aliased { written: "dst", tensor });
             }
         }
         Ok(problem)

@@ -18,8 +18,10 @@ pub enum Activation {
     /// `min(max(x, lo), hi)`, PyTorch's `hardtanh` and `clamp`.
     Clip {
         /// Lower bound; `-inf` for none.
+        #[cfg_attr(feature = "serde", serde(with = "bounds::lower"))]
         lo: f32,
         /// Upper bound, at least `lo`; `inf` for none.
+        #[cfg_attr(feature = "serde", serde(with = "bounds::upper"))]
         hi: f32,
     },
     /// `x` where `x >= 0`, else `alpha * x`.
@@ -50,6 +52,33 @@ pub enum Activation {
     Softplus,
     /// `x * tanh(softplus(x))`.
     Mish,
+}
+
+/// Bounds as data: one that bounds nothing is left out, since JSON has no word for it.
+#[cfg(feature = "serde")]
+mod bounds {
+    macro_rules! bound {
+        ($name:ident, $none:expr) => {
+            pub(super) mod $name {
+                use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+                pub fn serialize<S: Serializer>(
+                    bound: &f32,
+                    serializer: S,
+                ) -> Result<S::Ok, S::Error> {
+                    (*bound != $none).then_some(*bound).serialize(serializer)
+                }
+
+                pub fn deserialize<'de, D: Deserializer<'de>>(
+                    deserializer: D,
+                ) -> Result<f32, D::Error> {
+                    Ok(Option::deserialize(deserializer)?.unwrap_or($none))
+                }
+            }
+        };
+    }
+    bound!(lower, f32::NEG_INFINITY);
+    bound!(upper, f32::INFINITY);
 }
 
 impl Activation {

@@ -57,10 +57,10 @@ impl Extents {
             });
         }
         if strides.len() != rank {
-            return Err(Error::Rank {
+            return Err(Error::StrideCount {
                 tensor,
-                expected: "as many strides as axes",
-                got: strides.len(),
+                shape: shape.to_vec(),
+                strides: strides.to_vec(),
             });
         }
         checked_product("a tensor's size", shape)?;

@@ -300,6 +300,10 @@ pub(crate) fn run<T: Element>(calls: &[(&Layer, &Problem<'_, T>)]) {
     match calls {
         [] => {}
         [(layer, problem)] => run_passes(&mut [Pass::new(layer, problem)]),
+        // One pass has one device's threads.
+        calls if !calls.iter().all(|(layer, _)| layer.device.is_same(&calls[0].0.device)) => {
+            calls.chunks(1).for_each(run);
+        }
         calls => {
             let mut passes: Vec<_> =
                 calls.iter().map(|(layer, problem)| Pass::new(layer, problem)).collect();

@@ -43,6 +43,16 @@ struct Pool {
 }
 
 impl CpuDevice {
+    /// Whether calls on either have the same helpers, and as many.
+    pub(crate) fn is_same(&self, other: &CpuDevice) -> bool {
+        let same_pool = match (&self.pool, &other.pool) {
+            (None, None) => true,
+            (Some(a), Some(b)) => Arc::ptr_eq(&a.threads, &b.threads),
+            _ => false,
+        };
+        same_pool && self.limit == other.limit
+    }
+
     /// Helpers come from the caller's pool.
     pub(crate) fn with_pool(threads: Arc<rayon::ThreadPool>) -> Self {
         let pool = Pool { threads, team: Arc::default() };

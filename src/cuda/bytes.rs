@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::call::{Call, Moments, Sources, Tensor};
 use super::device::CudaDevice;
 use super::launch::{Bytes, start_bytes, start_quantization};
-use super::layer::{channels_of, on_device};
+use super::layer::{count_of, on_device};
 use super::memory::Buffer;
 use super::params::{pw_bytes, pw_element, pw_operands, pw_quantization};
 use super::plan::{ByteKernel, Choice, Forced, Helper, Letters, choose_bytes};
@@ -147,18 +147,13 @@ impl Weights {
         params.offset = at(offset_at) as *const i32;
         params.scale = at(scale_at) as *const f32;
         params.shift = at(shift_at) as *const f32;
-        params.depth_pitch = channels_of(pitch)?;
-        let count = |what: &'static str, n: usize| {
-            // Sums of a tile and its padding stay within 31 bits too.
-            let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
-            fits.ok_or(Error::TooLarge { what, sizes: vec![n] })
-        };
-        count("output channels", shape.c_out)?;
-        count("input channels", shape.c_in)?;
+        params.depth_pitch = count_of("input channels per group", pitch)?;
+        count_of("output channels", shape.c_out)?;
+        count_of("input channels", shape.c_in)?;
         Ok(Weights {
-            groups: count("groups", shape.groups)?,
-            rows: count("output channels per group", shape.c_out / shape.groups)?,
-            depth: count("input channels per group", k)?,
+            groups: count_of("groups", shape.groups)?,
+            rows: count_of("output channels per group", shape.c_out / shape.groups)?,
+            depth: count_of("input channels per group", k)?,
             stride: shape.stride,
             bytes: kind,
             per,

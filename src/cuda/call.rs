@@ -279,7 +279,7 @@ impl Call {
     }
 
     /// Fills in what depends on this call's tensors; the rest is the layer's (see
-    /// [`super::layer::Weights`]). `reads` is the size of the sources' elements, and the most of them
+    /// [`super::pack::Weights`]). `reads` is the size of the sources' elements, and the most of them
     /// that the kernel reads at once.
     pub(super) fn describe(
         &self,

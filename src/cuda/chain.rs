@@ -5,7 +5,7 @@
 
 use super::call::Tensor;
 use super::launch;
-use super::layer::{Layer, channels_of, on_device};
+use super::layer::{Layer, count_of, on_device};
 use super::memory::Buffer;
 use super::plan::KERNELS;
 use super::staging::{self, HostCall, Slice};
@@ -180,7 +180,7 @@ fn queue<'l>(
         for (from, count, to) in
             [(0, range.start, 0), (range.end, channels - range.end, range.start + shape.c_out)]
         {
-            let source = (src.skip_channels(from, dtype), channels_of(count)?);
+            let source = (src.skip_channels(from, dtype), count_of("channels", count)?);
             let to = dst.skip_channels(to, dtype);
             // SAFETY: the caller's tensors, and memory for what lies between the layers.
             unsafe { launch::copy(layer.device(), dtype, &extents, source, to)? };

@@ -222,7 +222,7 @@ impl Layer {
             for (from, to) in problem.passed_through() {
                 // SAFETY: the problem's views vouch for its tensors.
                 unsafe {
-                    let source = (on_device(&from), channels_of(from.channels)?);
+                    let source = (on_device(&from), count_of("channels", from.channels)?);
                     launch::copy(&self.device, T::DTYPE, &call.extents, source, on_device(&to))?;
                 }
             }
@@ -379,7 +379,7 @@ impl Layer {
             on_device(&first).dense_like(&call.extents, channels as u64, memory.address());
         let mut channel = 0;
         for source in rest() {
-            let part = (on_device(&source), channels_of(source.channels)?);
+            let part = (on_device(&source), count_of("channels", source.channels)?);
             // SAFETY: the problem's views vouch for its tensors; the memory is for all of them.
             unsafe {
                 let to = together.skip_channels(channel, T::DTYPE);
@@ -486,12 +486,13 @@ impl std::fmt::Debug for Layer {
     }
 }
 
-/// Channels as the kernels count them.
+/// Groups or channels as the kernels count them: with a tile's padding they stay within 31 bits.
 ///
 /// # Errors
 /// [`Error::TooLarge`].
-pub(super) fn channels_of(count: usize) -> Result<u32> {
-    u32::try_from(count).map_err(|_| Error::TooLarge { what: "channels", sizes: vec![count] })
+pub(super) fn count_of(what: &'static str, count: usize) -> Result<u32> {
+    let fits = u32::try_from(count).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
+    fits.ok_or(Error::TooLarge { what, sizes: vec![count] })
 }
 
 pub(super) fn on_device<T>(operand: &Operand<T>) -> Tensor {

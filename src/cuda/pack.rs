@@ -2,6 +2,7 @@
 
 use super::device::CudaDevice;
 use super::launch::Program;
+use super::layer::count_of;
 use super::memory::Buffer;
 use super::params::{
     PW_INLINE_SOURCE_STEPS, PW_INLINE_STEPS, PW_ROW_ALIGN, PW_ROW_ALIGN_16BIT, pw_epilogue,
@@ -9,7 +10,7 @@ use super::params::{
 };
 use crate::dtype::{DType, bf16, f16};
 use crate::epilogue::{Lowered, SourceStep, Step};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::problem::LayerShape;
 use crate::stages::{Activation, NormOver};
 
@@ -38,17 +39,12 @@ impl Weights {
         dtype: DType,
         tf32: bool,
     ) -> Result<Self> {
-        let count = |what: &'static str, n: usize| {
-            // Sums of a tile and its padding stay within 31 bits too.
-            let fits = u32::try_from(n).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
-            fits.ok_or(Error::TooLarge { what, sizes: vec![n] })
-        };
-        let groups = count("groups", shape.groups)?;
-        let rows = count("output channels per group", shape.c_out / shape.groups)?;
-        let depth = count("input channels per group", shape.k())?;
+        let groups = count_of("groups", shape.groups)?;
+        let rows = count_of("output channels per group", shape.c_out / shape.groups)?;
+        let depth = count_of("input channels per group", shape.k())?;
         // A channel of all groups is a number of 32 bits, too.
-        count("output channels", shape.c_out)?;
-        count("input channels", shape.c_in)?;
+        count_of("output channels", shape.c_out)?;
+        count_of("input channels", shape.c_in)?;
         let mut packer = Packer::new(dtype, shape.groups, rows as usize, depth as usize);
         let weight = match dtype {
             // Once, here, instead of each time that a kernel reads them.
@@ -101,8 +97,8 @@ impl Weights {
             more_steps: at(steps.more).cast(),
             more_source_steps: at(source_steps.more).cast(),
             row_pitch: pitch,
-            step_count: count("steps", steps.list.len())?,
-            source_step_count: count("source steps", source_steps.list.len())?,
+            step_count: count_of("steps", steps.list.len())?,
+            source_step_count: count_of("source steps", source_steps.list.len())?,
             ..shared
         };
         steps.inline(base, &mut params.steps);
@@ -117,7 +113,7 @@ impl Weights {
                     norm: pw_norm { gamma, beta, eps, ..pw_norm::default() },
                     more_steps: at(steps.more).cast(),
                     row_pitch: packer.pitch as u32,
-                    step_count: count("steps", steps.list.len())?,
+                    step_count: count_of("steps", steps.list.len())?,
                     ..shared
                 };
                 steps.inline(base, &mut params.steps);

@@ -199,7 +199,7 @@ impl<T: DeviceElement> CudaTensor<T> {
     /// A view of some channels, so that a part of a concatenated tensor is read in place.
     ///
     /// # Errors
-    /// [`Error::Rank`], and [`Error::Shape`] if there are no such channels.
+    /// [`Error::Rank`], and [`Error::ChannelRange`] if there are no such channels.
     pub fn channels(&self, range: Range<usize>) -> Result<TensorRef<'_, T>> {
         self.check_channels(&range)?;
         Ok(self.view()?.channels(range.start, range.end))
@@ -215,16 +215,12 @@ impl<T: DeviceElement> CudaTensor<T> {
     }
 
     fn check_channels(&self, range: &Range<usize>) -> Result<()> {
-        if range.start <= range.end && self.shape.get(1).is_none_or(|&c| range.end <= c) {
+        let channels = self.view()?.shape()[1];
+        if range.start <= range.end && range.end <= channels {
             return Ok(());
         }
-        let mut expected = self.shape.clone();
-        expected[1] = range.end;
-        Err(Error::Shape {
-            tensor: "a tensor with these channels",
-            expected,
-            got: self.shape.clone(),
-        })
+        let Range { start, end } = *range;
+        Err(Error::ChannelRange { start, end, channels })
     }
 }
 

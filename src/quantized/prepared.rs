@@ -170,7 +170,7 @@ impl QuantizedFp8 {
     }
 
     /// As [`prepare`](Self::prepare); of the options, `kernel` matters (on the CPU one of f32), and on
-    /// CUDA `slice_bytes`.
+    /// CUDA `slice_bytes` and `batch_invariant`, without which blocks may share a sum.
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::Environment`] and [`Error::Kernel`] as
@@ -517,7 +517,7 @@ impl<'a> QuantizedCall<'a> {
         same_place("dst", place, dst.place())?;
         for (tensor, read) in read() {
             if read.shares_memory(dst.view()) {
-                return Err(Error::Aliased { tensor });
+                return Err(Error::Aliased { written: "dst", tensor });
             }
         }
         let _span = trace::enter(|| {

@@ -354,7 +354,8 @@ fn check_apart<T>(written: &[Vec<TensorRef<'_, T>>], read: &[Vec<TensorRef<'_, T
         for j in (0..written.len()).filter(|&j| j != i) {
             let mut others = written[j].iter().chain(&read[j]);
             if others.any(|other| of_layer.iter().any(|tensor| share_memory(tensor, other))) {
-                return Err(Error::Aliased { tensor: "another branch's tensors" });
+                let (written, tensor) = ("a branch's result", "another branch's tensors");
+                return Err(Error::Aliased { written, tensor });
             }
         }
     }

@@ -539,16 +539,17 @@ impl Params {
             };
             expect_shape("d_gate", d_gate.shape(), gate.shape())?;
         }
-        let read = std::iter::once(&operands.src).chain(operands.more).chain([d_dst]);
-        let read: Vec<_> = read.chain(&operands.residual).chain(&operands.gate).collect();
-        let written: Vec<_> = outputs.all().collect();
-        for (i, (tensor, d)) in written.iter().enumerate() {
-            same_place(tensor, operands.src.place(), d.place())?;
-            let shares = |other: &TensorRef<'_, T>| share_memory(other, d.view());
-            if read.iter().any(|other| shares(other))
-                || written[..i].iter().any(|(_, other)| shares(other.view()))
-            {
-                return Err(Error::Aliased { tensor });
+        let sources = std::iter::once(&operands.src).chain(operands.more).map(|src| ("src", src));
+        let optional = [("residual", &operands.residual), ("gate", &operands.gate)];
+        let optional = optional.into_iter().filter_map(|(name, t)| Some((name, t.as_ref()?)));
+        let read: Vec<_> = sources.chain([("d_dst", d_dst)]).chain(optional).collect();
+        let outputs: Vec<_> = outputs.all().collect();
+        for (i, &(written, d)) in outputs.iter().enumerate() {
+            same_place(written, operands.src.place(), d.place())?;
+            let before = outputs[..i].iter().map(|(name, other)| (*name, other.view()));
+            let mut others = read.iter().copied().chain(before);
+            if let Some((tensor, _)) = others.find(|(_, other)| share_memory(other, d.view())) {
+                return Err(Error::Aliased { written, tensor });
             }
         }
         Ok(())

@@ -98,7 +98,9 @@ pub(crate) type Reduce<'a> = Option<&'a (dyn Fn(&mut [f64]) -> Result<()> + Sync
 /// One of several threads of a process that train together.
 ///
 /// Sums are taken in the order of the workers, so that they are bitwise the same from run to run.
-/// When a worker is dropped, a thread's panic included, the others get an error at once.
+/// When a worker is dropped, a thread's panic included, the others get an error at once. A worker
+/// takes part in one sum at a time: threads that share it and sum at once all get an error, since
+/// nobody could tell their sums apart.
 ///
 /// ```
 /// use std::time::Duration;
@@ -163,6 +165,13 @@ impl ThreadWorker {
             return Err(error);
         }
         let round = state.rounds;
+        if state.given[self.rank].is_some() {
+            let rank = self.rank;
+            let reason = format!("worker {rank} was asked for a sum while it took part in another");
+            state.broken = Some(reason.clone());
+            self.group.changed.notify_all();
+            return Err(Error::AllReduce { reason });
+        }
         state.given[self.rank] = Some(values);
         if state.given.iter().all(Option::is_some) {
             state.add_up();

@@ -403,6 +403,50 @@ pub fn check_branches(tensors: &[Tensors], device: &Device) -> pointwise::Result
     Ok(())
 }
 
+/// That gradients through smooth activations of large and of infinite values are the reference's.
+pub fn check_slopes(device: &Device) -> Result<(), String> {
+    const X: [f32; 12] = [
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::NAN,
+        1e14,
+        -1e14,
+        1e30,
+        -1e30,
+        16.0,
+        -16.0,
+        120.0,
+        -120.0,
+        0.5,
+    ];
+    for activation in [
+        Activation::Elu { alpha: 1.5 },
+        Activation::Sigmoid,
+        Activation::Tanh,
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::HardSwish,
+        Activation::Softplus,
+        Activation::Mish,
+    ] {
+        let layer = Pointwise::new(Array2::ones((1, 1))).activation(activation);
+        let src = Array2::from_shape_vec((X.len(), 1), X.to_vec()).unwrap();
+        let mut params = Params::new(&layer, device).unwrap();
+        let (dst, workspace) = params.forward(&src).unwrap();
+        let (mut d_src, d_dst) = (src.clone(), Array2::<f32>::ones(dst.dim()));
+        let call = params.backward_call(&src, workspace, &d_dst).d_src(&mut d_src);
+        call.run(&mut params.grads()).unwrap();
+        for (&got, x) in d_src.iter().zip(X) {
+            let want = reference::slope(activation, x.into());
+            if !((f64::from(got) - want).abs() <= 1e-5 || got.is_nan() && want.is_nan()) {
+                return Err(format!("{activation:?} at {x}: {got}, expected {want}"));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Values in -1..1 that look like nothing else.
 pub fn random(shape: &[usize], seed: u32) -> ArrayD<f32> {
     let mut next = seed.wrapping_mul(2_654_435_761);

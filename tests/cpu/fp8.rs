@@ -400,7 +400,7 @@ fn bad_calls_are_errors_with_their_values() {
         let layer = layer.dst(Fp8Quantization::e4m3(1.0)).prepare(&Device::cpu()).unwrap();
         layer.forward_into(&src, &mut dst).unwrap_err()
     };
-    assert!(matches!(error, Error::Aliased { tensor: "src" }), "{error}");
+    assert!(matches!(error, Error::Aliased { tensor: "src", .. }), "{error}");
     let none = Array4::from_elem((0, 3, 2, 2), F8E4M3::ONE);
     assert_eq!(prepared.forward::<_, f32, _>(&none).unwrap().shape(), [0, 2, 2, 2]);
 }

@@ -514,7 +514,7 @@ fn bad_calls_are_errors_with_their_values() {
     let mut dst = pointwise::TensorMut::from_slice(&mut memory, 7, &[1, 1], &[1, 1]).unwrap();
     let layer = layer.prepare(&Device::cpu()).unwrap();
     let got = layer.forward_into(&src, &mut dst).unwrap_err();
-    assert!(matches!(got, Error::Aliased { tensor: "src" }), "{got}");
+    assert!(matches!(got, Error::Aliased { tensor: "src", .. }), "{got}");
 }
 
 #[test]

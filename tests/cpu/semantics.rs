@@ -857,6 +857,8 @@ fn a_description_survives_serialisation() {
         .source_affine(rng.vector(6), rng.vector(6))
         .source_batch_norm(rng.batch_norm(6))
         .source_activation(Activation::Clip { lo: -1.0, hi: 2.5 })
+        .source_activation(Activation::Clip { lo: f32::NEG_INFINITY, hi: 2.0 })
+        .clip(-0.5, f32::INFINITY)
         .gate()
         .bias(rng.vector(8))
         .batch_norm(rng.batch_norm(8).eps(1e-3))

@@ -288,8 +288,8 @@ fn tensors_of_a_backward_pass_are_checked() {
     let mut d_src = view.1;
     refused!(
         a.backward_call(&view.0, workspace, &dst).d_src(&mut d_src).run(&mut grads),
-        Error::Aliased { tensor: "d_src" },
-        "shares memory"
+        Error::Aliased { written: "d_src", tensor: "src" },
+        "d_src shares memory with src"
     );
     let layer = Pointwise::new(weight(6, 5)).residual();
     let mut b = params(&layer);
@@ -608,6 +608,20 @@ fn a_worker_that_dies_or_stays_away_is_an_error() {
         refused!(first.join().unwrap(), Error::AllReduce { .. }, "values");
     });
 
+    // Two sums of one worker at once, of which one would be lost.
+    let group = ThreadWorker::group(2, Duration::from_secs(600));
+    std::thread::scope(|scope| {
+        let sums = [1.0, 2.0].map(|x| {
+            scope.spawn({
+                let worker = &group[0];
+                move || worker.sum_f64(&mut [x])
+            })
+        });
+        for sum in sums {
+            refused!(sum.join().unwrap(), Error::AllReduce { .. }, "worker 0 was asked");
+        }
+    });
+
     // Forward: the error comes out of the pass, and the statistics stay.
     let (layer, src) = simple();
     let mut a = params(&layer);
@@ -615,6 +629,11 @@ fn a_worker_that_dies_or_stays_away_is_an_error() {
     a.set_all_reduce(Some(Arc::new(worker)));
     refused!(a.forward(&src), Error::AllReduce { .. }, "worker 1 is gone");
     assert_eq!(a.layer(), params(&layer).layer());
+}
+
+#[test]
+fn slopes_of_large_and_infinite_values_are_the_references() {
+    check_slopes(&Device::cpu()).unwrap();
 }
 
 /// Counts the values of each sum.

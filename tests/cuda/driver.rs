@@ -177,7 +177,7 @@ fn no_pools(_: &CudaDevice) -> Outcome {
 }
 
 fn two_devices(_: &CudaDevice) -> Outcome {
-    let parts = ["true", "src is on cuda:0, the layer is on cuda:1", "weight is on cuda:1"];
+    let parts = ["true", "src is on cuda:0, expected on cuda:1", "weight is on cuda:1"];
     expect("two", &[("PW_EMULATOR_DEVICES", "2")], &parts)?;
     let parts = ["without: [], with: [], bound: true"];
     expect("current", &[("PW_EMULATOR_DEVICES", "2")], &parts)

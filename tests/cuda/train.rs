@@ -16,8 +16,8 @@ use pointwise::{
 use super::cases::{LAYOUTS, Placed};
 use super::fixtures::Fixtures;
 use super::training::{
-    Got, SumOfBranches, Tensors, branches, branches_tensors, check_branches, compare, d_dst,
-    error_of, large_tensors, norm, random, run, trainable, vector, weight,
+    Got, SumOfBranches, Tensors, branches, branches_tensors, check_branches, check_slopes, compare,
+    d_dst, error_of, large_tensors, norm, random, run, trainable, vector, weight,
 };
 use super::{OnDevice, Outcome};
 
@@ -35,6 +35,9 @@ pub const TRIALS: &[OnDevice] = &[
     ("training_normalises_channels_of_large_means", large_means_of_channels),
     ("training_keeps_what_its_workspace_says", workspaces),
     ("training_refuses_what_it_has_not", refusals),
+    ("training_has_the_slopes_of_large_and_infinite_values", |device| {
+        Ok(check_slopes(&device.clone().into())?)
+    }),
     ("training_branches_is_training_each_of_them", branches_together),
     ("training_branches_writes_any_strides", placed_branches),
     #[cfg(feature = "nccl")]

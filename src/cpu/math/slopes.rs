@@ -1,7 +1,7 @@
 //! The derivatives of the activations, multiplied onto a gradient.
 //!
-//! Where there is none, PyTorch's choice: [`crate::reference::slope`]. Each factor is within some
-//! 1e-6 of the exact one, relative to 1.
+//! Where there is none, PyTorch's choice: [`crate::reference::slope`], and NaN at an infinity where its
+//! formula has 0 times it. Each factor is within some 1e-6 of the exact one, relative to 1.
 
 use super::{clip, exp, polynomial, sigmoid};
 use crate::cpu::simd::Simd;
@@ -50,7 +50,7 @@ pub(crate) unsafe fn apply_slope<V: Simd>(
             Activation::HardSigmoid => sweep!(|x, d| inside(x, -3.0, 3.0, d * (1.0 / 6.0))),
             Activation::HardSwish => sweep!(|x, d| {
                 let within = x.mul_add(x.like(1.0 / 3.0), x.like(0.5)) * d;
-                above(x, x.like(-3.0), V::select(x.ge(x.like(3.0)), d, within))
+                above(x, x.like(-3.0), V::select(x.like(3.0).gt(x), within, d))
             }),
             Activation::Softplus => {
                 sweep!(|x, d| V::select(x.gt(x.like(20.0)), d, sigmoid(x) * d))
@@ -97,18 +97,19 @@ fn gelu<V: Simd>(x: V) -> V {
     let beyond = V::select(x.ge(x.like(0.0)), x.like(1.0) - tail, tail);
     let near = x.mul_add(polynomial(square, S), x.like(0.5));
     let share = V::select(x.like(0.5).gt(t), near, beyond);
-    (clip(x, -15.0, 15.0) * 0.398_942_3).mul_add(power, share)
+    (clip(x, -15.0, 15.0) * 0.398_942_3).mul_add(power, share) + (x - x)
 }
 
 /// `s + x s (1 - s) v'` with `s = sigmoid(v)`, `v = 2 √(2/π) (x + 0.044715 x³)`.
 #[inline(always)]
 fn gelu_tanh<V: Simd>(x: V) -> V {
     const LINEAR: f32 = 1.595_769;
+    let infinite = x - x;
     let x = clip(x, -15.0, 15.0);
     let square = x * x;
     let v = x * LINEAR * square.mul_add(x.like(0.044_715), x.like(1.0));
     let steepness = square.mul_add(x.like(3.0 * 0.044_715), x.like(1.0)) * LINEAR;
-    (x * steepness).mul_add(sigmoid_slope(v), sigmoid(v))
+    (x * steepness).mul_add(sigmoid_slope(v), sigmoid(v)) + infinite
 }
 
 /// `t + x (1 - t²) sigmoid(x)` with `t = tanh(softplus(x)) = w / (w + 2)`, `w = u (u + 2)`,
@@ -116,10 +117,11 @@ fn gelu_tanh<V: Simd>(x: V) -> V {
 #[inline(always)]
 fn mish<V: Simd>(x: V) -> V {
     // Beyond 20 the slope is 1.
+    let infinite = x - x;
     let x = x.min(x.like(20.0));
     let u = exp(x);
     let w = u * (u + 2.0);
     let sum = w + 2.0;
     let slope = (w + 1.0) * 4.0 / (sum * sum) * (u / (u + 1.0));
-    x.mul_add(slope, w / sum)
+    x.mul_add(slope, w / sum) + infinite
 }
