@@ -584,6 +584,20 @@ impl Grid<'_> {
                 Op::WarpSync => warp.members(inst.a)?,
                 _ => warp.members(inst.imm as u32)?,
             };
+            // Barriers do without lanes that have left; these need every one, also of the last warp
+            // of a block.
+            if matches!(inst.op, Op::Matrix(_) | Op::Mma(_)) && warp.live != u32::MAX {
+                let lane = warp.live.trailing_ones();
+                let why = if w as u32 * 32 + lane < self.threads {
+                    String::from("has exited")
+                } else {
+                    format!("does not exist in a block of {} threads", self.threads)
+                };
+                return stop(
+                    719,
+                    format!("an instruction of all 32 lanes of a warp, of which lane {lane} {why}"),
+                );
+            }
             if need & warp.live & !warp.active != 0 {
                 let group = Group { pc: warp.pc, mask: warp.active, blocked: true };
                 warp.groups.push(group);

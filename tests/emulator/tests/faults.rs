@@ -179,15 +179,19 @@ fn small(body: &str) -> Result<(), Fault> {
 }
 
 fn small_grid(body: &str, blocks: u32) -> Result<(), Fault> {
+    small_blocks(body, blocks, 64)
+}
+
+fn small_blocks(body: &str, blocks: u32, threads: u32) -> Result<(), Fault> {
     let text = format!(
-        ".version 9.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
+        ".version 9.0\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
          .shared .align 16 .b8 s[256];\n.reg .b32 %t, %a, %b; .reg .b64 %d, %e; .reg .pred %p, %q;\n\
          mov.u32 %t, %tid.x; ld.param.u64 %d, [dst]; shl.b32 %a, %t, 2; mov.u32 %b, s; add.u32 %a, %a, %b;\n\
          .loc 1 33 0\n{body}\nret;\n}}\n.file 1 \"small.cu\"\n"
     );
     let mut gpu = Gpu::try_new(&text).unwrap_or_else(|e| panic!("{e}"));
     let dst = gpu.upload(&[0_u32; 64]);
-    gpu.launch("k", [blocks, 1, 1], [64, 1, 1], 0, &[(8, dst)]).map(|_| ())
+    gpu.launch("k", [blocks, 1, 1], [threads, 1, 1], 0, &[(8, dst)]).map(|_| ())
 }
 
 #[test]
@@ -237,6 +241,47 @@ fn collectives_check_their_masks() {
     let fault = small("shfl.sync.idx.b32 %b, %t, 0, 31, 0xffff;");
     expect(fault, 719, &["lane 16", "not in its own member mask 0x0000ffff"]);
     small("setp.lt.u32 %p, %t, 8; @%p shfl.sync.idx.b32 %b, %t, 0, 31, 0xff;").unwrap();
+}
+
+#[test]
+fn matrix_instructions_need_all_lanes_of_the_warp() {
+    let product = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f, %g, %h, %i}, {%t, %t}, {%t}, {%f, %g, %h, %i};";
+    let load = "and.b32 %a, %t, 7; mad.lo.u32 %b, %a, 16, %b; and.b32 %a, %t, 32;\n\
+                mad.lo.u32 %a, %a, 4, %b; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%b}, [%a];";
+    let store = load.replace("ldmatrix", "stmatrix").replace("{%b}, [%a]", "[%a], {%t}");
+    for (name, body) in [("mma.sync", product), ("ldmatrix", load), ("stmatrix", &store)] {
+        let run = |before: &str, threads: u32| {
+            let fill = match name {
+                "ldmatrix" => "st.shared.u32 [%a], %t; bar.sync 0;",
+                _ => "",
+            };
+            small_blocks(
+                &format!(
+                    ".reg .f32 %f, %g, %h, %i; mov.f32 %f, 0f00000000; mov.f32 %g, %f; mov.f32 %h, %f;\n\
+                     mov.f32 %i, %f; {fill} {before}\n{body} OUT:"
+                ),
+                1,
+                threads,
+            )
+        };
+        let of_all = "an instruction of all 32 lanes of a warp, of which lane";
+        // Bounds of a matrix that lanes check each for itself.
+        let fault = run("setp.ge.u32 %p, %t, 61; @%p exit;", 64);
+        expect(fault, 719, &["'k'", "warp 1", "small.cu:33", name, of_all, "lane 29 has exited"]);
+        // The others leave while the first half waits for them.
+        let fault = run("setp.ge.u32 %p, %t, 48; @%p bra OUT;", 64);
+        expect(fault, 719, &["warp 1", name, "lane 16 has exited"]);
+        let fault = run("", 48);
+        expect(
+            fault,
+            719,
+            &["warp 1", name, of_all, "lane 16 does not exist in a block of 48 threads"],
+        );
+        run("", 64).unwrap();
+        // A whole warp may leave, and lanes may come one after the other.
+        run("setp.ge.u32 %p, %t, 32; @%p exit;", 64).unwrap();
+        run("setp.ge.u32 %p, %t, 40; @%p bra TO; mov.u32 %b, s; TO:", 64).unwrap();
+    }
 }
 
 #[test]
