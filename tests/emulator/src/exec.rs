@@ -17,7 +17,7 @@ use crate::isa::{
     Op, PARAM_WINDOW, Redux, SHARED_START, SHARED_WINDOW, Shuffle, Special, Target, Vote, WINDOW,
 };
 use crate::memory::DeviceMemory;
-use crate::races::{self, Known, Mode, Order, Problem, Shared, Who, poison};
+use crate::races::{self, Arrival, Blocks, Mode, Order, Problem, Shared, Who, poison};
 use crate::rng::Rng;
 
 /// A launch that failed.
@@ -109,7 +109,6 @@ struct Warp {
     local: Vec<u8>,
     local_init: Vec<bool>,
     copies: Copies,
-    fenced: Option<Known>,
     /// Allocation that was used last.
     hint: usize,
 }
@@ -117,7 +116,7 @@ struct Warp {
 #[derive(Clone, Default)]
 struct BarState {
     waiting: Vec<usize>,
-    arrived: Vec<(usize, u32, Known)>,
+    arrived: Vec<Arrival>,
     count: Option<u32>,
     pc: u32,
     /// Sum, conjunction and disjunction of the predicates of a reduction, and who gets them.
@@ -149,8 +148,8 @@ struct Grid<'a> {
     rng: Rng,
     counters: Counters,
     steps: u64,
-    /// What fences and atomics have published, by address: per block, what its warps had done.
-    published: HashMap<u64, HashMap<u32, Known>>,
+    /// What fences and atomics have published, by address.
+    published: HashMap<u64, Blocks>,
     threads: u32,
 }
 
@@ -258,12 +257,12 @@ impl Grid<'_> {
             index,
             warps: (0..warps).map(|_| self.new_warp()).collect(),
             shared: Shared::default(),
-            order: Order::new(warps),
+            order: Order::new(number, warps),
             barriers: vec![BarState::default(); 16],
         });
         block.number = number;
         block.index = index;
-        block.order = Order::new(warps);
+        block.order = Order::new(number, warps);
         block.barriers.fill(BarState::default());
         let variables: Vec<(u32, u32)> = self
             .kernel
@@ -282,7 +281,6 @@ impl Grid<'_> {
             warp.patience = PATIENCE;
             warp.detour = 0;
             warp.copies.clear();
-            warp.fenced = None;
             if !fresh {
                 warp.local_init.fill(false);
             }
@@ -367,7 +365,6 @@ impl Grid<'_> {
             local: (0..local as u64).map(poison).collect(),
             local_init: vec![false; local],
             copies: Copies::default(),
-            fenced: None,
             hint: 0,
         }
     }
@@ -762,7 +759,7 @@ impl Grid<'_> {
                 warp.pc += 1;
             }
             Op::Fence => {
-                warp.fenced = Some(block.order.fence(w));
+                block.order.fence(w, mask);
                 warp.pc += 1;
             }
             Op::Clock(long) => {
@@ -1175,7 +1172,7 @@ impl Grid<'_> {
                 Target::Global | Target::Generic => {
                     let (index, offset) = self.global(block, w, lane, at, total, size, mode)?;
                     if access.strong {
-                        self.release(block, w, at, false);
+                        self.release(block, w, lane, at);
                     }
                     self.memory.at(index).write(offset, bytes);
                 }
@@ -1269,15 +1266,9 @@ impl Grid<'_> {
                 let bytes = ((1_u32 << last) - (1 << first)) as u8;
                 allocation
                     .cell(word)
-                    .access(
-                        self.launch.number,
-                        block.number,
-                        &block.order,
-                        who,
-                        bytes,
-                        mode,
-                        &|pc| kernel.position(pc),
-                    )
+                    .access(self.launch.number, &block.order, who, bytes, mode, &|pc| {
+                        kernel.position(pc)
+                    })
                     .map_err(|p| Stop { lane: Some(lane), address: Some(address), problem: p })?;
                 word += 4;
             }
@@ -1347,7 +1338,10 @@ impl Grid<'_> {
                     let (index, offset) =
                         self.global(block, w, lane, at, size, size, Mode::Atomic)?;
                     self.acquire(block, w, at);
-                    self.release(block, w, at, atomic.fenced);
+                    if atomic.fenced {
+                        block.order.fence(w, 1 << lane);
+                    }
+                    self.release(block, w, lane, at);
                     let allocation = self.memory.at(index);
                     let old = read(allocation.bytes(offset, size.into()));
                     allocation.write(offset, &update(old).to_le_bytes()[..size as usize]);
@@ -1375,24 +1369,16 @@ impl Grid<'_> {
 
     /// A strong read learns what was published at its address.
     fn acquire(&mut self, block: &mut Block, w: usize, address: u64) {
-        let Some(published) = self.published.get(&address) else { return };
-        for (&number, known) in published {
-            if number == block.number {
-                races::join(&mut block.order.known[w], known);
-            } else {
-                races::join(block.order.acquired.entry(number).or_insert([0; 32]), known);
-            }
+        if let Some(published) = self.published.get(&address) {
+            block.order.acquire(w, published);
         }
     }
 
-    /// A strong write publishes what the last fence of the warp covers.
-    fn release(&mut self, block: &mut Block, w: usize, address: u64, fenced: bool) {
-        let own = if fenced { Some(block.order.fence(w)) } else { block.warps[w].fenced };
-        let Some(own) = own else { return };
-        let published = self.published.entry(address).or_default();
-        races::join(published.entry(block.number).or_insert([0; 32]), &own);
-        for (&number, known) in &block.order.acquired {
-            races::join(published.entry(number).or_insert([0; 32]), known);
+    /// A strong write publishes what the fences before it cover.
+    fn release(&mut self, block: &Block, w: usize, lane: usize, address: u64) {
+        if block.order.fenced(w) {
+            let who = self.who(block, w, lane);
+            block.order.release(who, self.published.entry(address).or_default());
         }
     }
 

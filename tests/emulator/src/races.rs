@@ -4,9 +4,11 @@
 //! it, and each warp knows, for every other warp of the block, up to which time that warp's
 //! accesses are ordered before its own. Two accesses of different warps conflict if neither is
 //! known to the other; two lanes of one warp are ordered by `bar.warp.sync` and barriers only.
-//! Blocks order each other by atomics on the same address with fences around them.
+//! Blocks order each other by atomics on the same address with fences around them: a fence is of one
+//! lane, and covers what other lanes of its warp had done when the warp last was synchronised.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
 
 /// Something wrong with an access; the interpreter adds where it happened.
 #[derive(Debug)]
@@ -74,30 +76,93 @@ impl Mode {
 /// Knowledge of one warp about the others.
 pub type Known = [u32; 32];
 
+/// Which accesses of a block others may rely on, once they have learnt of it.
+#[derive(Clone, Debug, Default)]
+pub struct Published {
+    /// Per warp: up to which time, by all its lanes.
+    known: Known,
+    /// Per warp: what its lanes did before they were synchronised so often.
+    syncs: Known,
+    /// Per thread: up to which time beyond that.
+    threads: BTreeMap<u16, u32>,
+}
+
+impl Published {
+    fn join(&mut self, from: &Published) {
+        join(&mut self.known, &from.known);
+        join(&mut self.syncs, &from.syncs);
+        for (&thread, &stamp) in &from.threads {
+            let latest = self.threads.entry(thread).or_insert(0);
+            *latest = stamp.max(*latest);
+        }
+    }
+
+    fn covers(&self, thread: u16, stamp: u32, sync: u32) -> bool {
+        let warp = usize::from(thread) / 32;
+        stamp < self.known[warp]
+            || sync < self.syncs[warp]
+            || self.threads.get(&thread).is_some_and(|&until| stamp < until)
+    }
+
+    /// Whether some lane of `warp` is covered at this time.
+    fn reaches(&self, warp: usize, stamp: u32) -> bool {
+        let first = warp as u16 * 32;
+        stamp < self.known[warp]
+            || self.threads.range(first..first + 32).any(|(_, &until)| stamp < until)
+    }
+}
+
+/// What is known of blocks, by their number.
+pub type Blocks = HashMap<u32, Published>;
+
+/// A fence that lanes of a warp have run.
+#[derive(Clone, Debug)]
+struct Fence {
+    lanes: u32,
+    stamp: u32,
+    sync: u32,
+    known: Known,
+}
+
+/// A warp that does not wait for the barrier at which it has arrived, with what it knew then.
+#[derive(Clone, Debug)]
+pub struct Arrival {
+    warp: usize,
+    stamp: u32,
+    known: Known,
+    acquired: Rc<Blocks>,
+}
+
 /// A block's logical time.
 #[derive(Clone, Debug)]
 pub struct Order {
+    /// Number of the block.
+    block: u32,
     /// Time now.
     pub now: u32,
     /// Per warp: up to which time it knows each other warp.
-    pub known: Vec<Known>,
+    known: Vec<Known>,
     /// Per warp: how often its lanes were synchronised.
     pub sync: Vec<u32>,
     /// Every warp knows every other one up to here.
-    pub floor: u32,
-    /// What other blocks have published to this one.
-    pub acquired: HashMap<u32, Known>,
+    floor: u32,
+    /// Per warp: its fences, but those that a later one of the same lanes stands for.
+    fences: Vec<Vec<Fence>>,
+    /// Per warp: what strong reads have told it, also of lanes of its own block.
+    acquired: Vec<Rc<Blocks>>,
 }
 
 impl Order {
-    /// The beginning of a block of `warps` warps.
-    pub fn new(warps: usize) -> Self {
+    /// The beginning of block number `block`, of `warps` warps.
+    pub fn new(block: u32, warps: usize) -> Self {
         Order {
+            block,
             now: 1,
             known: vec![[0; 32]; warps],
             sync: vec![1; warps],
             floor: 0,
-            acquired: HashMap::new(),
+            fences: vec![Vec::new(); warps],
+            acquired: vec![Rc::default(); warps],
         }
     }
 
@@ -110,51 +175,119 @@ impl Order {
             thread == who.thread || sync != self.sync[warp]
         } else {
             stamp < self.known[who.warp()][warp]
+                || self.learnt(who, self.block).is_some_and(|seen| seen.covers(thread, stamp, sync))
         }
+    }
+
+    /// What the warp of `who` has been told of a block.
+    #[inline]
+    fn learnt(&self, who: Who, block: u32) -> Option<&Published> {
+        let acquired = &self.acquired[who.warp()];
+        if acquired.is_empty() { None } else { acquired.get(&block) }
     }
 
     /// A barrier completes: `waiting` warps learn what all of them, and those which only
     /// `arrived` (with what they knew then), did before.
-    pub fn barrier(&mut self, waiting: &[usize], arrived: &[(usize, u32, Known)]) {
+    pub fn barrier(&mut self, waiting: &[usize], arrived: &[Arrival]) {
         self.now += 1;
         let mut joint = [0; 32];
         for &warp in waiting {
             join(&mut joint, &self.known[warp]);
         }
-        for (_, _, known) in arrived {
-            join(&mut joint, known);
+        for arrival in arrived {
+            join(&mut joint, &arrival.known);
         }
-        for &(warp, stamp, _) in arrived {
-            joint[warp] = joint[warp].max(stamp);
+        for arrival in arrived {
+            joint[arrival.warp] = joint[arrival.warp].max(arrival.stamp);
         }
         for &warp in waiting {
             joint[warp] = self.now;
         }
+        let mut acquired: Rc<Blocks> = Rc::default();
+        let told = waiting.iter().map(|&warp| &self.acquired[warp]);
+        for from in told.chain(arrived.iter().map(|arrival| &arrival.acquired)) {
+            if acquired.is_empty() {
+                acquired = from.clone();
+            } else if !Rc::ptr_eq(&acquired, from) {
+                let blocks = Rc::make_mut(&mut acquired);
+                for (&number, published) in &**from {
+                    blocks.entry(number).or_default().join(published);
+                }
+            }
+        }
         for &warp in waiting {
             self.known[warp] = joint;
             self.sync[warp] += 1;
+            self.acquired[warp] = acquired.clone();
         }
         let warps = self.known.len();
         self.floor = self.known.iter().flat_map(|k| &k[..warps]).copied().min().unwrap_or(0);
     }
 
     /// What a warp that only arrives passes on.
-    pub fn arrive(&mut self, warp: usize) -> (usize, u32, Known) {
+    pub fn arrive(&mut self, warp: usize) -> Arrival {
         self.now += 1;
-        (warp, self.now, self.known[warp])
+        let (known, acquired) = (self.known[warp], self.acquired[warp].clone());
+        Arrival { warp, stamp: self.now, known, acquired }
     }
 
-    /// What a fence of `warp` makes ready to be published.
-    pub fn fence(&mut self, warp: usize) -> Known {
+    /// Lanes of `warp` run a fence.
+    pub fn fence(&mut self, warp: usize, lanes: u32) {
         self.now += 1;
-        let mut known = self.known[warp];
-        known[warp] = self.now;
-        known
+        let (stamp, sync, known) = (self.now, self.sync[warp], self.known[warp]);
+        self.fences[warp].retain(|fence| fence.lanes & !lanes != 0);
+        self.fences[warp].push(Fence { lanes, stamp, sync, known });
+    }
+
+    /// Whether a strong write of `warp` could publish anything.
+    pub fn fenced(&self, warp: usize) -> bool {
+        !self.fences[warp].is_empty()
+    }
+
+    /// A strong write of `who` publishes what its fences cover, and those which other lanes ran before
+    /// the warp was synchronised.
+    pub fn release(&self, who: Who, to: &mut Blocks) {
+        let (warp, lane) = (who.warp(), who.thread % 32);
+        let mut any = false;
+        for fence in &self.fences[warp] {
+            let lanes =
+                if fence.sync < self.sync[warp] { fence.lanes } else { fence.lanes & 1 << lane };
+            if lanes == 0 {
+                continue;
+            }
+            any = true;
+            let mine = to.entry(self.block).or_default();
+            join(&mut mine.known, &fence.known);
+            mine.syncs[warp] = mine.syncs[warp].max(fence.sync);
+            for lane in (0..32).filter(|lane| lanes >> lane & 1 == 1) {
+                let until = mine.threads.entry(warp as u16 * 32 + lane).or_insert(0);
+                *until = fence.stamp.max(*until);
+            }
+        }
+        if any {
+            for (&number, published) in &*self.acquired[warp] {
+                to.entry(number).or_default().join(published);
+            }
+        }
+    }
+
+    /// A strong read tells `warp` what was published.
+    pub fn acquire(&mut self, warp: usize, published: &Blocks) {
+        if published.is_empty() {
+            return;
+        }
+        let acquired = Rc::make_mut(&mut self.acquired[warp]);
+        for (&number, published) in published {
+            if number == self.block {
+                join(&mut self.known[warp], &published.known);
+            }
+            acquired.entry(number).or_default().join(published);
+        }
     }
 }
 
 /// Takes the later of each pair of times.
-pub fn join(into: &mut Known, from: &Known) {
+fn join(into: &mut Known, from: &Known) {
     for (a, b) in into.iter_mut().zip(from) {
         *a = (*a).max(*b);
     }
@@ -451,7 +584,9 @@ fn unordered_reader(
         let mut others = warps & !(1 << who.warp());
         while others != 0 {
             let warp = others.trailing_zeros() as usize;
-            if stamp >= order.known[who.warp()][warp] {
+            if stamp >= order.known[who.warp()][warp]
+                && !order.learnt(who, order.block).is_some_and(|seen| seen.reaches(warp, stamp))
+            {
                 return Some(warp);
             }
             others &= others - 1;
@@ -517,7 +652,6 @@ impl GlobalCell {
     pub fn access(
         &mut self,
         launch: u32,
-        block: u32,
         order: &Order,
         who: Who,
         mask: u8,
@@ -525,11 +659,12 @@ impl GlobalCell {
         name: &dyn Fn(u32) -> String,
     ) -> Result<(), Problem> {
         let before = |thread: u16, seen: &Seen| {
-            if seen.block == block {
+            if seen.block == order.block {
                 return order.before(thread, seen.stamp, seen.sync, who);
             }
-            let warp = usize::from(thread) / 32;
-            order.acquired.get(&seen.block).is_some_and(|known| seen.stamp < known[warp])
+            order
+                .learnt(who, seen.block)
+                .is_some_and(|known| known.covers(thread, seen.stamp, seen.sync))
         };
         let strong = mode.strong();
         let written = self.w_launch == launch && self.w_mask & mask != 0;
@@ -559,7 +694,8 @@ impl GlobalCell {
                 ),
             ));
         }
-        let now = Seen { block, stamp: order.now, sync: order.sync[who.warp()], pc: who.pc };
+        let sync = order.sync[who.warp()];
+        let now = Seen { block: order.block, stamp: order.now, sync, pc: who.pc };
         if matches!(mode, Mode::Read | Mode::ReadOnly) {
             self.read(launch, who.thread, mask, now);
         }
@@ -628,7 +764,7 @@ mod tests {
     fn a_barrier_orders_and_its_absence_does_not() {
         let mut shared = Shared::default();
         shared.reset(1024, &[(1024, 64)]);
-        let mut order = Order::new(2);
+        let mut order = Order::new(0, 2);
         shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
         assert!(shared.access(&order, who(32), 1024, 4, Mode::Read, true, &name).is_err());
         // Lanes of a warp are not ordered by running in step.
@@ -644,7 +780,7 @@ mod tests {
     fn a_barrier_of_some_warps_orders_only_those() {
         let mut shared = Shared::default();
         shared.reset(1024, &[(1024, 64)]);
-        let mut order = Order::new(3);
+        let mut order = Order::new(0, 3);
         shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
         order.barrier(&[0, 1], &[]);
         shared.access(&order, who(40), 1024, 4, Mode::Read, true, &name).unwrap();
@@ -660,7 +796,7 @@ mod tests {
     fn arriving_publishes_without_learning() {
         let mut shared = Shared::default();
         shared.reset(1024, &[(1024, 64)]);
-        let mut order = Order::new(2);
+        let mut order = Order::new(0, 2);
         shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
         let arrival = order.arrive(0);
         shared.access(&order, who(0), 1028, 4, Mode::Write, true, &name).unwrap();
@@ -671,9 +807,9 @@ mod tests {
 
     #[test]
     fn a_writer_that_has_read_does_not_hide_another_reader() {
-        let order = Order::new(1);
+        let order = Order::new(0, 1);
         let access = |cell: &mut GlobalCell, thread: u16, mask: u8, mode: Mode| {
-            cell.access(1, 0, &order, who(thread), mask, mode, &name)
+            cell.access(1, &order, who(thread), mask, mode, &name)
         };
         let mut cell = GlobalCell::default();
         access(&mut cell, 3, 0xf, Mode::Read).unwrap();
@@ -685,12 +821,12 @@ mod tests {
         access(&mut cell, 4, 0xf, Mode::Read).unwrap();
         access(&mut cell, 4, 0x3, Mode::Read).unwrap();
         access(&mut cell, 4, 0xf, Mode::Write).unwrap();
-        cell.access(2, 0, &order, who(9), 0xf, Mode::Write, &name).unwrap();
+        cell.access(2, &order, who(9), 0xf, Mode::Write, &name).unwrap();
     }
 
     #[test]
     fn halves_of_a_shared_word_have_readers_of_their_own() {
-        let (mut shared, mut order) = (Shared::default(), Order::new(1));
+        let (mut shared, mut order) = (Shared::default(), Order::new(0, 1));
         shared.reset(1024, &[(1024, 64)]);
         shared.access(&order, who(0), 1024, 4, Mode::Write, true, &name).unwrap();
         order.barrier(&[0], &[]);
@@ -705,16 +841,16 @@ mod tests {
 
     #[test]
     fn bytes_of_a_word_have_readers_of_their_own() {
-        let order = Order::new(1);
+        let order = Order::new(0, 1);
         let mut cell = GlobalCell::default();
         for mode in [Mode::Read, Mode::Write] {
             for thread in 0..4 {
-                cell.access(1, 0, &order, who(thread), 1 << thread, mode, &name).unwrap();
+                cell.access(1, &order, who(thread), 1 << thread, mode, &name).unwrap();
             }
         }
         let mut cell = GlobalCell::default();
-        cell.access(1, 0, &order, who(0), 0x3, Mode::Read, &name).unwrap();
-        cell.access(1, 0, &order, who(1), 0xc, Mode::Read, &name).unwrap();
-        assert!(cell.access(1, 0, &order, who(1), 0x6, Mode::Write, &name).is_err());
+        cell.access(1, &order, who(0), 0x3, Mode::Read, &name).unwrap();
+        cell.access(1, &order, who(1), 0xc, Mode::Read, &name).unwrap();
+        assert!(cell.access(1, &order, who(1), 0x6, Mode::Write, &name).is_err());
     }
 }

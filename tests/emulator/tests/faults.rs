@@ -183,6 +183,10 @@ fn small_grid(body: &str, blocks: u32) -> Result<(), Fault> {
 }
 
 fn small_blocks(body: &str, blocks: u32, threads: u32) -> Result<(), Fault> {
+    small_seeded(body, blocks, threads, 1)
+}
+
+fn small_seeded(body: &str, blocks: u32, threads: u32, seed: u64) -> Result<(), Fault> {
     let text = format!(
         ".version 9.0\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 dst)\n{{\n\
          .shared .align 16 .b8 s[256];\n.reg .b32 %t, %a, %b; .reg .b64 %d, %e; .reg .pred %p, %q;\n\
@@ -190,6 +194,7 @@ fn small_blocks(body: &str, blocks: u32, threads: u32) -> Result<(), Fault> {
          .loc 1 33 0\n{body}\nret;\n}}\n.file 1 \"small.cu\"\n"
     );
     let mut gpu = Gpu::try_new(&text).unwrap_or_else(|e| panic!("{e}"));
+    gpu.machine.seed = seed;
     let dst = gpu.upload(&[0_u32; 64]);
     gpu.launch("k", [blocks, 1, 1], [threads, 1, 1], 0, &[(8, dst)]).map(|_| ())
 }
@@ -407,6 +412,83 @@ fn a_missing_fence_between_blocks_is_found() {
     small_grid(&body("membar.gl;"), 3).unwrap();
     let fault = small_grid(&body(""), 3);
     expect(fault, 719, &["'k'", "small.cu:33", "race: written in this launch by block #"]);
+}
+
+#[test]
+fn a_fence_of_one_lane_covers_others_up_to_the_last_sync() {
+    // 16 lanes store, lane 0 counts the block, and that of the last block reads what lane 5 of each has
+    // stored.
+    let body = |before: &str, fence: &str| {
+        format!(
+            "setp.lt.u32 %p, %t, 16; mov.u32 %b, %ctaid.x; mad.lo.u32 %b, %b, 16, %t;\n\
+             mul.wide.u32 %e, %b, 4; add.u64 %e, %d, %e; @%p st.global.u32 [%e+64], %t;\n\
+             setp.eq.u32 %p, %t, 0; {before} {fence} @%p atom.global.inc.u32 %a, [%d], 2; membar.gl;\n\
+             setp.eq.u32 %q, %a, 2; and.pred %q, %q, %p; @%q ld.global.u32 %b, [%d+84];\n\
+             @%q ld.global.u32 %b, [%d+148]; @%q ld.global.u32 %b, [%d+212];"
+        )
+    };
+    let missing = ["'k'", "small.cu:33", "race: written in this launch by block #", "thread 5 "];
+    let sync = "bar.warp.sync -1;";
+    for seed in 1..=3 {
+        let run = |before: &str, fence: &str| small_seeded(&body(before, fence), 3, 64, seed);
+        for fence in ["@%p membar.gl;", "@%p fence.acq_rel.gpu;", "membar.gl;"] {
+            expect(run("", fence), 719, &missing);
+            run(sync, fence).unwrap();
+            run("bar.sync 0;", fence).unwrap();
+        }
+        // Lanes that fence each for itself and are synchronised then.
+        run("membar.gl; bar.warp.sync -1;", "").unwrap();
+        // The fence came before the stores were ordered.
+        expect(run("@%p membar.gl; bar.warp.sync -1;", ""), 719, &missing);
+    }
+    // The same between two warps of a block.
+    let body = |thread: u32, sync: &str| {
+        format!(
+            "setp.eq.u32 %p, %t, {thread}; @%p st.global.u32 [%d+4], %t; setp.ge.u32 %p, %t, 32;\n\
+             @%p bra WAIT; {sync} setp.eq.u32 %p, %t, 0; @%p membar.gl; @%p st.volatile.global.u32 [%d], 1;\n\
+             bra OUT; WAIT: ld.volatile.global.u32 %b, [%d]; setp.eq.u32 %q, %b, 0; @%q bra WAIT;\n\
+             membar.gl; ld.global.u32 %b, [%d+4]; OUT:"
+        )
+    };
+    small(&body(0, "")).unwrap();
+    small(&body(1, sync)).unwrap();
+    expect(
+        small(&body(1, "")),
+        719,
+        &["race: written in this launch by block #0 thread 1 ", "warp 1"],
+    );
+}
+
+#[test]
+fn what_one_warp_has_learnt_others_do_not_know() {
+    // Thread 0 counts its block and tells the others whether it is the last, which read what all have
+    // stored.
+    let body = |between: &str, learn: &str| {
+        format!(
+            ".reg .b32 %f; setp.eq.u32 %p, %t, 0; mov.u32 %f, %b; @%p st.volatile.shared.u32 [%f], 0;\n\
+             bar.sync 0; mov.u32 %b, %ctaid.x; mul.wide.u32 %e, %b, 4; add.u64 %e, %d, %e;\n\
+             @%p st.global.u32 [%e+4], %t; @%p membar.gl; @%p atom.global.inc.u32 %a, [%d], 2;\n\
+             @%p membar.gl; setp.eq.u32 %q, %a, 2; selp.u32 %a, 2, 1, %q;\n\
+             @%p st.volatile.shared.u32 [%f], %a; {between}\n\
+             WAIT: ld.volatile.shared.u32 %b, [%f]; setp.eq.u32 %q, %b, 0; @%q bra WAIT;\n\
+             setp.ne.u32 %q, %b, 2; @%q bra OUT; {learn} bar.warp.sync -1; ld.global.u32 %b, [%d+4];\n\
+             ld.global.u32 %b, [%d+8]; ld.global.u32 %b, [%d+12]; OUT:"
+        )
+    };
+    for seed in 1..=3 {
+        let run = |between: &str, learn: &str| small_seeded(&body(between, learn), 3, 64, seed);
+        let missing = [
+            "'k'",
+            "warp 1",
+            "small.cu:33",
+            "race: written in this launch by block #",
+            "thread 0 ",
+        ];
+        expect(run("", ""), 719, &missing);
+        run("bar.sync 0;", "").unwrap();
+        // Whoever looks for itself needs no barrier.
+        run("", "ld.volatile.global.u32 %b, [%d]; membar.gl;").unwrap();
+    }
 }
 
 #[test]
