@@ -1,5 +1,5 @@
-// The derivatives of the activations: PyTorch's choice where there is none, a NaN passes a gradient on where
-// PyTorch's comparisons let it, and so does an infinity where its formula has 0 times it.
+// The derivatives of the activations: PyTorch's choice where there is none. A NaN passes a gradient on where
+// PyTorch's comparisons let it, and an infinity is NaN where its formula has 0 times it.
 #pragma once
 
 #include "../steps.cuh"

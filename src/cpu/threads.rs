@@ -112,11 +112,13 @@ impl CpuDevice {
         // SAFETY: this thread has reserved the call, and ends it before `f` does, on every path.
         unsafe { call.open(f, units as u32, threads - 1) };
         team.opened.fetch_add(1, Ordering::Release);
-        if team.is_in_use() || work >= WAKING_WORK {
-            team.wake(threads - 1, self.pool.as_deref());
-        }
+        let trusted = (team.is_in_use() || work >= WAKING_WORK)
+            && team.wake(threads - 1, self.pool.as_deref());
         let outcome = catch_unwind(AssertUnwindSafe(|| call.work(Side::Front)));
-        let panicked = call.end();
+        let Ended { free, panicked } = call.end();
+        if trusted && free == threads - 1 && work >= WAKING_WORK {
+            team.missed.store(true, Ordering::Relaxed);
+        }
         if let Err(panic) = outcome {
             resume_unwind(panic);
         }
@@ -159,6 +161,8 @@ struct Team {
     awake: AtomicUsize,
     /// Helpers that the pool has been asked for and that have not started.
     coming: AtomicUsize,
+    /// Whether those that are awake let a call wait: they may be at the pool's other work.
+    missed: AtomicBool,
     /// When the last call began, in microseconds of this process.
     last: AtomicU64,
     /// The CPU that the last caller who asked for them was on.
@@ -174,11 +178,17 @@ impl Team {
         u128::from(now.saturating_sub(last)) < LINGER.as_micros()
     }
 
-    /// Asks the pool for helpers, if fewer than `wanted` are awake or on their way.
-    fn wake(self: &Arc<Self>, wanted: usize, pool: Option<&Pool>) {
-        let there = self.awake.load(Ordering::Relaxed) + self.coming.load(Ordering::Relaxed);
+    /// Asks the pool for helpers, if fewer than `wanted` are awake or on their way; whether some are
+    /// awake.
+    fn wake(self: &Arc<Self>, wanted: usize, pool: Option<&Pool>) -> bool {
+        let missed = self.missed.load(Ordering::Relaxed);
+        let awake = if missed { 0 } else { self.awake.load(Ordering::Relaxed) };
+        let there = awake + self.coming.load(Ordering::Relaxed);
         if there >= wanted {
-            return;
+            return awake > 0;
+        }
+        if missed {
+            self.missed.store(false, Ordering::Relaxed);
         }
         self.caller_cpu.store(cpu::current(), Ordering::Relaxed);
         for _ in there..wanted {
@@ -190,6 +200,7 @@ impl Team {
                 None => rayon::spawn(help),
             }
         }
+        awake > 0
     }
 
     /// Works on open calls until there is none for a while.
@@ -258,6 +269,14 @@ unsafe impl Sync for Call {}
 
 const SEAT: u32 = 1 << 16;
 
+/// How a call went.
+struct Ended {
+    /// Seats that nobody took.
+    free: usize,
+    /// Whether a helper panicked.
+    panicked: bool,
+}
+
 impl Call {
     /// Takes the call for a caller, if nobody has it.
     fn reserve(&self) -> bool {
@@ -285,10 +304,11 @@ impl Call {
         self.gate.store(seats * SEAT, Ordering::Release);
     }
 
-    /// Closes the call, waits for the helpers inside and gives it back; whether one panicked.
-    fn end(&self) -> bool {
+    /// Closes the call, waits for the helpers inside and gives it back.
+    fn end(&self) -> Ended {
         let inside = |gate: u32| gate % SEAT;
         let mut gate = self.gate.fetch_and(SEAT - 1, Ordering::AcqRel);
+        let free = (gate / SEAT) as usize;
         let mut spins = 0u32;
         while inside(gate) > 0 {
             spins += 1;
@@ -302,7 +322,7 @@ impl Call {
         }
         let panicked = self.panicked.load(Ordering::Relaxed);
         self.reserved.store(false, Ordering::Release);
-        panicked
+        Ended { free, panicked }
     }
 
     /// Takes a seat and works, if there is one.
@@ -442,6 +462,27 @@ mod tests {
         });
         assert_eq!(count.into_inner(), 100);
         release.wait();
+    }
+
+    #[test]
+    fn helpers_that_are_at_other_work_are_replaced() {
+        let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
+        let device = CpuDevice::with_pool(pool);
+        let helped = || {
+            let caller = std::thread::current().id();
+            let by_others = AtomicUsize::new(0);
+            device.for_each(8, usize::MAX, &|_| {
+                std::thread::sleep(Duration::from_millis(5));
+                if std::thread::current().id() != caller {
+                    by_others.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            by_others.into_inner() > 0
+        };
+        // Enough of them are awake, and none comes.
+        device.pool.as_ref().unwrap().team.awake.store(2, Ordering::Relaxed);
+        assert!(!helped());
+        assert!(helped());
     }
 
     #[test]
