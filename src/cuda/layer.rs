@@ -492,7 +492,7 @@ impl std::fmt::Debug for Layer {
 /// [`Error::TooLarge`].
 pub(super) fn count_of(what: &'static str, count: usize) -> Result<u32> {
     let fits = u32::try_from(count).ok().filter(|&n| n <= i32::MAX as u32 - 1024);
-    fits.ok_or(Error::TooLarge { what, sizes: vec![count] })
+    fits.ok_or_else(|| Error::TooLarge { what, sizes: vec![count] })
 }
 
 pub(super) fn on_device<T>(operand: &Operand<T>) -> Tensor {
