@@ -462,7 +462,7 @@ impl Grid<'_> {
                 text += &format!(" (local memory: byte {at} of {})", self.kernel.local);
             } else if let Some(var) = self.shared_variable(address) {
                 text += &format!(" ({var})");
-            } else if self.memory.range(address).is_some() {
+            } else if self.memory.find(address, 1).is_some() {
                 let place = self.memory.describe(address, 0);
                 text += &format!(" (device memory: {})", place.replacen("0 bytes at", "at", 1));
             }

@@ -19,6 +19,10 @@ pub struct Allocation {
     pub size: u64,
     /// What it is, for reports.
     pub name: String,
+    /// Belongs to a graph, whose nodes allocate and free it.
+    of_graph: bool,
+    /// Belongs to a graph, and is not allocated now.
+    dead: bool,
     data: Vec<u8>,
     /// One bit per byte; empty once everything has been written.
     init: Vec<u8>,
@@ -111,12 +115,67 @@ impl DeviceMemory {
         data.extend((0..size).map(poison));
         let init = vec![0; (size as usize).div_ceil(8)];
         let shadow = Vec::new();
-        self.allocations.push(Allocation { base, size, name, data, init, missing: size, shadow });
+        self.allocations.push(Allocation {
+            base,
+            size,
+            name,
+            of_graph: false,
+            dead: false,
+            data,
+            init,
+            missing: size,
+            shadow,
+        });
         Some(base)
     }
 
-    /// Frees the allocation that begins at `base`.
+    /// Addresses of a graph, which hold nothing until [`begin`](Self::begin).
+    pub fn allocate_in_graph(&mut self, size: u64) -> Option<u64> {
+        let base = self.allocate(size, String::from("memory of a graph"))?;
+        let own = self.allocations.last_mut()?;
+        (own.of_graph, own.dead) = (true, true);
+        Some(base)
+    }
+
+    /// A graph's allocation node runs: nothing has written the memory.
+    pub fn begin(&mut self, base: u64) {
+        if let Some(own) = self.beginning(base) {
+            own.dead = false;
+            (0..own.size).for_each(|offset| own.forget(offset));
+        }
+    }
+
+    /// A graph's memory is freed; false if it was not allocated.
+    pub fn end(&mut self, base: u64) -> bool {
+        self.beginning(base).is_some_and(|own| !std::mem::replace(&mut own.dead, true))
+    }
+
+    /// Whether the allocation that begins at `base` is a graph's.
+    pub fn of_graph(&mut self, base: u64) -> bool {
+        self.beginning(base).is_some_and(|own| own.of_graph)
+    }
+
+    /// A graph goes: its memory, too, unless the program has yet to free it.
+    pub fn drop_graph(&mut self, base: u64) {
+        match self.beginning(base) {
+            Some(own) if !own.dead => own.of_graph = false,
+            _ => {
+                self.remove(base);
+            }
+        }
+    }
+
+    fn beginning(&mut self, base: u64) -> Option<&mut Allocation> {
+        let index = self.allocations.binary_search_by_key(&base, |a| a.base).ok()?;
+        self.allocations.get_mut(index)
+    }
+
+    /// Frees the allocation that begins at `base`; a graph's keeps its addresses.
     pub fn free(&mut self, base: u64) -> bool {
+        if self.of_graph(base) { self.end(base) } else { self.remove(base) }
+    }
+
+    fn remove(&mut self, base: u64) -> bool {
         let Ok(index) = self.allocations.binary_search_by_key(&base, |a| a.base) else {
             return false;
         };
@@ -142,7 +201,10 @@ impl DeviceMemory {
     #[inline]
     pub fn holds(&self, index: usize, address: u64, len: u64) -> bool {
         self.allocations.get(index).is_some_and(|a| {
-            address >= a.base && address - a.base <= a.size && a.size - (address - a.base) >= len
+            !a.dead
+                && address >= a.base
+                && address - a.base <= a.size
+                && a.size - (address - a.base) >= len
         })
     }
 
@@ -151,9 +213,11 @@ impl DeviceMemory {
         &mut self.allocations[index]
     }
 
-    /// The first address and size of the allocation around `address`.
+    /// The first address and size of the allocation around `address`, used now or not.
     pub fn range(&self, address: u64) -> Option<(u64, u64)> {
-        self.find(address, 1).map(|i| (self.allocations[i].base, self.allocations[i].size))
+        let index = self.allocations.partition_point(|a| a.base <= address).checked_sub(1)?;
+        let around = &self.allocations[index];
+        (address - around.base < around.size).then_some((around.base, around.size))
     }
 
     /// Copies out, uninitialised bytes included: they are poison.
@@ -217,14 +281,6 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// Makes the allocation that begins at `address` as if it were fresh.
-    pub fn renew(&mut self, address: u64) {
-        if let Some(index) = self.find(address, 1) {
-            let allocation = &mut self.allocations[index];
-            (0..allocation.size).for_each(|offset| allocation.forget(offset));
-        }
-    }
-
     /// Says what `len` bytes at `address` belong to.
     pub fn describe(&self, address: u64, len: u64) -> String {
         let within = |base: u64, size: u64| address >= base && address < base + size;
@@ -232,6 +288,15 @@ impl DeviceMemory {
             return format!(
                 "byte {} of an allocation of {size} bytes at {base:#x} that has been freed",
                 address - base
+            );
+        }
+        if let Some(own) = self.allocations.iter().find(|a| a.dead && within(a.base, a.size)) {
+            return format!(
+                "byte {} of memory of a graph, {} bytes at {:#x}, which the graph has freed or not \
+                 yet allocated",
+                address - own.base,
+                own.size,
+                own.base
             );
         }
         let near = self

@@ -127,6 +127,19 @@ fn read(at: u64, words: usize) -> Vec<u32> {
     out
 }
 
+/// A graph that allocates ten words, fills them with sevens and ends with `last`, and their address.
+fn graph_of(stream: usize, flags: u64, last: impl Fn(u64)) -> (usize, u64) {
+    let (mut graph, mut exec, mut own) = (0, 0, 0);
+    assert_eq!(cuStreamBeginCapture_v2(stream, 1), 0);
+    assert_eq!(cuMemAllocAsync((&mut own).into(), 40, stream), 0);
+    assert_eq!(cuMemsetD32Async(own, 7, 10, stream), 0);
+    last(own);
+    assert_eq!(cuStreamEndCapture(stream, (&mut graph).into()), 0);
+    assert_eq!(cuGraphInstantiateWithFlags((&mut exec).into(), graph, flags), 0);
+    assert_eq!(cuGraphDestroy(graph), 0);
+    (exec, own)
+}
+
 fn last_fault() -> String {
     // SAFETY: the pointer is valid until the next fault.
     unsafe { CStr::from_ptr(pw_emulator_last_fault()) }.to_string_lossy().into_owned()
@@ -308,11 +321,72 @@ alone! {
         }
         assert_eq!(cuStreamSynchronize(s), 0);
         assert_eq!(read(at, 10), [11_u32; 10]);
+        assert_eq!(cuMemFreeAsync(own, s), 1);
+        assert_eq!(cuMemFree_v2(own), 1);
         assert_eq!(cuGraphDestroy(graph), 0);
-        assert_eq!(cuMemsetD32Async(own, 1, 10, s), 0);
-        assert_eq!(cuStreamSynchronize(s), 0);
         assert_eq!(cuGraphExecDestroy(exec), 0);
         assert_eq!(cuMemFreeAsync(own, s), 1);
+    }
+
+    #[vars()]
+    fn memory_of_a_graph_ends_with_it() {
+        context();
+        let s = stream(1);
+        let own = graph_of(s, 0, |own| assert_eq!(cuMemFreeAsync(own, s), 0)).1;
+        // Also before the first launch.
+        assert_eq!(cuMemsetD32Async(own, 1, 10, s), 0);
+        assert_eq!(cuStreamSynchronize(s), 700);
+        assert!(last_fault().contains("byte 0 of memory of a graph, 40 bytes"), "{}", last_fault());
+    }
+
+    #[vars()]
+    fn memory_of_a_graph_ends_at_its_free_node() {
+        context();
+        let (f, s) = (function(c"add"), stream(1));
+        let (exec, _) = graph_of(s, 0, |own| {
+            assert_eq!(cuMemFreeAsync(own, s), 0);
+            assert_eq!(add(f, own, 10, 1, s), 0);
+        });
+        assert_eq!(cuGraphLaunch(exec, s), 0);
+        assert_eq!(cuStreamSynchronize(s), 700);
+        let text = last_fault();
+        assert!(text.contains("'add'") && text.contains("of memory of a graph, 40 bytes"), "{text}");
+    }
+
+    #[vars()]
+    fn what_a_graph_leaves_is_freed_before_it_runs_again() {
+        context();
+        let s = stream(1);
+        let (exec, own) = graph_of(s, 0, |_| {});
+        // Nothing has allocated it yet.
+        assert_eq!(cuMemFreeAsync(own, s), 1);
+        for _ in 0..2 {
+            assert_eq!(cuGraphLaunch(exec, s), 0);
+            assert_eq!(cuGraphLaunch(exec, s), 1);
+            assert!(last_fault().contains("cannot be launched again before"), "{}", last_fault());
+            assert_eq!(cuStreamSynchronize(s), 0);
+            assert_eq!(read(own, 10), [7; 10]);
+            assert_eq!(cuMemFreeAsync(own, s), 0);
+            assert_eq!(cuMemFreeAsync(own, s), 1);
+        }
+        assert_eq!(cuGraphLaunch(exec, s), 0);
+        assert_eq!(cuStreamSynchronize(s), 0);
+        assert_eq!(cuGraphExecDestroy(exec), 0);
+        // It outlives the graph.
+        assert_eq!(read(own, 10), [7; 10]);
+        assert_eq!(cuMemFree_v2(own), 0);
+        assert_eq!(cuMemFree_v2(own), 1);
+
+        let (exec, own) = graph_of(s, 1, |_| {});
+        for _ in 0..3 {
+            assert_eq!(cuGraphLaunch(exec, s), 0);
+        }
+        assert_eq!(cuStreamSynchronize(s), 0);
+        assert_eq!(read(own, 10), [7; 10]);
+        assert_eq!(cuMemFreeAsync(own, s), 0);
+        // The queue frees it after the graph is gone.
+        assert_eq!(cuGraphExecDestroy(exec), 0);
+        assert_eq!(cuStreamSynchronize(s), 0);
     }
 
     #[vars()]

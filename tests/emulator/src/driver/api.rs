@@ -133,8 +133,8 @@ impl State {
         (0..self.devices.len()).find(|&d| pool(d) == handle).ok_or(400)
     }
 
-    /// Memory of the graph that `stream` captures, if it does: it has one address for good, holds
-    /// nothing when the graph begins to use it, and goes with the graph.
+    /// Memory of the graph that `stream` captures, if it does: it has one address for good, and is there
+    /// from the node that allocates it to the one that frees it.
     fn allocate_in_graph(
         &mut self,
         device: usize,
@@ -146,11 +146,10 @@ impl State {
         if self.streams[&stream].capture.is_none() {
             return Ok(false);
         }
-        let name = String::from("memory of a graph");
-        let Some(address) = self.devices[device].memory.allocate(size as u64, name) else {
+        let Some(address) = self.devices[device].memory.allocate_in_graph(size as u64) else {
             return Err(2);
         };
-        self.enqueue(stream, Work::Renew(address))?;
+        self.enqueue(stream, Work::Begin(address))?;
         place.set(address)?;
         Ok(true)
     }
@@ -159,9 +158,20 @@ impl State {
     fn drop_graph(&mut self, graph: Option<(usize, Arc<Vec<Node>>)>) -> Call {
         let (device, nodes) = graph.ok_or(400_u32)?;
         for node in Arc::try_unwrap(nodes).unwrap_or_default() {
-            if let Work::Renew(address) = node.work {
-                self.devices[device].memory.free(address);
+            if let Work::Begin(address) = node.work {
+                self.left.remove(&address);
+                self.devices[device].memory.drop_graph(address);
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses to free memory of a graph outside of it, but for what a launch has left.
+    fn free_left(&mut self, device: usize, address: u64) -> Call {
+        if self.devices[device].memory.of_graph(address) && !self.left.remove(&address) {
+            let text =
+                format!("{address:#x} is memory of a graph that has freed it or not allocated it");
+            return Err(self.complain(1, &text));
         }
         Ok(())
     }
@@ -868,6 +878,7 @@ api! {
         }
         s.unsafe_call()?;
         s.finish(device)?;
+        s.free_left(device, address)?;
         if s.devices[device].memory.free(address) {
             return Ok(());
         }
@@ -885,14 +896,15 @@ api! {
         }
         if let Some(capture) = s.streams[&stream].capture {
             let of_graph = s.captures.get(&capture).is_some_and(|capture| {
-                capture.nodes.iter().any(|n| matches!(n.work, Work::Renew(a) if a == address))
+                capture.nodes.iter().any(|n| matches!(n.work, Work::Begin(a) if a == address))
             });
             if of_graph {
-                return s.enqueue(stream, Work::Renew(address)).map(|_| ());
+                return s.enqueue(stream, Work::End(address)).map(|_| ());
             }
             let code = s.invalidate(capture, 900);
             return Err(s.complain(code, "only what a capture allocated can be freed in it"));
         }
+        s.free_left(device, address)?;
         s.enqueue(stream, Work::Free(address)).map(|_| ())
     }
 
@@ -1497,17 +1509,20 @@ api! {
 
     fn cuGraphInstantiateWithFlags(exec: Out<Handle>, graph: Handle, flags: u64) |s| {
         s.current()?;
-        // 1: free what was allocated; there is nothing. 8: priorities of nodes.
+        // 1: a launch frees what the one before has left. 8: priorities of nodes.
         if flags & !(1 | 8) != 0 {
             return Err(s.complain(801, &format!("graph flags {flags} are not modelled")));
         }
         let graph = s.graphs.get(&graph).ok_or(400_u32)?.clone();
-        let has_memory = graph.1.iter().any(|node| matches!(node.work, Work::Renew(_)));
+        let has_memory = graph.1.iter().any(|node| matches!(node.work, Work::Begin(_)));
         if has_memory && s.execs.values().any(|exec| Arc::ptr_eq(&exec.1, &graph.1)) {
             return Err(s.complain(801, "a graph with memory of its own is instantiated once at a time"));
         }
         let handle = s.handle();
         s.execs.insert(handle, graph);
+        if flags & 1 != 0 {
+            s.auto_free.insert(handle);
+        }
         exec.set(handle)
     }
 
@@ -1518,7 +1533,24 @@ api! {
         if owner != device {
             return Err(400);
         }
-        s.enqueue(stream, Work::Graph(nodes)).map(|_| ())
+        let allocated = nodes.iter().filter_map(|node| match node.work {
+            Work::Begin(address) => Some(address),
+            _ => None,
+        });
+        let freed = |address| nodes.iter().any(|n| matches!(n.work, Work::End(a) if a == address));
+        let left: Vec<u64> = allocated.filter(|&address| !freed(address)).collect();
+        if !s.auto_free.contains(&exec)
+            && let Some(address) = left.iter().find(|address| s.left.contains(address))
+        {
+            let text = format!(
+                "a graph cannot be launched again before {address:#x}, which it has allocated, is freed \
+                 (or with CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)"
+            );
+            return Err(s.complain(1, &text));
+        }
+        s.enqueue(stream, Work::Graph(nodes))?;
+        s.left.extend(left);
+        Ok(())
     }
 
     fn cuGraphUpload(exec: Handle, stream: Handle) |s| {
@@ -1538,6 +1570,7 @@ api! {
 
     fn cuGraphExecDestroy(exec: Handle) |s| {
         let graph = s.execs.remove(&exec);
+        s.auto_free.remove(&exec);
         s.drop_graph(graph)
     }
 

@@ -9,7 +9,7 @@ mod config;
 mod errors;
 
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ffi::{CString, c_void};
 use std::io::Write;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -102,8 +102,9 @@ enum Work {
     /// Value bytes, repeated so many times.
     Fill(u64, [u8; 4], usize, u64),
     Free(u64),
-    /// Where a graph's own memory begins and ends to be used: nothing has written it.
-    Renew(u64),
+    /// Nodes of a graph that allocate and free memory of its own.
+    Begin(u64),
+    End(u64),
     Record(Handle, u64),
     /// Only waits for what it depends on.
     Wait,
@@ -176,6 +177,10 @@ pub struct State {
     graphs: HashMap<Handle, (usize, Arc<Vec<Node>>)>,
     /// Instantiated graphs: device and nodes.
     execs: HashMap<Handle, (usize, Arc<Vec<Node>>)>,
+    /// Those of them that free when they are launched what an earlier launch has left.
+    auto_free: HashSet<Handle>,
+    /// Memory that graphs have been launched to allocate and nobody has freed.
+    left: HashSet<u64>,
     /// Pinned host memory: address to size, and whether it is ours to free.
     pinned: BTreeMap<usize, (usize, bool)>,
     next_handle: Handle,
@@ -202,6 +207,8 @@ impl State {
             captures: HashMap::new(),
             graphs: HashMap::new(),
             execs: HashMap::new(),
+            auto_free: HashSet::new(),
+            left: HashSet::new(),
             pinned: BTreeMap::new(),
             next_handle: FIRST_HANDLE,
             next_work: 1,
@@ -536,10 +543,14 @@ impl State {
                 }
                 Err((719, format!("{address:#x} is freed twice")))
             }
-            Work::Renew(address) => {
-                self.devices[device].memory.renew(*address);
+            Work::Begin(address) => {
+                self.devices[device].memory.begin(*address);
                 Ok(())
             }
+            Work::End(address) => match self.devices[device].memory.end(*address) {
+                true => Ok(()),
+                false => Err((719, format!("a graph frees {address:#x}, which is not allocated"))),
+            },
             Work::Record(event, serial) => {
                 if let Some(event) = self.events.get_mut(event) {
                     event.ran = Some((*serial, Instant::now()));
