@@ -77,6 +77,12 @@ pub(crate) fn leaky<V: Simd>(x: V, alpha: V, d: V) -> V {
     V::select(x.gt(x.like(0.0)), d, d * alpha)
 }
 
+/// What a formula that multiplies x by 0 has of it: a zero, or NaN.
+#[inline(always)]
+fn nan_if_infinite<V: Simd>(x: V) -> V {
+    x * 0.0
+}
+
 /// `e / (1 + e)²` with `e = exp(-|x|)`.
 #[inline(always)]
 fn sigmoid_slope<V: Simd>(x: V) -> V {
@@ -97,14 +103,14 @@ fn gelu<V: Simd>(x: V) -> V {
     let beyond = V::select(x.ge(x.like(0.0)), x.like(1.0) - tail, tail);
     let near = x.mul_add(polynomial(square, S), x.like(0.5));
     let share = V::select(x.like(0.5).gt(t), near, beyond);
-    (clip(x, -15.0, 15.0) * 0.398_942_3).mul_add(power, share) + (x - x)
+    (clip(x, -15.0, 15.0) * 0.398_942_3).mul_add(power, share) + nan_if_infinite(x)
 }
 
 /// `s + x s (1 - s) v'` with `s = sigmoid(v)`, `v = 2 √(2/π) (x + 0.044715 x³)`.
 #[inline(always)]
 fn gelu_tanh<V: Simd>(x: V) -> V {
     const LINEAR: f32 = 1.595_769;
-    let infinite = x - x;
+    let infinite = nan_if_infinite(x);
     let x = clip(x, -15.0, 15.0);
     let square = x * x;
     let v = x * LINEAR * square.mul_add(x.like(0.044_715), x.like(1.0));
@@ -117,7 +123,7 @@ fn gelu_tanh<V: Simd>(x: V) -> V {
 #[inline(always)]
 fn mish<V: Simd>(x: V) -> V {
     // Beyond 20 the slope is 1.
-    let infinite = x - x;
+    let infinite = nan_if_infinite(x);
     let x = x.min(x.like(20.0));
     let u = exp(x);
     let w = u * (u + 2.0);
