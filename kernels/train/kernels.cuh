@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(PW_WGRAD_THREADS)
         32 * (rows) / (warp_rows) * (columns) / (warp_columns), blocks)                           \
         wgrad_##dtype##_mma_##rows##x##columns##x##depth(const __grid_constant__ pw_wgrad p) {     \
         using Tile = WgradTile<element, rows, columns, warp_rows, warp_columns, stages>;           \
-        static_assert(Tile::kSlab == (depth), "plan.rs says how deep a slab is");                  \
+        static_assert(Tile::kSlab == (depth), "wgrad.rs says how deep a slab is");                  \
         static_assert(sizeof(WgradMmaShared<Tile>) == (bytes), "plan.rs says how much a launch brings"); \
         extern __shared__ float4 brought[];                                                       \
         wgrad_mma<Tile>(p, *reinterpret_cast<WgradMmaShared<Tile>*>(brought), blockIdx.x);         \

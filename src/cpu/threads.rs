@@ -465,6 +465,25 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_the_same_by_pool_and_limit() {
+        let pool = || Arc::new(rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap());
+        let (a, b) = (pool(), pool());
+        let limited = CpuDevice { limit: NonZeroUsize::new(1), ..CpuDevice::default() };
+        let devices = [
+            CpuDevice::default(),
+            limited,
+            CpuDevice::with_pool(a.clone()),
+            CpuDevice::with_pool(b),
+        ];
+        for (i, one) in devices.iter().enumerate() {
+            for (j, other) in devices.iter().enumerate() {
+                assert_eq!(one.is_same(other), i == j, "{i}, {j}");
+            }
+        }
+        assert!(devices[2].is_same(&CpuDevice::with_pool(a)));
+    }
+
+    #[test]
     fn helpers_that_are_at_other_work_are_replaced() {
         let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap());
         let device = CpuDevice::with_pool(pool);

@@ -652,6 +652,10 @@ fn branches_equal_their_layers_one_by_one() {
     layers.push(rng.layer(8, 24).gate());
     let device = Device::cpu();
     let prepared: Vec<_> = layers.iter().map(|layer| layer.prepare(&device).unwrap()).collect();
+    // Layers of several devices run one after another, each on its own.
+    let devices = [Device::cpu(), Device::cpu().threads(1)];
+    let mixed = layers.iter().zip(devices.iter().cycle());
+    let mixed: Vec<_> = mixed.map(|(layer, device)| layer.prepare(device).unwrap()).collect();
     let (with_residual, with_gate) = (layers.len() - 2, layers.len() - 1);
     for shape in [(1, 24, 7, 7), (2, 24, 56, 41), (3, 24, 1, 1), (2, 24, 19, 20)] {
         let first = rng.array(shape);
@@ -664,15 +668,14 @@ fn branches_equal_their_layers_one_by_one() {
                 let call = if i == with_gate { call.gate(&gate) } else { call };
                 call.run().unwrap()
             };
-            let branches = Branches::new(prepared.clone()).unwrap();
-            let together = branches
-                .call(&source)
-                .residual(with_residual, &residual)
-                .gate(with_gate, &gate)
-                .run()
-                .unwrap();
-            for (i, got) in together.iter().enumerate() {
-                assert_same_bits(&single(i), got, &format!("{shape:?} {:?}", layers[i].stages()));
+            for branches in [&prepared, &mixed] {
+                let branches = Branches::new(branches.clone()).unwrap();
+                let call = branches.call(&source).residual(with_residual, &residual);
+                let together = call.gate(with_gate, &gate).run().unwrap();
+                for (i, got) in together.iter().enumerate() {
+                    let what = format!("{shape:?} {:?}", layers[i].stages());
+                    assert_same_bits(&single(i), got, &what);
+                }
             }
             // Each pair with the kinds of its neighbour, in both orders.
             for (i, j) in (0..with_residual).flat_map(|i| [(i, (i + 1) % with_residual), (i, 7)]) {

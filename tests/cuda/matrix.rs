@@ -11,8 +11,9 @@ use super::cases::{
     same_bits,
 };
 use super::half::unit;
-use super::numbers::{ACTIVATIONS, Random};
+use super::numbers::Random;
 use super::tensor_cores;
+use super::training::ACTIVATIONS;
 use super::{OnDevice, Outcome};
 
 pub const TRIALS: &[OnDevice] = &[

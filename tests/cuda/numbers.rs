@@ -4,6 +4,7 @@ use ndarray::{Array2, Array3, Array5};
 use pointwise::{Activation, CudaDevice, CudaTensor, Pointwise, PrepareOptions, reference};
 
 use super::cases::kernels;
+use super::training::ACTIVATIONS;
 use super::{OnDevice, Outcome};
 
 pub const TRIALS: &[OnDevice] = &[
@@ -56,23 +57,6 @@ impl Random {
         Array5::from_shape_vec(shape, self.normal(shape.iter().product())).unwrap()
     }
 }
-
-pub const ACTIVATIONS: [Activation; 14] = [
-    Activation::Relu,
-    Activation::Relu6,
-    Activation::Clip { lo: -0.5, hi: 2.0 },
-    Activation::LeakyRelu { alpha: 0.01 },
-    Activation::Elu { alpha: 1.5 },
-    Activation::Sigmoid,
-    Activation::Tanh,
-    Activation::Silu,
-    Activation::Gelu,
-    Activation::GeluTanh,
-    Activation::HardSigmoid,
-    Activation::HardSwish,
-    Activation::Softplus,
-    Activation::Mish,
-];
 
 /// `activation(x)` for each value, on the device and in f64.
 fn applied(

@@ -342,7 +342,7 @@ fn source_activations(device: &CudaDevice) -> Outcome {
     let mut random = Random::new(62);
     let mut all: Vec<(&str, Math)> = kernels(device).iter().map(|&k| (k, Math::F32)).collect();
     all.extend(tensor_cores::all(device).into_iter().filter(|(_, math)| *math == Math::F32));
-    for (i, &activation) in super::numbers::ACTIVATIONS.iter().enumerate() {
+    for (i, &activation) in super::training::ACTIVATIONS.iter().enumerate() {
         let case = Case::new(2, 21, 20, [1, 3, 7]);
         let layer = case.layer(random.normal(21 * 20)).gate();
         let layer = layer.source_stage(SourceStage::Activation(activation));

@@ -339,6 +339,11 @@ fn channel_ranges(device: &CudaDevice) -> Outcome {
         assert_eq!(dst.slice(s![.., range, ..]), expected);
     }
     assert!(matches!(on_device.channels(3..7), Err(Error::ChannelRange { start: 3, end: 7, .. })));
+    let (start, end) = (3, 1);
+    let text = on_device.channels(start..end).unwrap_err().to_string();
+    assert_eq!(text, "channels 3..1 of a tensor of 6");
+    let flat = CudaTensor::<f32>::zeros(device, &[4])?;
+    assert!(matches!(flat.channels(start..end), Err(Error::Rank { got: 1, .. })));
     Ok(())
 }
 

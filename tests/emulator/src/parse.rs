@@ -450,23 +450,7 @@ impl<'t> Parser<'t> {
             let Some(word) = self.peek_word() else {
                 return self.fail("expected a directive");
             };
-            if !matches!(
-                word,
-                ".version"
-                    | ".target"
-                    | ".address_size"
-                    | ".file"
-                    | ".section"
-                    | ".loc"
-                    | ".pragma"
-                    | ".visible"
-                    | ".extern"
-                    | ".weak"
-                    | ".common"
-            ) {
-                self.definition(false)?;
-                continue;
-            }
+            let before = (self.lexer, self.now);
             self.advance();
             match word {
                 ".version" => {
@@ -502,7 +486,13 @@ impl<'t> Parser<'t> {
                     self.string()?;
                     self.expect(';')?;
                 }
-                _ => self.definition(word == ".extern")?,
+                ".visible" | ".extern" | ".weak" | ".common" => {
+                    self.definition(word == ".extern")?;
+                }
+                _ => {
+                    (self.lexer, self.now) = before;
+                    self.definition(false)?;
+                }
             }
         }
         Ok(())
